@@ -1,0 +1,61 @@
+"""The `sret-scale` command: finds the sub-command that was asked for and runs it.
+
+Only the module of that sub-command is imported, so that `--help` answers at once: torch and deepspeed cost seconds.
+"""
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+# Name of a sub-command -> what it does. Its parser and its work are in `sret_scale.commands.NAME`.
+COMMANDS = {
+    "describe": "count a model's parameters, multiply-adds and depth",
+}
+
+
+def build_parser(command: str) -> argparse.ArgumentParser:
+    """The parser of one sub-command."""
+    module = importlib.import_module(f"sret_scale.commands.{command}")
+    parser = argparse.ArgumentParser(
+        prog=f"sret-scale {command}",
+        description=COMMANDS[command],
+        epilog=module.EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    module.add_arguments(parser)
+    parser.set_defaults(run=module.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one sub-command; returns the exit status: 0, what the command returned, or 2 for a bad input."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    top = argparse.ArgumentParser(
+        prog="sret-scale",
+        description="Sliced Recursive Transformers of 100 to 1000 and more block applications.",
+        epilog="commands:\n"
+        + "\n".join(f"  {name:<11} {text}" for name, text in COMMANDS.items())
+        + "\n\nexample: sret-scale describe sret_t",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of the commands below")
+    args = build_parser(top.parse_args(argv[:1]).command).parse_args(argv[1:])
+    try:
+        status = args.run(args)
+    except (ValueError, OSError) as error:
+        # A user's mistake or a machine's refusal: its message says what to do, a traceback would hide it.
+        if args.debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return int(status or 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
