@@ -1,0 +1,7 @@
+"""Distillation: where a teacher's outputs come from, and the losses that learn from them."""
+
+from sret_scale.distill.config import DistillConfig
+from sret_scale.distill.loss import distillation_loss, hard_loss, soft_loss
+from sret_scale.distill.teacher import Teacher, build_teacher
+
+__all__ = ["DistillConfig", "Teacher", "build_teacher", "distillation_loss", "hard_loss", "soft_loss"]

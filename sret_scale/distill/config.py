@@ -1,0 +1,63 @@
+"""What a run may choose about its teacher and its loss."""
+
+import dataclasses
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """Teacher and loss of a run. Without a teacher the loss is the hard one, with its label smoothing.
+
+    The defaults are those of SReT (section 4.1 of arXiv 2111.05297), MEAL V2 and FKD: soft labels alone, T = 1.
+    Values with an `_end` change linearly over the run, from the plain name's to it.
+    """
+
+    teacher: str | None = None
+    """Where the teacher comes from, e.g. `run:runs/teacher`; several joined with `+` are averaged."""
+    temperature: float = 1.0
+    temperature_end: float | None = None
+    hard_weight: float = 0.0
+    """Weight of the ground truth; the teacher has the rest. DeiT's alpha is 1 - hard_weight."""
+    hard_weight_end: float | None = None
+    teacher_target: Literal["soft", "hard"] = "soft"
+    """Learn the teacher's distribution, or the class that it names (DeiT's hard distillation)."""
+    label_smoothing: float = 0.0
+    """Of the ground truth only."""
+    divide_by_classes: bool = False
+    """DeiT's published code divides its KL by the number of classes too; needed only to repeat its numbers."""
+    teacher_micro_batch_size: int | None = None
+    """Images in one pass of the teacher; None is the student's micro batch."""
+    teacher_precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """`auto` is bf16 on a GPU and fp32 on a CPU, where bf16 convolutions are slow without special instructions."""
+    teacher_compile: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("temperature", "temperature_end"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise ValueError(f"distill.{name}: expected a number above 0, got {value}")
+        for name in ("hard_weight", "hard_weight_end"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"distill.{name}: expected 0 to 1, got {value}")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"distill.label_smoothing: expected 0 or more and less than 1, got {self.label_smoothing}")
+        if self.teacher_micro_batch_size is not None and self.teacher_micro_batch_size < 1:
+            raise ValueError(
+                f"distill.teacher_micro_batch_size: expected 1 or more, got {self.teacher_micro_batch_size}"
+            )
+        for name, choices in (("teacher_target", ("soft", "hard")), ("teacher_precision", ("auto", "bf16", "fp32"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"distill.{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")
+
+    def at(self, progress_ratio: float) -> "DistillConfig":
+        """The config at a point of the run, 0 at its start and 1 at its end, with the scheduled values filled in."""
+
+        def between(start: float, end: float | None) -> float:
+            return start if end is None else start + (end - start) * min(max(progress_ratio, 0.0), 1.0)
+
+        return dataclasses.replace(
+            self,
+            temperature=between(self.temperature, self.temperature_end),
+            hard_weight=between(self.hard_weight, self.hard_weight_end),
+        )

@@ -1,0 +1,59 @@
+"""Where a teacher's network comes from: one loader per kind of spec."""
+
+import dataclasses
+import importlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from torch import nn
+
+from sret_scale.distill.spec import TeacherSpec, nearest
+
+LoadRun = Callable[[Path], tuple[nn.Module, Sequence[float], Sequence[float], int]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Network:
+    """A classifier with its own preprocessing: images in [0, 1] become (image - mean) / std at `image_size` pixels."""
+
+    module: nn.Module
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    image_size: int
+    interpolation: str = "bicubic"
+
+
+def load_network(spec: TeacherSpec, *, num_classes: int, load_run: LoadRun) -> Network:
+    """The network that a spec names. ValueError or OSError with what to do when there is none."""
+    match spec.kind:
+        case "run":
+            return _from_parts(spec, load_run(Path(spec.value)))
+        case "module":
+            return _from_parts(spec, _call_module(spec))
+    raise AssertionError(spec.kind)
+
+
+def _call_module(spec: TeacherSpec) -> object:
+    """What the user's function returns. Its code runs: this kind is for code that the user wrote or trusts."""
+    module_name, _, function_name = spec.value.partition(":")
+    if not function_name:
+        raise ValueError(f"teacher {spec.text!r}: expected module:pkg.mod:function")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ValueError(f"teacher {spec.text!r}: cannot import {module_name}: {error}") from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        hint = nearest(function_name, vars(module))
+        raise ValueError(f"teacher {spec.text!r}: {module_name} has no function {function_name!r}{hint}")
+    return function()
+
+
+def _from_parts(spec: TeacherSpec, parts: object) -> Network:
+    """A Network from (module, mean, std, image_size), which is what runs and the users' functions give."""
+    if not isinstance(parts, tuple) or len(parts) != 4 or not isinstance(parts[0], nn.Module):
+        raise ValueError(
+            f"teacher {spec.text!r}: expected (torch.nn.Module, mean, std, image_size), got {type(parts).__name__}"
+        )
+    module, mean, std, image_size = parts
+    return Network(module=module, mean=tuple(mean), std=tuple(std), image_size=int(image_size))

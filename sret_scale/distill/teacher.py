@@ -1,0 +1,138 @@
+"""A frozen teacher that answers for the batch the student sees.
+
+    unit_BCHW in [0, 1] -> micro-batches -> own size -> own normalisation -> network -> logits_BC, fp32
+
+A teacher is not an nn.Module, so that holding one adds nothing to a student's parameters, optimiser, EMA or checkpoint.
+Shapes: B batch, C classes (channels in BCHW), H height, W width.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sret_scale.distill.networks import LoadRun, Network, load_network
+from sret_scale.distill.spec import TeacherSpec, parse_teacher
+
+Precision = Literal["auto", "bf16", "fp32"]
+Teacher = Callable[[Tensor], Tensor]
+"""unit_BCHW -> logits_BC: no gradient, fp32."""
+
+
+def build_teacher(
+    spec: str,
+    *,
+    num_classes: int,
+    device: torch.device | str,
+    load_run: LoadRun,
+    micro_batch_size: int | None = None,
+    precision: Precision = "auto",
+    compiled: bool = False,
+) -> Teacher:
+    """The teacher that a spec names, loaded, frozen, and proved on two images: what is wrong with it is said now.
+
+    Raises ValueError for a spec that names nothing, another class count, features instead of logits, and NaN.
+    """
+    device = torch.device(device)
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" else "fp32"
+    members = []
+    for part in parse_teacher(spec):
+        network = load_network(part, num_classes=num_classes, load_run=load_run)
+        member = OnlineTeacher(network, device=device, micro_batch_size=micro_batch_size, precision=precision)
+        check_teacher(member, part, num_classes)
+        if compiled:
+            member.compile()
+        members.append(member)
+    return members[0] if len(members) == 1 else EnsembleTeacher(members)
+
+
+class OnlineTeacher:
+    """One frozen network, with its own size, normalisation, micro-batch and precision."""
+
+    def __init__(
+        self, network: Network, *, device: torch.device, micro_batch_size: int | None, precision: Precision
+    ) -> None:
+        self.image_size = network.image_size
+        self.interpolation = network.interpolation
+        self.micro_batch_size = micro_batch_size
+        self.precision = precision
+        self.device = device
+        self._network: Callable[[Tensor], Tensor] = freeze(network.module, device, precision)
+        self._mean = torch.tensor(network.mean, device=device).view(-1, 1, 1)
+        self._std = torch.tensor(network.std, device=device).view(-1, 1, 1)
+
+    def compile(self) -> None:
+        """Compile the network, apart from the student."""
+        self._network = torch.compile(self._network)
+
+    def __call__(self, unit_BCHW: Tensor) -> Tensor:
+        with torch.inference_mode():
+            outputs = [self._forward(part) for part in torch.split(unit_BCHW, self.micro_batch_size or len(unit_BCHW))]
+        # Concatenated outside inference mode: autograd refuses to save an inference tensor for the loss's backward.
+        return torch.cat(outputs).float()
+
+    def _forward(self, unit_BCHW: Tensor) -> Tensor:
+        images_BCHW = self.prepare(unit_BCHW).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            return self._network(images_BCHW)
+
+    def prepare(self, unit_BCHW: Tensor) -> Tensor:
+        """The same view at the teacher's size and normalisation. Bicubic weights overshoot [0, 1]: they are clamped."""
+        if tuple(unit_BCHW.shape[-2:]) != (self.image_size, self.image_size):
+            unit_BCHW = F.interpolate(
+                unit_BCHW, size=(self.image_size, self.image_size), mode=self.interpolation, antialias=True
+            ).clamp(0, 1)
+        return (unit_BCHW - self._mean) / self._std
+
+
+class EnsembleTeacher:
+    """Several teachers as one: the logarithm of the average of their probabilities."""
+
+    def __init__(self, members: Sequence[Teacher]) -> None:
+        self.members = tuple(members)
+
+    def __call__(self, unit_BCHW: Tensor) -> Tensor:
+        log_probs_MBC = torch.stack([F.log_softmax(member(unit_BCHW), dim=-1) for member in self.members])
+        return torch.logsumexp(log_probs_MBC, dim=0) - torch.tensor(float(len(self.members))).log()
+
+
+def freeze(module: nn.Module, device: torch.device, precision: Precision) -> nn.Module:
+    """The module on the device, in eval mode, without gradients; in bf16, its matrices and convolutions are bf16.
+
+    Norms, position tensors and learned scalars stay fp32: they cost nothing, and autocast runs them there anyway.
+    """
+    module = module.eval().requires_grad_(False).to(device)
+    for layer in module.modules():
+        if precision == "bf16" and isinstance(layer, nn.Linear | nn.Conv2d):
+            layer.to(torch.bfloat16)
+        if isinstance(layer, nn.Conv2d):
+            layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)
+    return module
+
+
+def check_teacher(teacher: OnlineTeacher, spec: TeacherSpec, num_classes: int) -> None:
+    """Raise ValueError unless two images give two rows of finite logits, one for each class of the data."""
+    size = teacher.image_size
+    channels = len(teacher._mean)
+    unit_BCHW = torch.rand(2, channels, size, size, generator=torch.Generator().manual_seed(0)).to(teacher.device)
+    try:
+        with torch.inference_mode():
+            logits = teacher._forward(unit_BCHW)
+    except RuntimeError as error:
+        raise ValueError(f"teacher {spec.text!r} fails on two images of {size} px: {error}") from error
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(
+            f"teacher {spec.text!r}: expected logits of shape (2, {num_classes}), got {got}; "
+            "it gives features, it needs its classification head"
+        )
+    if logits.shape != (2, num_classes):
+        raise ValueError(
+            f"teacher {spec.text!r} has {logits.shape[1]} outputs, the data has {num_classes} classes; "
+            "choose a teacher of these classes (or with its classification head, if these are features)"
+        )
+    if not logits.isfinite().all():
+        raise ValueError(f"teacher {spec.text!r} gives NaN or infinite logits; its weights are damaged or not loaded")

@@ -1,0 +1,33 @@
+"""Slow, obvious twins of the distillation losses: Python floats, one class at a time."""
+
+import math
+from collections.abc import Sequence
+
+Rows = Sequence[Sequence[float]]
+
+
+def softmax(scores: Sequence[float]) -> list[float]:
+    """Probabilities of scores."""
+    top = max(scores)
+    powers = [math.exp(score - top) for score in scores]
+    return [power / sum(powers) for power in powers]
+
+
+def soft_loss(student: Rows, teacher: Rows, temperature: float) -> float:
+    """Batch mean of KL(teacher || student), both softened by the temperature, times its square."""
+    total = 0.0
+    for student_row, teacher_row in zip(student, teacher, strict=True):
+        q = softmax([score / temperature for score in student_row])
+        p = softmax([score / temperature for score in teacher_row])
+        total += sum(p_c * math.log(p_c / q_c) for p_c, q_c in zip(p, q, strict=True) if p_c > 0)
+    return temperature**2 * total / len(student)
+
+
+def hard_loss(student: Rows, target: Rows, label_smoothing: float) -> float:
+    """Batch mean of the cross-entropy with smoothed targets."""
+    total = 0.0
+    for student_row, target_row in zip(student, target, strict=True):
+        for q_c, y_c in zip(softmax(student_row), target_row, strict=True):
+            smoothed = (1 - label_smoothing) * y_c + label_smoothing / len(target_row)
+            total -= smoothed * math.log(q_c)
+    return total / len(student)
