@@ -1,0 +1,238 @@
+#!/usr/bin/env bash
+# One door for people: sets the project up in .venv (once), then runs the demo, the tests or a sret-scale command.
+# Everything it installs is pinned in constraints.txt; it needs no root and writes only inside the project folder.
+set -euo pipefail
+
+root=$(cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")" && pwd)
+venv=$root/.venv
+log=$venv/setup.log
+use_venv=yes
+python=
+
+fail() {
+    printf 'error: %s\n' "$@" >&2
+    exit 2
+}
+
+# Prints the first Python 3.11 or 3.12 that really starts: a pyenv shim exists for versions that it then refuses.
+find_python() {
+    local name path
+    for name in python3.11 python3.12 python3 python; do
+        while IFS= read -r path; do
+            if "$path" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' \
+                >/dev/null 2>&1; then
+                printf '%s\n' "$path"
+                return 0
+            fi
+        done < <(type -aP "$name" || true)
+    done
+    return 1
+}
+
+# What the installed packages depend on: when it changes, set-up runs again. The path counts because a .venv cannot move.
+fingerprint() {
+    { cat "$root/constraints.txt" "$root/setup.cfg" "$root/pyproject.toml" && printf '%s\n' "$1" "$root"; } | sha256sum
+}
+
+# step TEXT COMMAND...: runs it silently into the log; one line with the seconds it took, or the log's end and what to do.
+step() {
+    local text=$1 start=$SECONDS pid status=0
+    shift
+    printf '\n== %s: %s\n' "$text" "$*" >>"$log"
+    "$@" >>"$log" 2>&1 9<&- &
+    pid=$!
+    if [[ -t 1 ]]; then
+        while kill -0 "$pid" 2>/dev/null; do
+            printf '\r%-52s %4d s' "$text" $((SECONDS - start))
+            sleep 1
+        done
+        printf '\r'
+    fi
+    wait "$pid" || status=$?
+    if ((status != 0)); then
+        printf '%-52s failed after %d s\n' "$text" $((SECONDS - start)) >&2
+        tail -n 15 "$log" >&2
+        fail "set-up stopped at: $text (whole log: $log)" \
+            "check that pip's package index is reachable and the disk is not full, then run the same command again"
+    fi
+    printf '%-52s %4d s\n' "$text" $((SECONDS - start))
+}
+
+pip_install() {
+    "$venv/bin/python" -m pip install --no-input --disable-pip-version-check --progress-bar off \
+        -c "$root/constraints.txt" "$@"
+}
+
+# A name==version pin of constraints.txt.
+pin_of() {
+    grep -i "^$1==" "$root/constraints.txt"
+}
+
+# The build of torch in the .venv, such as 2.13.0+cpu; read from its metadata because importing it takes seconds.
+torch_build() {
+    "$venv/bin/python" -c 'import importlib.metadata as m; print(m.version("torch"))'
+}
+
+make_venv() {
+    local base
+    if [[ -e $venv ]] && ! "$venv/bin/python" -c 'import pip' >/dev/null 2>&1; then
+        [[ -e $venv/pyvenv.cfg || -e $log ]] || fail "$venv exists and is not a virtual environment; move it away"
+        rm -rf "$venv"
+    fi
+    if [[ ! -e $venv/bin/python ]]; then
+        base=$(find_python) || fail "no usable Python 3.11 or 3.12 with venv was found on PATH" \
+            "install one (Debian: apt-get install python3 python3-venv), or use --no-venv with an active environment"
+        mkdir -p "$venv"
+        step "virtual environment (.venv)" "$base" -m venv "$venv"
+    fi
+}
+
+# set_up core|test: nothing to do when the stamp fits; `test` holds all of `core`.
+set_up() {
+    local wanted=$1 extra='' print build stamp
+    if [[ -x $venv/bin/python ]]; then
+        print=$(fingerprint "$("$venv/bin/python" -V 2>/dev/null || true)")
+        for stamp in "$venv/installed-test" "$venv/installed-$wanted"; do
+            if [[ -e $stamp && $(<"$stamp") == "$print" ]]; then return 0; fi
+        done
+    fi
+    [[ -w $root ]] || fail "$root is not writable, and set-up writes .venv there; copy the project or use --no-venv"
+    # Two starts at once would install over each other; the second waits and then finds the stamp.
+    if command -v flock >/dev/null; then
+        exec 9<"$root/constraints.txt"
+        if ! flock -n 9; then
+            echo "another set-up is running here; waiting for it"
+            flock 9
+            exec 9<&-
+            set_up "$wanted"
+            return
+        fi
+    fi
+    make_venv
+    print=$(fingerprint "$("$venv/bin/python" -V)")
+    if [[ $wanted == test ]]; then extra='[test]'; fi
+    step "build tools" pip_install "$(pin_of setuptools)" "$(pin_of wheel)"
+    # torch alone and first: a package's dependency range must never choose its build.
+    step "$(pin_of torch)" pip_install "$(pin_of torch)"
+    build=$(torch_build)
+    step "the project and its dependencies $extra" pip_install --no-build-isolation -e "$root$extra"
+    if [[ $(torch_build) != "$build" || "torch==${build%%+*}" != "$(pin_of torch)" ]]; then
+        fail "torch is $(torch_build) after installing, expected $(pin_of torch) (build $build)" \
+            "a dependency replaced it: remove .venv, and check the package indexes that pip is configured with"
+    fi
+    printf '%s' "$print" >"$venv/installed-$wanted"
+    exec 9<&-
+}
+
+# Says what the active environment lacks for `core` or `test`; installs nothing.
+check_active_python() {
+    "$python" - "$1" <<'CHECK'
+import importlib.util, sys
+
+names = "torch deepspeed webdataset torchvision einops pydantic psutil rich yaml safetensors simplejpeg xxhash matplotlib jinja2"
+if sys.argv[1] == "test":
+    names += " pytest pytest_timeout pytest_randomly hypothesis ruff mypy importlinter timm"
+missing = [name for name in names.split() if importlib.util.find_spec(name) is None]
+if sys.version_info < (3, 11):
+    sys.exit(f"error: --no-venv: {sys.executable} is Python {sys.version.split()[0]}, expected 3.11 or later")
+if missing:
+    sys.exit(f"error: --no-venv: {sys.executable} lacks {', '.join(missing)}\nerror: install them with pip -c constraints.txt")
+CHECK
+}
+
+# Sets $python for the rest, installing when that is wanted.
+prepare() {
+    if [[ $use_venv == yes ]]; then
+        set_up "$1"
+        python=$venv/bin/python
+    else
+        python=$(type -P python || type -P python3 || true)
+        [[ -n $python ]] || fail "--no-venv: no python on PATH; activate your environment first"
+        check_active_python "$1" || exit 2
+    fi
+    export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+}
+
+# check NAME COMMAND...: runs one of the checks; all run even if one fails, so that one start shows every complaint.
+summary=()
+failed=0
+check() {
+    local name=$1 start=$SECONDS status=passed
+    shift
+    printf '== %s\n' "$name"
+    "$@" || { status=FAILED && failed=1; }
+    summary+=("$(printf '%-14s %s (%d s)' "$name" "$status" $((SECONDS - start)))")
+}
+
+run_tests() {
+    local output
+    cd "$root"
+    output=$(mktemp)
+    # shellcheck disable=SC2064 # the name is wanted as it is now, it is local
+    trap "rm -f '$output'" EXIT
+    check "ruff check" "$python" -m ruff check .
+    check "ruff format" "$python" -m ruff format --check .
+    check "mypy" "$python" -m mypy
+    # Its command is a script, which an active environment may not have on PATH; the module is there.
+    check "import rules" "$python" -c 'import importlinter.cli as cli; cli.lint_imports_command()'
+    # Threads of several libraries on few cores slow each other: one each is fastest for tiny sizes.
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+    check "pytest" "$python" -m pytest "$@" > >(tee "$output") 2>&1
+    wait $! || true
+    printf '\n== summary\n'
+    printf '%s\n' "${summary[@]}"
+    tail -n 1 "$output"
+    return "$failed"
+}
+
+usage() {
+    cat <<'USAGE'
+usage: ./launch.sh [--no-venv] [COMMAND [ARGUMENT ...]]
+
+Sets the project up in .venv when needed (once), then:
+  ./launch.sh               the demo on the data that ships with the project, into runs/demo
+  ./launch.sh test [...]    every check and test; arguments go to pytest
+  ./launch.sh setup [test]  only the set-up; with "test" also what the tests need
+  ./launch.sh COMMAND ...   a sret-scale command of the list below; COMMAND --help says more
+
+options:
+  --no-venv   use the Python environment that is active and install nothing
+  -h, --help  this text
+
+USAGE
+    local any
+    any=$(find_python) || return 0
+    PYTHONPATH=$root "$any" -m sret_scale.cli --help | sed -n '/^commands:/,$p'
+}
+
+main() {
+    if [[ ${1-} == --no-venv ]]; then
+        use_venv=no
+        shift
+    fi
+    local command=${1-demo}
+    [[ $# -eq 0 ]] || shift
+    case $command in
+    -h | --help | help) usage ;;
+    setup)
+        [[ ${1-core} == core || $1 == test ]] || fail "setup takes nothing or \"test\", got \"$1\""
+        prepare "${1-core}"
+        echo "ready: $python"
+        ;;
+    test)
+        prepare test
+        run_tests "$@"
+        ;;
+    *[!a-z-]* | -*) fail "unknown option or command $command (--no-venv comes first); see ./launch.sh --help" ;;
+    *)
+        # A wrong name must not cost an installation first: the table of commands is read as text.
+        grep -q "^    \"$command\": " "$root/sret_scale/cli.py" || fail "unknown command $command; see ./launch.sh --help"
+        prepare core
+        # The demo's files belong to the project; every other command works where the user stands.
+        if [[ $command == demo ]]; then cd "$root"; fi
+        exec "$python" -P -m sret_scale.cli "$command" "$@"
+        ;;
+    esac
+}
+
+main "$@"
