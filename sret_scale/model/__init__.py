@@ -1,0 +1,21 @@
+"""The model: SReT of any depth, its presets and its counts. Imports torch and einops only."""
+
+from sret_scale.model.config import SReTConfig, StageConfig
+from sret_scale.model.count import describe
+from sret_scale.model.noise import Noise
+from sret_scale.model.presets import PRESETS, preset
+from sret_scale.model.sret import ParameterTag, SReT
+from sret_scale.model.stage import Application, Stage
+
+__all__ = [
+    "PRESETS",
+    "Application",
+    "Noise",
+    "ParameterTag",
+    "SReT",
+    "SReTConfig",
+    "Stage",
+    "StageConfig",
+    "describe",
+    "preset",
+]

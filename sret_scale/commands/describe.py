@@ -1,0 +1,62 @@
+"""`sret-scale describe`: what a preset is made of and what it costs."""
+
+import argparse
+import json
+from typing import Any
+
+EXAMPLE = "example: sret-scale describe sret_t_1000 --image-size 384 --json"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The preset and how to print it."""
+    parser.add_argument("preset", help="name of a model, for example sret_t; an unknown name lists all")
+    parser.add_argument("--image-size", type=int, help="side of the square input in pixels (default: the preset's)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print the counts of one preset."""
+    from sret_scale.model import describe, preset
+
+    counts = {"preset": args.preset} | describe(preset(args.preset), args.image_size)
+    print(json.dumps(counts, indent=2) if args.json else table(counts))
+
+
+def table(counts: dict[str, Any]) -> str:
+    """The counts as aligned lines of text."""
+    lines = [
+        f"{counts['preset']} at {counts['image_size']} x {counts['image_size']}, {counts['num_classes']} classes",
+        f"  parameters          {counts['parameters']:>15,}",
+        f"  MACs                {counts['macs']:>15,}",
+        f"  MACs as published   {counts['macs_published']:>15,}   without the head",
+        f"  applications        {counts['applications']:>15,}",
+        f"  residual sub-layers {counts['residual_sublayers']:>15,}",
+        f"  weight layers       {counts['weight_layers']:>15,}",
+        "",
+    ]
+    columns = {
+        "grid": "grid",
+        "width": "width",
+        "heads": "heads",
+        "blocks": "blocks",
+        "loops": "loops",
+        "groups": "groups",
+        "projections": "projections",
+        "branch_scheme": "scheme",
+        "skip": "skip",
+        "parameters": "parameters",
+        "macs": "MACs",
+    }
+    rows = [["stage", *columns.values()]]
+    for index, stage in enumerate(counts["stages"]):
+        rows.append([str(index), *(_cell(stage[key]) for key in columns)])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        lines.append("  " + "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
+    return "\n".join(lines)
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, list):
+        return "-".join(map(str, value))
+    return f"{value:,}" if isinstance(value, int) else str(value)

@@ -1,0 +1,167 @@
+"""What a Sliced Recursive Transformer is made of: one frozen dataclass a stage and one for the whole model.
+
+A config that cannot be built raises `ValueError` at construction, with the numbers that disagree.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+LoopOrder = Literal["block", "model"]
+ProjectionPolicy = Literal["per_application", "per_loop", "per_block", "none"]
+BranchScheme = Literal["by_depth", "published", "inv_sqrt", "loop_aware", "layerscale", "rezero"]
+Skip = Literal["by_depth", "learned", "frozen", "slow"]
+PermutationPolicy = Literal["fixed", "random"]
+
+# The reference has two loops; schemes named `by_depth` keep its choice up to there.
+PUBLISHED_LOOPS = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """One resolution level: `num_blocks` sets of weights, each applied `num_loops` times.
+
+    loop_order: "block" applies A A B B (published), "model" A B A B.
+    groups: number of slices of the tokens per loop; the last entry holds for all later loops.
+    permute_from_loop: loops from this one on draw a permutation before slicing (published: 1).
+    projections: which applications share a non-linear projection; "per_application" is published.
+    branch_scheme: fixed multiplier of each branch, see `depth.branch_scales`; "by_depth" is "published" up to two loops
+        and "loop_aware" beyond.
+    skip: the coefficient of the stream itself is "learned" (published), "frozen" at 1, or "slow": learned at the
+        learning rate divided by the stage's applications. "by_depth" is "learned" up to two loops, then "frozen".
+    """
+
+    width: int
+    num_heads: int
+    num_blocks: int
+    num_loops: int = PUBLISHED_LOOPS
+    loop_order: LoopOrder = "block"
+    groups: tuple[int, ...] = (1,)
+    permute_from_loop: int = 1
+    mlp_ratio: float = 4.0
+    projections: ProjectionPolicy = "per_application"
+    projection_ratio: float = 1.0
+    branch_scheme: BranchScheme = "by_depth"
+    skip: Skip = "by_depth"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "groups", tuple(self.groups))
+        for name in ("width", "num_heads", "num_blocks", "num_loops"):
+            require_positive(name, getattr(self, name))
+        if not self.groups:
+            raise ValueError("groups is empty: give one number of slices per loop, for example (8, 2)")
+        for groups in self.groups:
+            require_positive("groups", groups)
+        if self.width % self.num_heads:
+            raise ValueError(
+                f"width {self.width} cannot be cut into {self.num_heads} heads: {self.width} % "
+                f"{self.num_heads} = {self.width % self.num_heads}"
+            )
+        for name in ("mlp_ratio", "projection_ratio"):
+            if not int(getattr(self, name) * self.width) >= 1:
+                raise ValueError(f"{name} {getattr(self, name)} leaves no hidden channel at width {self.width}")
+        if self.permute_from_loop < 0:
+            raise ValueError(f"permute_from_loop must be 0 or more, got {self.permute_from_loop}")
+        require_choice("loop_order", self.loop_order, LoopOrder)
+        require_choice("projections", self.projections, ProjectionPolicy)
+        require_choice("branch_scheme", self.branch_scheme, BranchScheme)
+        require_choice("skip", self.skip, Skip)
+
+    @property
+    def num_applications(self) -> int:
+        """Uses of a block in this stage: its depth."""
+        return self.num_blocks * self.num_loops
+
+    @property
+    def hidden_width(self) -> int:
+        """Hidden channels of a block's feed-forward (rounded down, as published)."""
+        return int(self.mlp_ratio * self.width)
+
+    @property
+    def projection_hidden_width(self) -> int:
+        """Hidden channels of a non-linear projection."""
+        return int(self.projection_ratio * self.width)
+
+    def groups_of(self, loop: int) -> int:
+        """Number of token slices in this loop."""
+        return self.groups[min(loop, len(self.groups) - 1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SReTConfig:
+    """A whole model. `stem_strides` are those of the three stem convolutions; a pooling halves the grid between stages.
+
+    drop_path: the largest rate of stochastic depth, reached as published (`depth.drop_path_rates`).
+    permutation: "fixed" uses a table seeded by `permutation_seed` in evaluation and the step's seed in training;
+        "random" draws anew from torch's global generator in every forward pass, as the reference does.
+    """
+
+    stages: tuple[StageConfig, ...]
+    image_size: int = 224
+    in_channels: int = 3
+    num_classes: int = 1000
+    stem_strides: tuple[int, int, int] = (2, 2, 2)
+    drop_path: float = 0.0
+    permutation: PermutationPolicy = "fixed"
+    permutation_seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stages", tuple(self.stages))
+        object.__setattr__(self, "stem_strides", tuple(self.stem_strides))
+        for name in ("image_size", "in_channels", "num_classes"):
+            require_positive(name, getattr(self, name))
+        if not self.stages:
+            raise ValueError("a model needs at least one stage")
+        if self.stages[0].width % 2:
+            raise ValueError(f"the first stage's width must be even for the stem, got {self.stages[0].width}")
+        if len(self.stem_strides) != 3 or not set(self.stem_strides) <= {1, 2}:
+            raise ValueError(f"stem_strides must be three of 1 or 2, got {self.stem_strides}")
+        if not 0.0 <= self.drop_path < 1.0:
+            raise ValueError(f"drop_path must be in [0, 1), got {self.drop_path}")
+        require_choice("permutation", self.permutation, PermutationPolicy)
+        for before, after in zip(self.stages, self.stages[1:], strict=False):
+            if after.width % before.width:
+                raise ValueError(
+                    f"stage widths must be multiples of the one before (depthwise pooling): "
+                    f"{before.width} -> {after.width}"
+                )
+        self._require_divisible_grids()
+
+    def _require_divisible_grids(self) -> None:
+        for index, (stage, grid) in enumerate(zip(self.stages, self.grids, strict=True)):
+            num_tokens = grid * grid
+            for groups in {stage.groups_of(loop) for loop in range(stage.num_loops)}:
+                if num_tokens % groups:
+                    divisors = [d for d in range(1, num_tokens + 1) if num_tokens % d == 0]
+                    raise ValueError(
+                        f"stage {index}: {groups} groups do not divide {num_tokens} tokens ({grid} x {grid} "
+                        f"at image size {self.image_size}); groups that do: {divisors}"
+                    )
+
+    @property
+    def grids(self) -> tuple[int, ...]:
+        """Side of every stage's token grid. A stride of 2 rounds up, as a padded 3 x 3 convolution does."""
+        side = self.image_size
+        for stride in self.stem_strides:
+            side = -(-side // stride)
+        sides = []
+        for _ in self.stages:
+            sides.append(side)
+            side = -(-side // 2)
+        return tuple(sides)
+
+    @property
+    def num_applications(self) -> int:
+        """Depth: uses of a block in the whole model."""
+        return sum(stage.num_applications for stage in self.stages)
+
+
+def require_positive(name: str, value: object) -> None:
+    """ValueError unless the value is an int of at least 1."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+
+
+def require_choice(name: str, value: object, choices: Any) -> None:
+    """ValueError unless the value is one of a Literal's."""
+    if value not in get_args(choices):
+        raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}; got {value!r}")

@@ -1,0 +1,87 @@
+"""Counts a model from its config alone: parameters, multiply-adds (MACs) and the three measures of depth.
+
+Papers mix the measures, so they are always reported together: applications of a block, residual sub-layers (attention,
+feed-forward and projection) and weight layers (qkv, out, fc1, fc2 and the projection's fc1, fc2).
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from sret_scale.model.config import SReTConfig, StageConfig
+from sret_scale.model.depth import application_slots, num_projections, resolved_scheme, resolved_skip
+from sret_scale.model.sret import SReT
+
+
+def describe(config: SReTConfig, image_size: int | None = None) -> dict[str, Any]:
+    """JSON-ready counts for one image. `macs` counts all; `macs_published` leaves the head out, as the paper does."""
+    if image_size is not None:
+        config = replace(config, image_size=image_size)
+    with torch.device("meta"):
+        model = SReT(config)
+    stages = [_stage_row(config, index, model) for index in range(len(config.stages))]
+    head_macs = config.stages[-1].width * config.num_classes
+    body_macs = _stem_macs(config) + _pool_macs(config) + sum(row["macs"] for row in stages)
+    return {
+        "image_size": config.image_size,
+        "num_classes": config.num_classes,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "macs": body_macs + head_macs,
+        "macs_published": body_macs,
+        "applications": config.num_applications,
+        "residual_sublayers": sum(row["residual_sublayers"] for row in stages),
+        "weight_layers": sum(row["weight_layers"] for row in stages),
+        "stem_macs": _stem_macs(config),
+        "pool_macs": _pool_macs(config),
+        "head_macs": head_macs,
+        "stages": stages,
+    }
+
+
+def _stage_row(config: SReTConfig, index: int, model: SReT) -> dict[str, Any]:
+    stage, grid = config.stages[index], config.grids[index]
+    applications = stage.num_applications
+    projected = applications if num_projections(stage) else 0
+    return {
+        "grid": grid,
+        "tokens": grid * grid,
+        "width": stage.width,
+        "heads": stage.num_heads,
+        "blocks": stage.num_blocks,
+        "loops": stage.num_loops,
+        "loop_order": stage.loop_order,
+        "groups": list(stage.groups),
+        "projections": stage.projections,
+        "branch_scheme": resolved_scheme(stage),
+        "skip": resolved_skip(stage),
+        "applications": applications,
+        "residual_sublayers": 2 * applications + projected,
+        "weight_layers": 4 * applications + 2 * projected,
+        "parameters": sum(parameter.numel() for parameter in model.stages[index].parameters()),
+        "macs": _stage_macs(stage, grid * grid),
+    }
+
+
+def _stage_macs(stage: StageConfig, num_tokens: int) -> int:
+    """Linear layers per token, and the two products of attention over the tokens of a group."""
+    width = stage.width
+    linear = 4 * width * width + 2 * width * stage.hidden_width
+    if num_projections(stage):
+        linear += 2 * width * stage.projection_hidden_width
+    attention = sum(2 * width * num_tokens // slot.groups for slot in application_slots(stage))
+    return num_tokens * (stage.num_applications * linear + attention)
+
+
+def _stem_macs(config: SReTConfig) -> int:
+    width, side, total = config.stages[0].width, config.image_size, 0
+    widths = (config.in_channels, width // 2, width, width)
+    for before, after, stride in zip(widths, widths[1:], config.stem_strides, strict=False):
+        side = -(-side // stride)
+        total += side * side * 9 * before * after
+    return total
+
+
+def _pool_macs(config: SReTConfig) -> int:
+    pairs = zip(config.grids[1:], config.stages[1:], strict=True)
+    return sum(grid * grid * 9 * stage.width for grid, stage in pairs)

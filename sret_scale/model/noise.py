@@ -1,0 +1,56 @@
+"""Where a model's randomness comes from: token permutations, and the masks of stochastic depth.
+
+Both are functions of a seed and a position, never of a global generator (unless the config asks for the reference's
+`permutation="random"`), so a re-run of an application, another rank, or a resumed run gets the same ones.
+"""
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sret_scale.model.config import SReTConfig
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Seeds of a training step: permutations are the same on every rank, sample masks differ by rank and micro-step."""
+
+    permutation_seed: int
+    sample_seed: int
+
+
+def seeded_generator(device: torch.device, *numbers: int) -> torch.Generator:
+    """A generator on the device whose stream is a function of the numbers."""
+    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+class PermutationSource:
+    """Draws the token permutations of one stage, `count` of them for one forward pass, on the tokens' device."""
+
+    def __init__(self, config: SReTConfig, stage_index: int) -> None:
+        self.policy = config.permutation
+        self.seed = config.permutation_seed
+        self.stage_index = stage_index
+
+    def __call__(self, noise: Noise | None, count: int, num_tokens: int, device: torch.device) -> Tensor:
+        """(count, num_tokens) int64; row k belongs to the k-th application that is permuted."""
+        if self.policy == "random":
+            generator = None
+        else:
+            seed = self.seed if noise is None else noise.permutation_seed
+            generator = seeded_generator(device, seed, self.stage_index)
+        return torch.rand(count, num_tokens, generator=generator, device=device).argsort(dim=1)
+
+
+def drop_path_masks(rates: Tensor, batch: int, noise: Noise, stage_index: int) -> Tensor:
+    """(applications, 2, B) factors of the attention and feed-forward branches: 0, or 1 / (1 - rate) to keep the mean.
+
+    rates: (applications,) fp32, on the device where the masks are wanted.
+    """
+    generator = seeded_generator(rates.device, noise.sample_seed, stage_index)
+    uniform = torch.rand(len(rates), 2, batch, generator=generator, device=rates.device)
+    keep = 1.0 - rates[:, None, None]
+    return (uniform < keep).float() / keep

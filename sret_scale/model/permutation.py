@@ -1,0 +1,52 @@
+"""Lazy token order: a stage stays in permuted order between applications and moves by one relative gather each.
+
+LayerNorm, feed-forward and projection act per token and attention over all tokens is equivariant, so only slices need
+an order. The reference permutes and undoes it at every application: two gathers, each with an accumulating backward.
+"""
+
+import torch
+from torch import Tensor
+
+
+class _ReorderTokens(torch.autograd.Function):
+    """A gather along the tokens whose backward is the inverse gather, not a scatter that adds."""
+
+    @staticmethod
+    def forward(ctx, x_BND: Tensor, gather_N: Tensor, scatter_N: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(scatter_N)
+        return x_BND.index_select(1, gather_N)
+
+    @staticmethod
+    def backward(ctx, grad_BND: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def]
+        (scatter_N,) = ctx.saved_tensors
+        return grad_BND.index_select(1, scatter_N), None, None
+
+
+def reorder_tokens(x_BND: Tensor, gather_N: Tensor, scatter_N: Tensor) -> Tensor:
+    """`x_BND[:, gather_N]`; scatter_N must be the inverse permutation of gather_N."""
+    return _ReorderTokens.apply(x_BND, gather_N, scatter_N)  # type: ignore[no-untyped-call]
+
+
+class TokenOrder:
+    """The order in which a stage's tokens lie now: one of the drawn permutations, or None for the image's own."""
+
+    def __init__(self, permutations: Tensor | None) -> None:
+        """permutations: (count, N) int64, or None where nothing is permuted."""
+        self.permutations = permutations
+        self.inverses = None if permutations is None else permutations.argsort(dim=1)
+        self.current: int | None = None
+
+    def move_to(self, target: int | None) -> tuple[Tensor, Tensor] | None:
+        """(gather, its inverse) that bring the tokens from the current order to the target; None if they are there."""
+        if target == self.current:
+            return None
+        assert self.permutations is not None and self.inverses is not None
+        before, self.current = self.current, target
+        if before is None:
+            return self.permutations[target], self.inverses[target]
+        if target is None:
+            return self.inverses[before], self.permutations[before]
+        return (
+            self.inverses[before][self.permutations[target]],
+            self.inverses[target][self.permutations[before]],
+        )

@@ -1,0 +1,94 @@
+"""The Sliced Recursive Transformer (Shen et al., ECCV 2022): stem, recursive stages, head.
+
+Each block is registered once and looped over in `forward`: an alias under a second name would lose keys in DeepSpeed's
+checkpoints. Shape letters as in `layers`.
+"""
+
+import itertools
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from sret_scale.model.config import SReTConfig
+from sret_scale.model.depth import resolved_skip
+from sret_scale.model.layers import NORM_EPS, Stem, pooling
+from sret_scale.model.noise import Noise
+from sret_scale.model.stage import Stage
+
+ParameterKind = Literal["tied", "projection", "residual", "stem", "pool", "position", "norm", "head"]
+
+# First part of a parameter's name -> its kind; those of stages are told apart further.
+_KINDS: dict[str, ParameterKind] = {
+    "stem": "stem",
+    "position": "position",
+    "pools": "pool",
+    "norm": "norm",
+    "head": "head",
+}
+
+
+@dataclass(frozen=True)
+class ParameterTag:
+    """What an optimiser has to know of a parameter: its class, whether weights decay, and a factor of the rate."""
+
+    kind: ParameterKind
+    decay: bool
+    lr_scale: float = 1.0
+
+
+class SReT(nn.Module):
+    """Images to class scores. In training pass a `Noise`; without one a pass is deterministic (no stochastic depth)."""
+
+    def __init__(self, config: SReTConfig) -> None:
+        super().__init__()
+        self.config = config
+        widths = [stage.width for stage in config.stages]
+        self.stem = Stem(config.in_channels, widths[0], config.stem_strides)
+        self.position = nn.Parameter(torch.empty(1, widths[0], config.grids[0], config.grids[0]))
+        self.stages = nn.ModuleList(Stage(config, index) for index in range(len(widths)))
+        self.pools = nn.ModuleList(pooling(*pair) for pair in itertools.pairwise(widths))
+        self.norm = nn.LayerNorm(widths[-1], eps=NORM_EPS)
+        self.head = nn.Linear(widths[-1], config.num_classes)
+        nn.init.trunc_normal_(self.position, std=0.02)
+
+    def forward(self, images_BCHW: Tensor, noise: Noise | None = None) -> Tensor:
+        """(B, num_classes) scores of normalised images of the configured size."""
+        return self.head(self.forward_features(images_BCHW, noise))
+
+    def forward_features(self, images_BCHW: Tensor, noise: Noise | None = None) -> Tensor:
+        """(B, D) average of the last stage's tokens, normalised: what the head sees."""
+        size, channels = self.config.image_size, self.config.in_channels
+        if tuple(images_BCHW.shape[1:]) != (channels, size, size):
+            raise ValueError(
+                f"this model takes images of shape (batch, {channels}, {size}, {size}), got {tuple(images_BCHW.shape)}"
+            )
+        x_BCHW = self.stem(images_BCHW) + self.position
+        for index, stage in enumerate(self.stages):
+            if index:
+                x_BCHW = self.pools[index - 1](x_BCHW)
+            grid = x_BCHW.shape[-1]
+            # The residual stream is fp32 even where a convolution under autocast gave bf16.
+            x_BND = rearrange(x_BCHW, "b c h w -> b (h w) c").to(self.position.dtype)
+            x_BCHW = rearrange(stage(x_BND, noise), "b (h w) c -> b c h w", h=grid)
+        return self.norm(x_BCHW.mean(dim=(2, 3)))
+
+    def parameter_tags(self) -> dict[str, ParameterTag]:
+        """A tag for every parameter by name. As in DeiT, vectors and the position tensor do not decay."""
+        return {name: self._tag(name, parameter) for name, parameter in self.named_parameters()}
+
+    def _tag(self, name: str, parameter: nn.Parameter) -> ParameterTag:
+        parts = name.split(".")
+        lr_scale = 1.0
+        kind = _KINDS.get(parts[0], "tied")
+        if parts[0] == "stages":
+            if parts[2] == "projections":
+                kind = "projection"
+            if parts[-2].startswith("residual"):
+                kind = "residual"
+                stage = self.config.stages[int(parts[1])]
+                if parts[-1] == "alpha" and resolved_skip(stage) == "slow":
+                    lr_scale = 1.0 / stage.num_applications
+        return ParameterTag(kind, decay=parameter.ndim > 1 and kind != "position", lr_scale=lr_scale)
