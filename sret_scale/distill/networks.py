@@ -7,7 +7,9 @@ from pathlib import Path
 
 from torch import nn
 
+from sret_scale.distill import efficientnet_lite
 from sret_scale.distill.spec import TeacherSpec, nearest
+from sret_scale.timm import create_model, preprocessing
 
 LoadRun = Callable[[Path], tuple[nn.Module, Sequence[float], Sequence[float], int]]
 
@@ -30,7 +32,21 @@ def load_network(spec: TeacherSpec, *, num_classes: int, load_run: LoadRun) -> N
             return _from_parts(spec, load_run(Path(spec.value)))
         case "module":
             return _from_parts(spec, _call_module(spec))
-    raise AssertionError(spec.kind)
+        case "timm":
+            return _from_timm(spec, num_classes)
+        case kind:
+            module, image_size = efficientnet_lite.load_efficientnet_lite(kind)
+            mean, std = efficientnet_lite.MEAN, efficientnet_lite.STD
+            return Network(module=module, mean=mean, std=std, image_size=image_size)
+
+
+def _from_timm(spec: TeacherSpec, num_classes: int) -> Network:
+    file = spec.options.get("checkpoint")
+    module = create_model(spec.value, num_classes=num_classes, checkpoint=Path(file) if file else None)
+    mean, std, image_size, interpolation = preprocessing(module)
+    # "random" means that the training drew one of both.
+    interpolation = "bilinear" if interpolation == "bilinear" else "bicubic"
+    return Network(module=module, mean=mean, std=std, image_size=image_size, interpolation=interpolation)
 
 
 def _call_module(spec: TeacherSpec) -> object:

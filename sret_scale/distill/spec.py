@@ -8,9 +8,13 @@ from types import MappingProxyType
 
 FORMS = {
     "run": "run:FOLDER",
+    "timm": "timm:NAME[?checkpoint=FILE]",
     "module": "module:pkg.mod:function",
+    "efficientnet-lite0": "efficientnet-lite0",
+    "efficientnet-lite1": "efficientnet-lite1",
+    "efficientnet-lite2": "efficientnet-lite2",
 }
-OPTIONS: dict[str, tuple[str, ...]] = {}
+OPTIONS = {"timm": ("checkpoint",)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

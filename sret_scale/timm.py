@@ -1,0 +1,73 @@
+"""The one door to timm, which is an optional extra: `pip install sret-scale[timm]`."""
+
+import difflib
+import importlib
+import os
+import pickle
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import nn
+
+
+def import_timm() -> ModuleType:
+    """timm, on CPU builds of torch too. ValueError with the command to install it when it is missing."""
+    # timm imports torchvision, which this module makes importable beside a CPU build of torch.
+    importlib.import_module("data_pipelines.vision")
+    try:
+        return importlib.import_module("timm")
+    except ModuleNotFoundError as error:
+        raise ValueError("timm is not installed: pip install 'sret-scale[timm]'") from error
+
+
+def create_model(name: str, *, num_classes: int, checkpoint: Path | None) -> nn.Module:
+    """A timm classifier with trained weights: those of a file, or else the published ones of its name.
+
+    With a file the head gets `num_classes`; published weights keep their own head, because a new one would be random.
+    The file is read without running code from it. ValueError for an unknown name, or weights that do not fit.
+    """
+    timm = import_timm()
+    if not timm.is_model(name):
+        found = difflib.get_close_matches(name, timm.list_models(), n=3)
+        raise ValueError(f"timm has no model {name!r}" + (f"; did you mean {' or '.join(found)}?" if found else ""))
+    if checkpoint is None:
+        return _published_model(timm, name)
+    model: nn.Module = timm.create_model(name, num_classes=num_classes)
+    state = _read_weights(timm, checkpoint)
+    try:
+        model.load_state_dict(state)
+    except (RuntimeError, TypeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{checkpoint} does not fit {name} with {num_classes} classes: {reason}") from error
+    return model
+
+
+def _read_weights(timm: ModuleType, checkpoint: Path) -> Any:
+    """The state_dict in a file of torch or safetensors, also one inside a training checkpoint. Runs no code of it."""
+    if not checkpoint.is_file():
+        raise FileNotFoundError(f"no checkpoint file {checkpoint}")
+    try:
+        return timm.models.load_state_dict(os.fspath(checkpoint), weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError, SafetensorError) as error:
+        raise ValueError(
+            f"{checkpoint} is damaged or holds more than weights, which could run code; save its state_dict alone"
+        ) from error
+
+
+def preprocessing(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...], int, str]:
+    """(mean, std, image size, interpolation) that a timm model was trained with."""
+    config = import_timm().data.resolve_model_data_config(model)
+    return tuple(config["mean"]), tuple(config["std"]), int(config["input_size"][-1]), str(config["interpolation"])
+
+
+def _published_model(timm: ModuleType, name: str) -> nn.Module:
+    try:
+        model: nn.Module = timm.create_model(name, pretrained=True)
+    except (OSError, RuntimeError) as error:
+        raise ValueError(
+            f"no published weights for timm:{name}: {type(error).__name__}; without a network give them as "
+            f"timm:{name}?checkpoint=FILE"
+        ) from error
+    return model
