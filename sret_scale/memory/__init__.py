@@ -1,0 +1,18 @@
+"""Memory is chosen: schedules of recomputation, the engine that runs them, and the planner that picks one."""
+
+from sret_scale.memory.apply import apply_recomputation
+from sret_scale.memory.config import SCHEDULES, MemoryConfig, schedule_for
+from sret_scale.memory.ledger import Ledger, account
+from sret_scale.memory.recompute import run_chain
+from sret_scale.memory.schedule import Schedule
+
+__all__ = [
+    "SCHEDULES",
+    "Ledger",
+    "MemoryConfig",
+    "Schedule",
+    "account",
+    "apply_recomputation",
+    "run_chain",
+    "schedule_for",
+]

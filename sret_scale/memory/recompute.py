@@ -1,0 +1,182 @@
+"""Runs a chain of applications under a schedule, as one autograd function.
+
+One function a chain means one gradient per parameter and step, whatever the number of its uses: the hooks of every ZeRO
+stage fire once. There are no saved-tensor hooks; boundaries live in the function's own slots and are freed one by one.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from sret_scale.memory.gradients import GradientSums
+from sret_scale.memory.schedule import Action, Kind, Schedule
+
+
+class Chained(Protocol):
+    """One link of a chain, such as an `nn.Module`: maps a tensor to a new tensor, with the same bits at every run."""
+
+    def __call__(self, x: Tensor, /) -> Tensor: ...
+
+    def parameters(self) -> Iterable[Tensor]:
+        """All parameters that the call uses."""
+
+
+def run_chain(applications: Sequence[Chained], x: Tensor, schedule: Schedule, *, is_checked: bool = False) -> Tensor:
+    """The output of the applications one after another, with gradients equal to plain autograd's bit for bit.
+
+    The autocast state of this call (weight cache off) holds for all runs of the applications. ValueError if an
+    application changes its input in place or returns another shape or type when it is run again; with `is_checked` also
+    if it returns other values, at the price of one pass over each boundary.
+    """
+    if schedule.num_applications != len(applications):
+        raise ValueError(
+            f"schedule: expected one for {len(applications)} applications, got {schedule.num_applications}"
+        )
+    if not torch.is_grad_enabled():
+        for application in applications:
+            x = application(x)
+        return x
+    chain = _Chain(applications, schedule, is_checked=is_checked, device_type=x.device.type)
+    return _ChainFunction.apply(chain, x, *chain.parameters)  # type: ignore[no-untyped-call]
+
+
+class _Mark(NamedTuple):
+    """What every run of an application has to reproduce."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    digest: int | None
+
+
+class _Chain:
+    """One forward and backward pass of a chain: its slots, the state in hand and the tape."""
+
+    def __init__(
+        self, applications: Sequence[Chained], schedule: Schedule, *, is_checked: bool, device_type: str
+    ) -> None:
+        self.applications = applications
+        self.schedule = schedule
+        self.is_checked = is_checked
+        index_of: dict[Tensor, int] = {}
+        self.used = [[index_of.setdefault(p, len(index_of)) for p in a.parameters()] for a in applications]
+        self.parameters = tuple(index_of)
+        self.autocast: Callable[[], torch.autocast] = _current_autocast(device_type)
+        self.marks: list[_Mark | None] = [None] * len(applications)
+        self.slots: dict[int, Tensor] = {}
+        self.hand: Tensor | None = None
+        self.tape: tuple[Tensor, GradientEdge | None] | None = None
+        self.is_input_differentiable = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The chain's output, without a gradient function."""
+        self.is_input_differentiable = x.requires_grad
+        self.hand = x.detach()
+        output: Tensor | None = None
+        for action in self.schedule.forward:
+            result = self._perform(action)
+            if action.hi == len(self.applications) and action.kind is not Kind.ADVANCE:
+                output = result
+        assert output is not None
+        return output.detach()
+
+    def backward(self, grad_output: Tensor) -> tuple[Tensor | None, list[Tensor | None]]:
+        """Gradients of the chain's input and of each parameter."""
+        sums = GradientSums(self.parameters)
+        gradient: Tensor | None = grad_output
+        for action in self.schedule.backward:
+            if action.kind is not Kind.BACK:
+                self._perform(action)
+                continue
+            assert self.tape is not None
+            (leaf, edge), self.tape = self.tape, None
+            if gradient is not None:
+                gradient = sums.backward(edge, gradient, leaf, self._trainable(action)) if edge is not None else None
+        return gradient, sums.totals()
+
+    def _perform(self, action: Action) -> Tensor | None:
+        """Does one action (BACK excepted); returns what running the applications gave, if any ran."""
+        kind, lo, hi = action
+        if kind is Kind.TAKE:
+            self.hand = self.slots.pop(lo)
+            return None
+        assert self.hand is not None
+        if kind is Kind.KEEP:
+            self.slots[lo] = self.hand
+            return None
+        if kind is Kind.TAPE:
+            leaf = self.hand.detach().requires_grad_(lo > 0 or self.is_input_differentiable)
+            self.hand = None
+            with torch.enable_grad(), self.autocast():
+                result = self._run(lo, hi, leaf)
+            self.tape = (leaf, get_gradient_edge(result) if result.requires_grad else None)
+            return result
+        start = self.hand
+        if kind is Kind.ADVANCE:
+            self.hand = None
+        with torch.no_grad(), self.autocast():
+            result = self._run(lo, hi, start)
+        if kind is Kind.ADVANCE:
+            self.hand = result
+        return result
+
+    def _run(self, lo: int, hi: int, x: Tensor) -> Tensor:
+        for index in range(lo, hi):
+            version = x._version
+            y = self.applications[index](x)
+            if x._version != version:
+                raise ValueError(f"application {index} of the chain changed its input in place: return a new tensor")
+            mark = _Mark(y.shape, y.dtype, _digest(y) if self.is_checked else None)
+            expected = self.marks[index]
+            if expected is not None and expected != mark:
+                raise ValueError(
+                    f"application {index} of the chain returned {_describe(mark)} when it was run again, and"
+                    f" {_describe(expected)} at first: its result must depend on its input and parameters alone"
+                )
+            self.marks[index] = mark
+            x = y
+        return x
+
+    def _trainable(self, action: Action) -> list[int]:
+        used = {k for index in range(action.lo, action.hi) for k in self.used[index]}
+        return sorted(k for k in used if self.parameters[k].requires_grad)
+
+
+class _ChainFunction(torch.autograd.Function):
+    """The door between autograd and a chain; the parameters are inputs so that their gradients go the usual way."""
+
+    @staticmethod
+    def forward(ctx: Any, chain: _Chain, x: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.chain = chain
+        return chain.forward(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.chain is None:
+            raise ValueError("this chain has been propagated through already: run the forward pass again")
+        chain, ctx.chain = ctx.chain, None
+        grad_input, grad_parameters = chain.backward(grad_output)
+        return None, grad_input, *grad_parameters
+
+
+def _current_autocast(device_type: str) -> Callable[[], torch.autocast]:
+    """Makes contexts with the autocast state of now, weight cache off: a cached cast would join the runs' graphs."""
+    is_enabled = torch.is_autocast_enabled(device_type)
+    dtype = torch.get_autocast_dtype(device_type)
+    return lambda: torch.autocast(device_type, dtype=dtype, enabled=is_enabled, cache_enabled=False)
+
+
+def _digest(x: Tensor) -> int:
+    """A number that depends on every bit of a floating tensor and on its order."""
+    bits = x.detach().contiguous().view(torch.uint8).flatten().to(torch.int64)
+    weights = torch.arange(bits.numel(), device=bits.device) * 2 + 1
+    return int((bits * weights).sum() + bits.square().sum())
+
+
+def _describe(mark: _Mark) -> str:
+    values = "" if mark.digest is None else f" with digest {mark.digest & 0xFFFFFFFF:08x}"
+    return f"{tuple(mark.shape)} {str(mark.dtype).removeprefix('torch.')}{values}"
