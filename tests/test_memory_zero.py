@@ -1,0 +1,56 @@
+"""Recomputation under DeepSpeed: on two gloo ranks, weights are those of plain autograd bit for bit at every ZeRO stage."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.multi_process
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights of every ZeRO configuration and memory setting, trained by two ranks."""
+    folder = tmp_path_factory.mktemp("zero")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.memory_ranks", str(folder)],
+            env={**shared, "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    errors = [rank.communicate(timeout=300)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], errors[0][-3000:] + errors[1][-3000:]
+    return folder
+
+
+@pytest.mark.parametrize("memory", ["binomial", "none"])
+@pytest.mark.parametrize("ds_config", ["zero0", "zero1", "zero1_autocast", "zero2", "zero3"])
+def test_trained_weights_are_unchanged_bit_for_bit(folder: Path, ds_config: str, memory: str) -> None:
+    expected = load_file(folder / f"{ds_config}.plain.safetensors")
+    got = load_file(folder / f"{ds_config}.{memory}.safetensors")
+    assert [name for name in expected if not torch.equal(got[name], expected[name])] == []
+
+
+@pytest.mark.parametrize("ds_config", ["zero1", "zero2", "zero3"])
+def test_zero_stages_agree(folder: Path, ds_config: str) -> None:
+    expected = load_file(folder / "zero0.binomial.safetensors")
+    got = load_file(folder / f"{ds_config}.binomial.safetensors")
+    for name, value in expected.items():
+        if name.startswith("stem.convs") and name.endswith("bias"):
+            continue  # BatchNorm follows: the true gradient is 0, and Adam follows the sign of its rounding errors
+        torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-5, msg=name)
