@@ -1,0 +1,95 @@
+"""Augmentation of a batch on its device: RandAugment, colour jitter, erasing, mixup and cutmix of torchvision.
+
+Everything is a pure function of the batch and one seed. torchvision draws from torch's global generators, so they
+are forked and seeded for the length of a call. Shapes: B batch, C channels (or classes), H height, W width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data_pipelines.vision import v2
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """Which augmentations a batch gets. Zero switches one off.
+
+    `randaugment_ops` operations of `randaugment_magnitude` (of 0 to 30) a sample; `color_jitter` is the strength of
+    brightness, contrast and saturation; `erase_rate` the share of samples with an erased box; `mixup_alpha` and
+    `cutmix_alpha` the parameters of the beta distribution, `mix_rate` the share of batches that are mixed,
+    `cutmix_rate` the share of cutmix among these where both are on.
+    """
+
+    randaugment_ops: int = 2
+    randaugment_magnitude: int = 9
+    color_jitter: float = 0.0
+    erase_rate: float = 0.25
+    mixup_alpha: float = 0.8
+    cutmix_alpha: float = 1.0
+    mix_rate: float = 1.0
+    cutmix_rate: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name in ("erase_rate", "mix_rate", "cutmix_rate"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"augment.{name}: expected a share between 0 and 1, got {getattr(self, name)!r}")
+        for name in ("randaugment_ops", "color_jitter", "mixup_alpha", "cutmix_alpha"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"augment.{name}: expected 0 or more, got {getattr(self, name)!r}")
+        if not 0 <= self.randaugment_magnitude <= 30:
+            raise ValueError(f"augment.randaugment_magnitude: expected 0 to 30, got {self.randaugment_magnitude!r}")
+
+
+class BatchAugment:
+    """Gives pixels in [0, 1] as float32 (B, C, H, W), and class probabilities (B, num_classes)."""
+
+    def __init__(self, config: AugmentConfig, num_classes: int) -> None:
+        self.config = config
+        self.num_classes = num_classes
+        self._sample_transforms = []
+        if config.randaugment_ops:
+            randaugment = v2.RandAugment(num_ops=config.randaugment_ops, magnitude=config.randaugment_magnitude)
+            self._sample_transforms.append(randaugment)
+        if config.color_jitter:
+            self._sample_transforms.append(v2.ColorJitter(*[config.color_jitter] * 3))
+        self._erase = v2.RandomErasing(p=config.erase_rate, value="random") if config.erase_rate else None
+        self._mixup = v2.MixUp(alpha=config.mixup_alpha, num_classes=num_classes) if config.mixup_alpha else None
+        self._cutmix = v2.CutMix(alpha=config.cutmix_alpha, num_classes=num_classes) if config.cutmix_alpha else None
+
+    def __call__(self, images_BCHW: Tensor, labels_B: Tensor, *, seed: int) -> tuple[Tensor, Tensor]:
+        """Mixing pairs each sample with its neighbour in the batch, so the result depends on how a batch is cut."""
+        assert images_BCHW.dtype == torch.uint8
+        devices = [images_BCHW.device] if images_BCHW.is_cuda else []
+        with torch.random.fork_rng(devices), torch.no_grad():
+            torch.manual_seed(seed)
+            # Operation and strength are drawn per sample: a v2 transform draws once for all that it is given.
+            for transform in self._sample_transforms:
+                images_BCHW = torch.stack([transform(image_CHW) for image_CHW in images_BCHW])
+            unit_BCHW = images_BCHW.float() / 255
+            if self._erase is not None:
+                unit_BCHW = torch.stack([self._erase_box(unit_CHW) for unit_CHW in unit_BCHW])
+            return self._mix(unit_BCHW, labels_B)
+
+    def _erase_box(self, unit_CHW: Tensor) -> Tensor:
+        """Normal noise in a box, of mean 0.5 and deviation 0.25: about N(0, 1) after normalisation, as in timm."""
+        assert self._erase is not None
+        return self._erase((unit_CHW - 0.5) * 4).div(4).add(0.5).clamp(0, 1)
+
+    def _mix(self, unit_BCHW: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor]:
+        mixers = [mixer for mixer in (self._mixup, self._cutmix) if mixer is not None]
+        is_mixed, choice = (float(value) for value in torch.rand(2))
+        if not mixers or len(labels_B) < 2 or is_mixed >= self.config.mix_rate:
+            return unit_BCHW, F.one_hot(labels_B, self.num_classes).float()
+        mixer = mixers[-1] if choice < self.config.cutmix_rate else mixers[0]
+        mixed_BCHW, target_BC = mixer(unit_BCHW, labels_B)
+        return mixed_BCHW, target_BC.float()
+
+
+def normalise(unit_BCHW: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Pixels in [0, 1] to (unit - mean) / std per channel."""
+    mean_C11, std_C11 = (unit_BCHW.new_tensor(values).view(-1, 1, 1) for values in (mean, std))
+    return (unit_BCHW - mean_C11) / std_C11

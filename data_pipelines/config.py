@@ -1,0 +1,65 @@
+"""The settings of the data room, in one frozen dataclass."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from data_pipelines.decode import MAX_PIXELS
+from data_pipelines.order import LastBatch, OrderKind
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is read, in which order, and which part of each image is seen.
+
+    `crop` is the training view: `resized` (RandomResizedCrop: `crop_scale` of the area, `crop_ratio` width to
+    height, then antialiased resize), `padded` (the image, padded with zeros by `crop_padding` pixels, cut at a
+    random place: for small images) or `centre` (the view of evaluation). Evaluation resizes the short side to
+    image_size / `eval_crop_rate` and cuts the centre; 1.0 keeps the whole short side.
+    """
+
+    train_folder: str = "shards/train"
+    test_folder: str = "shards/test"
+    order: OrderKind = "full"
+    last: LastBatch = "drop"
+    # Decoding threads of one rank, and micro batches that they may be ahead.
+    workers: int = 2
+    prefetch_batches: int = 4
+    crop: Literal["resized", "padded", "centre"] = "resized"
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    crop_padding: int = 4
+    flip_rate: float = 0.5
+    eval_crop_rate: float = 0.875
+    interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+    max_pixels: int = MAX_PIXELS
+    # Training replaces a bad sample by another; above this share of a rank's samples of one epoch, the run stops.
+    max_bad_rate: float = 0.001
+    # JSON lines of the samples that were replaced: shard, key, offset, reason. Null writes none.
+    quarantine_file: str | None = None
+
+    def __post_init__(self) -> None:
+        _require(self.workers >= 1, "workers", "at least 1", self.workers)
+        _require(self.prefetch_batches >= 1, "prefetch_batches", "at least 1", self.prefetch_batches)
+        low, high = self.crop_scale
+        _require(0 < low <= high <= 1, "crop_scale", "0 < low <= high <= 1", self.crop_scale)
+        low, high = self.crop_ratio
+        _require(0 < low <= high, "crop_ratio", "0 < low <= high", self.crop_ratio)
+        _require(self.crop_padding >= 0, "crop_padding", "0 or more", self.crop_padding)
+        _require(0 <= self.flip_rate <= 1, "flip_rate", "between 0 and 1", self.flip_rate)
+        _require(0 < self.eval_crop_rate <= 1, "eval_crop_rate", "above 0, at most 1", self.eval_crop_rate)
+        _require(0 <= self.max_bad_rate <= 1, "max_bad_rate", "between 0 and 1", self.max_bad_rate)
+        for name, choices in CHOICES.items():
+            _require(getattr(self, name) in choices, name, f"one of {', '.join(choices)}", getattr(self, name))
+
+
+CHOICES = {
+    "order": ("full", "sequential"),
+    "last": ("drop", "pad"),
+    "crop": ("resized", "padded", "centre"),
+    "interpolation": ("bilinear", "bicubic"),
+}
+
+
+def _require(is_valid: bool, name: str, expected: str, got: object) -> None:
+    if not is_valid:
+        raise ValueError(f"data.{name}: expected {expected}, got {got!r}")

@@ -1,0 +1,92 @@
+"""One sample: its pixels as training or evaluation sees them, its label and view. Bad samples are handled here."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from data_pipelines.config import DataConfig
+from data_pipelines.decode import DecodeError, decode_rgb
+from data_pipelines.index import ShardSet
+from data_pipelines.order import keyed_words
+from data_pipelines.quarantine import Quarantine
+from data_pipelines.reader import BadSampleError, ShardReader
+from data_pipelines.view import View, centre_pixels, draw_view, training_pixels
+
+# Substitutes that are tried for one bad sample before the run stops.
+_MAX_SUBSTITUTES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """`pixels` is uint8 (3, H, W); `index` is that of the sample which was read, a substitute's included."""
+
+    pixels: Tensor
+    label: int
+    index: int
+    view: View
+
+
+class SampleSource(Protocol):
+    """Called by several threads at once."""
+
+    def __call__(self, epoch: int, index: int) -> Sample: ...
+
+
+def _decode(reader: ShardReader, shards: ShardSet, index: int, max_pixels: int) -> Tensor:
+    try:
+        return decode_rgb(reader.read(index), max_pixels=max_pixels)
+    except DecodeError as error:
+        raise BadSampleError(shards, index, str(error)) from error
+
+
+class EvaluationSamples:
+    """The centre of each image. A bad sample is an error, because evaluation counts every sample once."""
+
+    def __init__(self, reader: ShardReader, shards: ShardSet, config: DataConfig, image_size: int) -> None:
+        self._reader, self._shards, self._config, self._image_size = reader, shards, config, image_size
+
+    def __call__(self, epoch: int, index: int) -> Sample:
+        image_CHW = _decode(self._reader, self._shards, index, self._config.max_pixels)
+        pixels_CHW = centre_pixels(image_CHW, self._config, self._image_size)
+        return Sample(pixels_CHW, int(self._shards.label[index]), index, (0, 0, *image_CHW.shape[1:], 0))
+
+
+class TrainingSamples:
+    """The drawn view of each image. A bad sample is replaced by another that depends on (seed, epoch, index) only."""
+
+    def __init__(
+        self,
+        reader: ShardReader,
+        shards: ShardSet,
+        config: DataConfig,
+        *,
+        image_size: int,
+        seed: int,
+        quarantine: Quarantine,
+    ) -> None:
+        self._reader, self._shards, self._config = reader, shards, config
+        self._image_size, self._seed, self._quarantine = image_size, seed, quarantine
+
+    def __call__(self, epoch: int, index: int) -> Sample:
+        try:
+            return self._read(epoch, index)
+        except BadSampleError as error:
+            self._quarantine.add(epoch, error)
+        return self._substitute(epoch, index)
+
+    def _substitute(self, epoch: int, bad_index: int) -> Sample:
+        words = keyed_words(_MAX_SUBSTITUTES, "substitute", self._seed, epoch, bad_index)
+        for word in words.tolist():
+            try:
+                return self._read(epoch, word % self._shards.num_samples)
+            except BadSampleError as error:
+                self._quarantine.add(epoch, error)
+                last_error = error
+        raise ValueError(f"{_MAX_SUBSTITUTES} substitutes for a bad sample were bad as well; the last: {last_error}")
+
+    def _read(self, epoch: int, index: int) -> Sample:
+        image_CHW = _decode(self._reader, self._shards, index, self._config.max_pixels)
+        view = draw_view(self._config, *image_CHW.shape[1:], seed=self._seed, epoch=epoch, index=index)
+        pixels_CHW = training_pixels(image_CHW, view, self._config, self._image_size)
+        return Sample(pixels_CHW, int(self._shards.label[index]), index, view)
