@@ -1,4 +1,4 @@
-"""Recomputation under DeepSpeed: on two gloo ranks, weights are those of plain autograd bit for bit at every ZeRO stage."""
+"""Recomputation under DeepSpeed: two gloo ranks train the same bits as plain autograd at every ZeRO stage."""
 
 import os
 import socket
