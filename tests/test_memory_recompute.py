@@ -96,7 +96,8 @@ def assert_same(got: list[Tensor | None], expected: list[Tensor | None]) -> None
 ALL = [
     schedules.none(LENGTH),
     schedules.per_application(LENGTH),
-    schedules.per_application(LENGTH, 4),
+    schedules.binomial(LENGTH, 3, num_taped=4),
+    schedules.binomial(LENGTH, 2, leaf=2),
     schedules.segments(LENGTH, 3),
     schedules.segments(LENGTH, 1),
     schedules.nested(LENGTH, 3),

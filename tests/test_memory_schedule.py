@@ -55,9 +55,18 @@ def test_two_level_schedules_are_sound(length: int, data: st.DataObject) -> None
 @given(lengths, st.data())
 def test_a_kept_tape_saves_exactly_its_applications(length: int, data: st.DataObject) -> None:
     num_taped = data.draw(st.integers(0, length))
-    ledger = account(schedules.per_application(length, num_taped))
+    ledger = account(schedules.binomial(length, length, num_taped=num_taped))
     assert ledger.total_untaped == length - num_taped
     assert ledger.peak_taped == max(1, num_taped)
+
+
+@settings(max_examples=50, deadline=None)
+@given(lengths, st.integers(1, 12), st.data())
+def test_leaves_and_a_kept_tape_keep_within_the_slots(length: int, slots: int, data: st.DataObject) -> None:
+    leaf, num_taped = data.draw(st.integers(1, length)), data.draw(st.integers(0, length))
+    ledger = account(schedules.binomial(length, slots, leaf, num_taped))
+    assert ledger.peak_slots <= slots
+    assert ledger.peak_taped <= max(leaf, num_taped)
 
 
 def test_none_runs_nothing_twice() -> None:
@@ -103,6 +112,6 @@ def test_bad_counts_are_named() -> None:
     with pytest.raises(ValueError, match="segments: expected 1 to 5"):
         schedules.segments(5, 6)
     with pytest.raises(ValueError, match="num_taped"):
-        schedules.per_application(5, 6)
+        schedules.binomial(5, 2, num_taped=6)
     with pytest.raises(ValueError, match="passes"):
         schedules.slots_needed(5, 0)

@@ -88,14 +88,18 @@ class _Chain:
         sums = GradientSums(self.parameters)
         gradient: Tensor | None = grad_output
         for action in self.schedule.backward:
-            if action.kind is not Kind.BACK:
+            if action.kind is Kind.BACK:
+                gradient = self._back(action, gradient, sums)
+            else:
                 self._perform(action)
-                continue
-            assert self.tape is not None
-            (leaf, edge), self.tape = self.tape, None
-            if gradient is not None:
-                gradient = sums.backward(edge, gradient, leaf, self._trainable(action)) if edge is not None else None
         return gradient, sums.totals()
+
+    def _back(self, action: Action, gradient: Tensor | None, sums: GradientSums) -> Tensor | None:
+        assert self.tape is not None
+        (leaf, edge), self.tape = self.tape, None
+        if gradient is None or edge is None:
+            return None
+        return sums.backward(edge, gradient, leaf, self._trainable(action))
 
     def _perform(self, action: Action) -> Tensor | None:
         """Does one action (BACK excepted); returns what running the applications gave, if any ran."""

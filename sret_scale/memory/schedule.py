@@ -9,7 +9,7 @@ next action starts from) is not a slot, as in Griewank and Walther, "Algorithm 7
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import lru_cache
 from math import ceil, comb, isqrt
@@ -86,40 +86,56 @@ def grow(
     return Schedule(name, num_applications, tuple(forward), tuple(backward))
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
+def binomial(num_applications: int, slots: int, leaf: int = 1, num_taped: int = 0) -> Schedule:
+    """Revolve: the fewest untaped runs that `slots` kept boundaries allow.
+
+    `leaf` applications (or one fewer, where they do not divide the chain) are taped at a time and treated as one.
+    The last `num_taped` are taped by the forward pass and never run again.
+    """
+    tail = num_applications - num_taped
+    _require("num_taped", num_taped, 0, num_applications)
+    _require("leaf", leaf, 1, num_applications)
+    num_leaves = ceil(tail / leaf)
+    starts = [index * tail // num_leaves for index in range(num_leaves)] + [tail]
+    leaf_at = {start: index for index, start in enumerate(starts)}
+    if slots < 1 and num_leaves + (num_taped > 0) > 1:
+        raise ValueError(f"slots: expected at least 1 for a chain of {num_leaves} leaves, got {slots}")
+
+    def split(lo: int, hi: int, room: int) -> int | None:
+        is_before_tail = num_taped > 0 and hi == num_applications
+        count = leaf_at[min(hi, tail)] - leaf_at[lo]
+        if count > 1 and room > is_before_tail:
+            # The last leaf before a taped tail waits in a slot, not in the hand.
+            return starts[leaf_at[lo] + _binomial_split(count, room - is_before_tail)]
+        return tail if is_before_tail and count > 0 else None
+
+    name = f"binomial({slots}" + f", leaf={leaf}" * (leaf > 1) + f", taped={num_taped}" * (num_taped > 0) + ")"
+    return grow(name, num_applications, split, room=slots, is_last_taped=num_taped > 0)
+
+
 def none(num_applications: int) -> Schedule:
     """Tapes everything in the forward pass: nothing runs twice."""
-    return grow("none", num_applications, lambda lo, hi, room: None, room=0, is_last_taped=True)
+    return replace(binomial(num_applications, 0, num_taped=num_applications), name="none")
 
 
-@lru_cache(maxsize=64)
-def per_application(num_applications: int, num_taped: int = 0) -> Schedule:
-    """Keeps every boundary and tapes one application at a time; the last `num_taped` stay taped from the forward."""
-    if not 0 <= num_taped <= num_applications:
-        raise ValueError(f"num_taped: expected 0 to {num_applications}, got {num_taped}")
-    tail = num_applications - num_taped
-
-    def split(lo: int, hi: int, room: int) -> int | None:
-        return None if hi - lo == 1 or lo >= tail else lo + 1
-
-    return grow("per_application", num_applications, split, room=num_applications, is_last_taped=num_taped > 0)
+def per_application(num_applications: int) -> Schedule:
+    """Keeps every boundary and tapes one application at a time (r = 1)."""
+    return replace(binomial(num_applications, num_applications), name="per_application")
 
 
-@lru_cache(maxsize=64)
 def segments(num_applications: int, num_segments: int) -> Schedule:
     """Keeps the boundaries of `num_segments` equal segments and tapes one whole segment at a time (r = 1)."""
-    length = _segment_length(num_applications, num_segments)
-
-    def split(lo: int, hi: int, room: int) -> int | None:
-        return lo + length if hi - lo > length else None
-
-    return grow(f"segments({num_segments})", num_applications, split, room=num_applications)
+    _require("segments", num_segments, 1, num_applications)
+    leaf = ceil(num_applications / num_segments)
+    return replace(binomial(num_applications, num_segments, leaf), name=f"segments({num_segments})")
 
 
 @lru_cache(maxsize=64)
 def nested(num_applications: int, num_segments: int) -> Schedule:
     """Keeps segment boundaries; inside a segment, `per_application`: one application on the tape at a time (r = 2)."""
-    length = _segment_length(num_applications, num_segments)
+    _require("segments", num_segments, 1, num_applications)
+    length = ceil(num_applications / num_segments)
 
     def split(lo: int, hi: int, room: int) -> int | None:
         if hi - lo > length:
@@ -127,18 +143,6 @@ def nested(num_applications: int, num_segments: int) -> Schedule:
         return lo + 1 if hi - lo > 1 else None
 
     return grow(f"nested({num_segments})", num_applications, split, room=num_applications)
-
-
-@lru_cache(maxsize=64)
-def binomial(num_applications: int, slots: int) -> Schedule:
-    """Revolve: the fewest untaped runs that `slots` kept boundaries allow, one application on the tape at a time."""
-    if slots < 1 and num_applications > 1:
-        raise ValueError(f"slots: expected at least 1 for a chain of {num_applications} applications, got {slots}")
-
-    def split(lo: int, hi: int, room: int) -> int | None:
-        return lo + _binomial_split(hi - lo, room) if hi - lo > 1 else None
-
-    return grow(f"binomial({slots})", num_applications, split, room=slots)
 
 
 def capacity(slots: int, passes: int) -> int:
@@ -179,10 +183,9 @@ def default_segments(num_applications: int) -> int:
     return max(1, isqrt(num_applications))
 
 
-def _segment_length(num_applications: int, num_segments: int) -> int:
-    if not 1 <= num_segments <= num_applications:
-        raise ValueError(f"segments: expected 1 to {num_applications} (the applications), got {num_segments}")
-    return ceil(num_applications / num_segments)
+def _require(name: str, value: int, lowest: int, highest: int) -> None:
+    if not lowest <= value <= highest:
+        raise ValueError(f"{name}: expected {lowest} to {highest}, got {value}")
 
 
 def _binomial_split(length: int, slots: int) -> int:
