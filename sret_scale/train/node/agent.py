@@ -1,0 +1,188 @@
+"""The agent of one node: starts DeepSpeed's launcher, passes a request to stop on to the ranks, ends what is left.
+
+It is told what to do on stdin: the job as one line, then `stop` or `kill`. The end of stdin means that whoever asked is
+gone (a killed launcher, a broken ssh connection), and counts as `stop`. It writes an error record for a rank that ended
+without one.
+"""
+
+import contextlib
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+
+import psutil
+
+from sret_scale.train.node.build_lock import clear_stale_locks
+from sret_scale.train.node.errors import RankError, has_error, now_s, write_error
+from sret_scale.train.node.job import Job, deepspeed_command
+from sret_scale.train.node.orphans import die_with_parent
+
+_POLL_S = 0.2
+
+
+class Ranks:
+    """The rank processes below DeepSpeed's launcher, and what became of them."""
+
+    def __init__(self, launcher_pid: int, job: Job) -> None:
+        self.job = job
+        self.launcher = psutil.Process(launcher_pid)
+        self.alive: dict[int, psutil.Process] = {}
+        """Rank -> its process."""
+        self.seen_s = now_s()
+
+    def poll(self) -> dict[int, int]:
+        """The ranks that ended since the last call, with their exit status (negative: the signal)."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            known = {process.pid for process in self.alive.values()}
+            for child in self.launcher.children():
+                rank = None if child.pid in known else _rank_of(child)
+                if rank is not None:
+                    self.alive[rank] = child
+        ended = {}
+        for rank, process in list(self.alive.items()):
+            status = _exit_status(process)
+            if status is not None:
+                ended[rank] = status
+                del self.alive[rank]
+        return ended
+
+    def record(self, rank: int, status: int) -> None:
+        """Leaves an error record for a rank that could not do it itself."""
+        if status < 0:
+            reason = f"was ended by {signal.Signals(-status).name}"
+            if status == -signal.SIGKILL:
+                reason += " (by hand, or by the system when memory ran out: see dmesg)"
+        else:
+            reason = f"ended with status {status} without a message"
+        # The last moment it was seen alive sorts it before the peers that failed because of it.
+        write_error(
+            Path(self.job.run_folder),
+            RankError(
+                time_s=self.seen_s, rank=rank, host=socket.gethostname(), message=f"rank {rank} {reason}", exit_code=1
+            ),
+        )
+
+    def ask_to_stop(self) -> None:
+        """SIGTERM to the ranks themselves: to DeepSpeed's launcher it would mean failure and a kill after 30 s."""
+        for process in self.alive.values():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.terminate()
+
+
+def _rank_of(process: psutil.Process) -> int | None:
+    """The rank of a child of the launcher; None between fork and exec, when it still has its parent's environment."""
+    try:
+        rank = process.environ().get("RANK")
+        return int(rank) if rank is not None and "sret_scale.train.node.rank" in process.cmdline() else None
+    except psutil.Error:
+        return None
+
+
+def _exit_status(process: psutil.Process) -> int | None:
+    """None while it runs; the status that its parent will read, or 0 when the parent has read it already."""
+    try:
+        fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+        if not process.is_running():
+            return 0
+    except (FileNotFoundError, ProcessLookupError, psutil.NoSuchProcess):
+        return 0
+    # proc(5): state is field 3, exit_code field 52; the text after the name begins with field 3.
+    return os.waitstatus_to_exitcode(int(fields[49])) if fields[0] in "ZX" else None
+
+
+def start_launcher(job: Job, node_rank: int) -> "subprocess.Popen[bytes]":
+    """DeepSpeed's launcher in a session of its own, so that everything it starts can be found and ended."""
+    devices = list(job.world.values())[node_rank]
+    environment = {**os.environ, **job.environment}
+    cores = len(os.sched_getaffinity(0))
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // len(devices))))
+    return subprocess.Popen(
+        deepspeed_command(job, node_rank),
+        stdin=subprocess.DEVNULL,
+        env=environment,
+        cwd=job.working_folder,
+        start_new_session=True,
+        preexec_fn=die_with_parent,
+    )
+
+
+def end_session(session: int) -> None:
+    """Kills every process of a session."""
+    for pid in psutil.pids():
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if os.getsid(pid) == session:
+                os.kill(pid, signal.SIGKILL)
+
+
+def node_rank_of(job: Job) -> int:
+    """This node's place in the job's world, given or found by the name that Slurm has for the node."""
+    if job.node_rank is not None:
+        return job.node_rank
+    name = os.environ.get("SLURMD_NODENAME", socket.gethostname())
+    if name not in job.world:
+        raise ValueError(f"this node is {name!r}, expected one of {', '.join(job.world)}")
+    return list(job.world).index(name)
+
+
+def supervise(launcher: "subprocess.Popen[bytes]", job: Job, requests: "queue.SimpleQueue[str]") -> int:
+    """Waits for the launcher's end; returns its exit status. Nothing of its session is alive afterwards."""
+    ranks = Ranks(launcher.pid, job)
+    deadline_s = float("inf")
+    stopping = False
+    while launcher.poll() is None and time.monotonic() < deadline_s:
+        ended = ranks.poll()
+        failed = {rank: status for rank, status in ended.items() if status != 0}
+        if failed and not stopping:
+            for rank, status in failed.items():
+                if not has_error(Path(job.run_folder), rank):
+                    ranks.record(rank, status)
+            deadline_s = min(deadline_s, time.monotonic() + job.failure_grace_s)
+        ranks.seen_s = now_s()
+        with contextlib.suppress(queue.Empty):
+            request = requests.get(timeout=_POLL_S)
+            if request == "stop" and not stopping and ranks.alive:
+                ranks.ask_to_stop()
+                stopping = True
+                deadline_s = min(deadline_s, time.monotonic() + job.stop_grace_s)
+            elif request == "kill" or not ranks.alive:
+                deadline_s = 0.0
+    end_session(launcher.pid)
+    return launcher.wait()
+
+
+def main() -> int:
+    """Reads the job from stdin and sees it through."""
+    requests: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def on_signal(_number: int, _frame: FrameType | None) -> None:
+        requests.put("stop")
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, on_signal)
+    job = Job.from_line(sys.stdin.readline())
+    for lock in clear_stale_locks():
+        print(f"removed the stale build lock {lock}", flush=True)
+    launcher = start_launcher(job, node_rank_of(job))
+
+    def listen() -> None:
+        for line in sys.stdin:
+            requests.put(line.strip())
+        requests.put("stop")
+
+    # Started after the launcher: between fork and exec only one thread may exist.
+    threading.Thread(target=listen, daemon=True).start()
+    return 0 if supervise(launcher, job, requests) == 0 else 1
+
+
+if __name__ == "__main__":
+    # The listening thread holds stdin's lock, on which a normal exit would wait.
+    status = main()
+    sys.stdout.flush()
+    os._exit(status)
