@@ -45,7 +45,10 @@ class AugmentConfig:
 
 
 class BatchAugment:
-    """Gives pixels in [0, 1] as float32 (B, C, H, W), and class probabilities (B, num_classes)."""
+    """Gives pixels in [0, 1] as float32 (B, C, H, W), and class probabilities (B, num_classes).
+
+    Labels are class ids (B,), or rows of floats, such as a teacher's probabilities, which are mixed as they are.
+    """
 
     def __init__(self, config: AugmentConfig, num_classes: int) -> None:
         self.config = config
@@ -57,10 +60,10 @@ class BatchAugment:
         if config.color_jitter:
             self._sample_transforms.append(v2.ColorJitter(*[config.color_jitter] * 3))
         self._erase = v2.RandomErasing(p=config.erase_rate, value="random") if config.erase_rate else None
-        self._mixup = v2.MixUp(alpha=config.mixup_alpha, num_classes=num_classes) if config.mixup_alpha else None
-        self._cutmix = v2.CutMix(alpha=config.cutmix_alpha, num_classes=num_classes) if config.cutmix_alpha else None
+        self._mixup = v2.MixUp(alpha=config.mixup_alpha) if config.mixup_alpha else None
+        self._cutmix = v2.CutMix(alpha=config.cutmix_alpha) if config.cutmix_alpha else None
 
-    def __call__(self, images_BCHW: Tensor, labels_B: Tensor, *, seed: int) -> tuple[Tensor, Tensor]:
+    def __call__(self, images_BCHW: Tensor, labels: Tensor, *, seed: int) -> tuple[Tensor, Tensor]:
         """Mixing pairs each sample with its neighbour in the batch, so the result depends on how a batch is cut."""
         assert images_BCHW.dtype == torch.uint8
         devices = [images_BCHW.device] if images_BCHW.is_cuda else []
@@ -72,21 +75,22 @@ class BatchAugment:
             unit_BCHW = images_BCHW.float() / 255
             if self._erase is not None:
                 unit_BCHW = torch.stack([self._erase_box(unit_CHW) for unit_CHW in unit_BCHW])
-            return self._mix(unit_BCHW, labels_B)
+            target_BC = labels if labels.ndim == 2 else F.one_hot(labels, self.num_classes).float()
+            return self._mix(unit_BCHW, target_BC)
 
     def _erase_box(self, unit_CHW: Tensor) -> Tensor:
         """Normal noise in a box, of mean 0.5 and deviation 0.25: about N(0, 1) after normalisation, as in timm."""
         assert self._erase is not None
         return self._erase((unit_CHW - 0.5) * 4).div(4).add(0.5).clamp(0, 1)
 
-    def _mix(self, unit_BCHW: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor]:
+    def _mix(self, unit_BCHW: Tensor, target_BC: Tensor) -> tuple[Tensor, Tensor]:
         mixers = [mixer for mixer in (self._mixup, self._cutmix) if mixer is not None]
         is_mixed, choice = (float(value) for value in torch.rand(2))
-        if not mixers or len(labels_B) < 2 or is_mixed >= self.config.mix_rate:
-            return unit_BCHW, F.one_hot(labels_B, self.num_classes).float()
+        if not mixers or len(target_BC) < 2 or is_mixed >= self.config.mix_rate:
+            return unit_BCHW, target_BC
         mixer = mixers[-1] if choice < self.config.cutmix_rate else mixers[0]
-        mixed_BCHW, target_BC = mixer(unit_BCHW, labels_B)
-        return mixed_BCHW, target_BC.float()
+        mixed_BCHW, mixed_BC = mixer(unit_BCHW, target_BC)
+        return mixed_BCHW, mixed_BC
 
 
 def normalise(unit_BCHW: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

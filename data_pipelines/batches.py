@@ -30,6 +30,7 @@ class Batch:
     indices: Tensor  # int64 (B,) sample index in the shard set
     valid: Tensor  # bool (B,)
     views: Tensor  # int32 (B, 5): top, left, height, width of the box, 1 for a flip
+    view_numbers: Tensor  # int32 (B,) which view of its sample a row shows
 
 
 class PendingBatch:
@@ -54,8 +55,8 @@ class BatchFiller:
         self._executor = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
         self._pin_memory = torch.cuda.is_available()
 
-    def submit(self, epoch: int, indices_B: Indices) -> PendingBatch:
-        """Begins a batch of the samples `indices_B` of `epoch`."""
+    def submit(self, epoch: int, indices_B: Indices, repeats_B: Indices) -> PendingBatch:
+        """Begins a batch of the samples `indices_B` of `epoch`, each in its `repeats_B`-th view."""
         num_rows = len(indices_B)
         size = self._image_size
         batch = Batch(
@@ -64,18 +65,21 @@ class BatchFiller:
             indices=torch.from_numpy(indices_B.copy()),
             valid=torch.from_numpy(indices_B != PADDING),
             views=torch.zeros(num_rows, 5, dtype=torch.int32),
+            view_numbers=torch.zeros(num_rows, dtype=torch.int32),
         )
         starts = range(0, num_rows, _SAMPLES_PER_TASK)
-        return PendingBatch(batch, [self._executor.submit(self._fill, batch, epoch, start) for start in starts])
+        tasks = [self._executor.submit(self._fill, batch, epoch, repeats_B, start) for start in starts]
+        return PendingBatch(batch, tasks)
 
-    def _fill(self, batch: Batch, epoch: int, start: int) -> None:
+    def _fill(self, batch: Batch, epoch: int, repeats_B: Indices, start: int) -> None:
         for row in range(start, min(start + _SAMPLES_PER_TASK, len(batch.indices))):
             if not batch.valid[row]:
                 continue
-            sample = self._source(epoch, int(batch.indices[row]))
+            sample = self._source(epoch, int(batch.indices[row]), int(repeats_B[row]))
             batch.images[row] = sample.pixels
             batch.labels[row] = sample.label
             batch.indices[row] = sample.index
+            batch.view_numbers[row] = sample.view_number
             batch.views[row] = torch.tensor(sample.view, dtype=torch.int32)
 
     def __enter__(self) -> "BatchFiller":

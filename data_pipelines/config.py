@@ -21,6 +21,10 @@ class DataConfig:
     test_folder: str = "shards/test"
     order: OrderKind = "full"
     last: LastBatch = "drop"
+    # Samples that one may be moved by in `block` order: more mixes better, and needs more shards at a time.
+    block_window: int = 8192
+    # Views of each sample in an epoch, all in one global batch (repeated augmentation).
+    num_repeats: int = 1
     # Decoding threads of one rank, and micro batches that they may be ahead.
     workers: int = 2
     prefetch_batches: int = 4
@@ -29,6 +33,10 @@ class DataConfig:
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     crop_padding: int = 4
     flip_rate: float = 0.5
+    # Epoch e sees view e mod `num_views` of each image; null draws new views in every epoch. `view_seed` draws them;
+    # null is the run's seed. A store of soft labels needs both, so that a view that it knows comes again.
+    num_views: int | None = None
+    view_seed: int | None = None
     eval_crop_rate: float = 0.875
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
     max_pixels: int = MAX_PIXELS
@@ -40,12 +48,15 @@ class DataConfig:
     def __post_init__(self) -> None:
         _require(self.workers >= 1, "workers", "at least 1", self.workers)
         _require(self.prefetch_batches >= 1, "prefetch_batches", "at least 1", self.prefetch_batches)
+        _require(self.block_window >= 1, "block_window", "at least 1", self.block_window)
+        _require(self.num_repeats >= 1, "num_repeats", "at least 1", self.num_repeats)
         low, high = self.crop_scale
         _require(0 < low <= high <= 1, "crop_scale", "0 < low <= high <= 1", self.crop_scale)
         low, high = self.crop_ratio
         _require(0 < low <= high, "crop_ratio", "0 < low <= high", self.crop_ratio)
         _require(self.crop_padding >= 0, "crop_padding", "0 or more", self.crop_padding)
         _require(0 <= self.flip_rate <= 1, "flip_rate", "between 0 and 1", self.flip_rate)
+        _require(self.num_views is None or self.num_views >= 1, "num_views", "at least 1, or null", self.num_views)
         _require(0 < self.eval_crop_rate <= 1, "eval_crop_rate", "above 0, at most 1", self.eval_crop_rate)
         _require(0 <= self.max_bad_rate <= 1, "max_bad_rate", "between 0 and 1", self.max_bad_rate)
         for name, choices in CHOICES.items():
@@ -53,7 +64,7 @@ class DataConfig:
 
 
 CHOICES = {
-    "order": ("full", "sequential"),
+    "order": ("full", "block", "sequential"),
     "last": ("drop", "pad"),
     "crop": ("resized", "padded", "centre"),
     "interpolation": ("bilinear", "bicubic"),

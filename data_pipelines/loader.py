@@ -11,7 +11,7 @@ The state is a position, so a run continues on any number of ranks, and every ra
 
 import json
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -58,6 +58,19 @@ class Step:
     next_state: LoaderState
 
 
+def shard_order(shards: ShardSet, config: DataConfig, *, seed: int, global_batch_size: int) -> Order:
+    """The training order of `shards`."""
+    return Order(
+        kind=config.order,
+        fingerprint=shards.fingerprint,
+        seed=seed,
+        shard_sizes=np.bincount(shards.shard_of, minlength=shards.num_shards).tolist(),
+        global_batch_size=global_batch_size,
+        block_window=config.block_window,
+        num_repeats=config.num_repeats,
+    )
+
+
 class TrainLoader:
     """Endless training steps of one rank: `for step in loader.steps(state)`."""
 
@@ -74,7 +87,7 @@ class TrainLoader:
         grad_accum_steps: int,
     ) -> None:
         self.global_batch_size = micro_batch_size * grad_accum_steps * world_size
-        self.order = Order(kind=config.order, num_samples=shards.num_samples, fingerprint=shards.fingerprint, seed=seed)
+        self.order = shard_order(shards, config, seed=seed, global_batch_size=self.global_batch_size)
         epoch_length = self.order.epoch_length
         if self.global_batch_size > epoch_length:
             raise ValueError(
@@ -86,7 +99,7 @@ class TrainLoader:
         self._shards, self._config, self._image_size = shards, config, image_size
         self._rank, self._world_size = rank, world_size
         self._micro_batch_size, self._grad_accum_steps = micro_batch_size, grad_accum_steps
-        self._identity = LoaderState(fingerprint=shards.fingerprint[:32], seed=seed, order=config.order)
+        self._identity = LoaderState(fingerprint=shards.fingerprint[:32], seed=seed, order=self.order.name)
         self._quarantine = Quarantine(
             config.quarantine_file, max_bad_rate=config.max_bad_rate, samples_per_epoch=-(-epoch_length // world_size)
         )
@@ -96,12 +109,12 @@ class TrainLoader:
         """Different bad samples that this rank has met and replaced since it was started."""
         return self._quarantine.count
 
-    def steps(self, state: LoaderState) -> Iterator[Step]:
+    def steps(self, state: LoaderState) -> Generator[Step]:
         """Endless. Threads work ahead until the iterator is closed or collected; what fails in one is raised here."""
         self._check(state)
         return self._steps(state)
 
-    def _steps(self, state: LoaderState) -> Iterator[Step]:
+    def _steps(self, state: LoaderState) -> Generator[Step]:
         upcoming: deque[tuple[list[PendingBatch], LoaderState]] = deque()
         with ShardReader(self._shards) as reader:
             source = TrainingSamples(
@@ -115,13 +128,14 @@ class TrainLoader:
             with BatchFiller(source, image_size=self._image_size, num_threads=self._config.workers) as filler:
                 while True:
                     while (len(upcoming) - 1) * self._grad_accum_steps < self._config.prefetch_batches:
-                        epoch, indices, state = self._next_indices(state)
-                        upcoming.append(([filler.submit(epoch, indices_B) for indices_B in indices], state))
+                        epoch, positions, state = self._next_positions(state)
+                        samples = zip(self.order.samples(epoch, positions), self.order.repeats(positions), strict=True)
+                        upcoming.append(([filler.submit(epoch, *rows) for rows in samples], state))
                     pending, next_state = upcoming.popleft()
                     yield Step(micro_batches=[batch.result() for batch in pending], next_state=next_state)
 
-    def _next_indices(self, state: LoaderState) -> tuple[int, Indices, LoaderState]:
-        """Epoch, indices (grad_accum_steps, micro_batch_size) of the next global batch, and the state after it."""
+    def _next_positions(self, state: LoaderState) -> tuple[int, Indices, LoaderState]:
+        """Epoch, positions (grad_accum_steps, micro_batch_size) of the next global batch, and the state after it."""
         epoch, position = advance(
             state.epoch,
             state.position,
@@ -137,7 +151,7 @@ class TrainLoader:
             grad_accum_steps=self._grad_accum_steps,
         )
         after = replace(self._identity, epoch=epoch, position=position + self.global_batch_size)
-        return epoch, self.order.samples(epoch, positions), after
+        return epoch, positions, after
 
     def _check(self, state: LoaderState) -> None:
         for name, what in (("fingerprint", "shards"), ("seed", "seed"), ("order", "order")):
@@ -170,7 +184,8 @@ def evaluation_batches(
                     micro_batch_size=batch_size,
                     grad_accum_steps=1,
                 )[0]
-                upcoming.append(filler.submit(0, np.where(positions_B < shards.num_samples, positions_B, PADDING)))
+                indices_B = np.where(positions_B < shards.num_samples, positions_B, PADDING)
+                upcoming.append(filler.submit(0, indices_B, np.zeros_like(indices_B)))
                 if len(upcoming) > config.prefetch_batches:
                     yield upcoming.popleft().result()
             while upcoming:

@@ -8,10 +8,10 @@ from torch import Tensor
 from data_pipelines.config import DataConfig
 from data_pipelines.decode import DecodeError, decode_rgb
 from data_pipelines.index import ShardSet
-from data_pipelines.order import keyed_words
+from data_pipelines.keyed import keyed_words
 from data_pipelines.quarantine import Quarantine
 from data_pipelines.reader import BadSampleError, ShardReader
-from data_pipelines.view import View, centre_pixels, draw_view, training_pixels
+from data_pipelines.view import View, centre_pixels, draw_view, training_pixels, view_number
 
 # Substitutes that are tried for one bad sample before the run stops.
 _MAX_SUBSTITUTES = 16
@@ -25,12 +25,13 @@ class Sample:
     label: int
     index: int
     view: View
+    view_number: int
 
 
 class SampleSource(Protocol):
     """Called by several threads at once."""
 
-    def __call__(self, epoch: int, index: int) -> Sample: ...
+    def __call__(self, epoch: int, index: int, repeat: int) -> Sample: ...
 
 
 def _decode(reader: ShardReader, shards: ShardSet, index: int, max_pixels: int) -> Tensor:
@@ -46,14 +47,14 @@ class EvaluationSamples:
     def __init__(self, reader: ShardReader, shards: ShardSet, config: DataConfig, image_size: int) -> None:
         self._reader, self._shards, self._config, self._image_size = reader, shards, config, image_size
 
-    def __call__(self, epoch: int, index: int) -> Sample:
+    def __call__(self, epoch: int, index: int, repeat: int) -> Sample:
         image_CHW = _decode(self._reader, self._shards, index, self._config.max_pixels)
         pixels_CHW = centre_pixels(image_CHW, self._config, self._image_size)
-        return Sample(pixels_CHW, int(self._shards.label[index]), index, (0, 0, *image_CHW.shape[1:], 0))
+        return Sample(pixels_CHW, int(self._shards.label[index]), index, (0, 0, *image_CHW.shape[1:], 0), 0)
 
 
 class TrainingSamples:
-    """The drawn view of each image. A bad sample is replaced by another that depends on (seed, epoch, index) only."""
+    """The drawn view of each image. A bad sample is replaced by another, a function of what decided on the first."""
 
     def __init__(
         self,
@@ -67,26 +68,28 @@ class TrainingSamples:
     ) -> None:
         self._reader, self._shards, self._config = reader, shards, config
         self._image_size, self._seed, self._quarantine = image_size, seed, quarantine
+        self._view_seed = seed if config.view_seed is None else config.view_seed
 
-    def __call__(self, epoch: int, index: int) -> Sample:
+    def __call__(self, epoch: int, index: int, repeat: int) -> Sample:
         try:
-            return self._read(epoch, index)
+            return self._read(epoch, index, repeat)
         except BadSampleError as error:
             self._quarantine.add(epoch, error)
-        return self._substitute(epoch, index)
+        return self._substitute(epoch, index, repeat)
 
-    def _substitute(self, epoch: int, bad_index: int) -> Sample:
-        words = keyed_words(_MAX_SUBSTITUTES, "substitute", self._seed, epoch, bad_index)
+    def _substitute(self, epoch: int, bad_index: int, repeat: int) -> Sample:
+        words = keyed_words(_MAX_SUBSTITUTES, "substitute", self._seed, epoch, bad_index, repeat)
         for word in words.tolist():
             try:
-                return self._read(epoch, word % self._shards.num_samples)
+                return self._read(epoch, word % self._shards.num_samples, repeat)
             except BadSampleError as error:
                 self._quarantine.add(epoch, error)
                 last_error = error
         raise ValueError(f"{_MAX_SUBSTITUTES} substitutes for a bad sample were bad as well; the last: {last_error}")
 
-    def _read(self, epoch: int, index: int) -> Sample:
+    def _read(self, epoch: int, index: int, repeat: int) -> Sample:
         image_CHW = _decode(self._reader, self._shards, index, self._config.max_pixels)
-        view = draw_view(self._config, *image_CHW.shape[1:], seed=self._seed, epoch=epoch, index=index)
+        number = view_number(self._config, epoch, repeat)
+        view = draw_view(self._config, *image_CHW.shape[1:], seed=self._view_seed, number=number, index=index)
         pixels_CHW = training_pixels(image_CHW, view, self._config, self._image_size)
-        return Sample(pixels_CHW, int(self._shards.label[index]), index, view)
+        return Sample(pixels_CHW, int(self._shards.label[index]), index, view, number)

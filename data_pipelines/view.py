@@ -1,18 +1,22 @@
 """Which part of an image is seen, and its pixels.
 
-A view is drawn as a pure function of (seed, epoch, sample index, repeat), so that a stored soft label's view can be
+A view is drawn as a pure function of (seed, view number, sample index), so that a stored soft label's view can be
 derived again. It is five integers: top, left, height, width of a box, and 1 for a horizontal flip. The box is in
 pixels of the image; for `padded` crops, of the image with its padding. Shapes: C channels, H height, W width.
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from data_pipelines.config import DataConfig
-from data_pipelines.order import keyed_uniforms
+from data_pipelines.keyed import keyed_uniforms
+
+# Raised by every change after which a view is another one, or has other pixels, than it was for the same arguments.
+VIEW_VERSION = 1
 
 View = tuple[int, int, int, int, int]
 
@@ -20,11 +24,9 @@ View = tuple[int, int, int, int, int]
 _ATTEMPTS = 10
 
 
-def draw_view(
-    config: DataConfig, height: int, width: int, *, seed: int, epoch: int, index: int, repeat: int = 0
-) -> View:
-    """The training view of sample `index`, of an image of `height` x `width` pixels."""
-    values = keyed_uniforms(3 + 2 * _ATTEMPTS, "view", seed, epoch, index, repeat)
+def draw_view(config: DataConfig, height: int, width: int, *, seed: int, number: int, index: int) -> View:
+    """The training view `number` of sample `index`, of an image of `height` x `width` pixels."""
+    values = keyed_uniforms(3 + 2 * _ATTEMPTS, "view", seed, number, index)
     flip, at_y, at_x = (float(value) for value in values[:3])
     if config.crop == "resized":
         box = _resized_crop(config, height, width, values[3:].tolist())
@@ -37,6 +39,28 @@ def draw_view(
     top = int(at_y * (height + 2 * padding - box[0] + 1))
     left = int(at_x * (width + 2 * padding - box[1] + 1))
     return top, left, box[0], box[1], int(flip < config.flip_rate)
+
+
+def view_number(config: DataConfig, epoch: int, repeat: int = 0) -> int:
+    """Which view of a sample an epoch sees: a new one in each, or one of the `num_views` that come again and again."""
+    number = epoch * config.num_repeats + repeat
+    return number if config.num_views is None else number % config.num_views
+
+
+def view_settings(config: DataConfig) -> dict[str, Any]:
+    """All that a view and its pixels depend on, besides image size, seed and epoch. As JSON would give it back."""
+    of_crop: dict[str, dict[str, Any]] = {
+        "resized": {"crop_scale": list(config.crop_scale), "crop_ratio": list(config.crop_ratio)},
+        "padded": {"crop_padding": config.crop_padding},
+        "centre": {"eval_crop_rate": config.eval_crop_rate},
+    }
+    return {
+        "version": VIEW_VERSION,
+        "crop": config.crop,
+        "flip_rate": config.flip_rate,
+        "interpolation": config.interpolation,
+        **of_crop[config.crop],
+    }
 
 
 def _resized_crop(config: DataConfig, height: int, width: int, values: list[float]) -> tuple[int, int]:

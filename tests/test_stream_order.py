@@ -1,20 +1,23 @@
 """Order, state and the split over ranks: pure arithmetic, checked against slow twins."""
 
 import time
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipelines.order import Order, advance, keyed_permutation, keyed_uniforms, rank_positions, steps_per_epoch
+from data_pipelines.keyed import keyed_permutation, keyed_uniforms
+from data_pipelines.order import Order, advance, rank_positions, steps_per_epoch
 from tests.reference import order as reference
 
 FINGERPRINT = "ab" * 32
 
 
-def _order(num_samples: int, kind: str = "full", seed: int = 0) -> Order:
-    return Order(kind=kind, num_samples=num_samples, fingerprint=FINGERPRINT, seed=seed)  # type: ignore[arg-type]
+def _order(num_samples: int, **changes: Any) -> Order:
+    fields: dict[str, Any] = {"kind": "full", "fingerprint": FINGERPRINT, "seed": 0, "global_batch_size": 8, **changes}
+    return Order(shard_sizes=[num_samples], **fields)
 
 
 def _all(order: Order, epoch: int) -> list[int]:
@@ -35,12 +38,12 @@ def test_full_order_is_frozen() -> None:
 
 
 def test_sequential_order_counts() -> None:
-    assert _all(_order(7, "sequential"), 3) == list(range(7))
+    assert _all(_order(7, kind="sequential"), 3) == list(range(7))
 
 
 def test_epochs_seeds_and_fingerprints_have_other_orders() -> None:
     base = _all(_order(100), 0)
-    other = Order(kind="full", num_samples=100, fingerprint="cd" * 32, seed=0)
+    other = _order(100, fingerprint="cd" * 32)
     assert (
         len({tuple(base), tuple(_all(_order(100), 1)), tuple(_all(_order(100, seed=1), 0)), tuple(_all(other, 0))}) == 4
     )
@@ -134,3 +137,78 @@ def test_uniforms_are_uniform_and_keyed() -> None:
     assert abs(values.mean() - 0.5) < 5 * (1 / 12 / 100_000) ** 0.5
     assert not np.array_equal(values, keyed_uniforms(100_000, "test", 2))
     assert keyed_permutation(1, "x").tolist() == [0]
+
+
+shard_sizes = st.lists(st.integers(1, 60), min_size=1, max_size=12)
+
+
+@given(sizes=shard_sizes, global_batch_size=st.integers(1, 96), window=st.integers(1, 100), epoch=st.integers(0, 99))
+@settings(max_examples=40, deadline=None)
+def test_block_order_is_its_twin_and_a_permutation(
+    sizes: list[int], global_batch_size: int, window: int, epoch: int
+) -> None:
+    order = Order(
+        kind="block",
+        fingerprint=FINGERPRINT,
+        seed=5,
+        shard_sizes=sizes,
+        global_batch_size=global_batch_size,
+        block_window=window,
+    )
+    got = _all(order, epoch)
+    assert got == reference.block_order(sizes, global_batch_size, window, (FINGERPRINT, 5, epoch))
+    assert sorted(got) == list(range(sum(sizes)))
+
+
+@pytest.mark.parametrize("world_size", [1, 4, 16])
+def test_block_order_needs_few_shards_at_a_time(world_size: int) -> None:
+    """1000 shards of 100 samples, windows of 200: a rank needs about three shards per lane in any ten steps."""
+    order = Order(
+        kind="block", fingerprint="", seed=0, shard_sizes=[100] * 1000, global_batch_size=256, block_window=200
+    )
+    lanes_per_rank = 64 // world_size
+    for first_step in (0, 100, 300):
+        steps = [
+            rank_positions(
+                step * 256,
+                rank=1 % world_size,
+                world_size=world_size,
+                micro_batch_size=256 // world_size,
+                grad_accum_steps=1,
+            )
+            for step in range(first_step, first_step + 10)
+        ]
+        shards = np.unique(order.samples(0, np.stack(steps)) // 100)
+        assert len(shards) <= 5 * lanes_per_rank
+
+
+def test_block_order_mixes_class_sorted_shards() -> None:
+    """Ten classes of 40 shards each, sorted: every batch holds most classes, and neighbours are uncorrelated."""
+    order = Order(kind="block", fingerprint="", seed=0, shard_sizes=[50] * 400, global_batch_size=256, block_window=500)
+    got = np.array(_all(order, 0))
+    labels = got // 2000
+    assert min(len(np.unique(batch)) for batch in labels[: 78 * 256].reshape(78, 256)) >= 9
+    assert abs(np.corrcoef(np.arange(20_000), got)[0, 1]) < 5 / 400**0.5
+
+
+@given(
+    num_samples=st.integers(1, 200),
+    num_repeats=st.integers(1, 5),
+    global_batch_size=st.integers(1, 64),
+    kind=st.sampled_from(["full", "block", "sequential"]),
+)
+@settings(max_examples=50, deadline=None)
+def test_every_repeat_comes_once_and_near_the_others(
+    num_samples: int, num_repeats: int, global_batch_size: int, kind: str
+) -> None:
+    order = _order(num_samples, kind=kind, num_repeats=num_repeats, global_batch_size=global_batch_size)
+    positions = np.arange(order.epoch_length)
+    samples, repeats = order.samples(0, positions), order.repeats(positions)
+    pairs = list(zip(samples.tolist(), repeats.tolist(), strict=True))
+    assert sorted(pairs) == [(sample, repeat) for sample in range(num_samples) for repeat in range(num_repeats)]
+    if global_batch_size % num_repeats == 0:
+        for start in range(0, order.epoch_length - global_batch_size + 1, global_batch_size):
+            batch = samples[start : start + global_batch_size]
+            assert np.unique(batch, return_counts=True)[1].tolist() == [num_repeats] * (
+                global_batch_size // num_repeats
+            )
