@@ -10,7 +10,11 @@ LoopOrder = Literal["block", "model"]
 ProjectionPolicy = Literal["per_application", "per_loop", "per_block", "none"]
 BranchScheme = Literal["by_depth", "published", "inv_sqrt", "loop_aware", "layerscale", "rezero"]
 Skip = Literal["by_depth", "learned", "frozen", "slow"]
+NormPlacement = Literal["pre", "subln", "deepnorm", "deeploop"]
+ConditioningKind = Literal["none", "norm_per_loop", "norm_by_depth", "low_rank", "input_add", "input_gated"]
 PermutationPolicy = Literal["fixed", "random"]
+GroupFit = Literal["exact", "nearest"]
+StemNorm = Literal["batch", "sync_batch", "group", "layer"]
 
 # The reference has two loops; schemes named `by_depth` keep its choice up to there.
 PUBLISHED_LOOPS = 2
@@ -28,6 +32,8 @@ class StageConfig:
         and "loop_aware" beyond.
     skip: the coefficient of the stream itself is "learned" (published), "frozen" at 1, or "slow": learned at the
         learning rate divided by the stage's applications. "by_depth" is "learned" up to two loops, then "frozen".
+    norm_placement: where the LayerNorms of a residual sub-layer are, see `depth.post_norm`; "pre" is published.
+    conditioning: what tells a block its loop, see `conditioning`; rank for "low_rank".
     """
 
     width: int
@@ -42,10 +48,13 @@ class StageConfig:
     projection_ratio: float = 1.0
     branch_scheme: BranchScheme = "by_depth"
     skip: Skip = "by_depth"
+    norm_placement: NormPlacement = "pre"
+    conditioning: ConditioningKind = "none"
+    conditioning_rank: int = 4
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "groups", tuple(self.groups))
-        for name in ("width", "num_heads", "num_blocks", "num_loops"):
+        for name in ("width", "num_heads", "num_blocks", "num_loops", "conditioning_rank"):
             require_positive(name, getattr(self, name))
         if not self.groups:
             raise ValueError("groups is empty: give one number of slices per loop, for example (8, 2)")
@@ -65,6 +74,8 @@ class StageConfig:
         require_choice("projections", self.projections, ProjectionPolicy)
         require_choice("branch_scheme", self.branch_scheme, BranchScheme)
         require_choice("skip", self.skip, Skip)
+        require_choice("norm_placement", self.norm_placement, NormPlacement)
+        require_choice("conditioning", self.conditioning, ConditioningKind)
 
     @property
     def num_applications(self) -> int:
@@ -93,6 +104,9 @@ class SReTConfig:
     drop_path: the largest rate of stochastic depth, reached as published (`depth.drop_path_rates`).
     permutation: "fixed" uses a table seeded by `permutation_seed` in evaluation and the step's seed in training;
         "random" draws anew from torch's global generator in every forward pass, as the reference does.
+    group_fit: where a number of groups does not divide a stage's tokens, "exact" refuses the config and "nearest" takes
+        the closest number that does (the larger of two).
+    stem_norm: "batch" is published; "sync_batch" takes its moments over all ranks (see `stem.SyncBatchNorm`).
     """
 
     stages: tuple[StageConfig, ...]
@@ -100,9 +114,11 @@ class SReTConfig:
     in_channels: int = 3
     num_classes: int = 1000
     stem_strides: tuple[int, int, int] = (2, 2, 2)
+    stem_norm: StemNorm = "batch"
     drop_path: float = 0.0
     permutation: PermutationPolicy = "fixed"
     permutation_seed: int = 0
+    group_fit: GroupFit = "exact"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stages", tuple(self.stages))
@@ -118,29 +134,42 @@ class SReTConfig:
         if not 0.0 <= self.drop_path < 1.0:
             raise ValueError(f"drop_path must be in [0, 1), got {self.drop_path}")
         require_choice("permutation", self.permutation, PermutationPolicy)
+        require_choice("group_fit", self.group_fit, GroupFit)
+        require_choice("stem_norm", self.stem_norm, StemNorm)
         for before, after in zip(self.stages, self.stages[1:], strict=False):
             if after.width % before.width:
                 raise ValueError(
                     f"stage widths must be multiples of the one before (depthwise pooling): "
                     f"{before.width} -> {after.width}"
                 )
-        self._require_divisible_grids()
+        if self.group_fit == "exact":
+            self._require_divisible_grids()
 
     def _require_divisible_grids(self) -> None:
-        for index, (stage, grid) in enumerate(zip(self.stages, self.grids, strict=True)):
+        wrong = self._undivided(self.image_size)
+        if wrong is not None:
+            index, groups, grid = wrong
             num_tokens = grid * grid
-            for groups in {stage.groups_of(loop) for loop in range(stage.num_loops)}:
-                if num_tokens % groups:
-                    divisors = [d for d in range(1, num_tokens + 1) if num_tokens % d == 0]
-                    raise ValueError(
-                        f"stage {index}: {groups} groups do not divide {num_tokens} tokens ({grid} x {grid} "
-                        f"at image size {self.image_size}); groups that do: {divisors}"
-                    )
+            divisors = [count for count in range(1, num_tokens + 1) if num_tokens % count == 0]
+            nearby = range(max(1, self.image_size // 2), 2 * self.image_size + 1)
+            step = 2 ** (self.stem_strides.count(2) + len(self.stages) - 1)
+            sizes = [size for size in nearby if size % step == 0 and self._undivided(size) is None]
+            raise ValueError(
+                f"stage {index}: {groups} groups do not divide {num_tokens} tokens ({grid} x {grid} at image size "
+                f"{self.image_size}); group counts that do: {divisors}; image sizes that do: {sizes or 'none nearby'}"
+            )
 
-    @property
-    def grids(self) -> tuple[int, ...]:
+    def _undivided(self, image_size: int) -> tuple[int, int, int] | None:
+        """The first (stage, groups, grid) whose groups do not divide the tokens at this image size."""
+        for index, (stage, grid) in enumerate(zip(self.stages, self.grids_at(image_size), strict=True)):
+            for groups in stage.groups[: stage.num_loops]:
+                if grid * grid % groups:
+                    return index, groups, grid
+        return None
+
+    def grids_at(self, image_size: int) -> tuple[int, ...]:
         """Side of every stage's token grid. A stride of 2 rounds up, as a padded 3 x 3 convolution does."""
-        side = self.image_size
+        side = image_size
         for stride in self.stem_strides:
             side = -(-side // stride)
         sides = []
@@ -148,6 +177,11 @@ class SReTConfig:
             sides.append(side)
             side = -(-side // 2)
         return tuple(sides)
+
+    @property
+    def grids(self) -> tuple[int, ...]:
+        """Side of every stage's token grid at the configured image size."""
+        return self.grids_at(self.image_size)
 
     @property
     def num_applications(self) -> int:

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from sret_scale.model.config import SReTConfig, StageConfig
+from sret_scale.model.conditioning import NUM_DEPTH_FEATURES
+from sret_scale.model.config import SReTConfig
 from sret_scale.model.depth import application_slots, num_projections, resolved_scheme, resolved_skip
 from sret_scale.model.sret import SReT
 
@@ -55,22 +56,32 @@ def _stage_row(config: SReTConfig, index: int, model: SReT) -> dict[str, Any]:
         "projections": stage.projections,
         "branch_scheme": resolved_scheme(stage),
         "skip": resolved_skip(stage),
+        "norm_placement": stage.norm_placement,
+        "conditioning": stage.conditioning,
         "applications": applications,
         "residual_sublayers": 2 * applications + projected,
         "weight_layers": 4 * applications + 2 * projected,
         "parameters": sum(parameter.numel() for parameter in model.stages[index].parameters()),
-        "macs": _stage_macs(stage, grid * grid),
+        "macs": _stage_macs(config, index),
     }
 
 
-def _stage_macs(stage: StageConfig, num_tokens: int) -> int:
-    """Linear layers per token, and the two products of attention over the tokens of a group."""
+def _stage_macs(config: SReTConfig, index: int) -> int:
+    """Linear layers per token, the two products of attention over the tokens of a group, and conditioning."""
+    stage, num_tokens = config.stages[index], config.grids[index] ** 2
     width = stage.width
     linear = 4 * width * width + 2 * width * stage.hidden_width
     if num_projections(stage):
         linear += 2 * width * stage.projection_hidden_width
-    attention = sum(2 * width * num_tokens // slot.groups for slot in application_slots(stage))
-    return num_tokens * (stage.num_applications * linear + attention)
+    attention = sum(2 * width * num_tokens // slot.groups for slot in application_slots(config, index))
+    if stage.conditioning == "input_gated":
+        linear += width * width
+    # Weights of one loop are made once per forward pass, whatever the batch: counted as if it held one image.
+    weights = {
+        "low_rank": stage.conditioning_rank * width * (3 * width + stage.hidden_width),
+        "norm_by_depth": NUM_DEPTH_FEATURES * 4 * width,
+    }.get(stage.conditioning, 0)
+    return num_tokens * (stage.num_applications * linear + attention) + stage.num_applications * weights
 
 
 def _stem_macs(config: SReTConfig) -> int:

@@ -28,9 +28,12 @@ class BranchScale:
     per_channel: bool = False
 
 
-def application_slots(stage: StageConfig) -> tuple[Slot, ...]:
+def application_slots(config: SReTConfig, index: int) -> tuple[Slot, ...]:
     """The applications of a stage in the order in which they run."""
+    stage, num_tokens = config.stages[index], config.grids[index] ** 2
     blocks, loops = range(stage.num_blocks), range(stage.num_loops)
+    # Where the config asks for exact groups they divide the tokens, and the nearest divisor is the number itself.
+    groups = [nearest_divisor(num_tokens, stage.groups_of(loop)) for loop in loops]
     if stage.loop_order == "block":
         order = [(block, loop) for block in blocks for loop in loops]
     else:
@@ -40,12 +43,18 @@ def application_slots(stage: StageConfig) -> tuple[Slot, ...]:
             block=block,
             loop=loop,
             projection=projection_index(stage, block, loop),
-            groups=stage.groups_of(loop),
+            groups=groups[loop],
             # A permutation in front of attention over all tokens changes nothing, so none is drawn.
-            permuted=loop >= stage.permute_from_loop and stage.groups_of(loop) > 1,
+            permuted=loop >= stage.permute_from_loop and groups[loop] > 1,
         )
         for block, loop in order
     )
+
+
+def nearest_divisor(number: int, wanted: int) -> int:
+    """The divisor of a number that is closest to the wanted one; of two, the larger."""
+    divisors = (count for count in range(1, number + 1) if number % count == 0)
+    return min(divisors, key=lambda divisor: (abs(divisor - wanted), -divisor))
 
 
 def num_projections(stage: StageConfig) -> int:
@@ -69,10 +78,10 @@ def projection_index(stage: StageConfig, block: int, loop: int) -> int | None:
 
 
 def resolved_scheme(stage: StageConfig) -> BranchScheme:
-    """The scheme that `by_depth` stands for in this stage."""
+    """The scheme that `by_depth` stands for in this stage; a norm after the residual has constants of its own."""
     if stage.branch_scheme != "by_depth":
         return stage.branch_scheme
-    return "published" if stage.num_loops <= PUBLISHED_LOOPS else "loop_aware"
+    return "published" if stage.num_loops <= PUBLISHED_LOOPS or post_norm(stage) else "loop_aware"
 
 
 def resolved_skip(stage: StageConfig) -> str:
@@ -109,6 +118,21 @@ def branch_scales(stage: StageConfig) -> tuple[BranchScale, BranchScale]:
         return scale, scale
     scale = BranchScale(1.0, init=0.0 if scheme == "rezero" else 1.0)
     return scale, scale
+
+
+def post_norm(stage: StageConfig) -> tuple[float, float] | None:
+    """(stream, branch) constants of a placement that normalises after the residual; None if it normalises before.
+
+    pre       f(norm(x)), published.
+    subln     pre, and a second norm in front of the branch's last linear layer (Magneto, arXiv 2210.06423).
+    deepnorm  norm(a x + b f(x)) with a = (2M)^(1/4), b = (8M)^(-1/4) for M applications (arXiv 2203.00555, where b
+              shrinks the initial weights instead).
+    deeploop  the same with exponents 1/2: M uses of one weight add up coherently.
+    """
+    if stage.norm_placement in ("pre", "subln"):
+        return None
+    exponent = 0.25 if stage.norm_placement == "deepnorm" else 0.5
+    return (2 * stage.num_applications) ** exponent, (8 * stage.num_applications) ** -exponent
 
 
 def drop_path_rates(config: SReTConfig) -> tuple[tuple[float, ...], ...]:

@@ -1,85 +1,140 @@
-"""The layers of SReT: sliced attention, feed-forward, learnable residual, block, projection, stem and pooling.
+"""The layers of SReT: sliced attention, feed-forward, learnable residual, block, projection and pooling.
 
-Shape letters: B batch, N tokens, D width, H heads, K head width, G groups, L tokens per group, C channels.
+Shape letters: B batch, N tokens, D width, H heads, K head width, G groups, L tokens per group, F hidden channels.
 """
+
+import types
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from sret_scale.model import fused, plain
+from sret_scale.model.conditioning import LoopDeltas, conditioning
 from sret_scale.model.config import StageConfig
-from sret_scale.model.depth import BranchScale, branch_scales, resolved_skip
+from sret_scale.model.depth import BranchScale, branch_scales, post_norm, resolved_skip
+from sret_scale.model.fused import NORM_EPS
 
-NORM_EPS = 1e-6
+Affine = tuple[Tensor, Tensor]
+
+
+def operations() -> types.ModuleType:
+    """`fused`, which stores less for the backward pass, unless a compiler or exporter looks at the operations."""
+    return plain if torch.compiler.is_compiling() else fused
 
 
 class LearnableResidual(nn.Module):
-    """`alpha * x + multiplier * beta * f(x)` with learnable coefficients (the paper's LRC, section 3.3)."""
+    """The coefficients of `alpha * x + multiplier * beta * f(x)` (the paper's LRC, section 3.3).
 
-    def __init__(self, width: int, scale: BranchScale, skip: str) -> None:
+    Where the norm follows the residual (`depth.post_norm`), both terms have a constant factor and `norm` is applied.
+    """
+
+    def __init__(self, stage: StageConfig, scale: BranchScale) -> None:
         super().__init__()
-        self.multiplier = scale.multiplier
-        self.alpha = None if skip == "frozen" else nn.Parameter(torch.ones(1))
-        self.beta = nn.Parameter(torch.full((width if scale.per_channel else 1,), scale.init))
+        stream, branch = post_norm(stage) or (1.0, 1.0)
+        self.multiplier = scale.multiplier * branch
+        self.stream_constant = stream
+        self.alpha = None if resolved_skip(stage) == "frozen" else nn.Parameter(torch.ones(1))
+        self.beta = nn.Parameter(torch.full((stage.width if scale.per_channel else 1,), scale.init))
 
-    def forward(self, x_BND: Tensor, branch_BND: Tensor, mask_B: Tensor | None = None) -> Tensor:
-        """The stream after a branch; mask_B scales the branch of each sample (stochastic depth)."""
-        gain = self.beta * self.multiplier
-        if mask_B is not None:
-            gain = mask_B[:, None, None] * gain
-        kept_BND = x_BND if self.alpha is None else x_BND * self.alpha
-        return kept_BND + branch_BND * gain
+    def coefficients(self, mask_B: Tensor | None) -> dict[str, Tensor | None]:
+        """Keyword arguments of the operations: alpha (None is 1), gain_R, and the mask of stochastic depth."""
+        alpha = self.alpha
+        if self.stream_constant != 1.0:
+            constant = self.beta.new_full((1,), self.stream_constant)
+            alpha = constant if alpha is None else alpha * constant  # type: ignore[assignment]
+        return {"alpha": alpha, "gain_R": self.beta * self.multiplier, "mask_B": mask_B}
 
 
-class SlicedAttention(nn.Module):
-    """Multi-head self-attention inside equal, contiguous slices of the tokens (the paper's group self-attention)."""
+class Attention(nn.Module):
+    """Weights of multi-head self-attention inside equal, contiguous slices of the tokens (group self-attention)."""
 
-    def __init__(self, width: int, num_heads: int) -> None:
+    def __init__(self, stage: StageConfig) -> None:
         super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
+        self.num_heads = stage.num_heads
+        self.qkv = nn.Linear(stage.width, 3 * stage.width)
+        self.out = nn.Linear(stage.width, stage.width)
+        self.inner_norm = nn.LayerNorm(stage.width, eps=NORM_EPS) if stage.norm_placement == "subln" else None
 
-    def forward(self, x_BND: Tensor, groups: int) -> Tensor:
-        """Groups are folded into the batch, so any number of them is one fused attention call."""
-        qkv = rearrange(
-            self.qkv(x_BND), "b (g l) (three h k) -> three (b g) h l k", g=groups, three=3, h=self.num_heads
-        )
-        mixed = F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2])
-        return self.out(rearrange(mixed, "(b g) h l k -> b (g l) (h k)", g=groups))
+    def mix(self, qkv_BNC: Tensor, groups: int) -> Tensor:
+        """(B, N, D) attention of (B, N, 3D) queries, keys, values. Groups fold into the batch of one fused call."""
+        qkv = rearrange(qkv_BNC, "b (g l) (three h k) -> three (b g) h l k", g=groups, three=3, h=self.num_heads)
+        # unbind, since the gradients of three indexings would be three full-size tensors of mostly zeros.
+        query, key, value = qkv.unbind(0)
+        mixed = F.scaled_dot_product_attention(query, key, value)
+        mixed_BND = rearrange(mixed, "(b g) h l k -> b (g l) (h k)", g=groups)
+        return mixed_BND if self.inner_norm is None else self.inner_norm(mixed_BND)
 
 
 class FeedForward(nn.Module):
-    """Two linear layers with an exact GELU between them."""
+    """Weights of two linear layers with an exact GELU between them."""
 
-    def __init__(self, width: int, hidden_width: int) -> None:
+    def __init__(self, stage: StageConfig, hidden_width: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden_width)
-        self.fc2 = nn.Linear(hidden_width, width)
+        self.fc1 = nn.Linear(stage.width, hidden_width)
+        self.fc2 = nn.Linear(hidden_width, stage.width)
+        self.inner_norm = nn.LayerNorm(hidden_width, eps=NORM_EPS) if stage.norm_placement == "subln" else None
 
-    def forward(self, x_BND: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x_BND)))
+    def residual(
+        self, x_BND: Tensor, norm: Affine | None, fc1: Affine, coefficients: dict[str, Tensor | None]
+    ) -> Tensor:
+        """The stream after the sub-layer; norm None leaves the input as it is (a norm follows the residual)."""
+        fc2 = (self.fc2.weight, self.fc2.bias)
+        if norm is not None and self.inner_norm is None:
+            return operations().feed_forward_residual(x_BND, norm, fc1, fc2, **coefficients)
+        hidden_BNF = F.linear(x_BND, *fc1) if norm is None else operations().norm_linear(x_BND, *norm, *fc1)
+        a_BNF = F.gelu(hidden_BNF)
+        if self.inner_norm is not None:
+            a_BNF = self.inner_norm(a_BNF)
+        return operations().project_residual(x_BND, a_BNF, *fc2, **coefficients)
 
 
 class Block(nn.Module):
-    """The shared set of weights of a recursion: pre-norm attention and feed-forward, each with a learnable residual."""
+    """The shared set of weights of a recursion: attention and feed-forward, each with norm and learnable residual."""
 
     def __init__(self, stage: StageConfig) -> None:
         super().__init__()
         scale, _ = branch_scales(stage)
-        skip = resolved_skip(stage)
+        self.norms_after = post_norm(stage) is not None
         self.norm1 = nn.LayerNorm(stage.width, eps=NORM_EPS)
-        self.attention = SlicedAttention(stage.width, stage.num_heads)
-        self.residual1 = LearnableResidual(stage.width, scale, skip)
+        self.attention = Attention(stage)
+        self.residual1 = LearnableResidual(stage, scale)
         self.norm2 = nn.LayerNorm(stage.width, eps=NORM_EPS)
-        self.feed_forward = FeedForward(stage.width, stage.hidden_width)
-        self.residual2 = LearnableResidual(stage.width, scale, skip)
+        self.feed_forward = FeedForward(stage, stage.hidden_width)
+        self.residual2 = LearnableResidual(stage, scale)
+        self.conditioning = conditioning(stage)
 
-    def forward(self, x_BND: Tensor, groups: int, masks_2B: Tensor | None = None) -> Tensor:
-        attention_mask_B, feed_forward_mask_B = (None, None) if masks_2B is None else masks_2B
-        x_BND = self.residual1(x_BND, self.attention(self.norm1(x_BND), groups), attention_mask_B)
-        return self.residual2(x_BND, self.feed_forward(self.norm2(x_BND)), feed_forward_mask_B)
+    def forward(self, x_BND: Tensor, loop: int, groups: int, masks_2B: Tensor | None = None) -> Tensor:
+        """The stream after one use of the block; masks_2B scales both branches of each sample."""
+        mask1_B, mask2_B = (None, None) if masks_2B is None else masks_2B
+        deltas = LoopDeltas() if self.conditioning is None else self.conditioning.deltas(loop)
+        norm1, norm2 = self._norms(deltas)
+        attention = self.attention
+        qkv = _shifted(attention.qkv, deltas.qkv)
+        before = None if self.norms_after else norm1
+        qkv_BNC = F.linear(x_BND, *qkv) if before is None else operations().norm_linear(x_BND, *before, *qkv)
+        x_BND = operations().project_residual(
+            x_BND,
+            attention.mix(qkv_BNC, groups),
+            attention.out.weight,
+            attention.out.bias,
+            **self.residual1.coefficients(mask1_B),
+        )
+        if self.norms_after:
+            x_BND = F.layer_norm(x_BND, x_BND.shape[-1:], *norm1, NORM_EPS)
+        fc1 = _shifted(self.feed_forward.fc1, deltas.fc1)
+        before = None if self.norms_after else norm2
+        x_BND = self.feed_forward.residual(x_BND, before, fc1, self.residual2.coefficients(mask2_B))
+        return F.layer_norm(x_BND, x_BND.shape[-1:], *norm2, NORM_EPS) if self.norms_after else x_BND
+
+    def _norms(self, deltas: LoopDeltas) -> tuple[Affine, Affine]:
+        norms: tuple[Affine, Affine] = ((self.norm1.weight, self.norm1.bias), (self.norm2.weight, self.norm2.bias))
+        if deltas.norms is None:
+            return norms
+        (scale1, bias1), (scale2, bias2) = norms
+        delta = deltas.norms
+        return (scale1 + delta[0, 0], bias1 + delta[0, 1]), (scale2 + delta[1, 0], bias2 + delta[1, 1])
 
 
 class NonLinearProjection(nn.Module):
@@ -88,30 +143,20 @@ class NonLinearProjection(nn.Module):
     def __init__(self, stage: StageConfig) -> None:
         super().__init__()
         _, scale = branch_scales(stage)
+        self.norms_after = post_norm(stage) is not None
         self.norm = nn.LayerNorm(stage.width, eps=NORM_EPS)
-        self.feed_forward = FeedForward(stage.width, stage.projection_hidden_width)
-        self.residual = LearnableResidual(stage.width, scale, resolved_skip(stage))
+        self.feed_forward = FeedForward(stage, stage.projection_hidden_width)
+        self.residual = LearnableResidual(stage, scale)
 
     def forward(self, x_BND: Tensor) -> Tensor:
-        return self.residual(x_BND, self.feed_forward(self.norm(x_BND)))
+        fc1 = (self.feed_forward.fc1.weight, self.feed_forward.fc1.bias)
+        before = None if self.norms_after else (self.norm.weight, self.norm.bias)
+        x_BND = self.feed_forward.residual(x_BND, before, fc1, self.residual.coefficients(None))
+        return self.norm(x_BND) if self.norms_after else x_BND
 
 
-class Stem(nn.Module):
-    """Images to the first stage's tokens on their grid: three 3 x 3 convolutions, each with BatchNorm and ReLU."""
-
-    def __init__(self, in_channels: int, width: int, strides: tuple[int, int, int]) -> None:
-        super().__init__()
-        widths = (in_channels, width // 2, width, width)
-        self.convs = nn.ModuleList(
-            nn.Conv2d(before, after, kernel_size=3, stride=stride, padding=1)
-            for before, after, stride in zip(widths, widths[1:], strides, strict=False)
-        )
-        self.norms = nn.ModuleList(nn.BatchNorm2d(after) for after in widths[1:])
-
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        for conv, norm in zip(self.convs, self.norms, strict=True):
-            x_BCHW = F.relu(norm(conv(x_BCHW)))
-        return x_BCHW
+def _shifted(layer: nn.Linear, delta: Tensor | None) -> Affine:
+    return (layer.weight if delta is None else layer.weight + delta), layer.bias
 
 
 def pooling(width: int, next_width: int) -> nn.Conv2d:

@@ -34,8 +34,8 @@ def _pairs(config: SReTConfig) -> Iterator[tuple[str, str]]:
         yield from _weight_and_bias(theirs, ours)
         for buffer in ("running_mean", "running_var", "num_batches_tracked"):
             yield f"{theirs}.{buffer}", f"{ours}.{buffer}"
-    for index, stage in enumerate(config.stages):
-        for position, slot in enumerate(application_slots(stage)):
+    for index in range(len(config.stages)):
+        for position, slot in enumerate(application_slots(config, index)):
             theirs, ours = f"transformers.{index}.blocks", f"stages.{index}"
             block = f"{ours}.blocks.{slot.block}"
             yield from _part(f"{theirs}.{2 * position}", block, _BLOCK, _BLOCK_COEFFICIENTS)

@@ -14,11 +14,13 @@ from torch import Tensor, nn
 
 from sret_scale.model.config import SReTConfig
 from sret_scale.model.depth import resolved_skip
-from sret_scale.model.layers import NORM_EPS, Stem, pooling
+from sret_scale.model.fused import NORM_EPS
+from sret_scale.model.layers import pooling
 from sret_scale.model.noise import Noise
 from sret_scale.model.stage import Stage
+from sret_scale.model.stem import Stem
 
-ParameterKind = Literal["tied", "projection", "residual", "stem", "pool", "position", "norm", "head"]
+ParameterKind = Literal["tied", "projection", "conditioning", "residual", "stem", "pool", "position", "norm", "head"]
 
 # First part of a parameter's name -> its kind; those of stages are told apart further.
 _KINDS: dict[str, ParameterKind] = {
@@ -46,7 +48,7 @@ class SReT(nn.Module):
         super().__init__()
         self.config = config
         widths = [stage.width for stage in config.stages]
-        self.stem = Stem(config.in_channels, widths[0], config.stem_strides)
+        self.stem = Stem(config)
         self.position = nn.Parameter(torch.empty(1, widths[0], config.grids[0], config.grids[0]))
         self.stages = nn.ModuleList(Stage(config, index) for index in range(len(widths)))
         self.pools = nn.ModuleList(pooling(*pair) for pair in itertools.pairwise(widths))
@@ -76,7 +78,8 @@ class SReT(nn.Module):
         return self.norm(x_BCHW.mean(dim=(2, 3)))
 
     def parameter_tags(self) -> dict[str, ParameterTag]:
-        """A tag for every parameter by name. As in DeiT, vectors and the position tensor do not decay."""
+        """A tag for every parameter by name. As in DeiT, vectors and the position tensor do not decay, nor
+        does conditioning, which starts at zero and would be pulled back to the tied model."""
         return {name: self._tag(name, parameter) for name, parameter in self.named_parameters()}
 
     def _tag(self, name: str, parameter: nn.Parameter) -> ParameterTag:
@@ -86,9 +89,13 @@ class SReT(nn.Module):
         if parts[0] == "stages":
             if parts[2] == "projections":
                 kind = "projection"
+            if "conditioning" in parts:
+                kind = "conditioning"
             if parts[-2].startswith("residual"):
                 kind = "residual"
                 stage = self.config.stages[int(parts[1])]
                 if parts[-1] == "alpha" and resolved_skip(stage) == "slow":
                     lr_scale = 1.0 / stage.num_applications
-        return ParameterTag(kind, decay=parameter.ndim > 1 and kind != "position", lr_scale=lr_scale)
+        return ParameterTag(
+            kind, decay=parameter.ndim > 1 and kind not in ("position", "conditioning"), lr_scale=lr_scale
+        )

@@ -1,0 +1,46 @@
+"""The functions of `fused` as a composition that autograd and compilers differentiate: for torch.compile and export.
+
+A compiler makes its own choice of what to store, and an autograd function would hide the operations from it.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from sret_scale.model.fused import NORM_EPS
+
+
+def norm_linear(x_BND: Tensor, norm_D: Tensor, norm_bias_D: Tensor, weight_FD: Tensor, bias_F: Tensor) -> Tensor:
+    """See `fused.norm_linear`."""
+    return F.linear(F.layer_norm(x_BND, norm_D.shape, norm_D, norm_bias_D, NORM_EPS), weight_FD, bias_F)
+
+
+def project_residual(
+    x_BND: Tensor,
+    a_BNF: Tensor,
+    weight_DF: Tensor,
+    bias_D: Tensor,
+    *,
+    alpha: Tensor | None,
+    gain_R: Tensor,
+    mask_B: Tensor | None,
+) -> Tensor:
+    """See `fused.project_residual`."""
+    branch_BND = F.linear(a_BNF, weight_DF, bias_D) * gain_R
+    if mask_B is not None:
+        branch_BND = branch_BND * mask_B[:, None, None]
+    return (x_BND if alpha is None else x_BND * alpha) + branch_BND
+
+
+def feed_forward_residual(
+    x_BND: Tensor,
+    norm: tuple[Tensor, Tensor],
+    fc1: tuple[Tensor, Tensor],
+    fc2: tuple[Tensor, Tensor],
+    *,
+    alpha: Tensor | None,
+    gain_R: Tensor,
+    mask_B: Tensor | None,
+) -> Tensor:
+    """See `fused.feed_forward_residual`."""
+    a_BNF = F.gelu(norm_linear(x_BND, *norm, *fc1))
+    return project_residual(x_BND, a_BNF, *fc2, alpha=alpha, gain_R=gain_R, mask_B=mask_B)
