@@ -11,6 +11,10 @@ from collections.abc import Sequence
 
 # Name of a sub-command -> what it does. Its parser and its work are in `sret_scale.commands.NAME`.
 COMMANDS = {
+    "demo": "run everything once on the sample images: teacher, 108-application student, control, report",
+    "train": "train a recipe or a preset, on one node or many; the same command continues",
+    "evaluate": "measure the accuracy of a run on a whole test set",
+    "shards": "write, check and inspect webdataset shards",
     "describe": "count a model's parameters, multiply-adds and depth",
 }
 
@@ -45,15 +49,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser(top.parse_args(argv[:1]).command).parse_args(argv[1:])
     try:
         status = args.run(args)
+    except BrokenPipeError:
+        # The reader (`| head`) has left: nobody is there to tell, and flushing at exit must not fail either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (ValueError, OSError) as error:
         # A user's mistake or a machine's refusal: its message says what to do, a traceback would hide it.
         if args.debug:
             raise
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     return int(status or 0)
 
 

@@ -1,0 +1,42 @@
+"""`sret-scale train`: checks a run, starts it on its ranks, and continues it when it was interrupted."""
+
+import argparse
+from pathlib import Path
+
+EXAMPLE = """examples:
+  sret-scale train sret_t data.train_folder=shards/train data.test_folder=shards/val
+  sret-scale train runs/sret_t/config.yaml optim.learning_rate=5e-4 --run runs/slower
+  sret-scale train sret_t_1000 memory.schedule=binomial --hostfile hosts --dry-run
+
+The same command continues a run that was stopped or killed. Exit status: 0 finished, 85 stopped by a signal after
+saving, 2 bad input, 1 failed."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Everything that decides what is computed is a config field; flags say only where and how to start."""
+    parser.add_argument("recipe", help="a recipe or model preset by name, or a YAML file; an unknown name lists all")
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="config fields to change")
+    parser.add_argument("--run", type=Path, help="the run's folder (default: runs/RECIPE)")
+    parser.add_argument("--ranks", type=int, help="ranks on this machine (default: its GPUs, or 2 on CPU)")
+    parser.add_argument("--hostfile", type=Path, help="nodes to run on, in deepspeed's format (NAME slots=N a line)")
+    parser.add_argument(
+        "--fresh", action="store_true", help="delete the checkpoints and metrics of an earlier run first"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the launcher's command and the configuration only"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Returns the run's exit status."""
+    from sret_scale.train.config import from_yaml, override
+    from sret_scale.train.recipes import recipe
+    from sret_scale.train.start import start_run
+
+    file = Path(args.recipe)
+    is_file = file.suffix in (".yaml", ".yml")
+    config = override(from_yaml(file) if is_file else recipe(args.recipe).config, args.overrides)
+    folder = args.run or (file.parent if file.name == "config.yaml" else Path("runs") / file.stem)
+    return start_run(
+        config, folder, num_ranks=args.ranks, hostfile=args.hostfile, is_fresh=args.fresh, dry_run=args.dry_run
+    )

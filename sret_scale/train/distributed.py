@@ -1,0 +1,97 @@
+"""The one door to torch.distributed: who this process is, and the few collectives that the training code needs."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """This process's place in the job; without a launcher a world of one."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one rank that prints and writes."""
+        return self.rank == 0
+
+
+def ranks_from_environment() -> Ranks:
+    """The place that the launcher wrote into RANK, LOCAL_RANK and WORLD_SIZE; the rank's GPU is made current."""
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    return Ranks(
+        rank=int(os.environ.get("RANK", "0")),
+        local_rank=local_rank,
+        world_size=int(os.environ.get("WORLD_SIZE", "1")),
+        device=device,
+    )
+
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+"""Longer than the slowest rank's evaluation or first compile, short enough that a lost rank ends the job."""
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """`values` summed over all ranks, in place; every rank must call it."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+def max_over_ranks(value: float, device: torch.device) -> float:
+    """The largest `value` of any rank."""
+    result = torch.tensor(value, dtype=torch.float64, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(result, op=dist.ReduceOp.MAX)
+    return float(result)
+
+
+def from_main_rank(value: Any) -> Any:
+    """Rank 0's `value` (any small picklable object of our own making) on every rank."""
+    box = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def barrier() -> None:
+    """Returns when every rank has come here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def leave() -> None:
+    """Take the process group down, so that no warning follows a finished run."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@torch.no_grad()
+def average_buffers(module: torch.nn.Module) -> None:
+    """Replace every floating-point buffer (BatchNorm's running statistics) by its mean over the ranks.
+
+    The update of a running mean is linear, so averaging after every step gives the statistics of the global batch's
+    means, and all ranks hold the same bits: evaluation, EMA and checkpoints need no rank of their own.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
+    if not buffers:
+        return
+    flat = torch.cat([buffer.flatten() for buffer in buffers])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for buffer, values in zip(buffers, torch.split(flat, [buffer.numel() for buffer in buffers]), strict=True):
+        buffer.copy_(values.view_as(buffer))

@@ -1,0 +1,234 @@
+"""The one door to DeepSpeed: builds its engine around a model and moves whole, fp32 state in and out of it.
+
+DeepSpeed computes (ZeRO, precision, accumulation, clipping, communication); everything else here keeps its measured
+traps (architecture page, section 7) away from the training loop.
+"""
+
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from typing import Any, cast
+
+import deepspeed
+import torch
+from deepspeed.utils import (
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+    set_z3_leaf_modules,
+)
+from torch import Tensor, nn
+
+from sret_scale.train.distributed import COLLECTIVE_TIMEOUT, Ranks
+
+ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def start_communication(ranks: Ranks) -> None:
+    """Join the job's process group: nccl on GPUs, gloo on CPU."""
+    # DeepSpeed builds a shared-memory all-reduce on CPU at start. Only its inference path calls it, the build takes a
+    # minute and a C++ compiler, and a killed build leaves a lock that hangs every later start.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    backend = "nccl" if ranks.device.type == "cuda" else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, timeout=COLLECTIVE_TIMEOUT, verbose=False)
+
+
+class Engine:
+    """A model under DeepSpeed.
+
+    `model` is trained in place and keeps fp32 parameters. `ds_config` is a dict of ds_configs/; the batch is added
+    here, because it belongs to the run and not to the way of computing.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        ds_config: Mapping[str, Any],
+        *,
+        micro_batch_size: int,
+        grad_accum_steps: int,
+        z3_leaf_modules: tuple[type[nn.Module], ...] = (),
+    ) -> None:
+        self.zero_stage = int(ds_config.get("zero_optimization", {}).get("stage", 0))
+        self.model = model
+        self._ds_config = ds_config
+        self._client_optimizer = optimizer
+        self._grad_norm = math.nan
+        self._device = next(model.parameters()).device
+        if self.zero_stage == 3 and z3_leaf_modules:
+            # A stage's recomputation is one autograd function: its parameters must be gathered as one.
+            set_z3_leaf_modules(model, list(z3_leaf_modules))
+        self._engine, self._optimizer, _, _ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            config={
+                **ds_config,
+                "train_micro_batch_size_per_gpu": micro_batch_size,
+                "gradient_accumulation_steps": grad_accum_steps,
+            },
+        )
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's output, under the precision of the ds_config."""
+        return self._engine(*args, **kwargs)
+
+    def precision(self) -> AbstractContextManager[Any]:
+        """The autocast of the ds_config, for a forward pass outside the engine (evaluation)."""
+        settings = self._ds_config.get("torch_autocast", {})
+        return torch.autocast(
+            self._device.type,
+            dtype=getattr(torch, settings.get("dtype", "bfloat16")),
+            enabled=bool(settings.get("enabled")),
+        )
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradients of one micro-batch's mean loss."""
+        self._engine.backward(loss)
+
+    def step(self) -> None:
+        """Count one micro-step; at the end of an accumulation window clip and update."""
+        is_update = self._engine.is_gradient_accumulation_boundary()
+        if is_update and self.zero_stage == 0:
+            # DeepSpeed clips here without telling the norm.
+            gradients = [value.grad for value in self.model.parameters() if value.grad is not None]
+            self._grad_norm = float(nn.utils.get_total_norm(gradients))
+        self._engine.step()
+        if is_update and self.zero_stage:
+            self._grad_norm = float(self._engine.get_global_grad_norm())
+
+    def grad_norm(self) -> float:
+        """L2 norm of the last update's gradient over all parameters, before clipping."""
+        return self._grad_norm
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The optimiser's groups, to set rates in."""
+        groups: list[dict[str, Any]] = self._optimizer.param_groups
+        return groups
+
+    def local_weights(self) -> dict[str, Tensor]:
+        """The live tensors that this rank holds of every parameter and buffer by name: whole ones, at ZeRO 3 its parts.
+
+        Parameters are fp32 at every stage, so these are the bits that the optimiser's own copy has.
+        """
+        parameters = {
+            name: getattr(value, "ds_tensor", value).detach() for name, value in self.model.named_parameters()
+        }
+        return parameters | dict(self.model.named_buffers())
+
+    @torch.no_grad()
+    def assemble(self, local: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Whole tensors, new ones, from tensors like those of `local_weights`; all ranks must call it."""
+        shapes = {name: getattr(value, "ds_shape", None) for name, value in self.model.named_parameters()}
+        return {name: _whole(value, shapes.get(name)) for name, value in local.items()}
+
+    @torch.no_grad()
+    def partition(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The inverse of `assemble`: new tensors like those of `local_weights`."""
+        parameters = dict(self.model.named_parameters())
+        return {
+            name: self._own_part(parameters[name], value)
+            if self.zero_stage == 3 and name in parameters
+            else value.to(self._device, copy=True)
+            for name, value in whole.items()
+        }
+
+    @torch.no_grad()
+    def load_weights(self, whole: Mapping[str, Tensor]) -> None:
+        """Set every parameter and buffer from whole tensors; `whole` has exactly the names of `local_weights`."""
+        parts = self.partition(whole)
+        for name, value in self.local_weights().items():
+            value.copy_(parts[name])
+        for name, parameter in self._trained_parameters():
+            if self.zero_stage == 3:
+                safe_set_local_fp32_param(parameter, parts[name])
+            elif self.zero_stage:
+                safe_set_full_fp32_param(parameter, parts[name])
+
+    @torch.no_grad()
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """Adam's moments as `exp_avg.NAME`, `exp_avg_sq.NAME` (fp32, whole) and `step`; all ranks must call it.
+
+        Empty before the first step.
+        """
+        steps = [entry["step"] for entry in self._optimizer_entries().values() if "step" in entry]
+        if not steps:
+            return {}
+        state: dict[str, Tensor] = {"step": torch.as_tensor(steps[0], dtype=torch.float32).reshape(()).cpu().clone()}
+        self._link_moments()
+        for name, parameter in self._trained_parameters():
+            for moment in ADAM_MOMENTS:
+                if self.zero_stage:
+                    state[f"{moment}.{name}"] = safe_get_full_optimizer_state(parameter, moment)
+                else:
+                    state[f"{moment}.{name}"] = self._client_optimizer.state[parameter][moment].clone()
+        return state
+
+    @torch.no_grad()
+    def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
+        """Set Adam's moments and step; the inverse of `optimizer_state`, at any world size and ZeRO stage."""
+        if not state:
+            return
+        self._create_optimizer_entries(state["step"])
+        self._link_moments()
+        for name, parameter in self._trained_parameters():
+            for moment in ADAM_MOMENTS:
+                value = state[f"{moment}.{name}"].to(parameter.device)
+                if self.zero_stage == 3:
+                    safe_set_local_optimizer_state(parameter, self._own_part(parameter, value), moment)
+                elif self.zero_stage:
+                    safe_set_full_optimizer_state(parameter, value, moment)
+                else:
+                    self._client_optimizer.state[parameter][moment].copy_(value)
+
+    def _trained_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return ((name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad)
+
+    def _optimizer_entries(self) -> dict[Any, dict[str, Any]]:
+        inner = self._optimizer.optimizer if self.zero_stage else self._client_optimizer
+        entries: dict[Any, dict[str, Any]] = inner.state
+        return entries
+
+    def _create_optimizer_entries(self, step: Tensor) -> None:
+        """Zero moments at `step`, shaped as DeepSpeed keeps them: it makes them only in the first update."""
+        entries = self._optimizer_entries()
+        if self.zero_stage == 0:
+            owners: list[Tensor] = [parameter for _, parameter in self._trained_parameters()]
+        elif self.zero_stage == 3:
+            owners = list(self._optimizer.fp32_partitioned_groups_flat)
+        else:
+            owners = list(self._optimizer.single_partition_of_fp32_groups)
+        for owner in owners:
+            entries[owner] = {"step": step.clone(), **{moment: torch.zeros_like(owner) for moment in ADAM_MOMENTS}}
+
+    def _link_moments(self) -> None:
+        # DeepSpeed 0.19.8 links moments to parameters after the first parameter group's first update, when the other
+        # groups have none yet, and then never again: their moments could not be found.
+        if self.zero_stage in (1, 2):
+            self._optimizer._hp_optimizer_states_linked = False
+            self._optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _own_part(self, parameter: nn.Parameter, value: Tensor) -> Tensor:
+        """This rank's flat ZeRO-3 part of `value`, zero-padded as DeepSpeed pads it.
+
+        DeepSpeed's own setter of whole values fails where the ranks do not divide the size.
+        """
+        part = cast(Tensor, parameter.ds_tensor)  # type: ignore[attr-defined]  # DeepSpeed sets it
+        length = part.numel()
+        start = torch.distributed.get_rank() * length
+        own = value.to(part.device).flatten()[start : start + length]
+        return nn.functional.pad(own, (0, length - own.numel()))
+
+
+def _whole(value: Tensor, shape: torch.Size | None) -> Tensor:
+    """A copy of `value`; with a `shape`, ZeRO-3 parts of all ranks put together to it."""
+    if shape is None:
+        return value.clone()
+    parts = [torch.empty_like(value) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(parts, value)
+    return torch.cat(parts)[: shape.numel()].view(shape)

@@ -1,0 +1,69 @@
+"""Accuracy of a model on a whole split, exact on any world size. C classes, B batch."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data_pipelines.augment import normalise
+from data_pipelines.index import ShardSet
+from data_pipelines.loader import evaluation_batches
+from sret_scale.train.config import RunConfig
+from sret_scale.train.distributed import Ranks, sum_over_ranks
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Means over `num_samples` samples, each counted once; `images_per_s` is of all ranks together."""
+
+    top1: float
+    top5: float
+    loss: float
+    num_samples: int
+    images_per_s: float
+
+
+def evaluate(model: nn.Module, shards: ShardSet, config: RunConfig, ranks: Ranks) -> Evaluation:
+    """Top-1, top-5 and cross-entropy of `model` (in eval mode, on the ranks' device); every rank must call it."""
+    assert not model.training
+    started = time.monotonic()
+    totals = torch.zeros(4, dtype=torch.float64, device=ranks.device)
+    for batch in evaluation_batches(
+        shards,
+        config.data,
+        image_size=config.model.image_size,
+        batch_size=config.train.micro_batch_size,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+    ):
+        unit_BCHW = batch.images.to(ranks.device).float() / 255
+        # Around the model alone: in inference mode the loader would make batches that nobody may write to.
+        with torch.inference_mode():
+            logits_BC = model(normalise(unit_BCHW, config.train.image_mean, config.train.image_std)).float()
+        totals += count(logits_BC, batch.labels.to(ranks.device), batch.valid.to(ranks.device))
+    num_samples, top1, top5, loss = sum_over_ranks(totals).tolist()
+    assert num_samples == shards.num_samples, "evaluation must see every sample exactly once"
+    return Evaluation(
+        top1=top1 / num_samples,
+        top5=top5 / num_samples,
+        loss=loss / num_samples,
+        num_samples=int(num_samples),
+        images_per_s=num_samples / (time.monotonic() - started),
+    )
+
+
+def count(logits_BC: Tensor, labels_B: Tensor, valid_B: Tensor) -> Tensor:
+    """(samples, right at top 1, right within top 5, summed cross-entropy) of the valid rows, as float64."""
+    top_BK = logits_BC.topk(min(5, logits_BC.shape[1]), dim=1).indices
+    hit_BK = (top_BK == labels_B[:, None]) & valid_B[:, None]
+    loss_B = F.cross_entropy(logits_BC, labels_B, reduction="none")
+    return torch.stack(
+        [
+            valid_B.sum().double(),
+            hit_BK[:, 0].sum().double(),
+            hit_BK.sum().double(),
+            loss_B.double()[valid_B].sum(),
+        ]
+    )

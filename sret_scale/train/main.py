@@ -1,0 +1,41 @@
+"""What every rank runs: `python -m sret_scale.train.main RUN/config.yaml`, started by DeepSpeed's launcher."""
+
+import argparse
+import contextlib
+from pathlib import Path
+
+from sret_scale.train.config import from_yaml
+from sret_scale.train.distributed import leave, ranks_from_environment
+from sret_scale.train.engine import start_communication
+from sret_scale.train.loop import train
+from sret_scale.train.run_folder import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, RunFolder
+
+
+def main() -> None:
+    """Train one rank's share of the run in whose folder the configuration lies.
+
+    A stopped run ends with status 0 on every rank, so that no launcher ends the others in the middle of their end; the
+    run's own exit status is in status.json.
+    """
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("config", type=Path)
+    config_file: Path = parser.parse_args().config
+    ranks = ranks_from_environment()
+    folder = RunFolder(config_file.parent)
+    with folder.locked() if ranks.is_main else contextlib.nullcontext():
+        try:
+            start_communication(ranks)
+            is_finished = train(from_yaml(config_file), folder, ranks)
+        except BaseException as error:
+            if ranks.is_main:
+                folder.write_status("failed", EXIT_FAILED, f"{type(error).__name__}: {error}")
+            raise
+        if ranks.is_main and is_finished:
+            folder.write_status("finished", EXIT_FINISHED)
+        elif ranks.is_main:
+            folder.write_status("stopped", EXIT_STOPPED, "a signal asked for it")
+        leave()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""Recipes: complete run configurations by name. Each says where its values come from and what it should reach."""
+
+from dataclasses import dataclass, replace
+
+from data_pipelines.augment import AugmentConfig
+from data_pipelines.loader import DataConfig
+from sret_scale.distill import DistillConfig
+from sret_scale.memory import MemoryConfig
+from sret_scale.model import PRESETS, preset
+from sret_scale.train.config import EngineConfig, OptimConfig, RunConfig, TrainConfig, nearest
+
+IMAGENET_IMAGES = 1_281_167
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A run configuration and, in a sentence, its source and expected result."""
+
+    config: RunConfig
+    about: str
+
+
+def recipe(name: str) -> Recipe:
+    """The recipe of that name, or `sret` with the model preset of that name; ValueError with the nearest name."""
+    if name in RECIPES:
+        return RECIPES[name]
+    if name in PRESETS:
+        base = RECIPES["sret"]
+        return replace(base, config=replace(base.config, model=preset(name)))
+    raise ValueError(f"no recipe or model preset {name!r}: {nearest(name, [*RECIPES, *PRESETS])}")
+
+
+def _sret() -> RunConfig:
+    return RunConfig(
+        model=preset("sret_t"),
+        data=DataConfig(train_folder="shards/imagenet/train", test_folder="shards/imagenet/validation"),
+        augment=AugmentConfig(),
+        memory=MemoryConfig(schedule="none"),
+        distill=DistillConfig(label_smoothing=0.1),
+        optim=OptimConfig(
+            learning_rate=1e-3,
+            reference_batch_size=512,
+            batch_scaling="linear",
+            final_rate_ratio=0.01,
+            warmup_images=30 * IMAGENET_IMAGES,
+            weight_decay=0.05,
+        ),
+        train=TrainConfig(
+            total_images=300 * IMAGENET_IMAGES,
+            global_batch_size=1024,
+            micro_batch_size=128,
+            eval_interval_images=10 * IMAGENET_IMAGES,
+            checkpoint_interval_images=IMAGENET_IMAGES,
+            log_interval_steps=50,
+        ),
+        engine=EngineConfig(ds_config="zero1_autocast"),
+    )
+
+
+def _demo(model: str, *, total_images: int, learning_rate: float, micro_batch_size: int = 32) -> RunConfig:
+    return RunConfig(
+        model=preset(model),
+        data=DataConfig(crop="padded", crop_padding=2, eval_crop_rate=1.0, workers=1),
+        augment=AugmentConfig(randaugment_ops=0, erase_rate=0.0, mixup_alpha=0.0, cutmix_alpha=0.0),
+        memory=MemoryConfig(schedule="none"),
+        optim=OptimConfig(
+            learning_rate=learning_rate,
+            batch_scaling="none",
+            warmup_images=total_images // 20,
+            weight_decay=0.05,
+            ema_horizon_images=4_000,
+        ),
+        train=TrainConfig(
+            total_images=total_images,
+            global_batch_size=64,
+            micro_batch_size=micro_batch_size,
+            eval_interval_images=total_images // 5,
+            checkpoint_interval_images=total_images // 5,
+            log_interval_steps=10,
+            image_mean=(0.286, 0.286, 0.286),
+            image_std=(0.353, 0.353, 0.353),
+        ),
+        engine=EngineConfig(ds_config="zero1"),
+    )
+
+
+RECIPES = {
+    "sret": Recipe(
+        config=_sret(),
+        about="The published one (arXiv 2111.05297, section 5): 300 epochs of ImageNet, AdamW, batch 1024, rate 1e-3 x "
+        "batch / 512. Published: SReT-T 76.0 %, S 81.9 % top-1.",
+    ),
+    "demo_teacher": Recipe(
+        config=_demo("demo_teacher", total_images=30_000, learning_rate=1e-3),
+        about="A wider model without recursion on the sample images: two to three minutes on two CPU cores.",
+    ),
+    "demo_student_108": Recipe(
+        config=replace(
+            _demo("demo_student_108", total_images=26_000, learning_rate=1.5e-3),
+            memory=MemoryConfig(schedule="segments"),
+        ),
+        about="108 applications of 10 blocks, distilled from the demo's teacher.",
+    ),
+    "demo_control_20": Recipe(
+        config=_demo("demo_control_20", total_images=26_000, learning_rate=1.5e-3),
+        about="The same 10 blocks at the published 2 loops, same teacher and number of images.",
+    ),
+}

@@ -1,0 +1,135 @@
+"""What a run leaves behind: the names of its files, and how each is written.
+
+config.yaml         the resolved configuration; `train` takes it back
+model.json          preset name and counts (sret_scale.model.describe)
+environment.json    command, versions, machine, commit, world size
+metrics.jsonl       one JSON object a line
+checkpoints/        see sret_scale.train.checkpoint
+status.json         state ("running", "finished", "stopped", "failed"), exit code, reason; written by rank 0
+lock                held by rank 0 while the run is alive
+"""
+
+import fcntl
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+import torch
+
+EXIT_FINISHED = 0
+EXIT_FAILED = 1
+EXIT_STOPPED = 85
+"""A signal stopped the run after it had saved: the same command continues it."""
+
+RECORDED_PACKAGES = ("sret-scale", "torch", "deepspeed", "webdataset", "numpy", "torchvision")
+
+
+class RunFolder:
+    """Paths of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.model = path / "model.json"
+        self.environment = path / "environment.json"
+        self.metrics = path / "metrics.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.status = path / "status.json"
+        self.quarantine = path / "quarantine.jsonl"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run for this process; ValueError where another process holds it."""
+        with (self.path / "lock").open("a") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ValueError(
+                    f"{self.path} is in use by another running job: wait for it, or use another --run"
+                ) from error
+            yield
+
+    def write_status(self, state: str, exit_code: int | None, reason: str = "") -> None:
+        """Replace status.json in one step, so that a reader never sees half of it."""
+        write_json(self.status, {"state": state, "exit_code": exit_code, "reason": reason})
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Write JSON under a temporary name and rename it."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(file)
+
+
+class MetricsLog:
+    """Appends to metrics.jsonl inside a `with`; without a file (ranks other than 0) it does nothing."""
+
+    def __init__(self, file: Path | None) -> None:
+        self._file = file
+        self._stream: TextIO | None = None
+
+    def __enter__(self) -> "MetricsLog":
+        if self._file:
+            was_cut = self._file.exists() and not self._file.read_bytes().endswith(b"\n")
+            self._stream = self._file.open("a", encoding="utf-8")
+            if was_cut and self._file.stat().st_size:
+                # A line that a kill cut off is ended, so that it cannot swallow the next one.
+                self._stream.write("\n")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._stream:
+            self._stream.close()
+
+    def write(self, kind: str, values: Mapping[str, Any]) -> None:
+        """Append one line and hand it to the operating system at once."""
+        if self._stream:
+            self._stream.write(json.dumps({"kind": kind, **values}) + "\n")
+            self._stream.flush()
+
+
+def environment(world_size: int) -> dict[str, Any]:
+    """Everything about machine and versions that a reader needs to repeat a run. Holds no environment variables."""
+    return {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in RECORDED_PACKAGES}},
+        "cpu": _cpu_name(),
+        "num_cpus": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "commit": _commit(),
+        "world_size": world_size,
+    }
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def _commit() -> str | None:
+    """The project's commit, with `+changes` where the tree differs from it; None where it is not a git checkout."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    run = subprocess.run(
+        ["git", "-C", str(root), "describe", "--always", "--dirty=+changes", "--abbrev=12", "--exclude=*"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return run.stdout.strip() or None

@@ -1,0 +1,106 @@
+"""Everything that is checked before a run's processes start, and their start."""
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+from data_pipelines.index import open_shards
+from sret_scale.distill.spec import parse_teacher
+from sret_scale.model import describe
+from sret_scale.train.config import RunConfig, differences, from_yaml, grad_accum_steps, to_yaml
+from sret_scale.train.ds_config import load_ds_config
+from sret_scale.train.launcher import launch
+from sret_scale.train.node.places import choose_nodes
+from sret_scale.train.run_folder import EXIT_FINISHED, RunFolder, environment, write_json
+
+
+def start_run(
+    config: RunConfig,
+    path: Path,
+    *,
+    num_ranks: int | None = None,
+    hostfile: Path | None = None,
+    is_fresh: bool = False,
+    dry_run: bool = False,
+) -> int:
+    """Check `config`, make or continue the run folder, start the ranks, wait; returns the run's exit status.
+
+    Raises ValueError or OSError, before anything is started or written, for what can be known to be wrong.
+    """
+    place = choose_nodes(num_ranks=num_ranks, hostfile=hostfile, master_port=None)
+    check_run(config, sum(len(host.devices) for host in place.hosts))
+    if dry_run:
+        with tempfile.TemporaryDirectory() as temporary:
+            file = Path(temporary) / "config.yaml"
+            file.write_text(to_yaml(config), encoding="utf-8")
+            return launch(path, file, num_ranks=num_ranks, hostfile=hostfile, dry_run=True)
+    folder = RunFolder(path)
+    if is_fresh:
+        remove_results(folder)
+    prepare_folder(folder, config, sum(len(host.devices) for host in place.hosts))
+    if is_finished(folder):
+        print(f"{path} is finished: {config.train.total_images:,} images (see {folder.metrics}); --fresh runs it again")
+        return EXIT_FINISHED
+    return launch(path, folder.config, num_ranks=num_ranks, hostfile=hostfile)
+
+
+def check_run(config: RunConfig, world_size: int) -> None:
+    """Raise ValueError or OSError for shards, classes, batch, ds_config or teacher that cannot work together."""
+    grad_accum_steps(config.train, world_size)
+    load_ds_config(config.engine.ds_config)
+    for name, folder in (("train", config.data.train_folder), ("test", config.data.test_folder)):
+        shards = open_shards(folder)
+        if shards.num_classes != config.model.num_classes:
+            raise ValueError(
+                f"the {name} shards {folder} have {shards.num_classes} classes, the model has "
+                f"{config.model.num_classes}: set model.num_classes={shards.num_classes}"
+            )
+        if name == "train" and shards.num_samples < config.train.global_batch_size:
+            raise ValueError(
+                f"{folder} has {shards.num_samples} samples, fewer than one global batch of "
+                f"{config.train.global_batch_size} for {world_size} ranks: use fewer ranks or a smaller batch"
+            )
+    if config.train.total_images < config.train.global_batch_size:
+        raise ValueError(
+            f"train.total_images={config.train.total_images} is less than one global batch of "
+            f"{config.train.global_batch_size}"
+        )
+    if config.distill.teacher:
+        for part in parse_teacher(config.distill.teacher):
+            if part.kind == "run" and not (Path(part.value) / "config.yaml").exists():
+                raise FileNotFoundError(f"teacher {part.text!r}: {part.value} is not a run folder (no config.yaml)")
+
+
+def prepare_folder(folder: RunFolder, config: RunConfig, world_size: int) -> None:
+    """Make the run folder, or check that the one which is there belongs to this configuration."""
+    if folder.config.exists():
+        changed = differences(from_yaml(folder.config), config)
+        if changed:
+            raise ValueError(
+                f"{folder.path} holds a run of another configuration: {'; '.join(changed[:5])}"
+                f"{' ...' if len(changed) > 5 else ''} (there -> asked for): choose another --run, or add --fresh"
+            )
+    folder.path.mkdir(parents=True, exist_ok=True)
+    folder.config.write_text(to_yaml(config), encoding="utf-8")
+    write_json(folder.model, describe(config.model))
+    write_json(folder.environment, environment(world_size))
+
+
+def is_finished(folder: RunFolder) -> bool:
+    """True when the run of this folder came to its end, its last evaluation included."""
+    if not folder.status.exists():
+        return False
+    return json.loads(folder.status.read_text(encoding="utf-8")).get("state") == "finished"
+
+
+def remove_results(folder: RunFolder) -> None:
+    """Delete what an earlier run left in the folder; other files stay. Refuses while that run is alive."""
+    if not folder.path.exists():
+        return
+    with folder.locked():
+        for path in (folder.checkpoints, folder.path / "logs", folder.path / "errors"):
+            if path.exists():
+                shutil.rmtree(path)
+        for file in (folder.config, folder.model, folder.environment, folder.metrics, folder.status, folder.quarantine):
+            file.unlink(missing_ok=True)

@@ -1,0 +1,27 @@
+"""Turns SIGTERM, SIGINT and SIGUSR1 into a flag that the training loop looks at after every step."""
+
+import signal
+from types import FrameType, TracebackType
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class StopFlag:
+    """Inside the `with`, the first stop signal sets `is_set`; a second one has its usual effect."""
+
+    def __init__(self) -> None:
+        self.is_set = False
+
+    def __enter__(self) -> "StopFlag":
+        self._previous = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.is_set = True
+        signal.signal(number, self._previous[signal.Signals(number)])
