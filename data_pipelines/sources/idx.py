@@ -1,0 +1,107 @@
+"""IDX files, the format of the MNIST family: one file of images, one of labels, plain or gzipped.
+
+The pixels become PNG files, 8-bit grey. `classes.txt` beside them, one name a line, gives the class names.
+"""
+
+import gzip
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipelines.sources.listing import Listing, check_labels, read_class_names
+from data_pipelines.strings import pack_strings
+
+PREFIXES = {"train": "train", "test": "t10k"}
+CLASSES_FILE = "classes.txt"
+
+
+def list_samples(folder: Path, split: str) -> Listing:
+    """The images of one split ("train" or "test") of an IDX folder with the four standard file names."""
+    if split not in PREFIXES:
+        raise ValueError(f"split {split!r} of IDX files: expected one of {', '.join(PREFIXES)}")
+    images_path = _find(folder, f"{PREFIXES[split]}-images-idx3-ubyte")
+    labels_path = _find(folder, f"{PREFIXES[split]}-labels-idx1-ubyte")
+    images_NHW, label = read_idx(images_path), read_idx(labels_path).astype(np.int32)
+    if images_NHW.ndim != 3 or label.shape != images_NHW.shape[:1]:
+        raise ValueError(
+            f"{labels_path}: expected one label for each image, got images {images_NHW.shape} and labels {label.shape}"
+        )
+    num_samples = len(label)
+    if not num_samples:
+        raise ValueError(f"{images_path}: no images in it")
+    names_path = folder / CLASSES_FILE
+    if names_path.exists():
+        class_names = read_class_names(names_path)
+    else:
+        class_names = [str(index) for index in range(int(label.max()) + 1)]
+    check_labels(label, class_names, labels_path)
+    keys = [f"{split}-{index:06d}" for index in range(num_samples)]
+    image_bytes = images_NHW[0].size
+    return Listing(
+        class_names=class_names,
+        paths=pack_strings([str(images_path)]),
+        path_of=np.zeros(num_samples, np.int32),
+        offset=np.arange(num_samples, dtype=np.int64) * image_bytes,
+        length=np.full(num_samples, image_bytes, np.int64),
+        label=label,
+        keys=pack_strings(keys),
+        names=pack_strings(f"{images_path.name}[{index}]" for index in range(num_samples)),
+    )
+
+
+def read_idx(path: Path) -> NDArray[np.uint8]:
+    """The array in an IDX file of unsigned bytes. Raises ValueError when it is another format or cut off."""
+    data = path.read_bytes()
+    if data[:2] == b"\x1f\x8b":
+        try:
+            data = gzip.decompress(data)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise ValueError(f"{path}: broken gzip file ({error}); get the file again") from error
+    if len(data) < 4 or data[:3] != b"\x00\x00\x08" or len(data) < 4 + 4 * data[3]:
+        raise ValueError(f"{path}: not an IDX file of unsigned bytes (it begins with {data[:4].hex()})")
+    shape = struct.unpack_from(f">{data[3]}I", data, 4)
+    start = 4 + 4 * len(shape)
+    if len(data) - start != int(np.prod(shape, dtype=np.int64)):
+        raise ValueError(f"{path}: {len(data) - start:,} bytes of content, its header says {shape}; get the file again")
+    return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
+
+
+class IdxReader:
+    """Images of IDX files as PNG."""
+
+    def __init__(self) -> None:
+        self._images: dict[str, NDArray[np.uint8]] = {}
+
+    def read(self, path: str, offset: int, length: int) -> bytes:
+        if path not in self._images:
+            self._images[path] = read_idx(Path(path))
+        images_NHW = self._images[path]
+        return encode_png(images_NHW[offset // length])
+
+    def close(self) -> None:
+        self._images.clear()
+
+
+def encode_png(image_HW: NDArray[np.uint8]) -> bytes:
+    """An 8-bit grey PNG of the pixels, not compressed: deflate's output differs between zlib versions, and equal
+    sources must give equal shards on every machine. Small images would gain little, since tars pad to 512 bytes.
+    """
+    height, width = image_HW.shape
+    lines = np.concatenate([np.zeros((height, 1), np.uint8), image_HW], axis=1)  # filter type 0 before each line
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(lines.tobytes(), 0)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
+    )
+
+
+def _find(folder: Path, name: str) -> Path:
+    for path in (folder / name, folder / f"{name}.gz"):
+        if path.exists():
+            return path
+    raise FileNotFoundError(
+        f"{folder / name}: no such file, nor with .gz; name the folder that holds the four IDX files"
+    )

@@ -1,0 +1,63 @@
+"""The listing of a source: every image's place, key and label, before any image is read.
+
+A listing is what a plan is made of. It names files and offsets only, so that worker processes and other nodes can read
+the same bytes from it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipelines.strings import PackedStrings
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Listing:
+    """N images. Image i is `length[i]` bytes at `offset[i]` of the file `paths[path_of[i]]` (for the kind's reader).
+
+    `keys` are unique and fit for a tar; `names` say where an image comes from, for people.
+    """
+
+    class_names: list[str]
+    paths: PackedStrings
+    path_of: NDArray[np.int32]
+    offset: NDArray[np.int64]
+    length: NDArray[np.int64]
+    label: NDArray[np.int32]
+    keys: PackedStrings
+    names: PackedStrings
+
+    def __len__(self) -> int:
+        return len(self.offset)
+
+
+class Reader(Protocol):
+    """Reads the bytes of images that a listing names."""
+
+    def read(self, path: str, offset: int, length: int) -> bytes:
+        """The image file's bytes."""
+
+    def close(self) -> None:
+        """Closes what is open."""
+
+
+def check_labels(label: NDArray[np.int32], class_names: Sequence[str], where: Path) -> None:
+    """Raises ValueError when a label is not an index into the classes."""
+    bad = np.flatnonzero((label < 0) | (label >= len(class_names)))
+    if len(bad):
+        raise ValueError(
+            f"{where}: label {int(label[bad[0]])} of image {int(bad[0])} is outside the {len(class_names)} classes"
+            f" ({len(bad)} such labels); correct the labels or the list of classes"
+        )
+
+
+def read_class_names(path: Path) -> list[str]:
+    """Class names from a text file, one a line. Raises ValueError for an empty or repeated name."""
+    names = [line.strip() for line in path.read_text("utf-8").splitlines()]
+    if not names or "" in names or len(set(names)) != len(names):
+        raise ValueError(f"{path}: expected one class name a line, none empty and none twice")
+    return names

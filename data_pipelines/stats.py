@@ -1,0 +1,35 @@
+"""Facts about a shard set, from its index alone."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipelines.index import open_shards
+
+
+def summarize_shards(folder: str | Path) -> dict[str, Any]:
+    """Counts, bytes, pixels and class balance, ready for JSON."""
+    shards = open_shards(folder)
+    counts = np.bincount(shards.label, minlength=shards.num_classes).tolist()
+    return {
+        "folder": str(folder),
+        "samples": shards.num_samples,
+        "classes": shards.num_classes,
+        "shards": shards.num_shards,
+        "left_out": shards.manifest.num_rejected,
+        "image_bytes": int(shards.length.sum()),
+        "tar_bytes": sum(shard.bytes for shard in shards.manifest.shards),
+        "width": _spread(shards.width),
+        "height": _spread(shards.height),
+        "fingerprint": shards.fingerprint,
+        "class_counts": dict(zip(shards.class_names, counts, strict=True)),
+        "writer": dict(shards.manifest.writer),
+    }
+
+
+def _spread(values: NDArray[np.int32]) -> dict[str, int]:
+    if not len(values):
+        return {"smallest": 0, "median": 0, "largest": 0}
+    return {"smallest": int(values.min()), "median": int(np.median(values)), "largest": int(values.max())}

@@ -1,0 +1,122 @@
+"""Image sources to webdataset shards: list, plan, write, finish.
+
+    source -> Listing -> Plan -> shard tars with done-markers -> index.npz, manifest.json
+
+Until the manifest appears, everything that a restart needs lies in TARGET/.writing: the plan and a marker for each
+complete shard. The same command continues, and the result has the same bytes as an uninterrupted run.
+"""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data_pipelines.index import WORK_FOLDER
+from data_pipelines.manifest import MANIFEST_NAME, Manifest, read_manifest
+from data_pipelines.sources.kinds import source_kind
+from data_pipelines.writing.finish import finish_shards
+from data_pipelines.writing.plan import PLAN_NAME, Plan, load_plan, make_plan, save_plan
+from data_pipelines.writing.shard_writer import BAD_IMAGE_POLICIES, DoneShard, ShardOptions, done_path, load_done
+from data_pipelines.writing.workers import Progress, claim, write_missing
+
+DEFAULT_SHARD_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class WriteConfig:
+    """What shards are made of and how. `seed` None keeps the source's order; `shard_samples` beats `shard_bytes`."""
+
+    kind: str
+    source: Path
+    split: str = "train"
+    seed: int | None = 0
+    shard_bytes: int = DEFAULT_SHARD_BYTES
+    shard_samples: int | None = None
+    options: ShardOptions = field(default_factory=ShardOptions)
+
+    def __post_init__(self) -> None:
+        source_kind(self.kind)
+        if self.shard_bytes < 1 or (self.shard_samples is not None and self.shard_samples < 1):
+            raise ValueError("shard_bytes and shard_samples: expected 1 or more")
+        if self.options.on_bad not in BAD_IMAGE_POLICIES:
+            raise ValueError(f"on_bad {self.options.on_bad!r}: expected one of {', '.join(BAD_IMAGE_POLICIES)}")
+
+    def record(self) -> dict[str, Any]:
+        """The arguments as the manifest keeps them: no paths of this machine, so that equal sets are equal bytes."""
+        fields = asdict(self)
+        return {**fields, "source": self.source.resolve().name}
+
+
+def write_shards(
+    config: WriteConfig,
+    target: str | Path,
+    *,
+    num_workers: int = 1,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+) -> Manifest:
+    """Writes the shard set, or continues one that was interrupted; returns the manifest of the complete set.
+
+    Any number of processes on any number of nodes may call this at once with the same arguments. Raises ValueError or
+    OSError with what to do: a bad source or image, a target that holds something else, a full disk.
+    """
+    target = Path(target)
+    work = target / WORK_FOLDER
+    if (target / MANIFEST_NAME).exists():
+        return _already_complete(config, target)
+    work.mkdir(parents=True, exist_ok=True)
+    with claim(work / "plan.lock", wait=True):
+        plan = _planned(config, target)
+    write_missing(plan, target, options=config.options, num_workers=num_workers, on_progress=on_progress)
+    with claim(work / "finish.lock", wait=True):
+        if not (target / MANIFEST_NAME).exists():
+            shards = [_load_complete(target, index) for index in range(plan.num_shards)]
+            finish_shards(target, shards, class_names=plan.listing.class_names, writer=config.record())
+    return _already_complete(config, target)
+
+
+def _load_complete(target: Path, index: int) -> DoneShard:
+    """The done-marker of a shard whose tar still has the size that was written."""
+    shard = load_done(target, index)
+    path = target / shard.entry.file
+    if path.stat().st_size != shard.entry.bytes:
+        done_path(target, index).unlink()
+        raise ValueError(f"{path}: changed while the other shards were written; run the same command again to redo it")
+    return shard
+
+
+def _planned(config: WriteConfig, target: Path) -> Plan:
+    """The plan that is in the target already, or a new one."""
+    work = target / WORK_FOLDER
+    arguments = {**config.record(), "source": str(config.source.resolve())}
+    if (work / PLAN_NAME).exists():
+        plan = load_plan(work)
+        if plan.arguments != arguments:
+            changed = sorted(name for name in arguments if plan.arguments.get(name) != arguments[name])
+            raise ValueError(
+                f"{target}: holds a half-finished shard set made with another {', '.join(changed)}; repeat those,"
+                f" choose another target, or delete {work}"
+            )
+        return plan
+    strangers = sorted(path.name for path in target.glob("*.tar"))
+    if strangers:
+        raise ValueError(f"{target}: already holds {strangers[0]} of something else; choose an empty target")
+    listing = source_kind(config.kind).list_samples(config.source, config.split)
+    plan = make_plan(
+        listing, arguments, seed=config.seed, shard_bytes=config.shard_bytes, shard_samples=config.shard_samples
+    )
+    save_plan(plan, work)
+    return plan
+
+
+def _already_complete(config: WriteConfig, target: Path) -> Manifest:
+    """The manifest of a target that was written with the same arguments; anything else is refused."""
+    manifest = read_manifest(target)
+    record = config.record()
+    if manifest.writer != record:
+        changed = sorted(name for name in record if manifest.writer.get(name) != record[name])
+        raise ValueError(
+            f"{target}: holds a complete shard set made with another {', '.join(changed)}; choose another target"
+        )
+    shutil.rmtree(target / WORK_FOLDER, ignore_errors=True)
+    return manifest

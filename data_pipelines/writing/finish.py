@@ -1,0 +1,60 @@
+"""Joins written shards to a shard set: the index, the list of what was left out, and last the manifest."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipelines.files import replacing
+from data_pipelines.index import COLUMNS, render_index
+from data_pipelines.manifest import INDEX_NAME, MANIFEST_NAME, Manifest, content_fingerprint, render_manifest
+from data_pipelines.writing.shard_writer import DoneShard
+
+REJECTED_NAME = "rejected.jsonl"
+
+
+def finish_shards(
+    folder: Path, shards: Sequence[DoneShard], *, class_names: Sequence[str], writer: Mapping[str, Any]
+) -> Manifest:
+    """Writes index and manifest for shards that lie complete in `folder`; the set exists from then on."""
+    entries = [shard.entry for shard in shards]
+    rejected = [item for shard in shards for item in shard.rejected]
+    if rejected:
+        _write(folder / REJECTED_NAME, b"".join(json.dumps(asdict(item)).encode() + b"\n" for item in rejected))
+    index = render_index(_joined(shards))
+    _write(folder / INDEX_NAME, index)
+    manifest = Manifest(
+        class_names=list(class_names),
+        fingerprint=content_fingerprint(entries, class_names),
+        index_bytes=len(index),
+        index_sha256=hashlib.sha256(index).hexdigest(),
+        shards=entries,
+        num_rejected=len(rejected),
+        writer=writer,
+    )
+    _write(folder / MANIFEST_NAME, render_manifest(manifest))
+    return manifest
+
+
+def _joined(shards: Iterable[DoneShard]) -> dict[str, NDArray[Any]]:
+    """The columns of the whole set."""
+    parts: dict[str, list[NDArray[Any]]] = {name: [] for name in COLUMNS}
+    key_bytes = 0
+    for number, shard in enumerate(shards):
+        columns = dict(shard.columns)
+        columns["shard_of"] = np.full(shard.entry.num_samples, number, COLUMNS["shard_of"])
+        columns["key_end"] = columns["key_end"] + key_bytes
+        key_bytes += len(columns["key_bytes"])
+        for name, part in parts.items():
+            part.append(columns[name])
+    return {name: np.concatenate(part) for name, part in parts.items()}
+
+
+def _write(path: Path, data: bytes) -> None:
+    with replacing(path) as file:
+        file.write(data)

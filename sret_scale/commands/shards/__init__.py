@@ -1,0 +1,34 @@
+"""`sret-scale shards`: everything about shards on disk. One module an action, found by its name."""
+
+import argparse
+import importlib
+
+EXAMPLE = "example: sret-scale shards info shards/fashion/train"
+
+# Name of an action -> what it does. Its arguments and its work are in `sret_scale.commands.shards.NAME`.
+ACTIONS = {
+    "write": "images to webdataset shards with index and manifest; continues what was interrupted",
+    "info": "what a shard set holds",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """One sub-command for each action."""
+    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
+    for name, text in ACTIONS.items():
+        module = importlib.import_module(f"sret_scale.commands.shards.{name}")
+        action = actions.add_parser(
+            name,
+            help=text,
+            description=text,
+            epilog=module.EXAMPLE,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(action)
+        action.set_defaults(run_action=module.run)
+
+
+def run(args: argparse.Namespace) -> int | None:
+    """Run the action that was asked for."""
+    status: int | None = args.run_action(args)
+    return status

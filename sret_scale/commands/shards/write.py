@@ -1,0 +1,52 @@
+"""`sret-scale shards write`: images to webdataset shards."""
+
+import argparse
+import os
+from pathlib import Path
+
+EXAMPLE = """example:
+  sret-scale shards write idx data_pipelines/sample/fashion_mnist shards/fashion/train --split train
+The same command continues a run that was interrupted. Started on several nodes with a common TARGET, they share it."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Source, target and how the shards are cut."""
+    parser.add_argument("kind", metavar="KIND", help="kind of source: idx (the four IDX files of the MNIST family)")
+    parser.add_argument("source", type=Path, metavar="SOURCE", help="where the images are")
+    parser.add_argument("target", type=Path, metavar="TARGET", help="folder of the shard set; made if missing")
+    parser.add_argument("--split", default="train", help="part of the source: train or test (default: train)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the shuffle at write time (default: 0)")
+    parser.add_argument("--keep-order", action="store_true", help="keep the source's order instead of shuffling")
+    parser.add_argument("--shard-mb", type=float, default=256.0, help="size of a shard in MiB (default: 256)")
+    parser.add_argument("--shard-samples", type=int, help="most samples in a shard, instead of --shard-mb")
+    parser.add_argument("--no-metadata", action="store_true", help="leave out the .json member with class and origin")
+    parser.add_argument(
+        "--on-bad", default="fail", help="what to do with a bad image: fail, skip or quarantine (default: fail)"
+    )
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Write the shards and say what was written."""
+    from data_pipelines.write import WriteConfig, write_shards
+    from data_pipelines.writing.shard_writer import ShardOptions
+    from sret_scale.commands.shards.progress import progress_bar
+
+    if args.workers < 1:
+        raise ValueError(f"--workers {args.workers}: expected 1 or more")
+    config = WriteConfig(
+        kind=args.kind,
+        source=args.source,
+        split=args.split,
+        seed=None if args.keep_order else args.seed,
+        shard_bytes=int(args.shard_mb * 2**20),
+        shard_samples=args.shard_samples,
+        options=ShardOptions(on_bad=args.on_bad, metadata=not args.no_metadata),
+    )
+    with progress_bar("writing") as on_progress:
+        manifest = write_shards(config, args.target, num_workers=args.workers, on_progress=on_progress)
+    num_bytes = sum(shard.bytes for shard in manifest.shards)
+    print(
+        f"{args.target}: {manifest.num_samples:,} samples of {len(manifest.class_names)} classes in"
+        f" {len(manifest.shards)} shards, {num_bytes / 2**20:,.1f} MiB, {manifest.num_rejected} images left out"
+    )
