@@ -1,5 +1,6 @@
 """A teacher answers in its own preprocessing, leaves the student alone, and is checked before it is used."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,15 @@ def test_student_gets_gradients_and_the_teacher_stays_outside_of_it() -> None:
     assert torch.autograd.grad(loss, student.weight)[0].abs().sum() > 0
 
 
+def test_description_identifies_weights_and_preprocessing() -> None:
+    first, again, other = (build(here(name)).describe() for name in ("twelve_pixels", "twelve_pixels", "eight_pixels"))
+    assert first == again == json.loads(json.dumps(first))
+    assert first["image_size"] == 12 and first["mean"] == list(MEAN)
+    assert first["weights_sha256"] != other["weights_sha256"]
+    joined = build(f"{here('twelve_pixels')}+{here('eight_pixels')}").describe()
+    assert joined == {"members": [first, other]}
+
+
 def test_batch_norm_does_not_learn_from_the_batches() -> None:
     teacher = build(here("twelve_pixels"))
     unit = unit_batch()
@@ -133,7 +143,7 @@ def test_batch_norm_does_not_learn_from_the_batches() -> None:
 def test_bf16_keeps_norms_in_fp32_and_is_near_fp32() -> None:
     unit = unit_batch()
     teacher = build(here("twelve_pixels"), precision="bf16")
-    dtypes = {name: parameter.dtype for name, parameter in teacher._network.named_parameters()}  # type: ignore[attr-defined]
+    dtypes = {name: parameter.dtype for name, parameter in teacher._module.named_parameters()}  # type: ignore[union-attr]
     assert dtypes["0.weight"] == torch.bfloat16 and dtypes["1.weight"] == torch.float32
     logits = teacher(unit)
     assert logits.dtype == torch.float32

@@ -6,19 +6,19 @@ A teacher is not an nn.Module, so that holding one adds nothing to a student's p
 Shapes: B batch, C classes (channels in BCHW), H height, W width.
 """
 
+import hashlib
+import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sret_scale.distill.networks import LoadRun, Network, load_network
-from sret_scale.distill.spec import TeacherSpec, parse_teacher
+from sret_scale.distill.spec import parse_teacher
 
 Precision = Literal["auto", "bf16", "fp32"]
-Teacher = Callable[[Tensor], Tensor]
-"""unit_BCHW -> logits_BC: no gradient, fp32."""
 
 
 def build_teacher(
@@ -30,7 +30,7 @@ def build_teacher(
     micro_batch_size: int | None = None,
     precision: Precision = "auto",
     compiled: bool = False,
-) -> Teacher:
+) -> "Teacher":
     """The teacher that a spec names, loaded, frozen, and proved on two images: what is wrong with it is said now.
 
     Raises ValueError for a spec that names nothing, another class count, features instead of logits, and NaN.
@@ -41,8 +41,10 @@ def build_teacher(
     members = []
     for part in parse_teacher(spec):
         network = load_network(part, num_classes=num_classes, load_run=load_run)
-        member = OnlineTeacher(network, device=device, micro_batch_size=micro_batch_size, precision=precision)
-        check_teacher(member, part, num_classes)
+        member = OnlineTeacher(
+            part.text, network, device=device, micro_batch_size=micro_batch_size, precision=precision
+        )
+        check_teacher(member, num_classes)
         if compiled:
             member.compile()
         members.append(member)
@@ -53,50 +55,79 @@ class OnlineTeacher:
     """One frozen network, with its own size, normalisation, micro-batch and precision."""
 
     def __init__(
-        self, network: Network, *, device: torch.device, micro_batch_size: int | None, precision: Precision
+        self, spec: str, network: Network, *, device: torch.device, micro_batch_size: int | None, precision: Precision
     ) -> None:
-        self.image_size = network.image_size
-        self.interpolation = network.interpolation
-        self.micro_batch_size = micro_batch_size
-        self.precision = precision
-        self.device = device
-        self._network: Callable[[Tensor], Tensor] = freeze(network.module, device, precision)
+        self.spec, self.network, self.device = spec, network, device
+        self.micro_batch_size, self.precision = micro_batch_size, precision
+        self._module = freeze(network.module, device, precision)
+        self._forward: Callable[[Tensor], Tensor] = self._module
         self._mean = torch.tensor(network.mean, device=device).view(-1, 1, 1)
         self._std = torch.tensor(network.std, device=device).view(-1, 1, 1)
 
+    def describe(self) -> dict[str, Any]:
+        """All that decides on this teacher's outputs, with a SHA-256 of its weights; as JSON would give it back."""
+        return {
+            "spec": self.spec,
+            "weights_sha256": hash_weights(self._module),
+            "image_size": self.network.image_size,
+            "interpolation": self.network.interpolation,
+            "mean": list(self.network.mean),
+            "std": list(self.network.std),
+            "precision": self.precision,
+        }
+
     def compile(self) -> None:
         """Compile the network, apart from the student."""
-        self._network = torch.compile(self._network)
+        self._forward = torch.compile(self._module)
 
     def __call__(self, unit_BCHW: Tensor) -> Tensor:
         with torch.inference_mode():
-            outputs = [self._forward(part) for part in torch.split(unit_BCHW, self.micro_batch_size or len(unit_BCHW))]
+            parts = torch.split(unit_BCHW, self.micro_batch_size or len(unit_BCHW))
+            outputs = [self.forward(part_BCHW) for part_BCHW in parts]
         # Concatenated outside inference mode: autograd refuses to save an inference tensor for the loss's backward.
         return torch.cat(outputs).float()
 
-    def _forward(self, unit_BCHW: Tensor) -> Tensor:
+    def forward(self, unit_BCHW: Tensor) -> Tensor:
+        """What the network gives for one micro-batch, unchecked."""
         images_BCHW = self.prepare(unit_BCHW).contiguous(memory_format=torch.channels_last)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            return self._network(images_BCHW)
+            return self._forward(images_BCHW)
 
     def prepare(self, unit_BCHW: Tensor) -> Tensor:
         """The same view at the teacher's size and normalisation. Bicubic weights overshoot [0, 1]: they are clamped."""
-        if tuple(unit_BCHW.shape[-2:]) != (self.image_size, self.image_size):
-            unit_BCHW = F.interpolate(
-                unit_BCHW, size=(self.image_size, self.image_size), mode=self.interpolation, antialias=True
-            ).clamp(0, 1)
+        size = (self.network.image_size, self.network.image_size)
+        if tuple(unit_BCHW.shape[-2:]) != size:
+            mode = self.network.interpolation
+            unit_BCHW = F.interpolate(unit_BCHW, size, mode=mode, align_corners=False, antialias=True).clamp(0, 1)
         return (unit_BCHW - self._mean) / self._std
 
 
 class EnsembleTeacher:
     """Several teachers as one: the logarithm of the average of their probabilities."""
 
-    def __init__(self, members: Sequence[Teacher]) -> None:
+    def __init__(self, members: Sequence[OnlineTeacher]) -> None:
         self.members = tuple(members)
+
+    def describe(self) -> dict[str, Any]:
+        """The members' descriptions."""
+        return {"members": [member.describe() for member in self.members]}
 
     def __call__(self, unit_BCHW: Tensor) -> Tensor:
         log_probs_MBC = torch.stack([F.log_softmax(member(unit_BCHW), dim=-1) for member in self.members])
-        return torch.logsumexp(log_probs_MBC, dim=0) - torch.tensor(float(len(self.members))).log()
+        return torch.logsumexp(log_probs_MBC, dim=0) - math.log(len(self.members))
+
+
+Teacher = OnlineTeacher | EnsembleTeacher
+"""`teacher(unit_BCHW)` gives fp32 logits (B, C) without gradient."""
+
+
+def hash_weights(module: nn.Module) -> str:
+    """Hex SHA-256 of all parameters and buffers with their names, types and shapes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def freeze(module: nn.Module, device: torch.device, precision: Precision) -> nn.Module:
@@ -113,26 +144,26 @@ def freeze(module: nn.Module, device: torch.device, precision: Precision) -> nn.
     return module
 
 
-def check_teacher(teacher: OnlineTeacher, spec: TeacherSpec, num_classes: int) -> None:
+def check_teacher(teacher: OnlineTeacher, num_classes: int) -> None:
     """Raise ValueError unless two images give two rows of finite logits, one for each class of the data."""
-    size = teacher.image_size
-    channels = len(teacher._mean)
-    unit_BCHW = torch.rand(2, channels, size, size, generator=torch.Generator().manual_seed(0)).to(teacher.device)
+    network, name = teacher.network, f"teacher {teacher.spec!r}"
+    shape = (2, len(network.mean), network.image_size, network.image_size)
+    unit_BCHW = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(teacher.device)
     try:
         with torch.inference_mode():
-            logits = teacher._forward(unit_BCHW)
+            logits = teacher.forward(unit_BCHW)
     except RuntimeError as error:
-        raise ValueError(f"teacher {spec.text!r} fails on two images of {size} px: {error}") from error
+        raise ValueError(f"{name} fails on two images of {network.image_size} px: {error}") from error
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(
-            f"teacher {spec.text!r}: expected logits of shape (2, {num_classes}), got {got}; "
+            f"{name}: expected logits of shape (2, {num_classes}), got {got}; "
             "it gives features, it needs its classification head"
         )
     if logits.shape != (2, num_classes):
         raise ValueError(
-            f"teacher {spec.text!r} has {logits.shape[1]} outputs, the data has {num_classes} classes; "
+            f"{name} has {logits.shape[1]} outputs, the data has {num_classes} classes; "
             "choose a teacher of these classes (or with its classification head, if these are features)"
         )
     if not logits.isfinite().all():
-        raise ValueError(f"teacher {spec.text!r} gives NaN or infinite logits; its weights are damaged or not loaded")
+        raise ValueError(f"{name} gives NaN or infinite logits; its weights are damaged or not loaded")
