@@ -30,7 +30,7 @@ def build_parser(command: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     module.add_arguments(parser)
-    parser.set_defaults(run=module.run)
+    parser.set_defaults(run_command=module.run)
     return parser
 
 
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     top.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of the commands below")
     args = build_parser(top.parse_args(argv[:1]).command).parse_args(argv[1:])
     try:
-        status = args.run(args)
+        status = args.run_command(args)
     except BrokenPipeError:
         # The reader (`| head`) has left: nobody is there to tell, and flushing at exit must not fail either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
