@@ -72,7 +72,8 @@ class BatchAugment:
             # Operation and strength are drawn per sample: a v2 transform draws once for all that it is given.
             for transform in self._sample_transforms:
                 images_BCHW = torch.stack([transform(image_CHW) for image_CHW in images_BCHW])
-            unit_BCHW = images_BCHW.float() / 255
+            # In place: fresh memory for each operation costs more than the arithmetic.
+            unit_BCHW = images_BCHW.float().div_(255)
             if self._erase is not None:
                 unit_BCHW = torch.stack([self._erase_box(unit_CHW) for unit_CHW in unit_BCHW])
             target_BC = labels if labels.ndim == 2 else F.one_hot(labels, self.num_classes).float()
@@ -96,4 +97,4 @@ class BatchAugment:
 def normalise(unit_BCHW: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Pixels in [0, 1] to (unit - mean) / std per channel."""
     mean_C11, std_C11 = (unit_BCHW.new_tensor(values).view(-1, 1, 1) for values in (mean, std))
-    return (unit_BCHW - mean_C11) / std_C11
+    return (unit_BCHW - mean_C11).div_(std_C11)

@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from data_pipelines.decode import MAX_PIXELS
 from data_pipelines.order import LastBatch, OrderKind
+
+# Pillow's own limit (its MAX_IMAGE_PIXELS), so that its warning cannot appear for an image that is accepted.
+MAX_PIXELS = 89_478_485
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,12 +6,12 @@ from typing import Protocol
 from torch import Tensor
 
 from data_pipelines.config import DataConfig
-from data_pipelines.decode import DecodeError, decode_rgb
+from data_pipelines.decode import DecodeError, decode_box, decode_rgb
 from data_pipelines.index import ShardSet
 from data_pipelines.keyed import keyed_words
 from data_pipelines.quarantine import Quarantine
 from data_pipelines.reader import BadSampleError, ShardReader
-from data_pipelines.view import View, centre_pixels, draw_view, training_pixels, view_number
+from data_pipelines.view import View, box_pixels, centre_pixels, draw_view, training_pixels, view_number
 
 # Substitutes that are tried for one bad sample before the run stops.
 _MAX_SUBSTITUTES = 16
@@ -34,13 +34,6 @@ class SampleSource(Protocol):
     def __call__(self, epoch: int, index: int, repeat: int) -> Sample: ...
 
 
-def _decode(reader: ShardReader, shards: ShardSet, index: int, max_pixels: int) -> Tensor:
-    try:
-        return decode_rgb(reader.read(index), max_pixels=max_pixels)
-    except DecodeError as error:
-        raise BadSampleError(shards, index, str(error)) from error
-
-
 class EvaluationSamples:
     """The centre of each image. A bad sample is an error, because evaluation counts every sample once."""
 
@@ -48,7 +41,10 @@ class EvaluationSamples:
         self._reader, self._shards, self._config, self._image_size = reader, shards, config, image_size
 
     def __call__(self, epoch: int, index: int, repeat: int) -> Sample:
-        image_CHW = _decode(self._reader, self._shards, index, self._config.max_pixels)
+        try:
+            image_CHW = decode_rgb(self._reader.read(index), max_pixels=self._config.max_pixels)
+        except DecodeError as error:
+            raise BadSampleError(self._shards, index, str(error)) from error
         pixels_CHW = centre_pixels(image_CHW, self._config, self._image_size)
         return Sample(pixels_CHW, int(self._shards.label[index]), index, (0, 0, *image_CHW.shape[1:], 0), 0)
 
@@ -88,8 +84,21 @@ class TrainingSamples:
         raise ValueError(f"{_MAX_SUBSTITUTES} substitutes for a bad sample were bad as well; the last: {last_error}")
 
     def _read(self, epoch: int, index: int, repeat: int) -> Sample:
-        image_CHW = _decode(self._reader, self._shards, index, self._config.max_pixels)
-        number = view_number(self._config, epoch, repeat)
-        view = draw_view(self._config, *image_CHW.shape[1:], seed=self._view_seed, number=number, index=index)
-        pixels_CHW = training_pixels(image_CHW, view, self._config, self._image_size)
+        config = self._config
+        number = view_number(config, epoch, repeat)
+
+        def draw(height: int, width: int) -> View:
+            return draw_view(config, height, width, seed=self._view_seed, number=number, index=index)
+
+        data = self._reader.read(index)
+        try:
+            if config.crop == "resized":
+                box_CHW, view = decode_box(data, draw, max_pixels=config.max_pixels)
+                pixels_CHW = box_pixels(box_CHW, view[4], config, self._image_size)
+            else:
+                image_CHW = decode_rgb(data, max_pixels=config.max_pixels)
+                view = draw(*image_CHW.shape[1:])
+                pixels_CHW = training_pixels(image_CHW, view, config, self._image_size)
+        except DecodeError as error:
+            raise BadSampleError(self._shards, index, str(error)) from error
         return Sample(pixels_CHW, int(self._shards.label[index]), index, view, number)

@@ -91,8 +91,13 @@ def training_pixels(image_CHW: Tensor, view: View, config: DataConfig, image_siz
     if config.crop == "centre":
         pixels_CHW = centre_pixels(image_CHW, config, image_size)
     else:
-        box_CHW = image_CHW[:, top : top + height, left : left + width]
-        pixels_CHW = resize(box_CHW, image_size, image_size, config.interpolation)
+        return box_pixels(image_CHW[:, top : top + height, left : left + width], flip, config, image_size)
+    return pixels_CHW.flip(2) if flip else pixels_CHW
+
+
+def box_pixels(box_CHW: Tensor, flip: int, config: DataConfig, image_size: int) -> Tensor:
+    """uint8 pixels (3, image_size, image_size) of a box that has been cut out."""
+    pixels_CHW = resize(box_CHW, image_size, image_size, config.interpolation)
     return pixels_CHW.flip(2) if flip else pixels_CHW
 
 
