@@ -113,6 +113,8 @@ def verify_checkpoint(path: Path) -> None:
         if not file.is_file():
             raise CheckpointError(f"{file}: missing")
         found = _entry(file)
+        if not isinstance(expected, dict) or set(expected) != set(found):
+            raise CheckpointError(f"{path / 'manifest.json'}: expected bytes and sha256 of {name}, found {expected!r}")
         for what in ("bytes", "sha256"):
             if found[what] != expected[what]:
                 raise CheckpointError(f"{file}: expected {what} {expected[what]}, found {found[what]}")

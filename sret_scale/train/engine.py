@@ -121,6 +121,10 @@ class Engine:
         }
         return parameters | dict(self.model.named_buffers())
 
+    def weights(self) -> dict[str, Tensor]:
+        """Whole copies of every parameter and buffer by name; all ranks must call it."""
+        return self.assemble(self.local_weights())
+
     @torch.no_grad()
     def assemble(self, local: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Whole tensors, new ones, from tensors like those of `local_weights`; all ranks must call it."""

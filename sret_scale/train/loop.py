@@ -264,7 +264,7 @@ def log_memory(run: Run, clock: Clock) -> None:
 
 def save(run: Run, clock: Clock) -> None:
     """A checkpoint of everything that decides how the run goes on."""
-    tensors = {"weights": run.engine.assemble(run.engine.local_weights()), "optimizer": run.engine.optimizer_state()}
+    tensors = {"weights": run.engine.weights(), "optimizer": run.engine.optimizer_state()}
     if run.average:
         tensors["ema"] = run.engine.assemble(run.average.averages)
     if run.ranks.is_main:

@@ -1,0 +1,117 @@
+"""Checkpoints: complete or invisible, and every damage found."""
+
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from sret_scale.train.checkpoint import (
+    CheckpointError,
+    list_checkpoints,
+    newest_valid,
+    prune_checkpoints,
+    read_state,
+    read_tensors,
+    save_checkpoint,
+    verify_checkpoint,
+)
+
+TENSORS = {"weights": {"a": torch.arange(12.0).view(3, 4), "count": torch.tensor(3)}, "optimizer": {}}
+
+
+def silent(_text: str) -> None:
+    raise AssertionError("nothing is wrong")
+
+
+def test_what_is_read_is_what_was_saved(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, step=7, tensors=TENSORS, state={"images": 70})
+    verify_checkpoint(path)
+    assert read_state(path) == {"format": 1, "step": 7, "images": 70}
+    assert torch.equal(read_tensors(path, "weights")["a"], TENSORS["weights"]["a"])
+    assert read_tensors(path, "optimizer") == {} == read_tensors(path, "ema")
+    assert newest_valid(tmp_path, silent) == path
+
+
+def test_the_newest_come_first_and_the_oldest_go(tmp_path: Path) -> None:
+    for step in (5, 100, 20):
+        save_checkpoint(tmp_path, step=step, tensors=TENSORS, state={})
+    (tmp_path / ".writing-step-000000200").mkdir()
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-000000100", "step-000000020", "step-000000005"]
+    prune_checkpoints(tmp_path, 2)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-000000100", "step-000000020"]
+    save_checkpoint(tmp_path, step=100, tensors=TENSORS, state={"again": True})
+    assert read_state(tmp_path / "step-000000100")["again"]
+    assert not list(tmp_path.glob(".*"))
+
+
+def flip(file: Path, place: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[place % len(content)] ^= 1 << (place % 8)
+    file.write_bytes(content)
+
+
+def cut(file: Path, place: int) -> None:
+    content = file.read_bytes()
+    file.write_bytes(content[: place % len(content)])
+
+
+def remove(file: Path, _place: int) -> None:
+    file.unlink()
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from([flip, cut, remove]), st.integers(0, 10**6), st.integers(0, 10))
+def test_every_damage_is_found_and_the_one_before_is_used(
+    tmp_path: Path, damage: Callable[[Path, int], None], place: int, which: int
+) -> None:
+    good = save_checkpoint(tmp_path, step=1, tensors=TENSORS, state={"images": 1})
+    bad = save_checkpoint(tmp_path, step=2, tensors=TENSORS, state={"images": 2})
+    files = sorted(bad.iterdir())
+    damage(files[which % len(files)], place)
+    said: list[str] = []
+    assert newest_valid(tmp_path, said.append) == good
+    assert len(said) == 1 and str(bad) in said[0]
+
+
+def test_starting_over_must_be_said_in_words(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, step=1, tensors=TENSORS, state={})
+    flip(path / "weights.safetensors", 100)
+    with pytest.raises(CheckpointError, match=r"none of the 1 checkpoints .* --fresh"):
+        newest_valid(tmp_path, lambda _text: None)
+    assert newest_valid(tmp_path / "nothing", silent) is None
+
+
+def test_a_manifest_of_another_format_is_named(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, step=1, tensors=TENSORS, state={})
+    (path / "manifest.json").write_text(json.dumps({"format": 2, "files": {}}))
+    with pytest.raises(CheckpointError, match="expected format 1, found 2"):
+        verify_checkpoint(path)
+
+
+SAVE_BIG = """
+import resource, sys, torch
+from pathlib import Path
+from sret_scale.train.checkpoint import save_checkpoint
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    save_checkpoint(Path(sys.argv[1]), step=2, tensors={"weights": {"a": torch.zeros(100_000)}}, state={})
+except OSError as error:
+    sys.exit(f"{error}")
+"""
+
+
+def test_a_refusing_disk_leaves_the_checkpoint_before(tmp_path: Path) -> None:
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[1] == resource.RLIM_INFINITY
+    good = save_checkpoint(tmp_path, step=1, tensors=TENSORS, state={})
+    run = subprocess.run([sys.executable, "-c", SAVE_BIG, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert run.returncode == 1
+    assert "step-000000002 (400,000 bytes of tensors): " in run.stderr and "intact" in run.stderr
+    assert list(tmp_path.iterdir()) == [good]
+    verify_checkpoint(good)

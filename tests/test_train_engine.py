@@ -1,0 +1,110 @@
+"""The engine on two gloo ranks: every ZeRO stage against a plain PyTorch loop, and a resume that changes no bit."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from sret_scale.model import Noise, SReT
+from sret_scale.train.config import OptimConfig
+from sret_scale.train.optim import build_optimizer, set_rates
+from tests.engine_ranks import ACCUMULATION, DS_CONFIGS, RATE, STEPS, batch
+from tests.tiny import ROOT, TINY_MODEL
+
+pytestmark = pytest.mark.multi_process
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two ranks left for every DeepSpeed configuration."""
+    folder = tmp_path_factory.mktemp("engine")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.engine_ranks", str(folder)],
+            env={**shared, "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    errors = [rank.communicate(timeout=300)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], errors[0][-3000:] + errors[1][-3000:]
+    return folder
+
+
+@pytest.mark.parametrize("what", ["weights", "optimizer", "ema"])
+@pytest.mark.parametrize("ds_config", DS_CONFIGS)
+def test_five_steps_and_five_more_after_a_load_are_ten_steps_bit_for_bit(
+    folder: Path, ds_config: str, what: str
+) -> None:
+    straight = load_file(folder / f"{ds_config}.straight.{what}.safetensors")
+    resumed = load_file(folder / f"{ds_config}.resumed.{what}.safetensors")
+    assert straight.keys() == resumed.keys() and straight
+    assert [name for name in straight if not torch.equal(straight[name], resumed[name])] == []
+
+
+def plain_loop() -> tuple[dict[str, torch.Tensor], float]:
+    """The same training in one process without DeepSpeed: each rank's micro-batch in turn, gradients averaged."""
+    torch.manual_seed(0)
+    model = SReT(TINY_MODEL)
+    optimizer = build_optimizer(model, model.parameter_tags(), OptimConfig())
+    norm = torch.tensor(0.0)
+    for step in range(STEPS):
+        set_rates(optimizer.param_groups, RATE / (1 + step))
+        optimizer.zero_grad()
+        before = {name: value.clone() for name, value in model.named_buffers()}
+        after: list[dict[str, torch.Tensor]] = []
+        for rank in range(2):
+            # Each rank has its own running statistics until they are averaged after the update.
+            model.load_state_dict({**model.state_dict(), **before})
+            for micro_step in range(ACCUMULATION):
+                images, labels = batch(step, micro_step, rank, 2)
+                logits = model(images, Noise(permutation_seed=step, sample_seed=step + rank))
+                (F.cross_entropy(logits, labels) / (2 * ACCUMULATION)).backward()
+            after.append({name: value.clone() for name, value in model.named_buffers()})
+        mean = {
+            name: (after[0][name] + after[1][name]) / 2 if after[0][name].is_floating_point() else after[0][name]
+            for name in before
+        }
+        model.load_state_dict({**model.state_dict(), **mean})
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    return {name: value.detach() for name, value in model.state_dict().items()}, float(norm)
+
+
+@pytest.mark.parametrize("ds_config", ["zero0", "zero1", "zero2", "zero3"])
+def test_every_zero_stage_is_the_plain_loop(folder: Path, ds_config: str) -> None:
+    expected, norm = plain_loop()
+    got = load_file(folder / f"{ds_config}.straight.weights.safetensors")
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        if (".convs." in name and name.endswith("bias")) or "running_mean" in name:
+            # BatchNorm removes this bias: its true gradient is 0, and Adam follows the sign of rounding errors.
+            continue
+        difference = (got[name] - value).abs()
+        if name.endswith("qkv.bias"):
+            # A key's bias adds the same to all scores of a query, which softmax removes: again a gradient of 0.
+            difference = difference.view(3, -1)[[0, 2]]
+        assert float(difference.max()) <= 2e-5 + 1e-4 * float(value.abs().max()), name
+    norms = load_file(folder / f"{ds_config}.norms.safetensors")["grad_norm"]
+    torch.testing.assert_close(norms, torch.tensor([norm, norm]), rtol=1e-3, atol=0)
+
+
+def test_bf16_autocast_stays_close_to_fp32(folder: Path) -> None:
+    fp32 = load_file(folder / "zero1.straight.weights.safetensors")
+    bf16 = load_file(folder / "zero1_autocast.straight.weights.safetensors")
+    moved = sum(float((fp32[name] - bf16[name]).square().sum()) for name in fp32 if "num_batches" not in name)
+    size = sum(float(fp32[name].square().sum()) for name in fp32 if "num_batches" not in name)
+    assert 0 < moved < 1e-3 * size

@@ -1,0 +1,81 @@
+"""A run small enough for a test: a few images of the sample data and a model of two tied blocks."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from importlib.resources import files
+from pathlib import Path
+
+from data_pipelines.augment import AugmentConfig
+from data_pipelines.loader import DataConfig
+from data_pipelines.write import WriteConfig, write_shards
+from sret_scale.memory import MemoryConfig
+from sret_scale.model import SReTConfig, StageConfig
+from sret_scale.train.config import EngineConfig, OptimConfig, RunConfig, TrainConfig, to_yaml
+
+ROOT = Path(__file__).parents[1]
+
+TINY_MODEL = SReTConfig(
+    stages=(
+        StageConfig(width=16, num_heads=2, num_blocks=1, num_loops=3, groups=(1,)),
+        StageConfig(width=32, num_heads=2, num_blocks=1, num_loops=2, groups=(4, 2)),
+    ),
+    image_size=28,
+    num_classes=10,
+    stem_strides=(2, 2, 1),
+    drop_path=0.1,
+)
+
+
+def tiny_shards(folder: Path) -> Path:
+    """The first 96 test images of the sample data as `folder/train` and `folder/test`."""
+    sample = Path(str(files("data_pipelines") / "sample" / "fashion_mnist"))
+    for split in ("train", "test"):
+        write_shards(WriteConfig(kind="idx", source=sample, split="test", shard_samples=500), folder / split)
+    return folder
+
+
+def tiny_config(shards: Path) -> RunConfig:
+    """512 images in batches of 32 over two ranks and two accumulation steps, with every kind of randomness on."""
+    return RunConfig(
+        model=TINY_MODEL,
+        data=DataConfig(
+            train_folder=str(shards / "train"),
+            test_folder=str(shards / "test"),
+            crop="padded",
+            crop_padding=2,
+            eval_crop_rate=1.0,
+            workers=1,
+        ),
+        augment=AugmentConfig(randaugment_ops=1, erase_rate=0.2),
+        memory=MemoryConfig(schedule="per_application"),
+        optim=OptimConfig(batch_scaling="none", warmup_images=64, ema_horizon_images=200),
+        engine=EngineConfig(ds_config="zero1"),
+        train=TrainConfig(
+            total_images=512,
+            global_batch_size=32,
+            micro_batch_size=8,
+            checkpoint_interval_images=96,
+            log_interval_steps=1,
+        ),
+    )
+
+
+def write_config(file: Path, config: RunConfig, **train: object) -> Path:
+    """`config`, with some of its train fields changed, as a YAML file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(to_yaml(replace(config, train=replace(config.train, **train))))  # type: ignore[arg-type]
+    return file
+
+
+def sret_scale(*arguments: str | Path, cwd: Path) -> "subprocess.Popen[str]":
+    """The command line, started; one thread per process, as two ranks share two cores."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "sret_scale.cli", *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
