@@ -89,8 +89,8 @@ class ShardSet:
         return self.keys[index]
 
 
-def open_shards(folder: str | Path) -> ShardSet:
-    """The shard set in `folder`.
+def open_shards(folder: str | Path, *, check_tars: bool = True) -> ShardSet:
+    """The shard set in `folder`; `check_tars` False leaves the tars' presence and sizes unchecked.
 
     Raises FileNotFoundError or ValueError, with what to do, when a part is missing, cut off, or of other shards.
     """
@@ -102,7 +102,8 @@ def open_shards(folder: str | Path) -> ShardSet:
     manifest = read_manifest(folder)
     columns = _read_index(folder / INDEX_NAME, manifest)
     _check_columns(columns, manifest.shards, len(manifest.class_names), folder / INDEX_NAME)
-    _check_sizes(folder, manifest.shards)
+    if check_tars:
+        _check_sizes(folder, manifest.shards)
     keys = PackedStrings(columns["key_end"], columns["key_bytes"])
     arrays = {name: columns[name] for name in COLUMNS if not name.startswith("key_")}
     return ShardSet(folder=folder, manifest=manifest, keys=keys, **arrays)

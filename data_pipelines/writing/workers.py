@@ -7,18 +7,16 @@ lose a lock and two workers write one shard, both rename the same bytes to the s
 """
 
 import fcntl
-import multiprocessing
-import os
 import time
 from collections.abc import Callable, Iterator, MutableSequence
-from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from data_pipelines.index import WORK_FOLDER
+from data_pipelines.processes import CONTEXT, worker_pool
 from data_pipelines.sources.kinds import source_kind
 from data_pipelines.writing.plan import Plan, load_plan
 from data_pipelines.writing.shard_writer import ShardOptions, is_done, write_shard
@@ -122,11 +120,8 @@ def _write_claimed(
 
 def _run_pool(target: Path, options: ShardOptions, shards: list[int], num_workers: int, report: _Reporter) -> None:
     """Writes `shards` with `num_workers` processes. Raises the first error of any of them, when all have stopped."""
-    # Not forked: the caller may have threads (torch), and a fork of those can hang.
-    context = multiprocessing.get_context("spawn")
-    counters = context.RawArray("q", _FIELDS * num_workers)
-    pool = ProcessPoolExecutor(num_workers, mp_context=context, initializer=_keep, initargs=(counters, os.getpid()))
-    with pool:
+    counters = CONTEXT.RawArray("q", _FIELDS * num_workers)
+    with worker_pool(num_workers, _keep, counters) as pool:
         # Each starts at another shard, so that they seldom ask for the same claim.
         starts = [worker * len(shards) // num_workers for worker in range(num_workers)]
         jobs = [
@@ -149,23 +144,20 @@ def _run_pool(target: Path, options: ShardOptions, shards: list[int], num_worker
                 counters[worker * _FIELDS + 2] = 1
 
 
-# What a worker process was given when it started: the shared counters and the process that it works for.
-_KEPT: dict[str, Any] = {}
+# The shared counters that a worker process was given when it started.
+_KEPT: list[MutableSequence[int]] = []
 
 
-def _keep(counters: MutableSequence[int], parent: int) -> None:
-    _KEPT.update(counters=counters, parent=parent)
+def _keep(counters: MutableSequence[int]) -> None:
+    _KEPT.append(counters)
 
 
 def _work(worker: int, target: Path, options: ShardOptions, shards: list[int]) -> None:
     """One worker process: reads the plan from the folder and writes what is free."""
 
     def stop_if_told(counters: MutableSequence[int]) -> None:
-        if os.getppid() != _KEPT["parent"]:
-            # An orphan would go on writing for hours after its command was killed, and then wait for ever.
-            os._exit(1)
         if counters[worker * _FIELDS + 2]:
             raise InterruptedError("another worker failed")
 
     plan = load_plan(target / WORK_FOLDER)
-    _write_claimed(plan, target, options, shards, _Counter(_KEPT["counters"], worker, stop_if_told))
+    _write_claimed(plan, target, options, shards, _Counter(_KEPT[0], worker, stop_if_told))

@@ -8,6 +8,7 @@ EXAMPLE = "example: sret-scale shards info shards/fashion/train"
 # Name of an action -> what it does. Its arguments and its work are in `sret_scale.commands.shards.NAME`.
 ACTIONS = {
     "write": "images to webdataset shards with index and manifest; continues what was interrupted",
+    "verify": "read everything, check every byte, decode every image",
     "info": "what a shard set holds",
 }
 

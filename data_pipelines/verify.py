@@ -1,0 +1,236 @@
+"""Reads a whole shard set and reports everything that is wrong with it, by shard, key, offset and reason.
+
+    per shard, in parallel: size -> SHA-256 -> checksum of each record -> tar structure -> labels -> decode each image
+
+Each record (a sample with its headers and padding) has its own checksum in the index, so that one flipped bit is found
+and named wherever it is.
+"""
+
+import hashlib
+import mmap
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data_pipelines.index import ShardSet, open_shards
+from data_pipelines.processes import worker_pool
+from data_pipelines.tar_scan import TarError, TarSample, scan_samples
+from data_pipelines.writing.workers import Progress
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """Something wrong: `key` is empty where no sample is concerned, `offset` counts bytes in the shard."""
+
+    shard: str
+    key: str
+    offset: int
+    reason: str
+
+    def __str__(self) -> str:
+        sample = f" sample {self.key!r}" if self.key else ""
+        return f"{self.shard}:{sample} at offset {self.offset}: {self.reason}"
+
+
+def verify_shards(
+    folder: str | Path,
+    *,
+    num_workers: int = 1,
+    decode: bool = True,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+) -> list[Finding]:
+    """Everything wrong in the set, in its order; empty when it is sound.
+
+    Raises ValueError or FileNotFoundError when manifest or index are damaged: they say what is right.
+    """
+    shards = open_shards(folder, check_tars=False)
+    found: dict[int, list[Finding]] = {}
+    num_samples = num_bytes = 0
+    for number, findings in _verified(shards, num_workers, decode):
+        found[number] = findings
+        entry = shards.manifest.shards[number]
+        num_samples, num_bytes = num_samples + entry.num_samples, num_bytes + entry.bytes
+        on_progress(Progress(samples=num_samples, bytes=num_bytes, total_samples=shards.num_samples))
+    return [*_duplicate_keys(shards), *(finding for number in sorted(found) for finding in found[number])]
+
+
+def _verified(shards: ShardSet, num_workers: int, decode: bool) -> Iterator[tuple[int, list[Finding]]]:
+    """(shard, findings) of all shards, as they are ready."""
+    numbers = range(shards.num_shards)
+    if num_workers == 1:
+        yield from ((number, verify_shard(shards, number, decode=decode)) for number in numbers)
+        return
+    with worker_pool(min(num_workers, len(numbers)), _keep, shards.folder) as pool:
+        jobs = {pool.submit(_work, number, decode): number for number in numbers}
+        try:
+            for job in as_completed(jobs):
+                yield jobs[job], job.result()
+        except BrokenProcessPool:
+            raise OSError("a worker process was killed (out of memory?); try again with fewer --workers") from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+# The shard set that a worker process opened when it started.
+_KEPT: list[ShardSet] = []
+
+
+def _keep(folder: Path) -> None:
+    _KEPT.append(open_shards(folder, check_tars=False))
+
+
+def _work(number: int, decode: bool) -> list[Finding]:
+    return verify_shard(_KEPT[0], number, decode=decode)
+
+
+def verify_shard(shards: ShardSet, number: int, *, decode: bool) -> list[Finding]:
+    """Everything wrong in one shard."""
+    entry = shards.manifest.shards[number]
+    try:
+        with mapped(shards.folder / entry.file) as data:
+            checker = _Checker(shards, number, data)
+            checker.check(decode=decode)
+            return checker.findings
+    except FileNotFoundError:
+        return [Finding(shard=entry.file, key="", offset=0, reason="the shard is missing")]
+
+
+@contextmanager
+def mapped(path: Path) -> Iterator[memoryview]:
+    """The content of a file, mapped into memory."""
+    with path.open("rb") as file:
+        if not path.stat().st_size:
+            yield memoryview(b"")
+            return
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapping, memoryview(mapping) as data:
+            yield data
+
+
+class _Checker:
+    """Checks one shard; at most one finding for a sample, the most basic one."""
+
+    def __init__(self, shards: ShardSet, number: int, data: memoryview) -> None:
+        self.findings: list[Finding] = []
+        self._shards = shards
+        self._entry = shards.manifest.shards[number]
+        self._data = data
+        first, end = np.searchsorted(shards.shard_of, [number, number + 1]).tolist()
+        self._rows = range(first, end)
+        self._bad_rows: set[int] = set()
+
+    def check(self, *, decode: bool) -> None:
+        """Fills `findings`."""
+        size = len(self._data)
+        if size != self._entry.bytes:
+            self._report_size(size)
+        self._check_records()
+        same = hashlib.sha256(self._data).hexdigest() == self._entry.sha256
+        if not same and not self.findings:
+            self._report(None, self._entry.end, "the end of the shard has changed")
+        self._check_structure()
+        if decode:
+            self._check_images()
+
+    def _report(self, row: int | None, offset: int, reason: str) -> None:
+        if row is not None:
+            if row in self._bad_rows:
+                return
+            self._bad_rows.add(row)
+        key = "" if row is None else self._shards.key(row)
+        self.findings.append(Finding(shard=self._entry.file, key=key, offset=offset, reason=reason))
+
+    def _report_size(self, size: int) -> None:
+        lost = [row for row in self._rows if self._record_end(row) > size]
+        self._bad_rows.update(lost)
+        what = f"cut off, {len(lost)} samples lost" if size < self._entry.bytes else "bytes added at the end"
+        key = self._shards.key(lost[0]) if lost else ""
+        reason = f"{size:,} bytes, expected {self._entry.bytes:,}: {what}"
+        self.findings.append(
+            Finding(shard=self._entry.file, key=key, offset=min(size, self._entry.bytes), reason=reason)
+        )
+
+    def _record_end(self, row: int) -> int:
+        last = row + 1 == self._rows.stop
+        return self._entry.end if last else int(self._shards.record_offset[row + 1])
+
+    def _image(self, row: int) -> memoryview:
+        offset = int(self._shards.offset[row])
+        return self._data[offset : offset + int(self._shards.length[row])]
+
+    def _check_records(self) -> None:
+        for row in self._rows:
+            start, end = int(self._shards.record_offset[row]), self._record_end(row)
+            if row in self._bad_rows or zlib.crc32(self._data[start:end]) == int(self._shards.record_crc[row]):
+                continue
+            if zlib.crc32(self._image(row)) != int(self._shards.crc[row]):
+                self._report(row, int(self._shards.offset[row]), "the image's bytes have changed")
+            else:
+                self._report(row, start, "a header, the label, the metadata or padding has changed")
+
+    def _check_structure(self) -> None:
+        """Compares the samples that a tar reader finds with the index."""
+        row = self._rows.start
+        try:
+            for sample in scan_samples(self._data):
+                if row == self._rows.stop:
+                    self._report(None, sample.start, f"sample {sample.key!r} is not in the index")
+                    return
+                self._check_sample(row, sample)
+                row += 1
+        except TarError as error:
+            # A sample with a broken header was reported by its checksum, unless the shard was wrong from the start.
+            if not self.findings:
+                self._report(row if row < self._rows.stop else None, error.offset, error.reason)
+            return
+        if row < self._rows.stop and not self.findings:
+            self._report(row, int(self._shards.record_offset[row]), "the tar holds fewer samples than the index")
+
+    def _check_sample(self, row: int, sample: TarSample) -> None:
+        shards = self._shards
+        if sample.key != shards.key(row) or sample.start != shards.record_offset[row]:
+            self._report(row, int(shards.record_offset[row]), f"the tar has {sample.key!r} at {sample.start} instead")
+            return
+        if not any(member.offset == shards.offset[row] for member in sample.members.values()):
+            self._report(row, int(shards.offset[row]), "no member of the sample begins where the index says")
+        label = sample.members.get("cls")
+        if label is None:
+            self._report(row, sample.start, "has no label (.cls)")
+            return
+        text = bytes(self._data[label.offset : label.offset + label.size])
+        if text.strip() != str(int(shards.label[row])).encode():
+            self._report(row, label.offset, f"label {text[:20]!r}, the index says {int(shards.label[row])}")
+
+    def _check_images(self) -> None:
+        # Here, not above: torch takes more than a second to import, which --no-decode saves.
+        from data_pipelines.decode import DecodeError, decode_rgb
+
+        for row in self._rows:
+            if row in self._bad_rows:
+                continue
+            offset = int(self._shards.offset[row])
+            try:
+                height, width = decode_rgb(bytes(self._image(row))).shape[1:]
+            except DecodeError as error:
+                self._report(row, offset, f"does not decode: {error}")
+                continue
+            expected = (int(self._shards.width[row]), int(self._shards.height[row]))
+            if (width, height) != expected:
+                self._report(row, offset, f"is {width} x {height} pixels, the index says {expected[0]} x {expected[1]}")
+
+
+def _duplicate_keys(shards: ShardSet) -> Iterator[Finding]:
+    """Keys that occur twice in the set: readers that go by keys would lose one."""
+    first: dict[str, int] = {}
+    for row, key in enumerate(shards.keys):
+        if key in first:
+            other = shards.shard_names[int(shards.shard_of[first[key]])]
+            shard = shards.shard_names[int(shards.shard_of[row])]
+            reason = f"duplicate key, also in {other} at offset {int(shards.record_offset[first[key]])}"
+            yield Finding(shard=shard, key=key, offset=int(shards.record_offset[row]), reason=reason)
+        first.setdefault(key, row)

@@ -1,0 +1,32 @@
+"""`sret-scale shards verify`: reads everything and reports what is wrong."""
+
+import argparse
+import os
+from pathlib import Path
+
+EXAMPLE = """example: sret-scale shards verify shards/fashion/train
+Prints one line for each thing that is wrong, with shard, key, offset and reason; the exit status is then 1."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The folder and how thorough to be."""
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder of the shard set")
+    parser.add_argument("--no-decode", action="store_true", help="check bytes and structure only, decode no image")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check the set; 1 when anything is wrong."""
+    from data_pipelines.verify import verify_shards
+    from sret_scale.commands.shards.progress import progress_bar
+
+    if args.workers < 1:
+        raise ValueError(f"--workers {args.workers}: expected 1 or more")
+    with progress_bar("verifying") as on_progress:
+        findings = verify_shards(
+            args.folder, num_workers=args.workers, decode=not args.no_decode, on_progress=on_progress
+        )
+    for finding in findings:
+        print(finding)
+    print(f"{args.folder}: {f'{len(findings)} things are wrong' if findings else 'sound'}")
+    return 1 if findings else 0
