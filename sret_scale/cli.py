@@ -16,6 +16,7 @@ COMMANDS = {
     "evaluate": "measure the accuracy of a run on a whole test set",
     "shards": "write, check and inspect webdataset shards",
     "describe": "count a model's parameters, multiply-adds and depth",
+    "weights": "read and write checkpoints in the published layout",
 }
 
 

@@ -5,7 +5,7 @@ Everything here is a pure function of a config; the modules in `layers` and `sta
 
 from dataclasses import dataclass
 
-from sret_scale.model.config import PUBLISHED_LOOPS, BranchScheme, SReTConfig, StageConfig
+from sret_scale.model.config import PUBLISHED_LOOPS, BranchScheme, Skip, SReTConfig, StageConfig
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def resolved_scheme(stage: StageConfig) -> BranchScheme:
     return "published" if stage.num_loops <= PUBLISHED_LOOPS or post_norm(stage) else "loop_aware"
 
 
-def resolved_skip(stage: StageConfig) -> str:
+def resolved_skip(stage: StageConfig) -> Skip:
     """How the coefficient of the stream is treated: "learned", "frozen" or "slow".
 
     A learned one is multiplied once per application: under AdamW at 1e-3 the stream of a 1000-application model grows

@@ -5,15 +5,17 @@ checkpoints. Shape letters as in `layers`.
 """
 
 import itertools
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from sret_scale.model.adapt import adapted_state
 from sret_scale.model.config import SReTConfig
-from sret_scale.model.depth import resolved_skip
+from sret_scale.model.depth import resolved_scheme, resolved_skip
 from sret_scale.model.fused import NORM_EPS
 from sret_scale.model.layers import pooling
 from sret_scale.model.noise import Noise
@@ -58,10 +60,10 @@ class SReT(nn.Module):
 
     def forward(self, images_BCHW: Tensor, noise: Noise | None = None) -> Tensor:
         """(B, num_classes) scores of normalised images of the configured size."""
-        return self.head(self.forward_features(images_BCHW, noise))
+        return self.forward_head(self.forward_features(images_BCHW, noise))
 
     def forward_features(self, images_BCHW: Tensor, noise: Noise | None = None) -> Tensor:
-        """(B, D) average of the last stage's tokens, normalised: what the head sees."""
+        """(B, D, H, W) tokens of the last stage on their grid."""
         size, channels = self.config.image_size, self.config.in_channels
         if tuple(images_BCHW.shape[1:]) != (channels, size, size):
             raise ValueError(
@@ -75,7 +77,36 @@ class SReT(nn.Module):
             # The residual stream is fp32 even where a convolution under autocast gave bf16.
             x_BND = rearrange(x_BCHW, "b c h w -> b (h w) c").to(self.position.dtype)
             x_BCHW = rearrange(stage(x_BND, noise), "b (h w) c -> b c h w", h=grid)
-        return self.norm(x_BCHW.mean(dim=(2, 3)))
+        return x_BCHW
+
+    def forward_head(self, x_BDHW: Tensor, pre_logits: bool = False) -> Tensor:
+        """(B, num_classes) scores of the last stage's tokens: average, norm, linear; (B, D) if pre_logits."""
+        x_BD = self.norm(x_BDHW.mean(dim=(2, 3)))
+        return x_BD if pre_logits else self.head(x_BD)
+
+    def with_loops(self, num_loops: int | Sequence[int]) -> "SReT":
+        """A new model with these loops (per stage, or the same in all) and this one's weights.
+
+        Branch scheme and skip stay what they are here; a multiplier that is a function of the loops follows them.
+        """
+        stages = self.config.stages
+        counts = (num_loops,) * len(stages) if isinstance(num_loops, int) else tuple(num_loops)
+        if len(counts) != len(stages):
+            raise ValueError(f"with_loops needs one loop count for each of {len(stages)} stages, got {counts}")
+        changed = tuple(
+            replace(stage, num_loops=count, branch_scheme=resolved_scheme(stage), skip=resolved_skip(stage))
+            for stage, count in zip(stages, counts, strict=True)
+        )
+        return self._adapted(replace(self.config, stages=changed))
+
+    def with_image_size(self, image_size: int) -> "SReT":
+        """A new model for images of another size, with this one's weights and its position tensor interpolated."""
+        return self._adapted(replace(self.config, image_size=image_size))
+
+    def _adapted(self, config: SReTConfig) -> "SReT":
+        model = SReT(config).to(self.position.device, self.position.dtype).train(self.training)
+        model.load_state_dict(adapted_state(self.state_dict(), self.config, config, model.state_dict()))
+        return model
 
     def parameter_tags(self) -> dict[str, ParameterTag]:
         """A tag for every parameter by name. As in DeiT, vectors and the position tensor do not decay, nor

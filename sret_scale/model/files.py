@@ -1,0 +1,75 @@
+"""Weights on disk: safetensors with the config beside them (native), and published checkpoints, read without running
+any code of theirs."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sret_scale.model.config import SReTConfig, StageConfig
+from sret_scale.model.sret import SReT
+
+
+def config_from_dict(fields: dict[str, Any]) -> SReTConfig:
+    """The config that `dataclasses.asdict` was made of; ValueError for a field that is unknown or wrong."""
+    try:
+        stages = tuple(StageConfig(**stage) for stage in fields["stages"])
+        return SReTConfig(**{**fields, "stages": stages})
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"not a model config: {error}") from error
+
+
+def save_model(model: SReT, path: Path) -> None:
+    """Write weights and config; the file is complete or absent."""
+    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    partial = path.with_name(path.name + ".partial")
+    save_file(state, partial, metadata={"format": "pt", "sret_config": json.dumps(asdict(model.config))})
+    partial.replace(path)
+
+
+def load_model(path: Path) -> SReT:
+    """The model of a native file, in evaluation mode, strictly: every tensor used, none missing."""
+    state: dict[str, Tensor] = {}
+    _require_file(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            for name in file.keys():  # noqa: SIM118 - the file is not a mapping
+                state[name] = file.get_tensor(name)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+    if "sret_config" not in metadata:
+        raise ValueError(f"{path} has no model config; was it written by `sret-scale weights import`?")
+    model = SReT(config_from_dict(json.loads(metadata["sret_config"])))
+    try:
+        model.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        raise ValueError(f"the weights in {path} do not fit their config: {str(error).splitlines()[-1]}") from error
+    return model.eval()
+
+
+def load_published(path: Path) -> dict[str, Tensor]:
+    """The state dict of a published checkpoint, `{"model": state_dict}` or bare.
+
+    A pickle that would run code is refused before it does.
+    """
+    _require_file(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # garbage makes the restricted unpickler raise nearly any type
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} is not a checkpoint of plain tensors (nothing in it was run): {reason}") from error
+    state = content.get("model", content) if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path} holds no state dict: expected tensors by name, or those under 'model'")
+    return state
+
+
+def _require_file(path: Path) -> None:
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
