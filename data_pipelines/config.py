@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from data_pipelines.order import LastBatch, OrderKind
+OrderKind = Literal["full", "block", "sequential"]
+LastBatch = Literal["drop", "pad"]
 
 # Pillow's own limit (its MAX_IMAGE_PIXELS), so that its warning cannot appear for an image that is accepted.
 MAX_PIXELS = 89_478_485

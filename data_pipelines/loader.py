@@ -58,19 +58,6 @@ class Step:
     next_state: LoaderState
 
 
-def shard_order(shards: ShardSet, config: DataConfig, *, seed: int, global_batch_size: int) -> Order:
-    """The training order of `shards`."""
-    return Order(
-        kind=config.order,
-        fingerprint=shards.fingerprint,
-        seed=seed,
-        shard_sizes=np.bincount(shards.shard_of, minlength=shards.num_shards).tolist(),
-        global_batch_size=global_batch_size,
-        block_window=config.block_window,
-        num_repeats=config.num_repeats,
-    )
-
-
 class TrainLoader:
     """Endless training steps of one rank: `for step in loader.steps(state)`."""
 
@@ -87,7 +74,7 @@ class TrainLoader:
         grad_accum_steps: int,
     ) -> None:
         self.global_batch_size = micro_batch_size * grad_accum_steps * world_size
-        self.order = shard_order(shards, config, seed=seed, global_batch_size=self.global_batch_size)
+        self.order = Order.of(shards, config, seed=seed, global_batch_size=self.global_batch_size)
         epoch_length = self.order.epoch_length
         if self.global_batch_size > epoch_length:
             raise ValueError(

@@ -12,15 +12,14 @@ Computing the permutation of 1.28 million samples takes 0.3 s on one core; nothi
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipelines.config import DataConfig, LastBatch, OrderKind
+from data_pipelines.index import ShardSet
 from data_pipelines.keyed import keyed_permutation, keyed_uniforms
 
-OrderKind = Literal["full", "block", "sequential"]
-LastBatch = Literal["drop", "pad"]
 Indices = NDArray[np.int64]
 
 # Most lanes of a block order: as many ranks (or nodes) can read shards of their own.
@@ -44,6 +43,19 @@ class Order:
     block_window: int = 8192
     num_repeats: int = 1
     _cache: dict[int, Indices] = field(default_factory=dict, compare=False, repr=False)
+
+    @classmethod
+    def of(cls, shards: ShardSet, config: DataConfig, *, seed: int, global_batch_size: int) -> "Order":
+        """The training order of `shards`."""
+        return cls(
+            kind=config.order,
+            fingerprint=shards.fingerprint,
+            seed=seed,
+            shard_sizes=np.bincount(shards.shard_of, minlength=shards.num_shards).tolist(),
+            global_batch_size=global_batch_size,
+            block_window=config.block_window,
+            num_repeats=config.num_repeats,
+        )
 
     @property
     def num_samples(self) -> int:

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator
 
+from data_pipelines.config import DataConfig, LastBatch
 from data_pipelines.index import ShardSet
-from data_pipelines.loader import DataConfig, shard_order
-from data_pipelines.order import advance, rank_positions
+from data_pipelines.order import Order, advance, rank_positions
 
 
 def trace_keys(
@@ -16,27 +16,40 @@ def trace_keys(
     seed: int,
     epoch: int,
     position: int,
-    count: int,
+    count: int | None,
     global_batch_size: int,
 ) -> Iterator[str]:
-    """Keys of the next `count` samples of `rank`, from the global batch that begins at `position` to the epoch's end.
+    """Keys of the next `count` samples of `rank` (null: all), from the global batch at `position` to the epoch's end.
 
     Of `config`, only order, last, block_window and num_repeats matter. `position` counts samples of all ranks from
     the start of the epoch. Fewer keys come where the epoch ends before.
     """
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank {rank}: expected 0 to {world_size - 1} for a world of {world_size}")
-    if global_batch_size % world_size:
-        raise ValueError(f"global batch {global_batch_size}: {world_size} ranks cannot share it equally")
-    if global_batch_size > shards.num_samples:
-        raise ValueError(f"global batch {global_batch_size}: the shard set has only {shards.num_samples} samples")
-    for name, value in (("epoch", epoch), ("position", position), ("count", count)):
-        if value < 0:
-            raise ValueError(f"{name} {value}: expected 0 or more")
-    sequence = shard_order(shards, config, seed=seed, global_batch_size=global_batch_size)
+    _check(world_size, rank, epoch, position, count, global_batch_size)
+    sequence = Order.of(shards, config, seed=seed, global_batch_size=global_batch_size)
     length = sequence.epoch_length
-    while count > 0:
-        at = advance(epoch, position, epoch_length=length, global_batch_size=global_batch_size, last=config.last)
+    if global_batch_size > length:
+        raise ValueError(
+            f"{shards.folder}: an epoch has {length} samples, fewer than a global batch of {global_batch_size}"
+        )
+    return _keys(
+        shards, sequence, config.last, world_size=world_size, rank=rank, epoch=epoch, position=position, count=count
+    )
+
+
+def _keys(
+    shards: ShardSet,
+    sequence: Order,
+    last: LastBatch,
+    *,
+    world_size: int,
+    rank: int,
+    epoch: int,
+    position: int,
+    count: int | None,
+) -> Iterator[str]:
+    global_batch_size, length = sequence.global_batch_size, sequence.epoch_length
+    while count is None or count > 0:
+        at = advance(epoch, position, epoch_length=length, global_batch_size=global_batch_size, last=last)
         if at != (epoch, position):
             return
         positions = rank_positions(
@@ -47,5 +60,16 @@ def trace_keys(
             grad_accum_steps=1,
         )[0]
         yield from (shards.key(index) for index in sequence.samples(epoch, positions[:count]).tolist())
-        count -= len(positions)
+        count = None if count is None else max(count - len(positions), 0)
         position += global_batch_size
+
+
+def _check(world_size: int, rank: int, epoch: int, position: int, count: int | None, global_batch_size: int) -> None:
+    smallest = {"world size": (world_size, 1), "epoch": (epoch, 0), "position": (position, 0), "count": (count or 0, 0)}
+    for name, (value, least) in {**smallest, "global batch": (global_batch_size, 1)}.items():
+        if value < least:
+            raise ValueError(f"{name} {value}: expected {least} or more")
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank {rank}: expected 0 to {world_size - 1} for a world of {world_size}")
+    if global_batch_size % world_size:
+        raise ValueError(f"global batch {global_batch_size}: {world_size} ranks cannot share it equally")

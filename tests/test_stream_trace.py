@@ -95,7 +95,8 @@ def test_padding_and_count(shards: TarShards) -> None:
     [
         ({"rank": 2, "world_size": 2}, "rank 2: expected 0 to 1"),
         ({"world_size": 5}, "global batch 12: 5 ranks cannot share it equally"),
-        ({"global_batch_size": 91}, "global batch 91: the shard set has only 90 samples"),
+        ({"global_batch_size": 91}, "an epoch has 90 samples, fewer than a global batch of 91"),
+        ({"world_size": 0}, "world size 0: expected 1 or more"),
         ({"position": -1}, "position -1: expected 0 or more"),
     ],
 )

@@ -10,6 +10,7 @@ ACTIONS = {
     "write": "images to webdataset shards with index and manifest; continues what was interrupted",
     "verify": "read everything, check every byte, decode every image",
     "info": "what a shard set holds",
+    "trace": "the keys of the samples that a rank reads in training, in order, one a line",
 }
 
 

@@ -1,0 +1,59 @@
+"""`sret-scale shards trace`: which samples a rank reads, so that anyone can check the order of a run."""
+
+import argparse
+from pathlib import Path
+
+EXAMPLE = """\
+example: sret-scale shards trace shards/fashion/train --world-size 2 --rank 1 --seed 0 --epoch 3 --from 5120 \\
+             --count 64 --global-batch 256
+
+Positions count the samples of all ranks from the start of the epoch. Rank r takes the contiguous r-th part of each
+global batch. The trace ends with the epoch: without its last batch where that is not full (--last drop), or with that
+batch filled by the first samples of the same epoch (--last pad)."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What decides on a rank's samples."""
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder of the shard set")
+    parser.add_argument("--world-size", type=int, default=1, metavar="W", help="number of ranks (default 1)")
+    parser.add_argument("--rank", type=int, default=0, metavar="R", help="whose samples (default 0)")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the run (default 0)")
+    parser.add_argument("--epoch", type=int, default=0, metavar="E", help="epoch, from 0 (default 0)")
+    parser.add_argument(
+        "--from",
+        type=int,
+        default=0,
+        metavar="POSITION",
+        dest="position",
+        help="where a global batch begins (default 0)",
+    )
+    parser.add_argument("--count", type=int, metavar="N", help="samples of this rank (default: to the epoch's end)")
+    parser.add_argument("--global-batch", type=int, required=True, metavar="B", help="samples of all ranks in a step")
+    parser.add_argument("--order", choices=("full", "block", "sequential"), default="full", help="default full")
+    parser.add_argument("--last", choices=("drop", "pad"), default="drop", help="the last batch (default drop)")
+    parser.add_argument("--block-window", type=int, default=8192, metavar="N", help="of --order block (default 8192)")
+    parser.add_argument(
+        "--num-repeats", type=int, default=1, metavar="N", help="views of a sample in an epoch (default 1)"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print the keys."""
+    from data_pipelines.config import DataConfig
+    from data_pipelines.index import open_shards
+    from data_pipelines.trace import trace_keys
+
+    config = DataConfig(order=args.order, last=args.last, block_window=args.block_window, num_repeats=args.num_repeats)
+    keys = trace_keys(
+        open_shards(args.folder),
+        config,
+        world_size=args.world_size,
+        rank=args.rank,
+        seed=args.seed,
+        epoch=args.epoch,
+        position=args.position,
+        count=args.count,
+        global_batch_size=args.global_batch,
+    )
+    for key in keys:
+        print(key)
