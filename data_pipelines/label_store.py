@@ -11,14 +11,17 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipelines.config import DataConfig
 from data_pipelines.index import ShardSet
 from data_pipelines.soft_labels import Records, parse_header, record_dtype
+from data_pipelines.view import view_settings
 
 FORMAT = "sret_scale soft labels"
 PLAN_NAME, HEADER_NAME = "plan.json", "header.json"
@@ -50,6 +53,7 @@ class LabelPlan:
     num_views: int
     views_per_file: int
     batch_size: int
+    image_size: int
     teacher: Mapping[str, Any]
     view: Mapping[str, Any]
 
@@ -68,6 +72,7 @@ class LabelPlan:
         """The text of plan.json: the same for the same plan."""
         return json.dumps(asdict(self), sort_keys=True, indent=1) + "\n"
 
+    @cached_property
     def sha256(self) -> str:
         """Hex digest that every file of the store carries."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
@@ -99,7 +104,7 @@ def read_header(folder: Path, plan: LabelPlan, unit: Unit) -> tuple[dict[str, An
         header, offset = parse_header(head, path.stat().st_size)
     except ValueError as error:
         raise ValueError(f"{path}: {error}; remove it and {_AGAIN}") from error
-    if header["plan_sha256"] != plan.sha256():
+    if header["plan_sha256"] != plan.sha256:
         raise ValueError(f"{path}: belongs to another store than {PLAN_NAME} beside it; remove it and {_AGAIN}")
     return header, offset
 
@@ -175,17 +180,28 @@ def open_labels(folder: str | Path) -> LabelStore:
     if missing or not path.is_file():
         raise FileNotFoundError(f"{folder}: unfinished, {len(missing)} files are missing; {_AGAIN}")
     try:
-        header = json.loads(path.read_text())
-        if header["plan_sha256"] != plan.sha256():
-            raise ValueError(f"{PLAN_NAME} beside it is another one")
-        coverage = {name: float(value) for name, value in header["coverage"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        coverage = json.loads(path.read_text())["coverage"]
+        if path.read_bytes() != render_header(plan, coverage):
+            raise ValueError(f"it was changed, or {PLAN_NAME} beside it is another one")
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: damaged ({error}); remove it and {_AGAIN}") from error
     return LabelStore(folder, plan, coverage)
 
 
-def check_labels(store: LabelStore, shards: ShardSet, view: Mapping[str, Any], num_views: int | None) -> None:
-    """Raise ValueError unless the store is of these shards and of views drawn as `view` says, `num_views` of them."""
+def render_header(plan: LabelPlan, coverage: Mapping[str, float]) -> bytes:
+    """The bytes of header.json, sealed with a hash of the rest."""
+    header: dict[str, Any] = {"plan_sha256": plan.sha256, "coverage": dict(coverage)}
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
+    return (json.dumps({**header, "sha256": digest}, sort_keys=True, indent=1) + "\n").encode()
+
+
+def label_view(data: DataConfig, run_seed: int) -> dict[str, Any]:
+    """How views are drawn, as a plan holds it."""
+    return {**view_settings(data), "seed": run_seed if data.view_seed is None else data.view_seed}
+
+
+def check_labels(store: LabelStore, shards: ShardSet, data: DataConfig, run_seed: int) -> None:
+    """Raise ValueError unless the store is of these shards and has the views that `data` asks for."""
     plan, folder = store.plan, store.folder
     if plan.num_classes != shards.num_classes:
         raise ValueError(f"{folder}: labels of {plan.num_classes} classes, the data has {shards.num_classes}")
@@ -194,12 +210,14 @@ def check_labels(store: LabelStore, shards: ShardSet, view: Mapping[str, Any], n
             f"{folder}: labels of other shards than {shards.folder}: "
             f"fingerprint {plan.fingerprint[:12]}, expected {shards.fingerprint[:12]}"
         )
+    view = label_view(data, run_seed)
     names = [name for name in sorted({*plan.view, *view}) if plan.view.get(name) != view.get(name)]
     if names:
-        differing = ", ".join(f"{name} {plan.view.get(name)} (the run has {view.get(name)})" for name in names)
-        raise ValueError(f"{folder}: labels of views that were drawn in another way: {differing}")
-    if num_views is None or num_views > plan.num_views:
-        asked = "new ones in every epoch" if num_views is None else num_views
+        setting = {"seed": "view_seed", "version": "(version of the views)"}
+        differing = ", ".join(f"data.{setting.get(name, name)}={plan.view.get(name)}" for name in names)
+        raise ValueError(f"{folder}: labels of other views than this run draws; they need {differing}")
+    if data.num_views is None or data.num_views > plan.num_views:
+        asked = "new ones in every epoch" if data.num_views is None else data.num_views
         raise ValueError(
             f"{folder}: has {plan.num_views} views of each image, the run asks for {asked}; "
             f"set data.num_views={plan.num_views} or write more views"

@@ -72,6 +72,26 @@ def decode_records(records: Records, num_classes: int) -> Tensor:
     return probs_BC / (kept_BK.sum(dim=1) + rest_B)[:, None]
 
 
+def coverage_sums(log_probs_BC: Tensor, records: Records, labels_B: Tensor) -> dict[str, float]:
+    """Sums over the batch of what a store reports: how much of the teacher its records keep.
+
+    `mass` is the probability of the kept classes, `kl` that of the teacher from its record (nats), `entropy` the
+    teacher's (nats), `top1_agreement` the number of images whose label the teacher names. `views` counts the rows.
+    """
+    log_p_BC = log_probs_BC.double().cpu()
+    p_BC = log_p_BC.exp()
+    # Below the smallest fp32 number a stored probability is 0, where the logarithm would be infinite.
+    log_q_BC = decode_records(records, p_BC.shape[1]).double().clamp_min(1e-45).log()
+    ids_BK = torch.from_numpy(records["ids"].astype(np.int64))
+    return {
+        "views": float(len(records)),
+        "mass": float(p_BC.gather(1, ids_BK).sum()),
+        "kl": float((p_BC * (log_p_BC - log_q_BC)).sum()),
+        "entropy": float(-(p_BC * log_p_BC).sum()),
+        "top1_agreement": float((ids_BK[:, 0] == labels_B.cpu()).sum()),
+    }
+
+
 def record_views(records: Records) -> NDArray[np.int64]:
     """Views (B, 5) of records: top, left, height, width, flip."""
     return np.concatenate([records["box"], records["flip"][:, None]], axis=1).astype(np.int64)

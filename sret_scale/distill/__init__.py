@@ -2,6 +2,19 @@
 
 from sret_scale.distill.config import DistillConfig
 from sret_scale.distill.loss import distillation_loss, hard_loss, soft_loss
+from sret_scale.distill.spec import stored_labels
+from sret_scale.distill.stored import StoredTeacher, open_stored_teacher, student_batch
 from sret_scale.distill.teacher import Teacher, build_teacher
 
-__all__ = ["DistillConfig", "Teacher", "build_teacher", "distillation_loss", "hard_loss", "soft_loss"]
+__all__ = [
+    "DistillConfig",
+    "StoredTeacher",
+    "Teacher",
+    "build_teacher",
+    "distillation_loss",
+    "hard_loss",
+    "open_stored_teacher",
+    "soft_loss",
+    "stored_labels",
+    "student_batch",
+]

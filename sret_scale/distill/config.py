@@ -3,6 +3,12 @@
 import dataclasses
 from typing import Literal
 
+CHOICES = {
+    "teacher_target": ("soft", "hard"),
+    "teacher_input": ("augmented", "view"),
+    "teacher_precision": ("auto", "bf16", "fp32"),
+}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DistillConfig:
@@ -21,6 +27,9 @@ class DistillConfig:
     hard_weight_end: float | None = None
     teacher_target: Literal["soft", "hard"] = "soft"
     """Learn the teacher's distribution, or the class that it names (DeiT's hard distillation)."""
+    teacher_input: Literal["augmented", "view"] = "augmented"
+    """What the teacher is asked about: the very batch that the student sees, or the crop and flip alone, its
+    probabilities then mixed like the labels. Stored labels are of views."""
     label_smoothing: float = 0.0
     """Of the ground truth only."""
     divide_by_classes: bool = False
@@ -46,7 +55,7 @@ class DistillConfig:
             raise ValueError(
                 f"distill.teacher_micro_batch_size: expected 1 or more, got {self.teacher_micro_batch_size}"
             )
-        for name, choices in (("teacher_target", ("soft", "hard")), ("teacher_precision", ("auto", "bf16", "fp32"))):
+        for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"distill.{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")
 

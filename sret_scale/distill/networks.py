@@ -34,6 +34,8 @@ def load_network(spec: TeacherSpec, *, num_classes: int, load_run: LoadRun) -> N
             return _from_parts(spec, _call_module(spec))
         case "timm":
             return _from_timm(spec, num_classes)
+        case "labels":
+            raise ValueError(f"teacher {spec.text!r}: stored labels are no network that can be asked about an image")
         case kind:
             module, image_size = efficientnet_lite.load_efficientnet_lite(kind)
             mean, std = efficientnet_lite.MEAN, efficientnet_lite.STD

@@ -4,10 +4,12 @@ import dataclasses
 import difflib
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from types import MappingProxyType
 
 FORMS = {
     "run": "run:FOLDER",
+    "labels": "labels:FOLDER",
     "timm": "timm:NAME[?checkpoint=FILE]",
     "module": "module:pkg.mod:function",
     "efficientnet-lite0": "efficientnet-lite0",
@@ -35,6 +37,16 @@ def parse_teacher(text: str) -> tuple[TeacherSpec, ...]:
     bare = "|".join(kind for kind, form in FORMS.items() if ":" not in form)
     parts = re.split(rf"\+(?=[A-Za-z0-9-]+:{bare and f'|(?:{bare})(?:[+?]|$)'})", text.strip())
     return tuple(_parse_one(part.strip()) for part in parts)
+
+
+def stored_labels(text: str | None) -> Path | None:
+    """The folder of a `labels:FOLDER` spec; None for any other. ValueError when it is joined with other teachers."""
+    parts = parse_teacher(text) if text else ()
+    if not any(part.kind == "labels" for part in parts):
+        return None
+    if len(parts) > 1:
+        raise ValueError(f"teacher {text!r}: stored labels cannot be joined with others; write them of the joined ones")
+    return Path(parts[0].value)
 
 
 def _parse_one(text: str) -> TeacherSpec:

@@ -1,0 +1,195 @@
+"""Writes a store of soft labels.
+
+    plan -> units (views of one image shard) -> every `world_size`-th to each rank -> a file each -> header.json
+
+A unit's bytes are a function of the plan: its batches never mix units, so they do not depend on the number of ranks, on
+what was there before, or on when a rank was killed. Ranks do not talk: whoever finds all files there writes the header.
+"""
+
+import dataclasses
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from data_pipelines.batches import Batch, BatchFiller, PendingBatch
+from data_pipelines.config import DataConfig
+from data_pipelines.files import replacing
+from data_pipelines.index import ShardSet
+from data_pipelines.label_store import (
+    HEADER_NAME,
+    PLAN_NAME,
+    LabelPlan,
+    Unit,
+    label_view,
+    read_header,
+    read_plan,
+    render_header,
+)
+from data_pipelines.quarantine import Quarantine, TooManyBadSamplesError
+from data_pipelines.reader import ShardReader
+from data_pipelines.samples import TrainingSamples
+from data_pipelines.soft_labels import coverage_sums, encode_records, record_dtype, render_file
+from sret_scale.distill.teacher import Teacher
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelJob:
+    """A store to be written: what, from which images, by whom."""
+
+    folder: Path
+    plan: LabelPlan
+    shards: ShardSet
+    data: DataConfig
+    teacher: Teacher
+    device: torch.device
+
+
+def plan_labels(
+    shards: ShardSet,
+    teacher: Teacher,
+    *,
+    data: DataConfig,
+    image_size: int,
+    top_k: int,
+    num_views: int,
+    views_per_file: int,
+    batch_size: int,
+) -> LabelPlan:
+    """The plan of a store. Raises ValueError for numbers that cannot be."""
+    for name, value, most in (
+        ("top_k", top_k, shards.num_classes),
+        ("views", num_views, 1 << 20),
+        ("views_per_file", views_per_file, num_views),
+        ("batch_size", batch_size, 1 << 20),
+        ("classes", shards.num_classes, 1 << 16),
+    ):
+        if not 1 <= value <= most:
+            raise ValueError(f"soft labels: expected {name} from 1 to {most}, got {value}")
+    counts = np.bincount(shards.shard_of, minlength=shards.num_shards).tolist()
+    return LabelPlan(
+        fingerprint=shards.fingerprint,
+        shards=list(zip(shards.shard_names, counts, strict=True)),
+        num_classes=shards.num_classes,
+        top_k=top_k,
+        num_views=num_views,
+        views_per_file=views_per_file,
+        batch_size=batch_size,
+        teacher=teacher.describe(),
+        image_size=image_size,
+        view=label_view(data, run_seed=0),
+    )
+
+
+def write_labels(job: LabelJob, *, rank: int, world_size: int, report: Callable[[str], None]) -> bool:
+    """Write this rank's missing units. True when the store is finished, False when other ranks have units to write."""
+    job.folder.mkdir(parents=True, exist_ok=True)
+    save_plan(job.folder, job.plan)
+    mine = list(job.plan.units())[rank::world_size]
+    missing = [unit for unit in mine if not is_written(job, unit)]
+    report(f"{job.folder}: {len(missing)} of {len(mine)} files to write")
+    # The number of an epoch is the number of a view here.
+    data = dataclasses.replace(job.data, num_views=None, num_repeats=1, view_seed=job.plan.view["seed"])
+    size = job.plan.image_size
+    with ShardReader(job.shards) as reader:
+        # No image may be replaced by another: the first bad one stops the writer.
+        strict = Quarantine(None, max_bad_rate=0.0, samples_per_epoch=job.shards.num_samples)
+        source = TrainingSamples(reader, job.shards, data, image_size=size, seed=0, quarantine=strict)
+        with BatchFiller(source, image_size=size, num_threads=data.workers) as filler:
+            for number, unit in enumerate(missing, 1):
+                sums = write_unit(job, unit, filler)
+                report(f"{number}/{len(missing)} {job.plan.file_name(unit)}: {describe_coverage(mean_coverage(sums))}")
+    return finish(job.folder, job.plan)
+
+
+def save_plan(folder: Path, plan: LabelPlan) -> None:
+    """Write plan.json, or check that the one there is the same. ValueError names what differs."""
+    if not (folder / PLAN_NAME).exists():
+        with replacing(folder / PLAN_NAME) as file:
+            file.write(plan.to_json().encode())
+    there = read_plan(folder)
+    names = [
+        field.name for field in dataclasses.fields(plan) if getattr(there, field.name) != getattr(plan, field.name)
+    ]
+    if names:
+        differing = "; ".join(f"{name} {getattr(there, name)}, now {getattr(plan, name)}" for name in names)
+        raise ValueError(f"{folder}: holds a store of another plan ({differing[:400]}); choose another folder")
+
+
+def is_written(job: LabelJob, unit: Unit) -> bool:
+    """Whether a unit's file is there; ValueError when it is there and not what was planned."""
+    if not (job.folder / job.plan.file_name(unit)).exists():
+        return False
+    read_header(job.folder, job.plan, unit)
+    return True
+
+
+def write_unit(job: LabelJob, unit: Unit, filler: BatchFiller) -> Counter[str]:
+    """Ask the teacher about a unit and write its file; the sums of its coverage."""
+    num_samples = job.plan.shards[unit.shard][1]
+    records_VN = np.empty((unit.last_view - unit.first_view + 1, num_samples), record_dtype(job.plan.top_k))
+    sums: Counter[str] = Counter()
+    for view, start, batch in unit_batches(job, unit, filler):
+        logits_BC = job.teacher(batch.images.to(job.device, non_blocking=True).float() / 255)
+        if not logits_BC.isfinite().all():
+            key = job.shards.key(int(batch.indices[int((~logits_BC.isfinite()).any(dim=1).nonzero()[0])]))
+            raise ValueError(f"the teacher gives NaN or infinite logits for sample {key!r}, view {view}")
+        log_probs_BC = F.log_softmax(logits_BC, dim=-1)
+        records = encode_records(log_probs_BC, batch.views.long().numpy(), job.plan.top_k)
+        records_VN[view - unit.first_view, start : start + len(records)] = records
+        sums.update(coverage_sums(log_probs_BC, records, batch.labels))
+    header = {**dataclasses.asdict(unit), "plan_sha256": job.plan.sha256, "coverage_sums": dict(sums)}
+    with replacing(job.folder / job.plan.file_name(unit)) as file:
+        file.write(render_file(header, records_VN))
+    return sums
+
+
+def unit_batches(job: LabelJob, unit: Unit, filler: BatchFiller) -> Iterator[tuple[int, int, Batch]]:
+    """(view, place in the shard, batch) of a unit, decoded ahead of their use."""
+    first = sum(num_samples for _, num_samples in job.plan.shards[: unit.shard])
+    num_samples, batch_size = job.plan.shards[unit.shard][1], job.plan.batch_size
+    ahead: deque[tuple[int, int, PendingBatch]] = deque()
+    try:
+        for view in range(unit.first_view, unit.last_view + 1):
+            for start in range(0, num_samples, batch_size):
+                indices_B = np.arange(first + start, first + min(start + batch_size, num_samples))
+                ahead.append((view, start, filler.submit(view, indices_B, np.zeros_like(indices_B))))
+                if len(ahead) > job.data.prefetch_batches:
+                    oldest, place, pending = ahead.popleft()
+                    yield oldest, place, pending.result()
+        for oldest, place, pending in ahead:
+            yield oldest, place, pending.result()
+    except TooManyBadSamplesError as error:
+        raise ValueError(f"soft labels need every image: {error.__cause__}") from error
+
+
+def finish(folder: Path, plan: LabelPlan) -> bool:
+    """Write header.json when all units are there; False when some are missing."""
+    units = list(plan.units())
+    if not all((folder / plan.file_name(unit)).exists() for unit in units):
+        return False
+    for leftover in folder.glob("*.tmp"):  # of a writer that was killed
+        leftover.unlink()
+    sums: Counter[str] = Counter()
+    for unit in units:
+        sums.update(read_header(folder, plan, unit)[0]["coverage_sums"])
+    with replacing(folder / HEADER_NAME) as file:
+        file.write(render_header(plan, mean_coverage(sums)))
+    return True
+
+
+def mean_coverage(sums: Counter[str]) -> dict[str, float]:
+    """Means over the views from their sums."""
+    return {name: value if name == "views" else value / sums["views"] for name, value in sums.items()}
+
+
+def describe_coverage(coverage: dict[str, float]) -> str:
+    """One line for people."""
+    return (
+        f"{coverage['mass']:.1%} of the mass kept, KL {coverage['kl']:.4f} of entropy {coverage['entropy']:.3f} nats, "
+        f"top-1 is the label for {coverage['top1_agreement']:.1%}"
+    )

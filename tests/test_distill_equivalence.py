@@ -1,0 +1,116 @@
+"""A student learns the same from stored labels as from the live teacher."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from data_pipelines.augment import AugmentConfig, BatchAugment, normalise
+from data_pipelines.loader import LoaderState, TrainLoader
+from sret_scale.distill import DistillConfig, StoredTeacher, distillation_loss, open_stored_teacher, student_batch
+from sret_scale.distill.label_writer import write_labels
+from tests.distill_shards import DATA, NUM_CLASSES, make_job, make_shards, teacher
+
+PLAIN = AugmentConfig(randaugment_ops=0, erase_rate=0.0, mixup_alpha=0.0, cutmix_alpha=0.0)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return make_shards(tmp_path_factory.mktemp("shards"))
+
+
+def stored(folder: Path, shards: Any, augment: AugmentConfig, **changes: Any) -> StoredTeacher:
+    job = make_job(folder, shards, **changes)
+    write_labels(job, rank=0, world_size=1, report=lambda text: None)
+    config = DistillConfig(teacher_input="view")
+    return open_stored_teacher(
+        folder, config, shards=shards, data=DATA, augment=augment, run_seed=0, rank=0, world_size=1
+    )
+
+
+def train(shards: Any, source: Any, config: DistillConfig, augment: AugmentConfig) -> tuple[list[float], list[Tensor]]:
+    """Losses and gradients of nine steps over three epochs, and so over all views."""
+    torch.manual_seed(1)
+    student = nn.Sequential(nn.Conv2d(3, 6, 3, stride=2), nn.GELU(), nn.Flatten(), nn.Linear(294, NUM_CLASSES))
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.05)
+    batch_augment = BatchAugment(augment, NUM_CLASSES)
+    loader = TrainLoader(
+        shards, DATA, image_size=16, seed=0, rank=0, world_size=1, micro_batch_size=8, grad_accum_steps=1
+    )
+    losses, gradients = [], []
+    for number, step in zip(range(9), loader.steps(LoaderState()), strict=False):
+        unit, target, log_probs = student_batch(
+            step.micro_batches[0],
+            batch_augment,
+            source,
+            seed=number,
+            device=CPU,
+            teacher_input=config.teacher_input,
+        )
+        loss = distillation_loss(student(normalise(unit, (0.5,) * 3, (0.5,) * 3)), log_probs, target, config)
+        parts = torch.autograd.grad(loss, list(student.parameters()))
+        for parameter, part in zip(student.parameters(), parts, strict=True):
+            parameter.grad = part
+        optimizer.step()
+        losses.append(float(loss.detach()))
+        gradients.append(torch.cat([part.flatten() for part in parts]))
+    return losses, gradients
+
+
+@pytest.mark.parametrize(
+    ("augment", "config"),
+    [
+        (PLAIN, DistillConfig(teacher_input="view")),
+        (PLAIN, DistillConfig(teacher_input="view", temperature=3.0, hard_weight=0.3, label_smoothing=0.1)),
+        (replace(PLAIN, mixup_alpha=0.8), DistillConfig(teacher_input="view")),
+        (replace(PLAIN, cutmix_alpha=1.0, erase_rate=0.5), DistillConfig(teacher_input="view", hard_weight=0.5)),
+    ],
+    ids=["crop-flip", "temperature-hard", "mixup", "cutmix-erase"],
+)
+def test_all_classes_stored_train_like_the_live_teacher(
+    shards: Any, tmp_path: Path, augment: AugmentConfig, config: DistillConfig
+) -> None:
+    live_losses, live_gradients = train(shards, teacher(), config, augment)
+    losses, gradients = train(shards, stored(tmp_path / "store", shards, augment), config, augment)
+    assert losses == pytest.approx(live_losses, abs=1e-3)
+    for gradient, live in zip(gradients, live_gradients, strict=True):
+        assert (gradient - live).norm() < 1e-3 * live.norm()
+
+
+def test_without_mixing_the_augmented_batch_is_the_view(shards: Any) -> None:
+    augmented = train(shards, teacher(), DistillConfig(teacher_input="augmented"), PLAIN)
+    view = train(shards, teacher(), DistillConfig(teacher_input="view"), PLAIN)
+    assert augmented[0] == pytest.approx(view[0], abs=1e-6)
+
+
+def test_loss_of_fewer_classes_is_within_the_predicted_divergence(shards: Any, tmp_path: Path) -> None:
+    """KL(teacher || student) exceeds that of the stored labels by KL(teacher || stored) and what the student adds."""
+    config = DistillConfig(teacher_input="view")
+    live_losses, live_gradients = train(shards, teacher(), config, PLAIN)
+    previous = 0.0
+    for top_k in (2, 4, 6):
+        source = stored(tmp_path / str(top_k), shards, PLAIN, top_k=top_k)
+        losses, gradients = train(shards, source, config, PLAIN)
+        cosine = float(torch.cosine_similarity(gradients[0], live_gradients[0], dim=0))
+        assert cosine > max(0.8, previous - 0.01)
+        previous = cosine
+        # Pinsker's inequality bounds the moved mass by sqrt(2 KL); a loss moves by that times the range of log q.
+        moved = (2 * source.store.coverage["kl"]) ** 0.5
+        assert abs(losses[0] - live_losses[0]) < moved * 6
+    assert previous > 0.99
+
+
+def test_label_of_another_box_stops_training(shards: Any, tmp_path: Path) -> None:
+    source = stored(tmp_path / "store", shards, PLAIN)
+    loader = TrainLoader(
+        shards, DATA, image_size=16, seed=0, rank=0, world_size=1, micro_batch_size=4, grad_accum_steps=1
+    )
+    batch = next(iter(loader.steps(LoaderState()))).micro_batches[0]
+    assert source.probabilities(batch).shape == (4, NUM_CLASSES)
+    batch.views[2, 1] += 1
+    with pytest.raises(ValueError, match=rf"sample {int(batch.indices[2])} in view 0 has a label of the box"):
+        source.probabilities(batch)
