@@ -9,7 +9,6 @@ from torch import nn
 
 from sret_scale.distill import efficientnet_lite
 from sret_scale.distill.spec import TeacherSpec, nearest
-from sret_scale.timm import create_model, preprocessing
 
 LoadRun = Callable[[Path], tuple[nn.Module, Sequence[float], Sequence[float], int]]
 
@@ -43,6 +42,9 @@ def load_network(spec: TeacherSpec, *, num_classes: int, load_run: LoadRun) -> N
 
 
 def _from_timm(spec: TeacherSpec, num_classes: int) -> Network:
+    # Importing timm takes seconds, which only this kind of teacher should cost.
+    from sret_scale.timm import create_model, preprocessing
+
     file = spec.options.get("checkpoint")
     module = create_model(spec.value, num_classes=num_classes, checkpoint=Path(file) if file else None)
     mean, std, image_size, interpolation = preprocessing(module)

@@ -5,7 +5,7 @@ checkpoints. Shape letters as in `layers`.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -64,6 +64,11 @@ class SReT(nn.Module):
 
     def forward_features(self, images_BCHW: Tensor, noise: Noise | None = None) -> Tensor:
         """(B, D, H, W) tokens of the last stage on their grid."""
+        *_, last_BDHW = self.stage_outputs(images_BCHW, noise)
+        return last_BDHW
+
+    def stage_outputs(self, images_BCHW: Tensor, noise: Noise | None = None) -> Iterator[Tensor]:
+        """(B, D, H, W) tokens of each stage on their grid, as they are computed."""
         size, channels = self.config.image_size, self.config.in_channels
         if tuple(images_BCHW.shape[1:]) != (channels, size, size):
             raise ValueError(
@@ -77,7 +82,7 @@ class SReT(nn.Module):
             # The residual stream is fp32 even where a convolution under autocast gave bf16.
             x_BND = rearrange(x_BCHW, "b c h w -> b (h w) c").to(self.position.dtype)
             x_BCHW = rearrange(stage(x_BND, noise), "b (h w) c -> b c h w", h=grid)
-        return x_BCHW
+            yield x_BCHW
 
     def forward_head(self, x_BDHW: Tensor, pre_logits: bool = False) -> Tensor:
         """(B, num_classes) scores of the last stage's tokens: average, norm, linear; (B, D) if pre_logits."""

@@ -1,4 +1,4 @@
-"""The one door to timm, which is an optional extra: `pip install sret-scale[timm]`."""
+"""The one door to timm, an optional extra: makes it importable, and builds its models with trained weights."""
 
 import difflib
 import importlib

@@ -1,0 +1,11 @@
+"""At home in timm: importing this registers every preset, so that `timm.create_model("sret_t")` works.
+
+timm is an optional extra (`pip install sret-scale[timm]`) and importing it takes seconds: import this where it is used.
+"""
+
+from sret_scale.timm.adapter import TimmSReT, register_presets
+from sret_scale.timm.door import create_model, import_timm, preprocessing
+
+register_presets()
+
+__all__ = ["TimmSReT", "create_model", "import_timm", "preprocessing", "register_presets"]
