@@ -19,6 +19,8 @@ CONFIG = SReTConfig(
     ),
 )
 
+FIXED_SCHEDULES = [name for name in SCHEDULES if name != "planned"]
+
 
 def make_model(config: SReTConfig = CONFIG) -> SReT:
     torch.manual_seed(0)
@@ -38,7 +40,7 @@ def gradients(model: SReT, *, autocast: bool, micro_steps: int = 2) -> dict[str,
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", FIXED_SCHEDULES)
 def test_gradients_of_a_model_are_unchanged_bit_for_bit(schedule: str, autocast: bool) -> None:
     plain, model = make_model(), make_model()
     apply_recomputation(model, MemoryConfig(schedule=schedule, is_checked=True))

@@ -1,8 +1,9 @@
 """Memory is chosen: schedules of recomputation, the engine that runs them, and the planner that picks one."""
 
-from sret_scale.memory.apply import apply_recomputation
+from sret_scale.memory.apply import apply_recomputation, apply_schedules
 from sret_scale.memory.config import SCHEDULES, MemoryConfig, schedule_for
 from sret_scale.memory.ledger import Ledger, account
+from sret_scale.memory.planner import Plan, plan_for, predict_activations, prepare_memory
 from sret_scale.memory.recompute import run_chain
 from sret_scale.memory.schedule import Schedule
 
@@ -10,9 +11,14 @@ __all__ = [
     "SCHEDULES",
     "Ledger",
     "MemoryConfig",
+    "Plan",
     "Schedule",
     "account",
     "apply_recomputation",
+    "apply_schedules",
+    "plan_for",
+    "predict_activations",
+    "prepare_memory",
     "run_chain",
     "schedule_for",
 ]

@@ -1,21 +1,35 @@
 """Puts recomputation around the stages of an SReT, from outside the model."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
 from sret_scale.memory.config import MemoryConfig, schedule_for
 from sret_scale.memory.recompute import Chained, run_chain
+from sret_scale.memory.schedule import Schedule
 
 
 def apply_recomputation(model: nn.Module, config: MemoryConfig) -> None:
     """Makes every stage of `model.stages` run its applications under `config`; may be called again to change it."""
-    for stage in model.stages:  # type: ignore[union-attr]
+    for stage in _stages(model):
         stage.run_chain = partial(_run_configured, config)
 
 
+def apply_schedules(model: nn.Module, schedules: Sequence[Schedule], config: MemoryConfig) -> None:
+    """Makes each stage of `model.stages` run its own schedule; the other settings are those of `config`."""
+    for stage, schedule in zip(_stages(model), schedules, strict=True):
+        stage.run_chain = partial(_run_scheduled, config, schedule)
+
+
+def _stages(model: nn.Module) -> Iterable[Any]:
+    return model.stages  # type: ignore[return-value]
+
+
 def _run_configured(config: MemoryConfig, applications: Sequence[Chained], x: Tensor) -> Tensor:
-    if not applications:
-        return x
-    return run_chain(applications, x, schedule_for(config, len(applications)), is_checked=config.is_checked)
+    return _run_scheduled(config, schedule_for(config, len(applications)), applications, x)
+
+
+def _run_scheduled(config: MemoryConfig, schedule: Schedule, applications: Sequence[Chained], x: Tensor) -> Tensor:
+    return run_chain(applications, x, schedule, is_checked=config.is_checked)

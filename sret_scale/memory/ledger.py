@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from sret_scale.memory.schedule import Kind, Schedule
 
@@ -25,6 +26,7 @@ class Ledger:
         return max(self.untaped)
 
 
+@lru_cache(maxsize=4096)
 def account(schedule: Schedule) -> Ledger:
     """The costs of a schedule; AssertionError if an action lacks its input or the gradient does not get through."""
     n = schedule.num_applications

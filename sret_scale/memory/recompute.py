@@ -68,7 +68,7 @@ class _Chain:
         self.marks: list[_Mark | None] = [None] * len(applications)
         self.slots: dict[int, Tensor] = {}
         self.hand: Tensor | None = None
-        self.tape: tuple[Tensor, GradientEdge | None] | None = None
+        self.tape: list[tuple[Tensor, GradientEdge | None]] = []
         self.is_input_differentiable = False
 
     def forward(self, x: Tensor) -> Tensor:
@@ -89,17 +89,11 @@ class _Chain:
         gradient: Tensor | None = grad_output
         for action in self.schedule.backward:
             if action.kind is Kind.BACK:
-                gradient = self._back(action, gradient, sums)
+                for index in reversed(range(action.lo, action.hi)):
+                    gradient = self._back(index, gradient, sums)
             else:
                 self._perform(action)
         return gradient, sums.totals()
-
-    def _back(self, action: Action, gradient: Tensor | None, sums: GradientSums) -> Tensor | None:
-        assert self.tape is not None
-        (leaf, edge), self.tape = self.tape, None
-        if gradient is None or edge is None:
-            return None
-        return sums.backward(edge, gradient, leaf, self._trainable(action))
 
     def _perform(self, action: Action) -> Tensor | None:
         """Does one action (BACK excepted); returns what running the applications gave, if any ran."""
@@ -112,12 +106,8 @@ class _Chain:
             self.slots[lo] = self.hand
             return None
         if kind is Kind.TAPE:
-            leaf = self.hand.detach().requires_grad_(lo > 0 or self.is_input_differentiable)
-            self.hand = None
-            with torch.enable_grad(), self.autocast():
-                result = self._run(lo, hi, leaf)
-            self.tape = (leaf, get_gradient_edge(result) if result.requires_grad else None)
-            return result
+            start, self.hand = self.hand, None
+            return self._tape(lo, hi, start)
         start = self.hand
         if kind is Kind.ADVANCE:
             self.hand = None
@@ -126,6 +116,21 @@ class _Chain:
         if kind is Kind.ADVANCE:
             self.hand = result
         return result
+
+    def _tape(self, lo: int, hi: int, x: Tensor) -> Tensor:
+        """Tapes each application by itself, so that the gradients of one are summed before the next one's arise."""
+        with torch.enable_grad(), self.autocast():
+            for index in range(lo, hi):
+                leaf = x.detach().requires_grad_(index > 0 or self.is_input_differentiable)
+                x = self._run(index, index + 1, leaf)
+                self.tape.append((leaf, get_gradient_edge(x) if x.requires_grad else None))
+        return x
+
+    def _back(self, index: int, gradient: Tensor | None, sums: GradientSums) -> Tensor | None:
+        leaf, edge = self.tape.pop()
+        if gradient is None or edge is None:
+            return None
+        return sums.backward(edge, gradient, leaf, self._trainable(index))
 
     def _run(self, lo: int, hi: int, x: Tensor) -> Tensor:
         for index in range(lo, hi):
@@ -144,9 +149,8 @@ class _Chain:
             x = y
         return x
 
-    def _trainable(self, action: Action) -> list[int]:
-        used = {k for index in range(action.lo, action.hi) for k in self.used[index]}
-        return sorted(k for k in used if self.parameters[k].requires_grad)
+    def _trainable(self, index: int) -> list[int]:
+        return [k for k in dict.fromkeys(self.used[index]) if self.parameters[k].requires_grad]
 
 
 class _ChainFunction(torch.autograd.Function):

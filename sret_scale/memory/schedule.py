@@ -38,9 +38,9 @@ class Action(NamedTuple):
     hi: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Schedule:
-    """What a chain does in its forward and in its backward pass."""
+    """What a chain does in its forward and in its backward pass. Hashed by identity: the constructors are cached."""
 
     name: str
     num_applications: int
@@ -86,7 +86,7 @@ def grow(
     return Schedule(name, num_applications, tuple(forward), tuple(backward))
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=4096)
 def binomial(num_applications: int, slots: int, leaf: int = 1, num_taped: int = 0) -> Schedule:
     """Revolve: the fewest untaped runs that `slots` kept boundaries allow.
 
@@ -114,16 +114,19 @@ def binomial(num_applications: int, slots: int, leaf: int = 1, num_taped: int = 
     return grow(name, num_applications, split, room=slots, is_last_taped=num_taped > 0)
 
 
+@lru_cache(maxsize=64)
 def none(num_applications: int) -> Schedule:
     """Tapes everything in the forward pass: nothing runs twice."""
     return replace(binomial(num_applications, 0, num_taped=num_applications), name="none")
 
 
+@lru_cache(maxsize=64)
 def per_application(num_applications: int) -> Schedule:
     """Keeps every boundary and tapes one application at a time (r = 1)."""
     return replace(binomial(num_applications, num_applications), name="per_application")
 
 
+@lru_cache(maxsize=64)
 def segments(num_applications: int, num_segments: int) -> Schedule:
     """Keeps the boundaries of `num_segments` equal segments and tapes one whole segment at a time (r = 1)."""
     _require("segments", num_segments, 1, num_applications)
