@@ -92,6 +92,14 @@ def coverage_sums(log_probs_BC: Tensor, records: Records, labels_B: Tensor) -> d
     }
 
 
+def describe_coverage(coverage: Mapping[str, float]) -> str:
+    """One line for people about the means of these sums."""
+    return (
+        f"{coverage['mass']:.1%} of the mass kept, KL {coverage['kl']:.4f} of entropy {coverage['entropy']:.3f} nats, "
+        f"top-1 is the label for {coverage['top1_agreement']:.1%}"
+    )
+
+
 def record_views(records: Records) -> NDArray[np.int64]:
     """Views (B, 5) of records: top, left, height, width, flip."""
     return np.concatenate([records["box"], records["flip"][:, None]], axis=1).astype(np.int64)

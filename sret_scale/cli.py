@@ -15,6 +15,7 @@ COMMANDS = {
     "train": "train a recipe or a preset, on one node or many; the same command continues",
     "evaluate": "measure the accuracy of a run on a whole test set",
     "shards": "write, check and inspect webdataset shards",
+    "labels": "store a teacher's answers about views of the images, to train from without it",
     "describe": "count a model's parameters, multiply-adds and depth",
     "weights": "read and write checkpoints in the published layout",
 }

@@ -14,6 +14,7 @@ from data_pipelines.augment import AugmentConfig
 from data_pipelines.index import ShardSet
 from data_pipelines.label_store import check_files, check_labels, open_labels
 from sret_scale.distill import DistillConfig, label_writer, open_stored_teacher
+from sret_scale.distill.label_verify import plan_teacher, verify_records
 from sret_scale.distill.label_writer import LabelJob, plan_labels, write_labels
 from tests.distill_shards import DATA, NUM_CLASSES, NUM_SAMPLES, make_job, make_shards, teacher
 from tests.stream_shards import TarShards
@@ -260,3 +261,26 @@ def test_plan_is_readable_by_people_and_complete(written: LabelJob, shards: Shar
     assert plan["shards"] == [["shard-000000.tar", 9], ["shard-000001.tar", 9], ["shard-000002.tar", 4]]
     numbers = {"top_k": 7, "num_views": 3, "views_per_file": 2, "batch_size": 4, "image_size": 16}
     assert plan_labels(shards, teacher(), data=DATA, **numbers) == written.plan
+
+
+def test_verify_finds_the_teacher_that_wrote_and_no_other(written: LabelJob, shards: ShardSet, tmp_path: Path) -> None:
+    store = open_labels(written.folder)
+    same = plan_teacher(store.plan, None, written.device, no_runs)
+    result = verify_records(store, shards, same, num_records=40, seed=3)
+    assert result.num_records == 40 and result.largest_difference < 1e-3
+    other = verify_records(store, shards, teacher("other_network"), num_records=40, seed=3)
+    assert other.largest_difference > 0.01
+    with pytest.raises(ValueError, match="is another one now: its weights_sha256 differ"):
+        plan_teacher(store.plan, "module:tests.distill_shards:other_network", written.device, no_runs)
+
+
+def test_joined_teachers_are_stored_and_verified(shards: ShardSet, tmp_path: Path) -> None:
+    job = make_job(tmp_path / "store", shards, function="network+module:tests.distill_shards:other_network")
+    write_labels(job, rank=0, world_size=1, report=silent)
+    store = open_labels(job.folder)
+    both = plan_teacher(store.plan, None, job.device, no_runs)
+    assert verify_records(store, shards, both, num_records=10, seed=0).largest_difference < 1e-3
+
+
+def no_runs(folder: Path) -> Any:
+    raise AssertionError(folder)

@@ -33,7 +33,7 @@ from data_pipelines.label_store import (
 from data_pipelines.quarantine import Quarantine, TooManyBadSamplesError
 from data_pipelines.reader import ShardReader
 from data_pipelines.samples import TrainingSamples
-from data_pipelines.soft_labels import coverage_sums, encode_records, record_dtype, render_file
+from data_pipelines.soft_labels import coverage_sums, describe_coverage, encode_records, record_dtype, render_file
 from sret_scale.distill.teacher import Teacher
 
 
@@ -185,11 +185,3 @@ def finish(folder: Path, plan: LabelPlan) -> bool:
 def mean_coverage(sums: Counter[str]) -> dict[str, float]:
     """Means over the views from their sums."""
     return {name: value if name == "views" else value / sums["views"] for name, value in sums.items()}
-
-
-def describe_coverage(coverage: dict[str, float]) -> str:
-    """One line for people."""
-    return (
-        f"{coverage['mass']:.1%} of the mass kept, KL {coverage['kl']:.4f} of entropy {coverage['entropy']:.3f} nats, "
-        f"top-1 is the label for {coverage['top1_agreement']:.1%}"
-    )

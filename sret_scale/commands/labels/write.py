@@ -1,0 +1,95 @@
+"""`sret-scale labels write`: a teacher's answers about V views of each image, in files."""
+
+import argparse
+import os
+from pathlib import Path
+
+EXAMPLE = """examples:
+  sret-scale labels write shards/train labels/lite0 --teacher efficientnet-lite0 --views 200 --top-k 10
+  sret-scale labels write shards/fashion/train labels/fashion --teacher run:runs/demo_teacher --views 4 --top-k 10 \\
+      --recipe demo_student_108 --set data.view_seed=1
+
+Start it once per GPU or machine with --rank and --world-size (or under a launcher that sets RANK and WORLD_SIZE): ranks
+do not talk, may be killed, and may be started again in another number."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is written, from which views, and which part of it by this process."""
+    parser.add_argument("shards", help="folder of image shards")
+    parser.add_argument("folder", type=Path, help="folder of the store; an unfinished one is continued")
+    parser.add_argument("--teacher", required=True, metavar="SPEC", help="as in distill.teacher; several joined with +")
+    parser.add_argument("--views", type=int, required=True, help="views of each image; epoch e trains on e mod V")
+    parser.add_argument("--top-k", type=int, required=True, help="classes that are kept: 11 + 4 K bytes a view")
+    parser.add_argument("--recipe", help="recipe or YAML file of the training to come: its data section and image size")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="data.field=value", help="how views are drawn, as in training"
+    )
+    parser.add_argument("--image-size", type=int, help="pixels of the views (default: the recipe's, or 224)")
+    parser.add_argument("--views-per-file", type=int, help="default: 8, or all where there are fewer")
+    parser.add_argument("--batch-size", type=int, default=64, help="images in one pass of the teacher")
+    parser.add_argument("--device", help="default: the GPU of LOCAL_RANK, or the CPU")
+    parser.add_argument("--rank", type=int, default=int(os.environ.get("RANK", "0")), help="of this process")
+    parser.add_argument("--world-size", type=int, default=int(os.environ.get("WORLD_SIZE", "1")))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write this rank's files."""
+    import dataclasses
+    import time
+
+    import torch
+
+    from data_pipelines.index import open_shards
+    from sret_scale.distill import build_teacher
+    from sret_scale.distill.label_writer import LabelJob, plan_labels, write_labels
+    from sret_scale.train.config import RunConfig, from_yaml, override
+    from sret_scale.train.load import load_teacher_run
+    from sret_scale.train.recipes import recipe
+
+    if not 0 <= args.rank < args.world_size:
+        raise ValueError(f"--rank: expected 0 to {args.world_size - 1}, got {args.rank}")
+    base = RunConfig()
+    if args.recipe:
+        is_file = Path(args.recipe).suffix in (".yaml", ".yml")
+        base = from_yaml(Path(args.recipe)) if is_file else recipe(args.recipe).config
+    config = override(base, args.set)
+    data = dataclasses.replace(config.data, view_seed=config.data.view_seed or 0)
+    shards = open_shards(args.shards)
+    device = torch.device(args.device or default_device())
+    teacher = build_teacher(
+        args.teacher,
+        num_classes=shards.num_classes,
+        device=device,
+        load_run=load_teacher_run,
+        precision=config.distill.teacher_precision,
+        compiled=config.distill.teacher_compile,
+    )
+    plan = plan_labels(
+        shards,
+        teacher,
+        data=data,
+        image_size=args.image_size or config.model.image_size,
+        top_k=args.top_k,
+        num_views=args.views,
+        views_per_file=args.views_per_file or min(args.views, 8),
+        batch_size=args.batch_size,
+    )
+    job = LabelJob(folder=args.folder, plan=plan, shards=shards, data=data, teacher=teacher, device=device)
+    started = time.monotonic()
+
+    def report(text: str) -> None:
+        print(f"[{time.monotonic() - started:7.1f} s] {text}", flush=True)
+
+    if write_labels(job, rank=args.rank, world_size=args.world_size, report=report):
+        report(f"finished; train with distill.teacher=labels:{args.folder} distill.teacher_input=view ")
+        report(f"data.num_views={args.views} data.view_seed={data.view_seed}")
+    else:
+        report("this rank is done; other ranks have files to write")
+    return 0
+
+
+def default_device() -> str:
+    """The GPU that a launcher gave to this process, or the CPU."""
+    import torch
+
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,94 @@
+"""Asks the teacher of a store again about some of its records."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from data_pipelines.batches import Batch, BatchFiller
+from data_pipelines.config import DataConfig
+from data_pipelines.index import ShardSet
+from data_pipelines.keyed import keyed_permutation
+from data_pipelines.label_store import LabelPlan, LabelStore, check_labels
+from data_pipelines.quarantine import Quarantine
+from data_pipelines.reader import ShardReader
+from data_pipelines.samples import TrainingSamples
+from sret_scale.distill.networks import LoadRun
+from sret_scale.distill.stored import StoredTeacher
+from sret_scale.distill.teacher import Teacher, build_teacher
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyResult:
+    """How far stored probabilities are from the teacher's of now, at the worst record."""
+
+    num_records: int
+    largest_difference: float
+    worst_key: str
+    worst_view: int
+
+
+def plan_teacher(plan: LabelPlan, spec: str | None, device: torch.device, load_run: LoadRun) -> Teacher:
+    """The teacher of a plan, built again (from `spec` when it was moved). ValueError when it is another one now."""
+    members = plan.teacher.get("members", [plan.teacher])
+    teacher = build_teacher(
+        spec or "+".join(member["spec"] for member in members),
+        num_classes=plan.num_classes,
+        device=device,
+        load_run=load_run,
+        precision=members[0]["precision"],
+    )
+    now = teacher.describe()
+    for member, member_now in zip(members, now.get("members", [now]), strict=True):
+        differing = [name for name in member if name != "spec" and member[name] != member_now[name]]
+        if differing:
+            raise ValueError(f"teacher {member['spec']!r} is another one now: its {', '.join(differing)} differ")
+    return teacher
+
+
+def verify_records(
+    store: LabelStore, shards: ShardSet, teacher: Teacher, *, num_records: int, seed: int
+) -> VerifyResult:
+    """Compare `num_records` random records, of the classes that they keep. ValueError for a store of other shards."""
+    data = plan_data(store.plan)
+    check_labels(store, shards, data, run_seed=0)
+    stored = StoredTeacher(store)
+    total = shards.num_samples * store.plan.num_views
+    chosen = np.sort(keyed_permutation(total, "verify", seed)[:num_records])
+    worst = (-1.0, 0, 0)
+    for batch in _batches(store.plan, shards, data, chosen):
+        kept_BC = stored.probabilities(batch)
+        device = getattr(teacher, "device", torch.device("cpu"))
+        live_BC = teacher(batch.images.to(device).float() / 255).softmax(dim=-1).cpu()
+        ids_BK = torch.from_numpy(store.read(batch.indices.numpy(), batch.view_numbers.numpy())["ids"].astype(np.int64))
+        difference_B = (kept_BC - live_BC).abs().gather(1, ids_BK).amax(dim=1)
+        row = int(difference_B.argmax())
+        worst = max(worst, (float(difference_B[row]), int(batch.indices[row]), int(batch.view_numbers[row])))
+    return VerifyResult(
+        num_records=len(chosen), largest_difference=worst[0], worst_key=shards.key(worst[1]), worst_view=worst[2]
+    )
+
+
+def plan_data(plan: LabelPlan) -> DataConfig:
+    """The data settings that draw the views of a plan."""
+    settings: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in plan.view.items()
+    }
+    settings.pop("version")
+    return DataConfig(view_seed=settings.pop("seed"), num_views=plan.num_views, **settings)
+
+
+def _batches(plan: LabelPlan, shards: ShardSet, data: DataConfig, chosen: NDArray[np.int64]) -> Iterator[Batch]:
+    """The views `chosen` (view * number of samples + sample), a batch of one view at a time."""
+    strict = Quarantine(None, max_bad_rate=0.0, samples_per_epoch=shards.num_samples)
+    with ShardReader(shards) as reader:
+        source = TrainingSamples(reader, shards, data, image_size=plan.image_size, seed=0, quarantine=strict)
+        with BatchFiller(source, image_size=plan.image_size, num_threads=data.workers) as filler:
+            for view in np.unique(chosen // shards.num_samples).tolist():
+                indices = chosen[chosen // shards.num_samples == view] % shards.num_samples
+                for start in range(0, len(indices), plan.batch_size):
+                    indices_B = indices[start : start + plan.batch_size]
+                    yield filler.submit(view, indices_B, np.zeros_like(indices_B)).result()
