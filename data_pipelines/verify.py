@@ -7,21 +7,16 @@ and named wherever it is.
 """
 
 import hashlib
-import mmap
 import zlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from data_pipelines.index import ShardSet, open_shards
-from data_pipelines.processes import worker_pool
-from data_pipelines.tar_scan import TarError, TarSample, scan_samples
-from data_pipelines.writing.workers import Progress
+from data_pipelines.processes import Progress, run_jobs
+from data_pipelines.tar.scan import TarError, TarSample, mapped, scan_samples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,9 +45,10 @@ def verify_shards(
     Raises ValueError or FileNotFoundError when manifest or index are damaged: they say what is right.
     """
     shards = open_shards(folder, check_tars=False)
+    numbers = range(shards.num_shards)
     found: dict[int, list[Finding]] = {}
     num_samples = num_bytes = 0
-    for number, findings in _verified(shards, num_workers, decode):
+    for number, findings in run_jobs(_Worker, (Path(folder), decode), numbers, num_workers):
         found[number] = findings
         entry = shards.manifest.shards[number]
         num_samples, num_bytes = num_samples + entry.num_samples, num_bytes + entry.bytes
@@ -60,33 +56,15 @@ def verify_shards(
     return [*_duplicate_keys(shards), *(finding for number in sorted(found) for finding in found[number])]
 
 
-def _verified(shards: ShardSet, num_workers: int, decode: bool) -> Iterator[tuple[int, list[Finding]]]:
-    """(shard, findings) of all shards, as they are ready."""
-    numbers = range(shards.num_shards)
-    if num_workers == 1:
-        yield from ((number, verify_shard(shards, number, decode=decode)) for number in numbers)
-        return
-    with worker_pool(min(num_workers, len(numbers)), _keep, shards.folder) as pool:
-        jobs = {pool.submit(_work, number, decode): number for number in numbers}
-        try:
-            for job in as_completed(jobs):
-                yield jobs[job], job.result()
-        except BrokenProcessPool:
-            raise OSError("a worker process was killed (out of memory?); try again with fewer --workers") from None
-        finally:
-            pool.shutdown(cancel_futures=True)
+class _Worker:
+    """Verifies the shards of one set."""
 
+    def __init__(self, folder: Path, decode: bool) -> None:
+        self._shards = open_shards(folder, check_tars=False)
+        self._decode = decode
 
-# The shard set that a worker process opened when it started.
-_KEPT: list[ShardSet] = []
-
-
-def _keep(folder: Path) -> None:
-    _KEPT.append(open_shards(folder, check_tars=False))
-
-
-def _work(number: int, decode: bool) -> list[Finding]:
-    return verify_shard(_KEPT[0], number, decode=decode)
+    def __call__(self, number: int) -> list[Finding]:
+        return verify_shard(self._shards, number, decode=self._decode)
 
 
 def verify_shard(shards: ShardSet, number: int, *, decode: bool) -> list[Finding]:
@@ -99,17 +77,6 @@ def verify_shard(shards: ShardSet, number: int, *, decode: bool) -> list[Finding
             return checker.findings
     except FileNotFoundError:
         return [Finding(shard=entry.file, key="", offset=0, reason="the shard is missing")]
-
-
-@contextmanager
-def mapped(path: Path) -> Iterator[memoryview]:
-    """The content of a file, mapped into memory."""
-    with path.open("rb") as file:
-        if not path.stat().st_size:
-            yield memoryview(b"")
-            return
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapping, memoryview(mapping) as data:
-            yield data
 
 
 class _Checker:

@@ -14,11 +14,13 @@ from typing import Any
 
 from data_pipelines.index import WORK_FOLDER
 from data_pipelines.manifest import MANIFEST_NAME, Manifest, read_manifest
+from data_pipelines.processes import Progress
 from data_pipelines.sources.kinds import source_kind
 from data_pipelines.writing.finish import finish_shards
 from data_pipelines.writing.plan import PLAN_NAME, Plan, load_plan, make_plan, save_plan
-from data_pipelines.writing.shard_writer import BAD_IMAGE_POLICIES, DoneShard, ShardOptions, done_path, load_done
-from data_pipelines.writing.workers import Progress, claim, write_missing
+from data_pipelines.writing.prepare import ImageOptions
+from data_pipelines.writing.shard_writer import DoneShard, done_path, load_done
+from data_pipelines.writing.workers import check_bad_rate, claim, write_missing
 
 DEFAULT_SHARD_BYTES = 256 * 2**20
 
@@ -29,18 +31,16 @@ class WriteConfig:
 
     kind: str
     source: Path
-    split: str = "train"
+    split: str | None = None
     seed: int | None = 0
     shard_bytes: int = DEFAULT_SHARD_BYTES
     shard_samples: int | None = None
-    options: ShardOptions = field(default_factory=ShardOptions)
+    options: ImageOptions = field(default_factory=ImageOptions)
 
     def __post_init__(self) -> None:
         source_kind(self.kind)
         if self.shard_bytes < 1 or (self.shard_samples is not None and self.shard_samples < 1):
             raise ValueError("shard_bytes and shard_samples: expected 1 or more")
-        if self.options.on_bad not in BAD_IMAGE_POLICIES:
-            raise ValueError(f"on_bad {self.options.on_bad!r}: expected one of {', '.join(BAD_IMAGE_POLICIES)}")
 
     def record(self) -> dict[str, Any]:
         """The arguments as the manifest keeps them: no paths of this machine, so that equal sets are equal bytes."""
@@ -53,12 +53,14 @@ def write_shards(
     target: str | Path,
     *,
     num_workers: int = 1,
+    max_bad_rate: float = 0.01,
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Manifest:
     """Writes the shard set, or continues one that was interrupted; returns the manifest of the complete set.
 
     Any number of processes on any number of nodes may call this at once with the same arguments. Raises ValueError or
-    OSError with what to do: a bad source or image, a target that holds something else, a full disk.
+    OSError with what to do: a bad source or image, more than a share of `max_bad_rate` of bad images, a target that
+    holds something else, a full disk.
     """
     target = Path(target)
     work = target / WORK_FOLDER
@@ -67,10 +69,18 @@ def write_shards(
     work.mkdir(parents=True, exist_ok=True)
     with claim(work / "plan.lock", wait=True):
         plan = _planned(config, target)
-    write_missing(plan, target, options=config.options, num_workers=num_workers, on_progress=on_progress)
+    write_missing(
+        plan,
+        target,
+        options=config.options,
+        num_workers=num_workers,
+        max_bad_rate=max_bad_rate,
+        on_progress=on_progress,
+    )
     with claim(work / "finish.lock", wait=True):
         if not (target / MANIFEST_NAME).exists():
             shards = [_load_complete(target, index) for index in range(plan.num_shards)]
+            check_bad_rate(sum(len(shard.rejected) for shard in shards), len(plan.listing), max_bad_rate, target)
             finish_shards(target, shards, class_names=plan.listing.class_names, writer=config.record())
     return _already_complete(config, target)
 

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipelines.index import open_shards
-from data_pipelines.tar_scan import TarError, scan_members, scan_samples, split_name
+from data_pipelines.tar.records import END_OF_ARCHIVE, make_record, member, safe_key
+from data_pipelines.tar.scan import TarError, scan_members, scan_samples, split_name
 from data_pipelines.verify import verify_shards
 from data_pipelines.write import WriteConfig, write_shards
-from data_pipelines.writing.tar_records import END_OF_ARCHIVE, make_record, member, safe_key
 from sret_scale.cli import main
 
 SAMPLE = Path(__file__).parent.parent / "data_pipelines" / "sample" / "fashion_mnist"

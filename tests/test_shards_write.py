@@ -16,7 +16,8 @@ from data_pipelines.sources.idx import encode_png, read_idx
 from data_pipelines.write import WriteConfig, write_shards
 from data_pipelines.writing import workers
 from data_pipelines.writing.plan import Plan
-from data_pipelines.writing.shard_writer import ShardOptions, write_shard
+from data_pipelines.writing.prepare import ImageOptions
+from data_pipelines.writing.shard_writer import write_shard
 
 # webdataset leaves the closing of its files to the garbage collector.
 UNCLOSED = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
@@ -130,7 +131,7 @@ def test_a_target_with_something_else_is_refused(written: Path, tmp_path: Path) 
 
 @UNCLOSED
 def test_metadata_can_be_left_out(tmp_path: Path) -> None:
-    options = ShardOptions(metadata=False)
+    options = ImageOptions(metadata=False)
     write_shards(WriteConfig(kind="idx", source=SAMPLE, split="test", options=options), tmp_path / "bare")
     sample = next(iter(wds.WebDataset(str(tmp_path / "bare" / "shard-000000.tar"), shardshuffle=False)))
     assert {name for name in sample if not name.startswith("__")} == {"png", "cls"}

@@ -18,9 +18,9 @@ PREFIXES = {"train": "train", "test": "t10k"}
 CLASSES_FILE = "classes.txt"
 
 
-def list_samples(folder: Path, split: str) -> Listing:
+def list_samples(folder: Path, split: str | None) -> Listing:
     """The images of one split ("train" or "test") of an IDX folder with the four standard file names."""
-    if split not in PREFIXES:
+    if split is None or split not in PREFIXES:
         raise ValueError(f"split {split!r} of IDX files: expected one of {', '.join(PREFIXES)}")
     images_path = _find(folder, f"{PREFIXES[split]}-images-idx3-ubyte")
     labels_path = _find(folder, f"{PREFIXES[split]}-labels-idx1-ubyte")

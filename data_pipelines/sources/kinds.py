@@ -4,8 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_pipelines.sources import idx
+from data_pipelines.sources import folder, idx, ilsvrc, parquet, tars
 from data_pipelines.sources.listing import Listing, Reader
+from data_pipelines.sources.ranges import FileReader, RangeReader
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,11 +14,31 @@ class SourceKind:
     """How to list a source (path, split) and how to read its images."""
 
     description: str
-    list_samples: Callable[[Path, str], Listing]
+    list_samples: Callable[[Path, str | None], Listing]
     open_reader: Callable[[], Reader]
 
 
 KINDS = {
+    "folder": SourceKind(
+        description="tree with one folder of image files a class",
+        list_samples=folder.list_samples,
+        open_reader=FileReader,
+    ),
+    "ilsvrc": SourceKind(
+        description="folder with the ILSVRC 2012 tars as distributed",
+        list_samples=ilsvrc.list_samples,
+        open_reader=RangeReader,
+    ),
+    "parquet": SourceKind(
+        description="folder with Parquet files of the columns image and label",
+        list_samples=parquet.list_samples,
+        open_reader=parquet.ParquetReader,
+    ),
+    "tars": SourceKind(
+        description="folder of webdataset tars, to write them again",
+        list_samples=tars.list_samples,
+        open_reader=RangeReader,
+    ),
     "idx": SourceKind(
         description="folder with the four IDX files of the MNIST family",
         list_samples=idx.list_samples,
@@ -29,5 +50,5 @@ KINDS = {
 def source_kind(name: str) -> SourceKind:
     """The kind called `name`. Raises ValueError for another name."""
     if name not in KINDS:
-        raise ValueError(f"source kind {name!r}: expected one of {', '.join(KINDS)}")
+        raise ValueError(f"source kind {name!r}: expected one of {', '.join(sorted(KINDS))}")
     return KINDS[name]

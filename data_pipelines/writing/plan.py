@@ -21,7 +21,7 @@ from data_pipelines.files import replacing
 from data_pipelines.keyed import keyed_permutation
 from data_pipelines.sources.listing import Listing
 from data_pipelines.strings import PackedStrings, pack_strings
-from data_pipelines.writing.tar_records import BLOCK
+from data_pipelines.tar.records import BLOCK
 
 PLAN_NAME = "plan.npz"
 
@@ -53,6 +53,7 @@ def make_plan(
     Shards have equal counts of at most `shard_samples` images if that is given, else equal bytes of about
     `shard_bytes` or less (by the sizes in the source).
     """
+    _check_keys(listing)
     num_samples = len(listing)
     if seed is not None:
         # By the content of the listing, so that two splits of one length are not shuffled alike.
@@ -105,6 +106,20 @@ def load_plan(work_folder: Path) -> Plan:
     parts |= {name: columns[name] for name in ("path_of", "offset", "length", "label")}
     listing = Listing(class_names=head["class_names"], **parts)
     return Plan(listing=listing, starts=columns["starts"], arguments=head["arguments"])
+
+
+def _check_keys(listing: Listing) -> None:
+    """Raises ValueError when two images have one key: readers that go by keys would lose one of them."""
+    if len(set(listing.keys)) == len(listing):
+        return
+    first: dict[str, int] = {}
+    for row, key in enumerate(listing.keys):
+        if key in first:
+            raise ValueError(
+                f"{listing.names[first[key]]!r} and {listing.names[row]!r} have the same key {key!r};"
+                " rename one of them, or remove one if they are the same image"
+            )
+        first[key] = row
 
 
 def _reordered(listing: Listing, order: NDArray[np.int64]) -> Listing:

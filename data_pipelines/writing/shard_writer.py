@@ -8,10 +8,9 @@ The same plan gives the same bytes, so that it does not matter who writes a shar
 import hashlib
 import json
 import zlib
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, get_args
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,21 +21,12 @@ from data_pipelines.index import COLUMNS, WORK_FOLDER
 from data_pipelines.manifest import ShardEntry
 from data_pipelines.sources.listing import Reader
 from data_pipelines.strings import pack_strings
-from data_pipelines.writing.image_header import BadImageError, ImageHeader, read_header
+from data_pipelines.tar.records import END_OF_ARCHIVE, Record, make_record
+from data_pipelines.writing.image_header import BadImageError, ImageHeader
 from data_pipelines.writing.plan import Plan
-from data_pipelines.writing.tar_records import END_OF_ARCHIVE, Record, make_record
+from data_pipelines.writing.prepare import ImageOptions, prepare_image
 
-BadImagePolicy = Literal["fail", "skip", "quarantine"]
-BAD_IMAGE_POLICIES: tuple[str, ...] = get_args(BadImagePolicy)
 QUARANTINE_FOLDER = "quarantine"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShardOptions:
-    """How images become samples. `metadata` adds a .json member with origin and class name."""
-
-    on_bad: BadImagePolicy = "fail"
-    metadata: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,10 +57,8 @@ def done_path(folder: Path, index: int) -> Path:
     return folder / WORK_FOLDER / f"done-{index:06d}.npz"
 
 
-def write_shard(
-    plan: Plan, index: int, folder: Path, *, options: ShardOptions, reader: Reader, on_sample: Callable[[int], None]
-) -> None:
-    """Writes shard `index` of the plan into `folder`. `on_sample` hears the bytes of every image read.
+def write_shard(plan: Plan, index: int, folder: Path, *, options: ImageOptions, reader: Reader) -> DoneShard:
+    """Writes shard `index` of the plan into `folder`, then its done-marker, which is returned.
 
     Raises ValueError for a bad image under the policy "fail", OSError when the disk is full or a source unreadable.
     """
@@ -80,15 +68,16 @@ def write_shard(
         for row in range(int(plan.starts[index]), int(plan.starts[index + 1])):
             image = _read_image(plan, row, reader)
             try:
-                header = read_header(image)
+                stored, header = prepare_image(image, options)
             except BadImageError as error:
                 _reject(plan, row, image=image, reason=str(error), options=options, folder=folder)
                 builder.rejected.append(_rejected(plan, row, str(error)))
             else:
-                builder.add(file, plan, row, image=image, header=header, with_metadata=options.metadata)
-            on_sample(len(image))
+                builder.add(file, plan, row, image=stored, header=header, with_metadata=options.metadata)
         builder.finish(file)
-    save_done(folder, index, builder.done(shard_file(index)))
+    done = builder.done(shard_file(index))
+    save_done(folder, index, done)
+    return done
 
 
 def save_done(folder: Path, index: int, done: DoneShard) -> None:
@@ -122,7 +111,7 @@ def _rejected(plan: Plan, row: int, reason: str) -> Rejected:
     return Rejected(key=plan.listing.keys[row], name=plan.listing.names[row], reason=reason)
 
 
-def _reject(plan: Plan, row: int, *, image: bytes, reason: str, options: ShardOptions, folder: Path) -> None:
+def _reject(plan: Plan, row: int, *, image: bytes, reason: str, options: ImageOptions, folder: Path) -> None:
     """Does what the policy says with a bad image."""
     listing = plan.listing
     if options.on_bad == "fail":

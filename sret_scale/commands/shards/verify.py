@@ -20,8 +20,6 @@ def run(args: argparse.Namespace) -> int:
     from data_pipelines.verify import verify_shards
     from sret_scale.commands.shards.progress import progress_bar
 
-    if args.workers < 1:
-        raise ValueError(f"--workers {args.workers}: expected 1 or more")
     with progress_bar("verifying") as on_progress:
         findings = verify_shards(
             args.folder, num_workers=args.workers, decode=not args.no_decode, on_progress=on_progress

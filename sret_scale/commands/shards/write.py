@@ -4,6 +4,9 @@ import argparse
 import os
 from pathlib import Path
 
+# As in `data_pipelines.sources.kinds`, which imports too much for --help.
+KINDS = ("folder", "idx", "ilsvrc", "parquet", "tars")
+
 EXAMPLE = """example:
   sret-scale shards write idx data_pipelines/sample/fashion_mnist shards/fashion/train --split train
 The same command continues a run that was interrupted. Started on several nodes with a common TARGET, they share it."""
@@ -11,10 +14,12 @@ The same command continues a run that was interrupted. Started on several nodes 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Source, target and how the shards are cut."""
-    parser.add_argument("kind", metavar="KIND", help="kind of source: idx (the four IDX files of the MNIST family)")
+    parser.add_argument("kind", metavar="KIND", choices=KINDS, help=", ".join(KINDS))
     parser.add_argument("source", type=Path, metavar="SOURCE", help="where the images are")
     parser.add_argument("target", type=Path, metavar="TARGET", help="folder of the shard set; made if missing")
-    parser.add_argument("--split", default="train", help="part of the source: train or test (default: train)")
+    parser.add_argument(
+        "--split", help="part of the source: train or test (idx), train or val (ilsvrc), by name (parquet)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the shuffle at write time (default: 0)")
     parser.add_argument("--keep-order", action="store_true", help="keep the source's order instead of shuffling")
     parser.add_argument("--shard-mb", type=float, default=256.0, help="size of a shard in MiB (default: 256)")
@@ -23,17 +28,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--on-bad", default="fail", help="what to do with a bad image: fail, skip or quarantine (default: fail)"
     )
+    parser.add_argument(
+        "--max-bad-rate", type=float, default=0.01, help="stop when more than this share is bad (default: 0.01)"
+    )
+    parser.add_argument("--check", default="header", help="check of an image: header or decode (default: header)")
+    parser.add_argument("--resize", type=int, help="reduce images with a longer short side to it, in pixels")
+    parser.add_argument("--quality", type=int, default=95, help="JPEG quality of reduced images (default: 95)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
 
 
 def run(args: argparse.Namespace) -> None:
     """Write the shards and say what was written."""
     from data_pipelines.write import WriteConfig, write_shards
-    from data_pipelines.writing.shard_writer import ShardOptions
+    from data_pipelines.writing.prepare import ImageOptions
     from sret_scale.commands.shards.progress import progress_bar
 
-    if args.workers < 1:
-        raise ValueError(f"--workers {args.workers}: expected 1 or more")
     config = WriteConfig(
         kind=args.kind,
         source=args.source,
@@ -41,10 +50,18 @@ def run(args: argparse.Namespace) -> None:
         seed=None if args.keep_order else args.seed,
         shard_bytes=int(args.shard_mb * 2**20),
         shard_samples=args.shard_samples,
-        options=ShardOptions(on_bad=args.on_bad, metadata=not args.no_metadata),
+        options=ImageOptions(
+            on_bad=args.on_bad,
+            check=args.check,
+            resize=args.resize,
+            quality=args.quality,
+            metadata=not args.no_metadata,
+        ),
     )
     with progress_bar("writing") as on_progress:
-        manifest = write_shards(config, args.target, num_workers=args.workers, on_progress=on_progress)
+        manifest = write_shards(
+            config, args.target, num_workers=args.workers, max_bad_rate=args.max_bad_rate, on_progress=on_progress
+        )
     num_bytes = sum(shard.bytes for shard in manifest.shards)
     print(
         f"{args.target}: {manifest.num_samples:,} samples of {len(manifest.class_names)} classes in"

@@ -1,0 +1,128 @@
+"""Parquet files as Hugging Face publishes image sets: a column of image bytes and a column of labels.
+
+    image: struct<bytes: binary, path: string>  or  binary        label: int64
+
+The names of the files say the split (train-00000-of-00294.parquet); class names come from the metadata that the
+`datasets` library writes. Only pyarrow can find an image inside its row group, so a shuffled write of a large set reads
+each row group many times: write with the order kept, then shuffle by writing the tars again (docs/shards.md).
+"""
+
+import json
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_pipelines.sources.listing import Listing, check_labels
+from data_pipelines.strings import pack_strings
+
+# Row groups kept by a reader: one for each place where an ordered reader can be, and a few more for small sets.
+_KEPT_GROUPS = 4
+
+
+def _pyarrow() -> Any:
+    try:
+        import pyarrow.parquet as parquet
+    except ImportError:
+        raise ValueError("Parquet needs pyarrow; `pip install 'sret-scale[parquet]'`") from None
+    return parquet
+
+
+def list_samples(folder: Path, split: str | None) -> Listing:
+    """The images of the files `SPLIT-*.parquet` (all files without a split) in `folder` or its folder `data`."""
+    pattern = f"{split}-*.parquet" if split else "*.parquet"
+    paths = sorted(folder.glob(pattern)) or sorted((folder / "data").glob(pattern))
+    if not paths:
+        raise FileNotFoundError(f"{folder}: no {pattern} in it or in its folder data")
+    files = [_open(path) for path in paths]
+    labels = [_labels(path, file) for path, file in zip(paths, files, strict=True)]
+    counts = [len(part) for part in labels]
+    label = np.concatenate(labels)
+    if not len(label):
+        raise ValueError(f"{folder}: no images in its Parquet files")
+    class_names = _class_names(files[0]) or [str(index) for index in range(int(label.max()) + 1)]
+    check_labels(label, class_names, folder)
+    # The size of an image is known only after reading it: the mean of its file is good enough to cut shards by.
+    mean_bytes = [
+        sum(file.metadata.row_group(group).total_byte_size for group in range(file.num_row_groups)) // max(count, 1)
+        for file, count in zip(files, counts, strict=True)
+    ]
+    rows = np.concatenate([np.arange(count, dtype=np.int64) for count in counts])
+    path_of = np.repeat(np.arange(len(paths), dtype=np.int32), counts)
+    stems = [path.stem.replace(".", "_") for path in paths]
+    pairs = list(zip(path_of.tolist(), rows.tolist(), strict=True))
+    return Listing(
+        class_names=class_names,
+        paths=pack_strings(str(path.resolve()) for path in paths),
+        path_of=path_of,
+        offset=rows,
+        length=np.repeat(np.array(mean_bytes, np.int64), counts),
+        label=label,
+        keys=pack_strings(f"{stems[number]}-{row:06d}" for number, row in pairs),
+        names=pack_strings(f"{paths[number].name}[{row}]" for number, row in pairs),
+    )
+
+
+class ParquetReader:
+    """Images of Parquet files: `offset` is the row, `length` is not used."""
+
+    def __init__(self) -> None:
+        self._files: dict[str, Any] = {}
+        self._starts: dict[str, Any] = {}
+        self._groups: OrderedDict[tuple[str, int], Any] = OrderedDict()
+
+    def read(self, path: str, offset: int, length: int) -> bytes:
+        if path not in self._files:
+            file = self._files[path] = _open(Path(path))
+            sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+            self._starts[path] = np.cumsum([0, *sizes])
+        starts = self._starts[path]
+        group = int(np.searchsorted(starts, offset, side="right")) - 1
+        value = self._images(path, group)[offset - int(starts[group])].as_py()
+        if isinstance(value, dict):
+            value = value["bytes"]
+        # An absent image is a bad one, which the header check reports as an empty file.
+        return value or b""
+
+    def _images(self, path: str, group: int) -> Any:
+        place = (path, group)
+        if place not in self._groups:
+            if len(self._groups) == _KEPT_GROUPS:
+                self._groups.popitem(last=False)
+            self._groups[place] = self._files[path].read_row_group(group, columns=["image"]).column("image")
+        self._groups.move_to_end(place)
+        return self._groups[place]
+
+    def close(self) -> None:
+        self._groups.clear()
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+
+
+def _open(path: Path) -> Any:
+    parquet = _pyarrow()
+    try:
+        file = parquet.ParquetFile(path)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path}: not a Parquet file or a broken one; get the file again ({error})") from error
+    names = file.schema_arrow.names
+    if "image" not in names or "label" not in names:
+        raise ValueError(f"{path}: expected the columns image and label, got {', '.join(names)}")
+    return file
+
+
+def _labels(path: Path, file: Any) -> Any:
+    column = file.read(columns=["label"]).column("label")
+    if column.null_count:
+        raise ValueError(f"{path}: {column.null_count} images without a label; remove them or name another split")
+    return column.to_numpy().astype(np.int32)
+
+
+def _class_names(file: Any) -> list[str] | None:
+    """The names in the metadata of the `datasets` library, if there are any."""
+    text = (file.schema_arrow.metadata or {}).get(b"huggingface")
+    features = json.loads(text).get("info", {}).get("features", {}) if text else {}
+    names: list[str] | None = features.get("label", {}).get("names")
+    return names

@@ -1,0 +1,49 @@
+"""Readers of images that lie as they are in files: whole files, or ranges of larger ones such as tars."""
+
+import os
+from collections import OrderedDict
+
+
+class FileReader:
+    """Whole files."""
+
+    def read(self, path: str, offset: int, length: int) -> bytes:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            # One byte more than planned shows a file that has grown.
+            data = os.read(descriptor, length + 1)
+        finally:
+            os.close(descriptor)
+        return _checked(data, path, 0, length)
+
+    def close(self) -> None:
+        """Nothing is open between reads."""
+
+
+class RangeReader:
+    """Ranges of files; keeps at most `max_open` of them open."""
+
+    def __init__(self, max_open: int = 64) -> None:
+        self._max_open = max_open
+        self._open: OrderedDict[str, int] = OrderedDict()
+
+    def read(self, path: str, offset: int, length: int) -> bytes:
+        if path not in self._open:
+            if len(self._open) == self._max_open:
+                os.close(self._open.popitem(last=False)[1])
+            self._open[path] = os.open(path, os.O_RDONLY)
+        self._open.move_to_end(path)
+        return _checked(os.pread(self._open[path], length, offset), path, offset, length)
+
+    def close(self) -> None:
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+
+def _checked(data: bytes, path: str, offset: int, length: int) -> bytes:
+    if len(data) != length:
+        raise ValueError(
+            f"{path}: expected {length:,} bytes at offset {offset:,}, got {len(data):,}: the source has changed since"
+            " the plan was made; delete the unfinished target and start again"
+        )
+    return data

@@ -1,0 +1,96 @@
+"""Existing webdataset shards, ours or others': a folder of tars, each sample an image member and a `.cls` label.
+
+Images are read where they lie in the tars. Of shards with a manifest the class names are kept; otherwise `classes.txt`
+in the folder, one name a line, gives them, or else the labels are their own names.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from data_pipelines.manifest import MANIFEST_NAME, read_manifest
+from data_pipelines.sources.listing import Listing, check_labels, read_class_names
+from data_pipelines.strings import pack_strings
+from data_pipelines.tar.records import is_safe_key, safe_key
+from data_pipelines.tar.scan import Member, TarError, TarSample, mapped, scan_samples
+
+CLASSES_FILE = "classes.txt"
+IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm")
+
+
+def list_samples(folder: Path, split: str | None) -> Listing:
+    """All samples of the tars in `folder`, in the order of the sorted tar names."""
+    if split is not None:
+        raise ValueError(f"split {split!r}: a folder of tars has none; name the folder that holds the split's tars")
+    paths = tar_paths(folder)
+    path_of: list[int] = []
+    keys: list[str] = []
+    images: list[Member] = []
+    labels: list[int] = []
+    for number, path in enumerate(paths):
+        with mapped(path) as data:
+            try:
+                for sample in scan_samples(data):
+                    path_of.append(number)
+                    keys.append(sample.key)
+                    images.append(image_member(sample))
+                    labels.append(label_of(sample, data))
+            except TarError as error:
+                raise ValueError(f"{path}: at offset {error.offset}: {error.reason}") from error
+    label = np.array(labels, np.int32)
+    class_names = class_names_of(folder, labels)
+    check_labels(label, class_names, folder)
+    return Listing(
+        class_names=class_names,
+        paths=pack_strings(str(path.resolve()) for path in paths),
+        path_of=np.array(path_of, np.int32),
+        offset=np.array([image.offset for image in images], np.int64),
+        length=np.array([image.size for image in images], np.int64),
+        label=label,
+        keys=pack_strings(key if is_safe_key(key) else safe_key(key) for key in keys),
+        names=pack_strings(f"{paths[number].name}/{image.name}" for number, image in zip(path_of, images, strict=True)),
+    )
+
+
+def tar_paths(folder: Path) -> list[Path]:
+    """The tars of a folder, sorted. Raises FileNotFoundError when there is none."""
+    paths = sorted(folder.glob("*.tar"))
+    if not paths:
+        raise FileNotFoundError(f"{folder}: no .tar files in it; name the folder that holds the shards")
+    return paths
+
+
+def image_member(sample: TarSample) -> Member:
+    """The sample's image. Raises TarError unless there is exactly one."""
+    images = [sample.members[ending] for ending in IMAGE_ENDINGS if ending in sample.members]
+    if len(images) != 1:
+        endings = ", ".join(sample.members)
+        raise TarError(
+            sample.start, f"sample {sample.key!r} has {len(images)} images, expected one (members: {endings})"
+        )
+    return images[0]
+
+
+def label_of(sample: TarSample, data: memoryview) -> int:
+    """The label in the sample's `.cls`. Raises TarError without a whole number there."""
+    if "cls" not in sample.members:
+        raise TarError(sample.start, f"sample {sample.key!r} has no label (.cls)")
+    member = sample.members["cls"]
+    text = bytes(data[member.offset : member.offset + member.size])
+    try:
+        label = int(text)
+    except ValueError:
+        label = -1
+    if not 0 <= label < 1 << 31:
+        raise TarError(member.offset, f"label {text[:20]!r} of sample {sample.key!r}, expected a whole number from 0")
+    return label
+
+
+def class_names_of(folder: Path, labels: Sequence[int]) -> list[str]:
+    """Class names of a folder of tars: from its manifest, from classes.txt, or the numbers up to the largest label."""
+    if (folder / MANIFEST_NAME).exists():
+        return read_manifest(folder).class_names
+    if (folder / CLASSES_FILE).exists():
+        return read_class_names(folder / CLASSES_FILE)
+    return [str(label) for label in range(max(labels, default=-1) + 1)]

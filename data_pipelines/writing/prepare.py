@@ -1,0 +1,76 @@
+"""An image file to the bytes that go into the shard: kept as they are, or smaller and encoded again."""
+
+import io
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from PIL import Image
+
+from data_pipelines.writing.image_header import BadImageError, ImageHeader, read_header
+
+BadImagePolicy = Literal["fail", "skip", "quarantine"]
+BAD_IMAGE_POLICIES: tuple[str, ...] = get_args(BadImagePolicy)
+Check = Literal["header", "decode"]
+CHECKS: tuple[str, ...] = get_args(Check)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageOptions:
+    """How images become samples.
+
+    `on_bad`: what to do with a bad image. `check`: read the header only, or decode all pixels as training will.
+    `resize`: images with a longer short side are reduced to this one (pixels) and become JPEG of `quality`; None keeps
+    all bytes. `metadata` adds a .json member with class and origin.
+    """
+
+    on_bad: BadImagePolicy = "fail"
+    check: Check = "header"
+    resize: int | None = None
+    quality: int = 95
+    metadata: bool = True
+
+    def __post_init__(self) -> None:
+        if self.on_bad not in BAD_IMAGE_POLICIES:
+            raise ValueError(f"on_bad {self.on_bad!r}: expected one of {', '.join(BAD_IMAGE_POLICIES)}")
+        if self.check not in CHECKS:
+            raise ValueError(f"check {self.check!r}: expected one of {', '.join(CHECKS)}")
+        if self.resize is not None and self.resize < 1:
+            raise ValueError(f"resize {self.resize}: expected the short side in pixels, 1 or more")
+        if not 1 <= self.quality <= 100:
+            raise ValueError(f"quality {self.quality}: expected 1 to 100")
+
+
+def prepare_image(data: bytes, options: ImageOptions) -> tuple[bytes, ImageHeader]:
+    """The bytes to store and their header. Raises BadImageError."""
+    header = read_header(data)
+    if options.check == "decode":
+        _check_pixels(data)
+    if options.resize is None or min(header.width, header.height) <= options.resize:
+        return data, header
+    return _reduced(data, header, options.resize, options.quality)
+
+
+def _check_pixels(data: bytes) -> None:
+    # Here, because torch takes more than a second to import in each worker, and most runs check headers only.
+    from data_pipelines.decode import DecodeError, decode_rgb
+
+    try:
+        decode_rgb(data)
+    except DecodeError as error:
+        raise BadImageError(str(error)) from None
+
+
+def _reduced(data: bytes, header: ImageHeader, short_side: int, quality: int) -> tuple[bytes, ImageHeader]:
+    """The image with that short side as RGB or grey JPEG, like torchvision's Resize (antialiased, bicubic)."""
+    scale = short_side / min(header.width, header.height)
+    width = max(short_side, int(header.width * scale))
+    height = max(short_side, int(header.height * scale))
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            pixels = image if image.mode in ("RGB", "L") else image.convert("RGBA" if image.mode == "P" else "RGB")
+            small = pixels.resize((width, height), Image.Resampling.BICUBIC)
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise BadImageError(f"does not decode: {error}") from None
+    buffer = io.BytesIO()
+    small.convert("L" if small.mode == "L" else "RGB").save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue(), ImageHeader(extension="jpg", width=width, height=height)
