@@ -43,6 +43,14 @@ class DataConfig:
     eval_crop_rate: float = 0.875
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
     max_pixels: int = MAX_PIXELS
+    # Of shards at a URL: the node's cache (null: the user's cache folder) and its cap, threads that fetch shards,
+    # global batches that they look ahead, how long a read may stand still, and how often it is tried.
+    cache_folder: str | None = None
+    cache_gib: float = 100.0
+    fetch_threads: int = 2
+    fetch_ahead_steps: int = 64
+    stall_s: float = 30.0
+    fetch_attempts: int = 6
     # Training replaces a bad sample by another; above this share of a rank's samples of one epoch, the run stops.
     max_bad_rate: float = 0.001
     # JSON lines of the samples that were replaced: shard, key, offset, reason. Null writes none.
@@ -61,6 +69,10 @@ class DataConfig:
         _require(0 <= self.flip_rate <= 1, "flip_rate", "between 0 and 1", self.flip_rate)
         _require(self.num_views is None or self.num_views >= 1, "num_views", "at least 1, or null", self.num_views)
         _require(0 < self.eval_crop_rate <= 1, "eval_crop_rate", "above 0, at most 1", self.eval_crop_rate)
+        for name in ("cache_gib", "stall_s"):
+            _require(getattr(self, name) > 0, name, "above 0", getattr(self, name))
+        for name in ("fetch_threads", "fetch_ahead_steps", "fetch_attempts"):
+            _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         _require(0 <= self.max_bad_rate <= 1, "max_bad_rate", "between 0 and 1", self.max_bad_rate)
         for name, choices in CHOICES.items():
             _require(getattr(self, name) in choices, name, f"one of {', '.join(choices)}", getattr(self, name))

@@ -12,7 +12,9 @@ The state is a position, so a run continues on any number of ranks, and every ra
 import json
 from collections import deque
 from collections.abc import Generator, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from itertools import chain, islice
 
 import numpy as np
 
@@ -22,6 +24,7 @@ from data_pipelines.index import ShardSet
 from data_pipelines.order import Indices, Order, advance, rank_positions, steps_per_epoch
 from data_pipelines.quarantine import Quarantine
 from data_pipelines.reader import ShardReader
+from data_pipelines.remote import Prefetcher, cache_of
 from data_pipelines.samples import EvaluationSamples, TrainingSamples
 
 __all__ = ["Batch", "DataConfig", "LoaderState", "Step", "TrainLoader", "evaluation_batches"]
@@ -103,7 +106,9 @@ class TrainLoader:
 
     def _steps(self, state: LoaderState) -> Generator[Step]:
         upcoming: deque[tuple[list[PendingBatch], LoaderState]] = deque()
-        with ShardReader(self._shards) as reader:
+        with ExitStack() as stack:
+            reader = stack.enter_context(ShardReader(self._shards, cache_of(self._shards)))
+            fetch_ahead = self._fetch_ahead(state, stack)
             source = TrainingSamples(
                 reader,
                 self._shards,
@@ -112,14 +117,42 @@ class TrainLoader:
                 seed=self.order.seed,
                 quarantine=self._quarantine,
             )
-            with BatchFiller(source, image_size=self._image_size, num_threads=self._config.workers) as filler:
-                while True:
-                    while (len(upcoming) - 1) * self._grad_accum_steps < self._config.prefetch_batches:
-                        epoch, positions, state = self._next_positions(state)
-                        samples = zip(self.order.samples(epoch, positions), self.order.repeats(positions), strict=True)
-                        upcoming.append(([filler.submit(epoch, *rows) for rows in samples], state))
-                    pending, next_state = upcoming.popleft()
-                    yield Step(micro_batches=[batch.result() for batch in pending], next_state=next_state)
+            filler = stack.enter_context(
+                BatchFiller(source, image_size=self._image_size, num_threads=self._config.workers)
+            )
+            while True:
+                while (len(upcoming) - 1) * self._grad_accum_steps < self._config.prefetch_batches:
+                    epoch, positions, state = self._next_positions(state)
+                    next(fetch_ahead, None)
+                    samples = zip(self.order.samples(epoch, positions), self.order.repeats(positions), strict=True)
+                    upcoming.append(([filler.submit(epoch, *rows) for rows in samples], state))
+                pending, next_state = upcoming.popleft()
+                yield Step(micro_batches=[batch.result() for batch in pending], next_state=next_state)
+
+    def _fetch_ahead(self, state: LoaderState, stack: ExitStack) -> Iterator[None]:
+        """Each `next` fetches the shards of one more step, `fetch_ahead_steps` before it; nothing for a local set."""
+        cache = cache_of(self._shards)
+        if cache is None:
+            return iter(())
+        steps = self._shards_of_steps(state)
+        window = list(islice(steps, self._config.fetch_ahead_steps))
+        entries = self._shards.manifest.shards
+        num_bytes = sum(entries[shard].bytes for shard in set().union(*window))
+        if num_bytes > cache.max_bytes:
+            raise ValueError(
+                f"{self._shards.folder}: the next {len(window)} steps of one rank read shards of {num_bytes:,} bytes, "
+                f"and the cache holds {cache.max_bytes:,}: raise data.cache_gib, use data.order=block with a smaller "
+                "data.block_window, or lower data.fetch_ahead_steps"
+            )
+        prefetcher = stack.enter_context(Prefetcher(cache, num_threads=self._config.fetch_threads))
+        return map(prefetcher.want, chain([[shard for shards in window for shard in shards]], steps))
+
+    def _shards_of_steps(self, state: LoaderState) -> Iterator[list[int]]:
+        """The shards that this rank reads in each step, in order of use, without end."""
+        while True:
+            epoch, positions, state = self._next_positions(state)
+            indices = self.order.samples(epoch, positions).ravel()
+            yield list(dict.fromkeys(self._shards.shard_of[indices].tolist()))
 
     def _next_positions(self, state: LoaderState) -> tuple[int, Indices, LoaderState]:
         """Epoch, positions (grad_accum_steps, micro_batch_size) of the next global batch, and the state after it."""
@@ -160,7 +193,7 @@ def evaluation_batches(
     global_batch_size = batch_size * world_size
     num_batches = -(-shards.num_samples // global_batch_size)
     upcoming: deque[PendingBatch] = deque()
-    with ShardReader(shards) as reader:
+    with ShardReader(shards, cache_of(shards)) as reader:
         source = EvaluationSamples(reader, shards, config, image_size)
         with BatchFiller(source, image_size=image_size, num_threads=config.workers) as filler:
             for batch in range(num_batches):

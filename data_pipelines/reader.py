@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
+from data_pipelines.cache import ShardCache, UnavailableError
 from data_pipelines.index import ShardSet
 
 
@@ -28,9 +29,14 @@ class BadSampleError(ValueError):
 
 
 class ShardReader:
-    """Reads samples of a shard set. Keeps at most `max_open_shards` files open; close it, or use it in a `with`."""
+    """Reads samples of a shard set; close it, or use it in a `with`.
 
-    def __init__(self, shards: ShardSet, *, max_open_shards: int = 128) -> None:
+    Keeps at most `max_open_shards` files of a local set open. With a cache, a shard is leased for each read, as an open
+    file would take up room after it was evicted.
+    """
+
+    def __init__(self, shards: ShardSet, cache: ShardCache | None = None, *, max_open_shards: int = 128) -> None:
+        self._cache = cache
         self._shards = shards
         self._max_open_shards = max_open_shards
         self._lock = threading.Lock()
@@ -44,6 +50,9 @@ class ShardReader:
         try:
             with self._descriptor(int(shards.shard_of[index])) as descriptor:
                 data = _read_exactly(descriptor, length, int(shards.offset[index]))
+        except UnavailableError:
+            # A server that does not answer is no fault of the sample.
+            raise
         except OSError as error:
             raise BadSampleError(shards, index, f"cannot read the shard: {error.strerror or error}") from error
         if len(data) != length:
@@ -72,6 +81,19 @@ class ShardReader:
 
     @contextmanager
     def _descriptor(self, shard: int) -> Iterator[int]:
+        if self._cache is None:
+            with self._kept_open(shard) as descriptor:
+                yield descriptor
+            return
+        with self._cache.lease(shard) as path:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                yield descriptor
+            finally:
+                os.close(descriptor)
+
+    @contextmanager
+    def _kept_open(self, shard: int) -> Iterator[int]:
         with self._lock:
             entry = self._open.get(shard)
             if entry is None:

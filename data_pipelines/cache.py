@@ -1,0 +1,134 @@
+"""Whole shards on the disk of a node, shared by its ranks and other jobs: fetched when needed, evicted when too many.
+
+    lease(shard): file there?  --yes--> use it, pinned by a shared lock
+                  --no-->  make room, fetch to NAME.part, check size and hash, fsync, rename, use it
+
+Locks are the kernel's (flock), one a shard and one for making room, so a killed job leaves none behind. What a
+killed job was writing is found under the shard's lock and written anew. A file is complete or absent under its
+name.
+"""
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+from data_pipelines.manifest import Manifest
+
+
+class UnavailableError(OSError):
+    """A server that did not answer in any of the attempts; says nothing about the file."""
+
+
+class ChangedFileError(OSError):
+    """A file that is not the one that the manifest names."""
+
+
+class Download(Protocol):
+    """Writes a remote file to `target`, which exists with `num_bytes`; raises OSError unless all of it arrived."""
+
+    def __call__(self, name: str, target: Path, *, num_bytes: int, sha256: str) -> None: ...
+
+
+class ShardCache:
+    """The shards of one set in `folder`, at most `max_bytes` of them. Safe for threads and processes."""
+
+    def __init__(self, download: Download, folder: Path, manifest: Manifest, *, max_bytes: int) -> None:
+        self._download, self._folder, self.max_bytes = download, folder, max_bytes
+        self._shards = manifest.shards
+        largest = max((shard.bytes for shard in manifest.shards), default=0)
+        if largest > max_bytes:
+            raise ValueError(f"{folder}: a cache of {max_bytes:,} bytes cannot hold a shard of {largest:,}")
+
+    def has(self, shard: int) -> bool:
+        """Whether the shard is here now."""
+        return (self._folder / self._shards[shard].file).exists()
+
+    @contextmanager
+    def lease(self, shard: int) -> Iterator[Path]:
+        """The path of the shard's file, which stays until the `with` is left."""
+        path = self._folder / self._shards[shard].file
+        with _locked(_lock_of(path), fcntl.LOCK_SH) as lock:
+            if not path.exists():
+                # Between giving up the shared lock and having the other one, another process may have fetched it.
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if not path.exists():
+                    self._fetch(shard, path)
+                fcntl.flock(lock, fcntl.LOCK_SH)
+            # The time of last use, for eviction: reading does not set it on file systems mounted with noatime.
+            os.utime(path)
+            yield path
+
+    def _fetch(self, shard: int, path: Path) -> None:
+        entry = self._shards[shard]
+        part = path.with_name(path.name + ".part")
+        part.unlink(missing_ok=True)
+        try:
+            self._reserve(part, entry.bytes)
+            self._download(entry.file, part, num_bytes=entry.bytes, sha256=entry.sha256)
+            part.rename(path)
+        finally:
+            part.unlink(missing_ok=True)
+        _sync_folder(self._folder)
+
+    def _reserve(self, part: Path, num_bytes: int) -> None:
+        """Makes `part` a file of `num_bytes`, after evicting what is needed for it; the space counts from here on."""
+        with _locked(self._folder / "room.lock", fcntl.LOCK_EX):
+            used = self._evict(self.max_bytes - num_bytes)
+            if used + num_bytes > self.max_bytes:
+                raise OSError(
+                    f"{self._folder}: {used:,} bytes of the cache are in use and {num_bytes:,} more are needed, "
+                    f"above the cap of {self.max_bytes:,}: raise data.cache_gib"
+                )
+            with part.open("xb") as file:
+                # Fails now, with "No space left on device", rather than in the middle.
+                os.posix_fallocate(file.fileno(), 0, num_bytes)
+
+    def _evict(self, limit: int) -> int:
+        """Removes files that nobody uses, the longest unused first, until `limit` bytes are left; what is left."""
+        files = [path for path in self._folder.iterdir() if path.suffix in (".tar", ".part")]
+        facts = sorted((path.stat().st_mtime_ns, path.stat().st_size, path) for path in files)
+        used = sum(size for _, size, _ in facts)
+        for _, size, path in facts:
+            if used <= limit:
+                break
+            if _remove_if_unused(path):
+                used -= size
+        return used
+
+
+def _remove_if_unused(path: Path) -> bool:
+    # A part is guarded by the lock of its shard: one that can be locked was left by a killed job.
+    lock = _lock_of(path.with_suffix("") if path.suffix == ".part" else path)
+    try:
+        with _locked(lock, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            path.unlink(missing_ok=True)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _lock_of(path: Path) -> Path:
+    return path.with_name(path.name + ".lock")
+
+
+@contextmanager
+def _locked(path: Path, operation: int) -> Iterator[int]:
+    """A file descriptor that holds a lock of the file, as long as the `with` lasts."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(descriptor, operation)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes a rename outlive a power failure."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

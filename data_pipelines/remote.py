@@ -1,0 +1,106 @@
+"""Shard sets by their location: a local folder, or a URL whose shards stream through a cache on the node.
+
+https://host/set/manifest.json, index.npz    -> fetched and checked when opened
+https://host/set/shard-000000.tar, ...       -> fetched whole, in order of use, ahead of it (`Prefetcher`)
+"""
+
+import hashlib
+import os
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import TracebackType
+
+from data_pipelines.cache import ShardCache
+from data_pipelines.config import DataConfig
+from data_pipelines.index import ShardSet, open_shards
+from data_pipelines.manifest import INDEX_NAME, MANIFEST_NAME
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RemoteShardSet(ShardSet):
+    """A shard set whose tars are leased from `cache`; `folder` is the cache's folder, which may lack any of them."""
+
+    cache: ShardCache
+    url: str
+
+
+def open_data(location: str | Path, config: DataConfig) -> ShardSet:
+    """The shard set at a folder or a URL. Raises ValueError or OSError with what to do."""
+    location = str(location)
+    if ":" not in location.partition("/")[0]:
+        return open_shards(location)
+    try:
+        from data_pipelines.fetch import RemoteFolder
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{location}: needs {error.name}; pip install 'sret-scale[remote]'") from error
+    remote = RemoteFolder(location, stall_s=config.stall_s, attempts=config.fetch_attempts)
+    manifest = remote.read(MANIFEST_NAME)
+    # Content decides the folder: jobs that read the same shards from anywhere share it, others cannot meet in it.
+    folder = _cache_root(config) / _digest(manifest)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / MANIFEST_NAME, manifest)
+    if not (folder / INDEX_NAME).exists():
+        _write(folder / INDEX_NAME, remote.read(INDEX_NAME))
+    shards = open_shards(folder, check_tars=False)
+    cache = ShardCache(remote.download, folder, shards.manifest, max_bytes=int(config.cache_gib * 2**30))
+    known = {field.name: getattr(shards, field.name) for field in fields(ShardSet)}
+    return RemoteShardSet(**known, cache=cache, url=location)
+
+
+def cache_of(shards: ShardSet) -> ShardCache | None:
+    """Where the tars of a remote set are leased; None for a local one."""
+    return shards.cache if isinstance(shards, RemoteShardSet) else None
+
+
+class Prefetcher:
+    """Fetches shards in threads, in the order asked for. Leaving the `with` cancels what has not begun.
+
+    What fails here fails again where the shard is read, and is handled there.
+    """
+
+    def __init__(self, cache: ShardCache, *, num_threads: int) -> None:
+        self._cache = cache
+        self._executor = ThreadPoolExecutor(num_threads, thread_name_prefix="fetch")
+        self._running: dict[int, Future[None]] = {}
+
+    def want(self, shards: Iterable[int]) -> None:
+        """Begins to fetch those that are not here and not under way."""
+        self._running = {shard: future for shard, future in self._running.items() if not future.done()}
+        for shard in shards:
+            if shard not in self._running and not self._cache.has(shard):
+                self._running[shard] = self._executor.submit(self._fetch, shard)
+
+    def _fetch(self, shard: int) -> None:
+        with self._cache.lease(shard):
+            pass
+
+    def __enter__(self) -> "Prefetcher":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._executor.shutdown(wait=True, cancel_futures=True)
+
+
+def _cache_root(config: DataConfig) -> Path:
+    if config.cache_folder:
+        return Path(config.cache_folder)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "sret_scale" / "shards"
+
+
+def _digest(manifest: bytes) -> str:
+    return hashlib.sha256(manifest).hexdigest()[:16]
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Complete or absent under its name, also when two ranks write it at once."""
+    part = path.with_name(f"{path.name}.{os.getpid()}")
+    with part.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)

@@ -1,0 +1,250 @@
+"""Shards from a server on loopback: the same batches as from disk, faults survived or named, a cap that is kept."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+
+from data_pipelines.cache import ShardCache, UnavailableError
+from data_pipelines.index import ShardSet, open_shards
+from data_pipelines.loader import DataConfig, LoaderState, TrainLoader, evaluation_batches
+from data_pipelines.reader import BadSampleError, ShardReader
+from data_pipelines.remote import Prefetcher, RemoteShardSet, cache_of, open_data
+from data_pipelines.write import WriteConfig, write_shards
+from tests.stream_server import Site, serve
+
+SAMPLE = Path(__file__).parents[1] / "data_pipelines" / "sample" / "fashion_mnist"
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
+    target = tmp_path_factory.mktemp("fashion")
+    write_shards(WriteConfig(kind="idx", source=SAMPLE, split="test", shard_samples=200), target, num_workers=1)
+    return open_shards(target)
+
+
+@pytest.fixture
+def site(local: ShardSet) -> Iterator[Site]:
+    with serve(local.folder) as site:
+        yield site
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> DataConfig:
+    return DataConfig(
+        crop="padded", eval_crop_rate=1.0, cache_folder=str(tmp_path / "cache"), stall_s=0.5, fetch_attempts=3
+    )
+
+
+def _remote(site: Site, config: DataConfig) -> tuple[RemoteShardSet, ShardCache]:
+    shards = open_data(site.url, config)
+    assert isinstance(shards, RemoteShardSet)
+    return shards, shards.cache
+
+
+def _loader(shards: ShardSet, config: DataConfig) -> TrainLoader:
+    return TrainLoader(
+        shards, config, image_size=28, seed=0, rank=0, world_size=1, micro_batch_size=50, grad_accum_steps=1
+    )
+
+
+@pytest.mark.parametrize("order", ["full", "block"])
+def test_batches_are_those_of_the_local_set(local: ShardSet, site: Site, config: DataConfig, order: str) -> None:
+    config = replace(config, order=order, block_window=100)  # type: ignore[arg-type]
+    shards, _ = _remote(site, config)
+    assert shards.fingerprint == local.fingerprint
+    steps = _loader(shards, config).steps(LoaderState())
+    for got, expected in islice(zip(steps, _loader(local, config).steps(LoaderState()), strict=True), 45):
+        assert torch.equal(got.micro_batches[0].images, expected.micro_batches[0].images)
+        assert torch.equal(got.micro_batches[0].indices, expected.micro_batches[0].indices)
+    steps.close()
+    # Each shard was fetched once, although two epochs, several threads and the prefetcher wanted it.
+    for name in local.shard_names:
+        assert site.requests.count(name) == 1
+
+
+def test_evaluation_reads_a_remote_set_once(local: ShardSet, site: Site, config: DataConfig) -> None:
+    shards, _ = _remote(site, config)
+    batches = evaluation_batches(shards, config, image_size=28, batch_size=128, rank=0, world_size=1)
+    assert sum(int(batch.valid.sum()) for batch in batches) == 2000
+
+
+@pytest.mark.parametrize("fault", ["error", "reset", "short", "stall"])
+def test_a_passing_fault_is_retried_and_reported(
+    site: Site, config: DataConfig, fault: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    shards, cache = _remote(site, config)
+    name = shards.shard_names[3]
+    site.faults[name] = [fault, fault]
+    with cache.lease(3) as path:
+        assert path.stat().st_size == shards.manifest.shards[3].bytes
+    # aiohttp itself repeats a request once when the connection was reset.
+    assert f"attempt 1 of 3: {site.url}/{name}" in caplog.text
+
+
+def test_a_server_that_stays_away_stops_the_run(site: Site, config: DataConfig) -> None:
+    shards, _ = _remote(site, config)
+    for name in shards.shard_names:
+        site.faults[name] = ["error"] * 1000
+    steps = _loader(shards, replace(config, fetch_attempts=1)).steps(LoaderState())
+    with pytest.raises(UnavailableError, match=rf"{site.url}/.*\.tar: .*500.*given up after 3 attempts"):
+        next(steps)
+
+
+def test_a_shard_that_disappears_is_bad_samples(site: Site, config: DataConfig, tmp_path: Path) -> None:
+    shards, cache = _remote(site, config)
+    site.faults[shards.shard_names[2]] = ["missing"] * 1000
+    with ShardReader(shards, cache) as reader, pytest.raises(BadSampleError, match="not found"):
+        reader.read(450)
+    file = tmp_path / "quarantine.jsonl"
+    steps = _loader(shards, replace(config, max_bad_rate=0.2, quarantine_file=str(file))).steps(LoaderState())
+    for step in islice(steps, 10):
+        assert not ((step.micro_batches[0].indices >= 400) & (step.micro_batches[0].indices < 600)).any()
+    steps.close()
+    assert {json.loads(line)["shard"] for line in file.read_text().splitlines()} == {shards.shard_names[2]}
+
+
+def test_a_changed_shard_never_enters_the_cache(local: ShardSet, config: DataConfig, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in local.folder.iterdir():
+        if path.is_file():
+            (copy / path.name).write_bytes(path.read_bytes())
+    content = bytearray((copy / local.shard_names[1]).read_bytes())
+    content[5000] ^= 1
+    with serve(copy) as site:
+        shards, cache = _remote(site, config)
+        (copy / local.shard_names[1]).write_bytes(content)
+        with ShardReader(shards, cache) as reader, pytest.raises(BadSampleError, match="has changed: sha256"):
+            reader.read(250)
+        assert not cache.has(1) and not list(shards.folder.glob("*.part"))
+
+
+def test_the_cap_is_kept_and_the_longest_unused_shard_goes(site: Site, config: DataConfig) -> None:
+    shards, _ = _remote(site, config)
+    size = shards.manifest.shards[0].bytes
+    shards, cache = _remote(site, replace(config, cache_gib=3.5 * size / 2**30))
+    for shard in (0, 1, 2, 0, 3):
+        with cache.lease(shard):
+            assert sum(path.stat().st_size for path in shards.folder.glob("*.tar*")) <= 3.5 * size
+    assert [cache.has(shard) for shard in range(4)] == [True, False, True, True]
+    with cache.lease(0), cache.lease(2), cache.lease(3):
+        with pytest.raises(OSError, match=r"bytes of the cache are in use.*raise data\.cache_gib"), cache.lease(4):
+            pass
+        assert cache.has(0) and cache.has(2) and cache.has(3)
+
+
+def test_a_cache_that_is_too_small_is_refused_at_the_start(site: Site, config: DataConfig) -> None:
+    shards, _ = _remote(site, config)
+    size = shards.manifest.shards[0].bytes
+    with pytest.raises(ValueError, match="cannot hold a shard"):
+        _remote(site, replace(config, cache_gib=0.5 * size / 2**30))
+    small = replace(config, cache_gib=2.5 * size / 2**30)
+    with pytest.raises(ValueError, match=r"the next 64 steps of one rank read shards of .*raise data\.cache_gib"):
+        next(_loader(_remote(site, small)[0], small).steps(LoaderState()))
+    block = replace(small, order="block", block_window=10, fetch_ahead_steps=1, prefetch_batches=1)
+    loader = TrainLoader(
+        _remote(site, block)[0],
+        block,
+        image_size=28,
+        seed=0,
+        rank=0,
+        world_size=1,
+        micro_batch_size=25,
+        grad_accum_steps=1,
+    )
+    seen = torch.cat([step.micro_batches[0].indices for step in islice(loader.steps(LoaderState()), 80)])
+    assert sorted(seen.tolist()) == list(range(2000))
+
+
+def test_many_threads_fetch_a_shard_once(site: Site, config: DataConfig) -> None:
+    shards, cache = _remote(site, config)
+    threads = [threading.Thread(target=lambda: cache.lease(5).__enter__()) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert site.requests.count(shards.shard_names[5]) == 1
+
+
+def test_the_prefetcher_fetches_what_is_wanted(site: Site, config: DataConfig) -> None:
+    _, cache = _remote(site, config)
+    with Prefetcher(cache, num_threads=2) as prefetcher:
+        prefetcher.want([1, 2, 1])
+        for future in list(prefetcher._running.values()):
+            future.result()
+    assert cache.has(1) and cache.has(2) and not cache.has(3)
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+from data_pipelines.cache import ShardCache
+from data_pipelines.manifest import read_manifest
+
+def download(name, target, *, num_bytes, sha256):
+    print("fetching", flush=True)
+    time.sleep(60)
+
+folder = Path(sys.argv[1])
+with ShardCache(download, folder, read_manifest(folder), max_bytes=1 << 30).lease(0):
+    pass
+"""
+
+
+def test_a_killed_job_leaves_nothing_in_the_way(site: Site, config: DataConfig) -> None:
+    shards, cache = _remote(site, config)
+    command = [sys.executable, "-c", KILLED, str(shards.folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]) as job:
+        assert job.stdout is not None and job.stdout.readline() == "fetching\n"
+        os.kill(job.pid, signal.SIGKILL)
+    assert list(shards.folder.glob("*.part"))
+    # Room is made from what the job was writing, and the shard is fetched anew.
+    size = shards.manifest.shards[0].bytes
+    _, small = _remote(site, replace(config, cache_gib=1.5 * size / 2**30))
+    with small.lease(1), pytest.raises(OSError, match="in use"), cache.lease(1), small.lease(2):
+        pass
+    with cache.lease(0) as path:
+        assert path.stat().st_size == size
+    assert not list(shards.folder.glob("*.part"))
+
+
+def test_a_full_disk_is_named_and_leaves_no_part(
+    site: Site, config: DataConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards, cache = _remote(site, config)
+
+    def full(descriptor: int, offset: int, length: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match="No space left on device"), cache.lease(0):
+        pass
+    assert not list(shards.folder.glob("*.part"))
+
+
+@pytest.mark.parametrize(
+    "location", ["pipe:cat x", "pipe://cat", "zip::http://x/y", "file://a::memory://b", "ftp://x/y"]
+)
+def test_locations_that_run_or_wrap_something_are_refused(location: str, config: DataConfig) -> None:
+    with pytest.raises(ValueError, match="expected a folder or a URL of"):
+        open_data(location, config)
+
+
+def test_a_local_folder_has_no_cache(local: ShardSet, config: DataConfig) -> None:
+    shards = open_data(local.folder, config)
+    assert cache_of(shards) is None and shards.fingerprint == local.fingerprint
+
+
+def test_a_missing_set_is_named(site: Site, config: DataConfig) -> None:
+    with pytest.raises(FileNotFoundError, match=r"/nothing/manifest\.json: not found"):
+        open_data(f"{site.url}/nothing", config)
