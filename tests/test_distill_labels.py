@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -19,6 +22,7 @@ from sret_scale.distill.label_writer import LabelJob, plan_labels, write_labels
 from tests.distill_shards import DATA, NUM_CLASSES, NUM_SAMPLES, make_job, make_shards, teacher
 from tests.stream_shards import TarShards
 
+ROOT = Path(__file__).parents[1]
 PLAIN = AugmentConfig(randaugment_ops=0, erase_rate=0.0, mixup_alpha=0.0, cutmix_alpha=0.0)
 
 
@@ -85,6 +89,21 @@ def test_bytes_are_the_same_after_kills_and_another_number_of_ranks(
     assert not write_labels(job, rank=2, world_size=3, report=silent)
     assert write_labels(job, rank=0, world_size=1, report=silent)
     assert contents(job.folder) == contents(written.folder)
+
+
+@pytest.mark.multi_process
+def test_bytes_are_the_same_after_sigkill(written: LabelJob, shards: ShardSet, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    command = [sys.executable, "-m", "tests.label_process", str(tmp_path / "shards"), str(store), "0", "1"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 120
+        while len(list(store.glob("*.labels"))) < 2 and time.monotonic() < deadline:
+            time.sleep(0.001)
+        process.kill()
+    assert len(list(store.glob("*.labels"))) >= 2
+    assert not (store / "header.json").exists()
+    assert write_labels(make_job(store, shards), rank=0, world_size=1, report=silent)
+    assert contents(store) == contents(written.folder)
 
 
 def test_a_finished_store_is_not_written_again(store: Path, shards: ShardSet) -> None:

@@ -1,5 +1,6 @@
 """A teacher answers in its own preprocessing, leaves the student alone, and is checked before it is used."""
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sret_scale.distill import Teacher, build_teacher
+from sret_scale.model import SReT, SReTConfig, StageConfig
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 
@@ -148,6 +150,30 @@ def test_bf16_keeps_norms_in_fp32_and_is_near_fp32() -> None:
     logits = teacher(unit)
     assert logits.dtype == torch.float32
     torch.testing.assert_close(logits, build(here("twelve_pixels"))(unit), atol=0.05, rtol=0.05)
+
+
+def recursive() -> tuple[nn.Module, tuple[float, ...], tuple[float, ...], int]:
+    stage = StageConfig(width=16, num_heads=2, num_blocks=1, num_loops=3)
+    config = SReTConfig(stages=(stage,), image_size=32, num_classes=4)
+    torch.manual_seed(0)
+    return SReT(config), MEAN, STD, 32
+
+
+def test_one_of_our_models_teaches_in_bf16() -> None:
+    unit = unit_batch(3, 32)
+    torch.testing.assert_close(
+        build(here("recursive"), precision="bf16")(unit), build(here("recursive"))(unit), atol=0.05, rtol=0.05
+    )
+
+
+def test_compiled_teacher_gives_the_same_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced with the eager backend: what is tested is that nothing breaks the graph, not the C++ compiler."""
+    backend = functools.partial(torch.compile, backend="eager", fullgraph=True)
+    monkeypatch.setattr(torch, "compile", backend)
+    unit = unit_batch()
+    compiled = build(here("twelve_pixels"), compiled=True)
+    torch.testing.assert_close(compiled(unit), build(here("twelve_pixels"))(unit))
+    assert compiled.describe() == build(here("twelve_pixels")).describe()
 
 
 @pytest.mark.parametrize(
