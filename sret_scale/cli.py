@@ -18,6 +18,7 @@ COMMANDS = {
     "labels": "store a teacher's answers about views of the images, to train from without it",
     "describe": "count a model's parameters, multiply-adds and depth",
     "weights": "read and write checkpoints in the published layout",
+    "export": "write a trained model as ONNX or a torch program",
 }
 
 

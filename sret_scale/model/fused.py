@@ -32,10 +32,10 @@ def project_residual(
     bias_D: Tensor,
     *,
     alpha: Tensor | None,
-    gain_R: Tensor,
+    gain_R: Tensor | None,
     mask_B: Tensor | None,
 ) -> Tensor:
-    """`alpha * x + mask * gain * (a @ weight.T + bias)`; alpha None is 1, mask None is 1."""
+    """`alpha * x + mask * gain * (a @ weight.T + bias)`; None for alpha, gain or mask is 1."""
     return _ProjectResidual.apply(  # type: ignore[no-untyped-call]
         x_BND, a_BNF, weight_DF, bias_D, alpha, gain_R, mask_B
     )
@@ -48,7 +48,7 @@ def feed_forward_residual(
     fc2: tuple[Tensor, Tensor],
     *,
     alpha: Tensor | None,
-    gain_R: Tensor,
+    gain_R: Tensor | None,
     mask_B: Tensor | None,
 ) -> Tensor:
     """`alpha * x + mask * gain * fc2(gelu(fc1(norm(x))))`; each layer is its (weight, bias)."""
@@ -74,7 +74,7 @@ class _NormLinear(torch.autograd.Function):
 class _ProjectResidual(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, a: Tensor, weight: Tensor, bias: Tensor, alpha: Tensor | None, gain: Tensor, mask: Any
+        ctx: Any, x: Tensor, a: Tensor, weight: Tensor, bias: Tensor, alpha: Any, gain: Any, mask: Any
     ) -> Tensor:
         ctx.save_for_backward(None if alpha is None else x, a, weight, bias, alpha, gain, mask)
         ctx.dtype = _product_dtype(x)
@@ -101,7 +101,7 @@ class _FeedForwardResidual(torch.autograd.Function):
         weight2: Tensor,
         bias2: Tensor,
         alpha: Tensor | None,
-        gain: Tensor,
+        gain: Tensor | None,
         mask: Tensor | None,
     ) -> Tensor:
         ctx.dtype = _product_dtype(x)
@@ -147,25 +147,29 @@ def _residual(
     weight: Tensor,
     bias: Tensor,
     alpha: Tensor | None,
-    gain: Tensor,
+    gain: Tensor | None,
     mask: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    branch = _linear(a, gain[:, None] * weight, gain * bias, dtype).to(x.dtype)
+    if gain is not None:
+        weight, bias = gain[:, None] * weight, gain * bias
+    branch = _linear(a, weight, bias, dtype).to(x.dtype)
     if mask is not None:
         branch *= mask[:, None, None]
     return branch.add_(x) if alpha is None else branch.addcmul_(x, alpha)
 
 
 def _projection_backward(
-    grad: Tensor, a: Tensor, weight: Tensor, bias: Tensor, gain: Tensor, mask: Tensor | None, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad: Tensor, a: Tensor, weight: Tensor, bias: Tensor, gain: Tensor | None, mask: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of a, weight, bias and gain of `mask * gain * (a @ weight.T + bias)`."""
     if mask is not None:
         grad = grad * mask[:, None, None]
     summed = grad.flatten(0, 1).sum(dim=0)
     grad = grad.to(dtype)
     product = _weight_gradient(grad, a.to(dtype), weight.dtype)
+    if gain is None:
+        return grad @ weight.to(dtype), product, summed, None
     grad_gain = (product * weight).sum(dim=1) + summed * bias
     grad_a = grad @ (gain[:, None] * weight).to(dtype)
     return (

@@ -36,15 +36,19 @@ class LearnableResidual(nn.Module):
         self.multiplier = scale.multiplier * branch
         self.stream_constant = stream
         self.alpha = None if resolved_skip(stage) == "frozen" else nn.Parameter(torch.ones(1))
-        self.beta = nn.Parameter(torch.full((stage.width if scale.per_channel else 1,), scale.init))
+        # None once it is folded into the layer before it (`inference.folded`).
+        self.beta: nn.Parameter | None = nn.Parameter(
+            torch.full((stage.width if scale.per_channel else 1,), scale.init)
+        )
 
-    def coefficients(self, mask_B: Tensor | None) -> dict[str, Tensor | None]:
-        """Keyword arguments of the operations: alpha (None is 1), gain_R, and the mask of stochastic depth."""
-        alpha = self.alpha
+    def coefficients(self, x_BND: Tensor, mask_B: Tensor | None) -> dict[str, Tensor | None]:
+        """Keyword arguments of the operations: alpha and gain_R (None is 1), and the mask of stochastic depth."""
+        alpha: Tensor | None = self.alpha
         if self.stream_constant != 1.0:
-            constant = self.beta.new_full((1,), self.stream_constant)
-            alpha = constant if alpha is None else alpha * constant  # type: ignore[assignment]
-        return {"alpha": alpha, "gain_R": self.beta * self.multiplier, "mask_B": mask_B}
+            constant = x_BND.new_full((1,), self.stream_constant)
+            alpha = constant if alpha is None else alpha * constant
+        gain_R = None if self.beta is None else self.beta * self.multiplier
+        return {"alpha": alpha, "gain_R": gain_R, "mask_B": mask_B}
 
 
 class Attention(nn.Module):
@@ -119,13 +123,13 @@ class Block(nn.Module):
             attention.mix(qkv_BNC, groups),
             attention.out.weight,
             attention.out.bias,
-            **self.residual1.coefficients(mask1_B),
+            **self.residual1.coefficients(x_BND, mask1_B),
         )
         if self.norms_after:
             x_BND = F.layer_norm(x_BND, x_BND.shape[-1:], *norm1, NORM_EPS)
         fc1 = _shifted(self.feed_forward.fc1, deltas.fc1)
         before = None if self.norms_after else norm2
-        x_BND = self.feed_forward.residual(x_BND, before, fc1, self.residual2.coefficients(mask2_B))
+        x_BND = self.feed_forward.residual(x_BND, before, fc1, self.residual2.coefficients(x_BND, mask2_B))
         return F.layer_norm(x_BND, x_BND.shape[-1:], *norm2, NORM_EPS) if self.norms_after else x_BND
 
     def _norms(self, deltas: LoopDeltas) -> tuple[Affine, Affine]:
@@ -151,7 +155,7 @@ class NonLinearProjection(nn.Module):
     def forward(self, x_BND: Tensor) -> Tensor:
         fc1 = (self.feed_forward.fc1.weight, self.feed_forward.fc1.bias)
         before = None if self.norms_after else (self.norm.weight, self.norm.bias)
-        x_BND = self.feed_forward.residual(x_BND, before, fc1, self.residual.coefficients(None))
+        x_BND = self.feed_forward.residual(x_BND, before, fc1, self.residual.coefficients(x_BND, None))
         return self.norm(x_BND) if self.norms_after else x_BND
 
 

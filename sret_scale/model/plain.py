@@ -21,11 +21,13 @@ def project_residual(
     bias_D: Tensor,
     *,
     alpha: Tensor | None,
-    gain_R: Tensor,
+    gain_R: Tensor | None,
     mask_B: Tensor | None,
 ) -> Tensor:
     """See `fused.project_residual`."""
-    branch_BND = F.linear(a_BNF, weight_DF, bias_D) * gain_R
+    branch_BND = F.linear(a_BNF, weight_DF, bias_D)
+    if gain_R is not None:
+        branch_BND = branch_BND * gain_R
     if mask_B is not None:
         branch_BND = branch_BND * mask_B[:, None, None]
     return (x_BND if alpha is None else x_BND * alpha) + branch_BND
@@ -38,7 +40,7 @@ def feed_forward_residual(
     fc2: tuple[Tensor, Tensor],
     *,
     alpha: Tensor | None,
-    gain_R: Tensor,
+    gain_R: Tensor | None,
     mask_B: Tensor | None,
 ) -> Tensor:
     """See `fused.feed_forward_residual`."""

@@ -1,0 +1,91 @@
+"""`sret-scale export`: a trained model as a file that runs without this package."""
+
+import argparse
+import importlib.util
+from pathlib import Path
+
+EXAMPLE = "example: sret-scale export sret_t.safetensors sret_t.onnx --format onnx"
+
+# Largest difference of a score between the exported program and the model, both in fp32.
+TOLERANCE = 1e-4
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """FILE OUT --format."""
+    parser.add_argument("file", type=Path, help="weights written by `sret-scale weights import` or a training run")
+    parser.add_argument("out", type=Path, help="the file to write")
+    parser.add_argument(
+        "--format",
+        choices=("onnx", "torch", "safetensors"),
+        default="onnx",
+        help="onnx, a torch.export program, or the native weights; the first two are unrolled and take any batch size",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Write the file, after checking that it answers as the model does; the output is complete or absent."""
+    import warnings
+
+    import torch
+
+    from sret_scale.model.files import load_model, save_model
+    from sret_scale.model.inference import folded
+
+    model = load_model(args.file)
+    if args.format == "safetensors":
+        save_model(model, args.out)
+        print(f"{args.out}: safetensors")
+        return
+    if args.format == "onnx":
+        for package in ("onnx", "onnxscript", "onnxruntime"):
+            if importlib.util.find_spec(package) is None:
+                raise ValueError(f"{package} is not installed: pip install 'sret-scale[export]'")
+    size, channels = model.config.image_size, model.config.in_channels
+    images_BCHW = torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(0))
+    shapes = {"images_BCHW": {0: torch.export.Dim("batch")}}
+    partial = args.out.with_name(args.out.name + ".partial")
+    with warnings.catch_warnings():
+        # torch's exporters warn of their own internals, which says nothing about this model.
+        warnings.simplefilter("ignore")
+        program = torch.export.export(folded(model), (images_BCHW,), dynamic_shapes=shapes)
+        if args.format == "torch":
+            torch.export.save(program, partial)
+        else:
+            torch.onnx.export(
+                program,
+                (images_BCHW,),
+                partial,
+                input_names=["images"],
+                output_names=["scores"],
+                dynamo=True,
+                external_data=False,
+                verbose=False,
+            )
+    try:
+        difference = _difference(model, partial, args.format)
+        if not difference <= TOLERANCE:
+            raise ValueError(
+                f"the exported program differs from the model by {difference:.1e}, more than {TOLERANCE:g}"
+            )
+        partial.replace(args.out)
+    finally:
+        partial.unlink(missing_ok=True)
+    print(f"{args.out}: {args.format}, largest difference from the model {difference:.1e}")
+
+
+def _difference(model, file: Path, file_format: str) -> float:  # type: ignore[no-untyped-def]
+    """Largest difference of a score between the exported program and the model, at another batch size."""
+    import torch
+
+    size, channels = model.config.image_size, model.config.in_channels
+    images_BCHW = torch.randn(3, channels, size, size, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = model(images_BCHW)
+        if file_format == "torch":
+            found = torch.export.load(file).module()(images_BCHW)
+        else:
+            import onnxruntime  # type: ignore[import-untyped]
+
+            session = onnxruntime.InferenceSession(str(file))
+            found = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: images_BCHW.numpy()})[0])
+    return float((found - expected).abs().max())
