@@ -15,15 +15,19 @@ def finish(folder: Path, state: str, exit_code: int) -> None:
         (folder / "status.json").write_text(json.dumps({"state": state, "exit_code": exit_code}))
 
 
-def all_reduce(folder: Path) -> None:
-    """Meets the other ranks over gloo; each writes the sum of all ranks."""
+def all_reduce(folder: Path, interval_s: float = 0.0) -> None:
+    """Meets the other ranks over gloo; each writes the sum of all ranks, once or again and again."""
     import torch
     import torch.distributed as dist
 
     dist.init_process_group("gloo")
-    value = torch.tensor(float(os.environ["RANK"]) + 1)
-    dist.all_reduce(value)
-    (folder / f"sum-{os.environ['RANK']}").write_text(str(value.item()))
+    while True:
+        value = torch.tensor(float(os.environ["RANK"]) + 1)
+        dist.all_reduce(value)
+        (folder / f"sum-{os.environ['RANK']}").write_text(str(value.item()))
+        if interval_s == 0:
+            break
+        time.sleep(interval_s)
     dist.destroy_process_group()
 
 
@@ -49,6 +53,8 @@ def main(config: Path) -> None:
         raise RuntimeError("a later error, caused by the first")
     if action == "mistake":
         raise ValueError("expected this, got that")
+    if action == "all_reduce_forever":
+        all_reduce(folder, interval_s=0.1)
     if action == "sleep":
         time.sleep(120)
     finish(folder, "finished", 0)

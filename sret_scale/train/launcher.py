@@ -128,8 +128,10 @@ def _supervise(starts: Sequence[NodeStart], job: Job, requests: _Requests) -> bo
             agent = subprocess.Popen(start.command, stdin=subprocess.PIPE, text=True, start_new_session=True)
             agents[start.name] = agent
             _tell([agent], dataclasses.replace(job, node_rank=start.node_rank).to_line())
-        while any(agent.poll() is None for agent in agents.values()) and time.monotonic() < deadline_s:
-            running = [agent for agent in agents.values() if agent.returncode is None]
+        while time.monotonic() < deadline_s:
+            running = [agent for agent in agents.values() if agent.poll() is None]
+            if not running:
+                break
             lost = [name for name, agent in agents.items() if agent.returncode not in (None, 0)]
             if requests.count > told:
                 print("stopping: the ranks save and end; once more ends them at once", file=sys.stderr, flush=True)

@@ -23,6 +23,7 @@ from sret_scale.train.node.build_lock import clear_stale_locks
 from sret_scale.train.node.errors import RankError, has_error, now_s, write_error
 from sret_scale.train.node.job import Job, deepspeed_command
 from sret_scale.train.node.orphans import die_with_parent
+from sret_scale.train.node.places import visible_gpus
 
 _POLL_S = 0.2
 
@@ -103,6 +104,12 @@ def start_launcher(job: Job, node_rank: int) -> "subprocess.Popen[bytes]":
     environment = {**os.environ, **job.environment}
     cores = len(os.sched_getaffinity(0))
     environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // len(devices))))
+    if not visible_gpus():
+        # Says what DeepSpeed would find out with a warning from every process.
+        environment.setdefault("DS_ACCELERATOR", "cpu")
+    interface = job_interface(job)
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if interface else ():
+        environment.setdefault(name, interface)
     return subprocess.Popen(
         deepspeed_command(job, node_rank),
         stdin=subprocess.DEVNULL,
@@ -111,6 +118,24 @@ def start_launcher(job: Job, node_rank: int) -> "subprocess.Popen[bytes]":
         start_new_session=True,
         preexec_fn=die_with_parent,
     )
+
+
+def job_interface(job: Job) -> str:
+    """The network interface that leads to the job's other nodes; empty when there is no way to tell.
+
+    Without it gloo listens on the address that the own host name has, which on Debian is 127.0.1.1.
+    """
+    for target in (job.master_addr, *job.world):
+        with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            # No packet is sent: connecting a datagram socket only chooses the route.
+            probe.connect((target, job.master_port))
+            own = probe.getsockname()[0]
+            if own.startswith("127."):
+                continue
+            for name, addresses in psutil.net_if_addrs().items():
+                if any(address.address == own for address in addresses):
+                    return str(name)
+    return ""
 
 
 def end_session(session: int) -> None:

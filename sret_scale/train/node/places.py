@@ -94,9 +94,6 @@ def _this_machine(num_ranks: int | None, master_port: int | None) -> Place:
     devices = gpus[:num_ranks] if gpus else tuple(str(index) for index in range(num_ranks or 2))
     # Nobody else can reach a run that talks to itself.
     environment = {name: os.environ.get(name, "lo") for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")}
-    if not gpus:
-        # Says what DeepSpeed would find out with a warning from every process.
-        environment["DS_ACCELERATOR"] = os.environ.get("DS_ACCELERATOR", "cpu")
     return Place(
         hosts=(Host(name="localhost", devices=devices),),
         starts=(NodeStart(name="localhost", command=_AGENT, node_rank=0),),
@@ -125,7 +122,7 @@ def _from_hostfile(hosts: tuple[Host, ...], master_port: int | None) -> Place:
     return Place(
         hosts=hosts,
         starts=starts,
-        master_addr=_address_of(hosts[0].name),
+        master_addr=_master_address([host.name for host in hosts]),
         master_port=master_port or random.SystemRandom().choice(_PORTS),
         environment=passed,
     )
@@ -169,6 +166,17 @@ def _address_of(name: str) -> str:
         return str(socket.getaddrinfo(name, None, family=socket.AF_INET)[0][4][0])
     except socket.gaierror as error:
         raise OSError(f"host {name} of the hostfile has no address here ({error.strerror}); check its name") from error
+
+
+def _master_address(names: list[str]) -> str:
+    """The first host's address, as the others know it: Debian gives a machine's own name the address 127.0.1.1."""
+    address = _address_of(names[0])
+    if address.startswith("127.") and len(names) > 1 and names[0] == socket.gethostname():
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            # No packet is sent: connecting a datagram socket only chooses the route, and with it the own address.
+            probe.connect((_address_of(names[1]), 9))
+            return str(probe.getsockname()[0])
+    return address
 
 
 def _problem(name: str, run_folder: Path) -> str | None:

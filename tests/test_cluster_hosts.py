@@ -1,0 +1,141 @@
+"""Three hosts with their own addresses and sshd: the launcher over ssh, a host lost in the middle, going on without it.
+
+tests/cluster/install.sh && ./launch.sh test -m slow tests/test_cluster_hosts.py
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from data_pipelines.write import WriteConfig, write_shards
+from tests.cluster.hosts import Hosts, why_not
+
+pytestmark = [pytest.mark.slow, pytest.mark.multi_process, pytest.mark.skipif(bool(why_not()), reason=why_not())]
+
+ROOT = Path(__file__).parents[1]
+START = """
+import sys
+from pathlib import Path
+from sret_scale.train.launcher import launch
+folder = Path(sys.argv[1])
+sys.exit(launch(folder, folder / "config.yaml", hostfile=Path(sys.argv[2]), module="tests.toy_rank"))
+"""
+
+
+@pytest.fixture(scope="module")
+def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
+    with Hosts(tmp_path_factory.mktemp("hosts"), 3) as made:
+        yield made
+
+
+def start(hosts: Hosts, folder: Path, action: str, indices: list[int]) -> "subprocess.Popen[str]":
+    folder.mkdir(exist_ok=True)
+    (folder / "config.yaml").write_text(action)
+    return subprocess.Popen(
+        [sys.executable, "-c", START, str(folder), str(hosts.hostfile(indices))],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "SRET_SCALE_SSH_CONFIG": str(hosts.ssh_config)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=folder,
+    )
+
+
+def wait_for_files(process: "subprocess.Popen[str]", *files: Path) -> None:
+    deadline_s = time.monotonic() + 90
+    while not all(file.exists() for file in files):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline_s
+        time.sleep(0.05)
+
+
+def ranks_on(hosts: Hosts, index: int) -> list[str]:
+    lines = []
+    for pid in hosts.processes_of(index):
+        try:
+            lines.append(Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " "))
+        except FileNotFoundError:
+            continue
+    return [line for line in lines if "sret_scale" in line]
+
+
+def test_ranks_of_three_hosts_meet_and_leave_nothing(hosts: Hosts, tmp_path: Path) -> None:
+    folder = tmp_path / "a run; $(touch evil)"
+    output, errors = (process := start(hosts, folder, "all_reduce", [0, 1, 2])).communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert [(folder / f"sum-{rank}").read_text() for rank in range(3)] == ["6.0", "6.0", "6.0"]
+    assert output == "hello from rank 0\n"
+    assert [ranks_on(hosts, index) for index in range(3)] == [[], [], []]
+
+
+def test_sigterm_reaches_the_ranks_of_all_hosts(hosts: Hosts, tmp_path: Path) -> None:
+    process = start(hosts, folder := tmp_path / "run", "sleep", [0, 1, 2])
+    wait_for_files(process, *(folder / f"pid-{rank}" for rank in range(3)))
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert '"stopped"' in (folder / "status.json").read_text()
+    assert [ranks_on(hosts, index) for index in range(3)] == [[], [], []]
+
+
+def test_killed_launcher_leaves_no_rank_on_any_host(hosts: Hosts, tmp_path: Path) -> None:
+    process = start(hosts, folder := tmp_path / "run", "sleep", [0, 1, 2])
+    wait_for_files(process, *(folder / f"pid-{rank}" for rank in range(3)))
+    process.kill()
+    process.communicate(timeout=60)
+    deadline_s = time.monotonic() + 30
+    while any(ranks_on(hosts, index) for index in range(3)):
+        assert time.monotonic() < deadline_s
+        time.sleep(0.2)
+
+
+def test_unreachable_host_is_named_and_nothing_starts(hosts: Hosts, tmp_path: Path) -> None:
+    hosts.addresses.append("10.77.0.9")
+    try:
+        process = start(hosts, tmp_path / "run", "all_reduce", [0, 3])
+        _, errors = process.communicate(timeout=60)
+    finally:
+        hosts.addresses.pop()
+    assert process.returncode != 0
+    assert "host 10.77.0.9 was not reached by ssh" in errors
+    assert not (tmp_path / "run" / "logs").exists()
+
+
+def test_three_hosts_train_to_the_weights_of_three_local_ranks(hosts: Hosts, tmp_path: Path) -> None:
+    folders = {split: tmp_path / "shards" / split for split in ("train", "test")}
+    source = ROOT / "data_pipelines" / "sample" / "fashion_mnist"
+    for split, folder in folders.items():
+        write_shards(WriteConfig(kind="idx", source=source, split=split, shard_samples=1000), folder)
+    sizes = ["train.total_images=240", "train.global_batch_size=24", "train.micro_batch_size=8"]
+    data = [f"data.{split}_folder={folder}" for split, folder in folders.items()]
+    command = [sys.executable, "-m", "sret_scale.cli", "train", "demo_control_20", *data, *sizes]
+    places = {"local": ["--ranks", "3"], "hosts": ["--hostfile", str(hosts.hostfile([0, 1, 2]))]}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "SRET_SCALE_SSH_CONFIG": str(hosts.ssh_config)}
+    weights = {}
+    for name, place in places.items():
+        run = tmp_path / name
+        subprocess.run([*command, "--run", str(run), *place], env=environment, check=True, cwd=tmp_path, timeout=300)
+        weights[name] = next(run.glob("checkpoints/*/weights.safetensors")).read_bytes()
+    assert weights["local"] == weights["hosts"]
+
+
+def test_lost_host_is_named_and_the_rest_goes_on(hosts: Hosts, tmp_path: Path) -> None:
+    process = start(hosts, folder := tmp_path / "run", "all_reduce_forever", [0, 1, 2])
+    wait_for_files(process, *(folder / f"sum-{rank}" for rank in range(3)))
+    hosts.cut(2)
+    began_s = time.monotonic()
+    _, errors = process.communicate(timeout=90)
+    assert process.returncode == 1
+    assert errors.splitlines()[-1].startswith("error: host 10.77.0.3 was lost"), errors
+    assert time.monotonic() - began_s < 60
+    assert [ranks_on(hosts, index) for index in (0, 1)] == [[], []]
+    again = start(hosts, folder, "all_reduce", [0, 1])
+    _, errors = again.communicate(timeout=120)
+    assert again.returncode == 0, errors
+    assert (folder / "sum-1").read_text() == "3.0"
