@@ -80,7 +80,7 @@ class SReT(nn.Module):
                 x_BCHW = self.pools[index - 1](x_BCHW)
             grid = x_BCHW.shape[-1]
             # The residual stream is fp32 even where a convolution under autocast gave bf16.
-            x_BND = rearrange(x_BCHW, "b c h w -> b (h w) c").to(self.position.dtype)
+            x_BND = rearrange(x_BCHW, "b c h w -> b (h w) c").to(self.position.dtype).contiguous()
             x_BCHW = rearrange(stage(x_BND, noise), "b (h w) c -> b c h w", h=grid)
             yield x_BCHW
 
