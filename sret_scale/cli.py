@@ -17,6 +17,7 @@ COMMANDS = {
     "shards": "write, check and inspect webdataset shards",
     "labels": "store a teacher's answers about views of the images, to train from without it",
     "describe": "count a model's parameters, multiply-adds and depth",
+    "plan": "fit a model into a device's memory: micro-batch, recomputation, bytes",
     "weights": "read and write checkpoints in the published layout",
     "export": "write a trained model as ONNX or a torch program",
 }

@@ -6,7 +6,7 @@ measures one application of each kind and notes how much memory the rest of the 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -43,6 +43,7 @@ class StepCosts:
     largest_stage_parameter_bytes: int
 
 
+@lru_cache(maxsize=64)
 def probe_step(config: SReTConfig, *, micro_batch_size: int, precision: str = "fp32") -> StepCosts:
     """The costs of training `config` on micro-batches of this size, without data and without a device."""
     if precision not in PRECISIONS:

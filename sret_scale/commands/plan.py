@@ -1,0 +1,99 @@
+"""`sret-scale plan`: what a model needs to train, what fits, and with which recomputation. Needs no GPU and no data."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sret_scale.memory import Plan
+
+EXAMPLE = "example: sret-scale plan sret_t_108 --memory 10GiB --micro-batch auto --precision bf16 --draw plan.png"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The model and the machine."""
+    parser.add_argument("preset", help="name of a model, for example sret_t_108; an unknown name lists all")
+    parser.add_argument(
+        "--memory", default="80GiB", help="bytes of one device, for example 80GiB (default: %(default)s)"
+    )
+    parser.add_argument("--reserve", default="1GiB", help="of these, for context and teacher (default: %(default)s)")
+    parser.add_argument(
+        "--micro-batch", default="auto", help="images per rank and step, or auto (default: %(default)s)"
+    )
+    parser.add_argument("--image-size", type=int, help="side of the square input in pixels (default: the preset's)")
+    parser.add_argument("--precision", default="bf16", choices=("fp32", "bf16"), help="bf16 is autocast, weights fp32")
+    parser.add_argument("--world-size", type=int, default=1, help="number of ranks (default: %(default)s)")
+    parser.add_argument("--zero-stage", type=int, default=1, help="ZeRO stage of DeepSpeed (default: %(default)s)")
+    parser.add_argument(
+        "--device", default="gpu", choices=("gpu", "cpu"), help="kind of device the time is modelled for"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--draw", type=Path, metavar="FILE", help="draw the schedules: a .png, .svg or .pdf file")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print the fastest plan that fits."""
+    from sret_scale.memory import plan_for
+    from sret_scale.memory.batches import BatchSearch
+    from sret_scale.memory.draw import draw_schedules
+    from sret_scale.memory.state import parse_bytes
+    from sret_scale.memory.step import DEVICES
+    from sret_scale.model import preset
+
+    overrides = {} if args.image_size is None else {"image_size": args.image_size}
+    budget_bytes, reserved_bytes = parse_bytes(args.memory), parse_bytes(args.reserve)
+    micro_batch_size = None if args.micro_batch == "auto" else _positive(args.micro_batch)
+    batches = BatchSearch(preset(args.preset, **overrides), args.precision, DEVICES[args.device])
+    plan = plan_for(
+        batches,
+        budget_bytes=budget_bytes,
+        micro_batch_size=micro_batch_size,
+        world_size=args.world_size,
+        zero_stage=args.zero_stage,
+        reserved_bytes=reserved_bytes,
+    )
+    largest = batches.largest(budget_bytes - reserved_bytes - plan.state.total)
+    if args.json:
+        print(json.dumps({"preset": args.preset, **plan.to_json(), "largest_micro_batch": largest}, indent=2))
+    else:
+        print(table(args.preset, plan, largest))
+    if args.draw:
+        draw_schedules(plan.schedules, args.draw, title=f"{args.preset}: forward and backward pass of one micro-batch")
+
+
+def table(name: str, plan: "Plan", largest: int) -> str:
+    """The plan as aligned lines of text."""
+    from sret_scale.memory.ledger import account
+    from sret_scale.memory.state import format_bytes
+
+    rows = {
+        "parameters": plan.state.parameters,
+        "gradients": plan.state.gradients,
+        "optimizer state": plan.state.optimizer,
+        "buckets": plan.state.buckets,
+        "reserved": plan.reserved,
+        "activations": plan.activations,
+        "total": plan.total_bytes,
+        "budget": plan.budget_bytes,
+    }
+    lines = [f"{name}, micro-batch {plan.micro_batch_size} (the largest that fits: {largest})"]
+    lines += [f"  {label:<16}{format_bytes(count):>12}" for label, count in rows.items()]
+    lines.append(
+        f"  forward runs without a tape per application: {plan.untaped_runs:.2f}"
+        f" ({100 * plan.untaped_runs / 3:.0f} % more work than no recomputation)"
+    )
+    lines.append(f"  modelled speed, for ranking only: {plan.modelled_images_per_s:,.0f} images/s")
+    for index, schedule in enumerate(plan.schedules):
+        ledger = account(schedule)
+        lines.append(
+            f"  stage {index}: {schedule.num_applications:>5} applications, {schedule.name}: {ledger.peak_slots} slots,"
+            f" {ledger.peak_taped} taped at once, r = {ledger.passes}"
+        )
+    return "\n".join(lines)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"--micro-batch: expected a whole number of at least 1, or auto, got {text!r}")
+    return int(text)
