@@ -57,19 +57,21 @@ def encode_records(log_probs_BC: Tensor, views_B5: NDArray[np.int64], top_k: int
     return records
 
 
-def decode_records(records: Records, num_classes: int) -> Tensor:
+def decode_records(records: Records, num_classes: int, device: torch.device | str = "cpu") -> Tensor:
     """Probabilities (B, C) in fp32 that sum to 1: what was not kept is spread evenly, as FKD does (arXiv 2112.01528).
 
-    Renormalised, because the rounded parts may sum to a little more or less than 1.
+    Renormalised, because the rounded parts may sum to a little more or less than 1. Only the records go to the device.
     """
     top_k = records.dtype["ids"].shape[0]
-    kept_BK = torch.from_numpy(records["log_probs"].astype(np.float32)).exp()
-    rest_B = torch.from_numpy(records["log_rest"].astype(np.float32)).exp()
+    # Fields of packed records are not aligned, which torch cannot read: they are copied out.
+    ids_BK = torch.from_numpy(records["ids"].astype(np.int32)).to(device).long()
+    kept_BK = torch.from_numpy(records["log_probs"].copy()).to(device).float().exp()
+    rest_B1 = torch.from_numpy(records["log_rest"][:, None].copy()).to(device).float().exp()
     if top_k == num_classes:
-        rest_B = torch.zeros_like(rest_B)
-    probs_BC = (rest_B / max(num_classes - top_k, 1))[:, None].repeat(1, num_classes)
-    probs_BC.scatter_(1, torch.from_numpy(records["ids"].astype(np.int64)), kept_BK)
-    return probs_BC / (kept_BK.sum(dim=1) + rest_B)[:, None]
+        rest_B1 = torch.zeros_like(rest_B1)
+    total_B1 = kept_BK.sum(dim=1, keepdim=True) + rest_B1
+    probs_BC = (rest_B1 / total_B1 / max(num_classes - top_k, 1)).repeat(1, num_classes)
+    return probs_BC.scatter_(1, ids_BK, kept_BK / total_B1)
 
 
 def coverage_sums(log_probs_BC: Tensor, records: Records, labels_B: Tensor) -> dict[str, float]:

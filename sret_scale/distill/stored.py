@@ -23,8 +23,8 @@ class StoredTeacher:
     def __init__(self, store: LabelStore) -> None:
         self.store = store
 
-    def probabilities(self, batch: Batch) -> Tensor:
-        """Probabilities (B, C) on the CPU, fp32, of the views in the batch. ValueError for a label of another view."""
+    def probabilities(self, batch: Batch, device: torch.device | str = "cpu") -> Tensor:
+        """Probabilities (B, C), fp32, of the views in the batch. ValueError for a label of another view."""
         indices_B = batch.indices.numpy()
         records = self.store.read(indices_B, batch.view_numbers.numpy())
         found_B5, expected_B5 = record_views(records), batch.views.numpy()
@@ -34,7 +34,7 @@ class StoredTeacher:
                 f"{self.store.folder}: sample {indices_B[row]} in view {int(batch.view_numbers[row])} has a label of "
                 f"the box {found_B5[row].tolist()}, the image was cut at {expected_B5[row].tolist()}"
             )
-        return decode_records(records, self.store.plan.num_classes)
+        return decode_records(records, self.store.plan.num_classes, device)
 
 
 def open_stored_teacher(
@@ -85,7 +85,7 @@ def student_batch(
         unit_BCHW, target_BC = augment(images_BCHW, labels_B, seed=seed)
         return unit_BCHW, target_BC, None if teacher is None else teacher(unit_BCHW)
     if isinstance(teacher, StoredTeacher):
-        probs_BC = teacher.probabilities(batch).to(device, non_blocking=True)
+        probs_BC = teacher.probabilities(batch, device)
     else:
         probs_BC = teacher(images_BCHW.float() / 255).softmax(dim=-1)
     # Side by side, so that one call mixes the images, the hard labels and the teacher's in the same way.
