@@ -1,6 +1,8 @@
 """A run small enough for a test: a few images of the sample data and a model of two tied blocks."""
 
+import gzip
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,6 +17,7 @@ from sret_scale.model import SReTConfig, StageConfig
 from sret_scale.train.config import EngineConfig, OptimConfig, RunConfig, TrainConfig, to_yaml
 
 ROOT = Path(__file__).parents[1]
+NUM_IMAGES = 128
 
 TINY_MODEL = SReTConfig(
     stages=(
@@ -29,10 +32,17 @@ TINY_MODEL = SReTConfig(
 
 
 def tiny_shards(folder: Path) -> Path:
-    """The first 96 test images of the sample data as `folder/train` and `folder/test`."""
-    sample = Path(str(files("data_pipelines") / "sample" / "fashion_mnist"))
+    """128 images of the sample data as shards in `folder/train` and `folder/test`, cut from its IDX files."""
+    sample = files("data_pipelines") / "sample" / "fashion_mnist"
+    source = folder / "idx"
+    source.mkdir()
+    for kind, header_bytes, item_bytes in (("images-idx3", 16, 28 * 28), ("labels-idx1", 8, 1)):
+        content = gzip.decompress((sample / f"t10k-{kind}-ubyte.gz").read_bytes())
+        header = content[:4] + NUM_IMAGES.to_bytes(4, "big") + content[8:header_bytes]
+        (source / f"t10k-{kind}-ubyte").write_bytes(header + content[header_bytes:][: NUM_IMAGES * item_bytes])
+    shutil.copy(str(sample / "classes.txt"), source)
     for split in ("train", "test"):
-        write_shards(WriteConfig(kind="idx", source=sample, split="test", shard_samples=500), folder / split)
+        write_shards(WriteConfig(kind="idx", source=source, split="test", shard_samples=50), folder / split)
     return folder
 
 

@@ -78,16 +78,22 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
+def saved_buffers(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The buffers that belong to a module's state by name, live; constants that it can make again are left out."""
+    saved = module.state_dict().keys()
+    return {name: buffer for name, buffer in module.named_buffers() if name in saved}
+
+
 @torch.no_grad()
 def average_buffers(module: torch.nn.Module) -> None:
-    """Replace every floating-point buffer (BatchNorm's running statistics) by its mean over the ranks.
+    """Replace every saved floating-point buffer (BatchNorm's running statistics) by its mean over the ranks.
 
     The update of a running mean is linear, so averaging after every step gives the statistics of the global batch's
     means, and all ranks hold the same bits: evaluation, EMA and checkpoints need no rank of their own.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
-    buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
+    buffers = [buffer for buffer in saved_buffers(module).values() if buffer.is_floating_point()]
     if not buffers:
         return
     flat = torch.cat([buffer.flatten() for buffer in buffers])

@@ -22,7 +22,7 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
-from sret_scale.train.distributed import COLLECTIVE_TIMEOUT, Ranks
+from sret_scale.train.distributed import COLLECTIVE_TIMEOUT, Ranks, saved_buffers
 
 ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -119,7 +119,7 @@ class Engine:
         parameters = {
             name: getattr(value, "ds_tensor", value).detach() for name, value in self.model.named_parameters()
         }
-        return parameters | dict(self.model.named_buffers())
+        return parameters | saved_buffers(self.model)
 
     def weights(self) -> dict[str, Tensor]:
         """Whole copies of every parameter and buffer by name; all ranks must call it."""

@@ -60,15 +60,15 @@ def _sret() -> RunConfig:
 def _demo(model: str, *, total_images: int, learning_rate: float, micro_batch_size: int = 32) -> RunConfig:
     return RunConfig(
         model=preset(model),
-        data=DataConfig(crop="padded", crop_padding=2, eval_crop_rate=1.0, workers=1),
+        data=DataConfig(crop="padded", crop_padding=1, eval_crop_rate=1.0, workers=1),
         augment=AugmentConfig(randaugment_ops=0, erase_rate=0.0, mixup_alpha=0.0, cutmix_alpha=0.0),
         memory=MemoryConfig(schedule="none"),
         optim=OptimConfig(
             learning_rate=learning_rate,
             batch_scaling="none",
             warmup_images=total_images // 20,
-            weight_decay=0.05,
-            ema_horizon_images=4_000,
+            weight_decay=0.1,
+            ema_horizon_images=1_500,
         ),
         train=TrainConfig(
             total_images=total_images,
@@ -91,18 +91,18 @@ RECIPES = {
         "batch / 512. Published: SReT-T 76.0 %, S 81.9 % top-1.",
     ),
     "demo_teacher": Recipe(
-        config=_demo("demo_teacher", total_images=30_000, learning_rate=1e-3),
+        config=_demo("demo_teacher", total_images=40_000, learning_rate=2e-3),
         about="A wider model without recursion on the sample images: two to three minutes on two CPU cores.",
     ),
     "demo_student_108": Recipe(
         config=replace(
-            _demo("demo_student_108", total_images=26_000, learning_rate=1.5e-3),
+            _demo("demo_student_108", total_images=26_000, learning_rate=2e-3),
             memory=MemoryConfig(schedule="segments"),
         ),
         about="108 applications of 10 blocks, distilled from the demo's teacher.",
     ),
     "demo_control_20": Recipe(
-        config=_demo("demo_control_20", total_images=26_000, learning_rate=1.5e-3),
+        config=_demo("demo_control_20", total_images=26_000, learning_rate=2e-3),
         about="The same 10 blocks at the published 2 loops, same teacher and number of images.",
     ),
 }

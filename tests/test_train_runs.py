@@ -1,0 +1,236 @@
+"""Whole runs through the command line: two ranks, killed, stopped, continued, and every bad input a user may give."""
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from sret_scale.memory import MemoryConfig
+from sret_scale.train.checkpoint import list_checkpoints, read_state, verify_checkpoint
+from tests.tiny import NUM_IMAGES, TINY_MODEL, sret_scale, tiny_config, tiny_shards, write_config
+
+pytestmark = pytest.mark.multi_process
+
+Process = subprocess.Popen[str]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_shards(tmp_path_factory.mktemp("shards"))
+
+
+@pytest.fixture(scope="module")
+def untouched(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("untouched")
+    config = write_config(folder / "tiny.yaml", tiny_config(shards))
+    assert finish(sret_scale("train", config, "--run", folder / "run", cwd=folder)) == 0
+    return folder / "run"
+
+
+def finish(process: Process) -> int:
+    out, error = process.communicate(timeout=240)
+    print(out, error)
+    return process.returncode
+
+
+def wait_for_images(run: Path, images: int, process: Process) -> None:
+    """Returns when the run has logged a step at or beyond `images`."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()
+        metrics = run / "metrics.jsonl"
+        if metrics.exists() and any(line["images"] >= images for line in complete_lines(metrics)):
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"no step at {images} images within two minutes")
+
+
+def complete_lines(metrics: Path) -> list[dict[str, float]]:
+    text = metrics.read_text()
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def rank_processes(process: Process) -> list[psutil.Process]:
+    tree = psutil.Process(process.pid).children(recursive=True)
+    return [child for child in tree if "sret_scale.train.node.rank" in child.cmdline() and child.children() == []]
+
+
+def hashes(run: Path) -> dict[str, str]:
+    """SHA-256 of weights, optimiser and average in a run's last checkpoint, and its data position."""
+    newest = list_checkpoints(run / "checkpoints")[0]
+    verify_checkpoint(newest)
+    files = json.loads((newest / "manifest.json").read_text())["files"]
+    return {name: files[name]["sha256"] for name in files if name.endswith("safetensors")} | {
+        "loader": read_state(newest)["loader"]
+    }
+
+
+def test_a_run_leaves_what_its_readers_need(untouched: Path) -> None:
+    lines = complete_lines(untouched / "metrics.jsonl")
+    kinds = [line["kind"] for line in lines]
+    assert kinds.count("train") == 16 and kinds.count("eval") == 2 and kinds.count("memory") == 1
+    assert [line["images"] for line in lines if line["kind"] == "train"] == list(range(32, 513, 32))
+    assert {line["num_samples"] for line in lines if line["kind"] == "eval"} == {NUM_IMAGES}
+    assert json.loads((untouched / "status.json").read_text())["state"] == "finished"
+    assert json.loads((untouched / "environment.json").read_text())["world_size"] == 2
+    assert json.loads((untouched / "model.json").read_text())["applications"] == TINY_MODEL.num_applications
+    assert len(list_checkpoints(untouched / "checkpoints")) == 2
+
+
+def test_a_finished_run_is_not_run_again(untouched: Path, shards: Path) -> None:
+    before = (untouched / "metrics.jsonl").read_bytes()
+    process = sret_scale("train", untouched / "config.yaml", cwd=untouched)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "is finished" in out
+    assert (untouched / "metrics.jsonl").read_bytes() == before
+
+
+def test_killed_five_times_ends_with_the_weights_of_a_run_left_alone(
+    untouched: Path, shards: Path, tmp_path: Path
+) -> None:
+    config = write_config(tmp_path / "tiny.yaml", tiny_config(shards))
+    run, chance = tmp_path / "run", random.Random(5)
+    for kill in range(5):
+        process = sret_scale("train", config, "--run", run, cwd=tmp_path)
+        wait_for_images(run, 32 + 96 * kill + 32 * chance.randrange(3), process)
+        time.sleep(chance.random() * 0.05)
+        victims = rank_processes(process)
+        chance.choice(victims).kill() if victims else process.kill()
+        out, error = process.communicate(timeout=120)
+        assert process.returncode != 0, out + error
+        assert error.strip().splitlines()[-1].startswith("error: "), error
+    assert finish(sret_scale("train", config, "--run", run, cwd=tmp_path)) == 0
+    assert hashes(run) == hashes(untouched)
+    assert [line["kind"] for line in complete_lines(run / "metrics.jsonl")].count("restart") >= 3
+
+
+def test_sigterm_saves_and_the_same_command_continues_to_the_same_weights(
+    untouched: Path, shards: Path, tmp_path: Path
+) -> None:
+    # No checkpoint is due in between, so the one that is found is the signal's.
+    config = write_config(tmp_path / "tiny.yaml", tiny_config(shards), checkpoint_interval_images=0)
+    run = tmp_path / "run"
+    process = sret_scale("train", config, "--run", run, cwd=tmp_path)
+    wait_for_images(run, 160, process)
+    asked = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    assert finish(process) == 85
+    assert time.monotonic() - asked < 15
+    assert json.loads((run / "status.json").read_text())["state"] == "stopped"
+    assert 160 <= read_state(list_checkpoints(run / "checkpoints")[0])["images"] < 512
+    assert finish(sret_scale("train", config, "--run", run, cwd=tmp_path)) == 0
+    assert hashes(run) == hashes(untouched)
+
+
+def test_another_recomputation_schedule_changes_no_bit(untouched: Path, shards: Path, tmp_path: Path) -> None:
+    config = replace(tiny_config(shards), memory=MemoryConfig(schedule="binomial", slots=1))
+    file = write_config(tmp_path / "tiny.yaml", config)
+    assert finish(sret_scale("train", file, "--run", tmp_path / "run", cwd=tmp_path)) == 0
+    assert hashes(tmp_path / "run") == hashes(untouched)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
+    untouched: Path, shards: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(untouched, run)
+    newest = list_checkpoints(run / "checkpoints")[0]
+    content = bytearray((newest / "weights.safetensors").read_bytes())
+    content[-5] ^= 1
+    (newest / "weights.safetensors").write_bytes(content)
+    (run / "status.json").unlink()
+    process = sret_scale("train", run / "config.yaml", cwd=tmp_path)
+    out, error = process.communicate(timeout=120)
+    assert process.returncode == 0, error
+    assert f"checkpoint passed over: {newest / 'weights.safetensors'}: expected sha256" in out
+    assert hashes(run) == hashes(untouched)
+
+
+def test_another_architecture_is_refused(untouched: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(untouched, run)
+    (run / "status.json").unlink()
+    (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("num_loops: 3", "num_loops: 4"))
+    process = sret_scale("train", run / "config.yaml", cwd=tmp_path)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 2
+    last = error.strip().splitlines()[-1]
+    assert "another architecture" in last and "stages.0.num_loops: 3 -> 4" in last
+
+
+def test_loss_that_is_not_a_number_ends_the_run_before_it_is_saved(shards: Path, tmp_path: Path) -> None:
+    config = tiny_config(shards)
+    config = replace(config, optim=replace(config.optim, learning_rate=1e30, warmup_images=0))
+    file = write_config(tmp_path / "tiny.yaml", config)
+    process = sret_scale("train", file, "--run", tmp_path / "run", cwd=tmp_path)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "is nan at step" in error.strip().splitlines()[-1]
+    assert list_checkpoints(tmp_path / "run" / "checkpoints") == []
+
+
+def test_evaluate_repeats_the_number_of_the_run(untouched: Path) -> None:
+    logged = {
+        line["weights"]: line["top1"] for line in complete_lines(untouched / "metrics.jsonl") if line["kind"] == "eval"
+    }
+    for weights, top1 in logged.items():
+        process = sret_scale("evaluate", untouched, "--weights", str(weights), "--json", cwd=untouched)
+        out, error = process.communicate(timeout=60)
+        assert process.returncode == 0, error
+        assert json.loads(out)["top1"] == pytest.approx(top1, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sret_x"], "no recipe or model preset 'sret_x'"),
+        (["sret_t", "optim.lr=1"], "unknown key 'optim.lr'"),
+        (["missing.yaml"], "missing.yaml"),
+        (["sret_t"], "shards/imagenet/train"),
+        (["TINY", "data.train_folder=EMPTY"], "EMPTY"),
+        (["TINY", "model.num_classes=7"], "have 10 classes, the model has 7"),
+        (["TINY", "model.image_size=40"], "groups"),
+        (["TINY", "train.global_batch_size=33"], "is not a multiple of train.micro_batch_size"),
+        (["TINY", "train.global_batch_size=2048", "train.micro_batch_size=1024"], "fewer than one global batch"),
+        (["TINY", "train.total_images=8"], "less than one global batch"),
+        (["TINY", "engine.ds_config=zero9"], "zero9"),
+        (["TINY", "distill.teacher=run:nowhere"], "nowhere is not a run folder"),
+        (["TINY", "distill.teacher=tim:resnet50"], "tim"),
+        (["TINY", "--hostfile", "missing_hosts"], "missing_hosts"),
+        (["TINY", "--run", "/proc/no"], "/proc/no"),
+    ],
+)
+def test_bad_input_is_one_clear_line_before_anything_starts(
+    shards: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    tiny = write_config(tmp_path / "tiny.yaml", tiny_config(shards))
+    (tmp_path / "EMPTY").mkdir()
+    process = sret_scale("train", *(str(tiny) if word == "TINY" else word for word in arguments), cwd=tmp_path)
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == 2, out + error
+    assert error.startswith("error: ") and message in error and len(error.strip().splitlines()) <= 2
+    assert "Traceback" not in error and not (tmp_path / "runs").exists()
+
+
+def test_a_run_of_another_configuration_is_refused(untouched: Path) -> None:
+    process = sret_scale("train", untouched / "config.yaml", "train.seed=3", "--run", untouched, cwd=untouched)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "train.seed: 0 -> 3" in error and "--fresh" in error
+
+
+def test_dry_run_prints_command_and_configuration_and_starts_nothing(shards: Path, tmp_path: Path) -> None:
+    tiny = write_config(tmp_path / "tiny.yaml", tiny_config(shards))
+    process = sret_scale("train", tiny, "train.seed=11", "--dry-run", cwd=tmp_path)
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == 0, error
+    assert "deepspeed.launcher.launch" in out and "seed: 11" in out
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.yaml"]
