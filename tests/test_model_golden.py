@@ -1,10 +1,12 @@
 """The model against the published code's outputs, and the anchors of the published table."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from sret_scale import cli
 from sret_scale.model import PRESETS, describe, preset
 from tests import parity
 
@@ -51,6 +53,37 @@ def test_published_table_is_reproduced(name: str, parameters: int | None, gmacs:
     assert parameters in (None, counts["parameters"])
     digits = len(str(gmacs).partition(".")[2])
     assert round(counts["macs_published"] / 1e9, digits) == gmacs
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "macs"),
+    [
+        ("sret_t_108", 8_966_715, 6_140_180_224),
+        ("sret_t_167", 13_053_558, 9_308_092_160),
+        ("sret_t_300", 8_250_919, 16_783_864_576),
+        ("sret_t_1000", 14_178_796, 57_941_481_216),
+        ("sret_t_1000_shared", 4_690_905, 57_941_481_216),
+        ("sret_s_108", 23_960_456, 22_067_837_064),
+        ("sret_s_300", 16_787_002, 60_469_277_400),
+        ("sret_s_1000", 17_452_282, 205_113_008_520),
+        ("demo_student_108", 2_103_498, 85_753_024),
+        ("demo_control_20", 1_038_490, 16_267_200),
+        ("demo_teacher", 2_952_370, 28_861_568),
+    ],
+)
+def test_other_presets_have_their_expected_counts(name: str, parameters: int, macs: int) -> None:
+    counts = describe(preset(name))
+    assert (counts["parameters"], counts["macs"]) == (parameters, macs)
+
+
+def test_describe_prints_the_three_measures_of_depth(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["describe", "sret_t_167", "--json"]) == 0
+    counts = json.loads(capsys.readouterr().out)
+    assert (counts["applications"], counts["residual_sublayers"], counts["weight_layers"]) == (167, 501, 1002)
+    assert cli.main(["describe", "sret_t", "--image-size", "384"]) == 0
+    assert "sret_t at 384 x 384" in capsys.readouterr().out
+    assert cli.main(["describe", "sret_t", "--image-size", "100"]) == 2
+    assert "error: stage 0: 8 groups do not divide 169 tokens" in capsys.readouterr().err
 
 
 def test_every_deep_preset_has_the_depth_in_its_name() -> None:

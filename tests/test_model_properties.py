@@ -119,11 +119,11 @@ def test_the_operations_differentiate_like_autograd(scheme: str, mask_rate: floa
     gain_size = width if scheme == "layerscale" else 1
     shapes = [(batch, tokens, width), (width,), (width,), (hidden, width), (hidden,), (width, hidden), (width,)]
     leaves = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in [*shapes, (1,), (gain_size,)]]
-    mask_B = None if mask_rate == 0.0 else torch.tensor([0.0, 2.0, 2.0], dtype=torch.float64)
+    mask = None if mask_rate == 0.0 else torch.tensor([0.0, 2.0, 2.0], dtype=torch.float64).view(3, 1, 1)
 
     def run(operations: Any) -> Tensor:
         x, norm, norm_bias, weight1, bias1, weight2, bias2, alpha, gain = leaves
-        kwargs = {"alpha": None if scheme == "rezero" else alpha, "gain_R": gain, "mask_B": mask_B}
+        kwargs = {"alpha": None if scheme == "rezero" else alpha, "gain_R": gain, "mask": mask}
         a = operations.norm_linear(x, norm, norm_bias, weight1, bias1)
         x = operations.project_residual(x, a, weight2, bias2, **kwargs)
         return operations.feed_forward_residual(x, (norm, norm_bias), (weight1, bias1), (weight2, bias2), **kwargs)

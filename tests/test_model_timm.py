@@ -85,7 +85,5 @@ def test_a_published_checkpoint_is_read() -> None:
 def test_what_the_model_does_not_have_is_refused() -> None:
     with pytest.raises(ValueError, match="square"):
         timm.create_model("sret_t", img_size=(224, 192))
-    with pytest.raises(ValueError, match="no dropout"):
-        timm.create_model("sret_t", drop_rate=0.1)
     with pytest.raises(ValueError, match="pools by average"):
         timm.create_model("sret_t", global_pool="max")

@@ -102,6 +102,7 @@ class SReTConfig:
     """A whole model. `stem_strides` are those of the three stem convolutions; a pooling halves the grid between stages.
 
     drop_path: the largest rate of stochastic depth, reached as published (`depth.drop_path_rates`).
+    dropout: rate behind the position tensor, the hidden layers and the branches, as in the reference (0 as published).
     permutation: "fixed" uses a table seeded by `permutation_seed` in evaluation and the step's seed in training;
         "random" draws anew from torch's global generator in every forward pass, as the reference does.
     group_fit: where a number of groups does not divide a stage's tokens, "exact" refuses the config and "nearest" takes
@@ -116,6 +117,7 @@ class SReTConfig:
     stem_strides: tuple[int, int, int] = (2, 2, 2)
     stem_norm: StemNorm = "batch"
     drop_path: float = 0.0
+    dropout: float = 0.0
     permutation: PermutationPolicy = "fixed"
     permutation_seed: int = 0
     group_fit: GroupFit = "exact"
@@ -131,8 +133,9 @@ class SReTConfig:
             raise ValueError(f"the first stage's width must be even for the stem, got {self.stages[0].width}")
         if len(self.stem_strides) != 3 or not set(self.stem_strides) <= {1, 2}:
             raise ValueError(f"stem_strides must be three of 1 or 2, got {self.stem_strides}")
-        if not 0.0 <= self.drop_path < 1.0:
-            raise ValueError(f"drop_path must be in [0, 1), got {self.drop_path}")
+        for name in ("drop_path", "dropout"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
         require_choice("permutation", self.permutation, PermutationPolicy)
         require_choice("group_fit", self.group_fit, GroupFit)
         require_choice("stem_norm", self.stem_norm, StemNorm)

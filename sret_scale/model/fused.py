@@ -5,6 +5,8 @@ whose only use is the gradient of the residual coefficient (it is `sum(dW * W)` 
 coefficient is folded into that projection). Products run in the autocast dtype, the stream and all sums in its own.
 `plain` holds the same functions as autograd writes them.
 
+A mask is (B, 1, 1) for stochastic depth or (B, N, D) for dropout: factors of the branch, already scaled.
+
 Shape letters: B batch, N tokens, D width, F hidden or output channels, R one or D residual coefficients.
 """
 
@@ -33,11 +35,11 @@ def project_residual(
     *,
     alpha: Tensor | None,
     gain_R: Tensor | None,
-    mask_B: Tensor | None,
+    mask: Tensor | None,
 ) -> Tensor:
     """`alpha * x + mask * gain * (a @ weight.T + bias)`; None for alpha, gain or mask is 1."""
     return _ProjectResidual.apply(  # type: ignore[no-untyped-call]
-        x_BND, a_BNF, weight_DF, bias_D, alpha, gain_R, mask_B
+        x_BND, a_BNF, weight_DF, bias_D, alpha, gain_R, mask
     )
 
 
@@ -49,11 +51,11 @@ def feed_forward_residual(
     *,
     alpha: Tensor | None,
     gain_R: Tensor | None,
-    mask_B: Tensor | None,
+    mask: Tensor | None,
 ) -> Tensor:
     """`alpha * x + mask * gain * fc2(gelu(fc1(norm(x))))`; each layer is its (weight, bias)."""
     return _FeedForwardResidual.apply(  # type: ignore[no-untyped-call]
-        x_BND, *norm, *fc1, *fc2, alpha, gain_R, mask_B
+        x_BND, *norm, *fc1, *fc2, alpha, gain_R, mask
     )
 
 
@@ -155,7 +157,7 @@ def _residual(
         weight, bias = gain[:, None] * weight, gain * bias
     branch = _linear(a, weight, bias, dtype).to(x.dtype)
     if mask is not None:
-        branch *= mask[:, None, None]
+        branch *= mask
     return branch.add_(x) if alpha is None else branch.addcmul_(x, alpha)
 
 
@@ -164,7 +166,7 @@ def _projection_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of a, weight, bias and gain of `mask * gain * (a @ weight.T + bias)`."""
     if mask is not None:
-        grad = grad * mask[:, None, None]
+        grad = grad * mask
     summed = grad.flatten(0, 1).sum(dim=0)
     grad = grad.to(dtype)
     product = _weight_gradient(grad, a.to(dtype), weight.dtype)

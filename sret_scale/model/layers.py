@@ -4,6 +4,7 @@ Shape letters: B batch, N tokens, D width, H heads, K head width, G groups, L to
 """
 
 import types
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,8 @@ from sret_scale.model.depth import BranchScale, branch_scales, post_norm, resolv
 from sret_scale.model.fused import NORM_EPS
 
 Affine = tuple[Tensor, Tensor]
+# From a shape to the next dropout mask of a call (`noise.Dropout`).
+Draw = Callable[[Sequence[int]], Tensor]
 
 
 def operations() -> types.ModuleType:
@@ -41,14 +44,16 @@ class LearnableResidual(nn.Module):
             torch.full((stage.width if scale.per_channel else 1,), scale.init)
         )
 
-    def coefficients(self, x_BND: Tensor, mask_B: Tensor | None) -> dict[str, Tensor | None]:
-        """Keyword arguments of the operations: alpha and gain_R (None is 1), and the mask of stochastic depth."""
+    def coefficients(self, x_BND: Tensor, mask: Tensor | None, draw: Draw | None) -> dict[str, Tensor | None]:
+        """Keyword arguments of the operations: alpha, gain_R, and the masks of stochastic depth and dropout in one."""
         alpha: Tensor | None = self.alpha
         if self.stream_constant != 1.0:
             constant = x_BND.new_full((1,), self.stream_constant)
             alpha = constant if alpha is None else alpha * constant
+        if draw is not None:
+            mask = draw(x_BND.shape) if mask is None else mask * draw(x_BND.shape)
         gain_R = None if self.beta is None else self.beta * self.multiplier
-        return {"alpha": alpha, "gain_R": gain_R, "mask_B": mask_B}
+        return {"alpha": alpha, "gain_R": gain_R, "mask": mask}
 
 
 class Attention(nn.Module):
@@ -81,14 +86,21 @@ class FeedForward(nn.Module):
         self.inner_norm = nn.LayerNorm(hidden_width, eps=NORM_EPS) if stage.norm_placement == "subln" else None
 
     def residual(
-        self, x_BND: Tensor, norm: Affine | None, fc1: Affine, coefficients: dict[str, Tensor | None]
+        self,
+        x_BND: Tensor,
+        norm: Affine | None,
+        fc1: Affine,
+        coefficients: dict[str, Tensor | None],
+        draw: Draw | None,
     ) -> Tensor:
         """The stream after the sub-layer; norm None leaves the input as it is (a norm follows the residual)."""
         fc2 = (self.fc2.weight, self.fc2.bias)
-        if norm is not None and self.inner_norm is None:
+        if norm is not None and self.inner_norm is None and draw is None:
             return operations().feed_forward_residual(x_BND, norm, fc1, fc2, **coefficients)
         hidden_BNF = F.linear(x_BND, *fc1) if norm is None else operations().norm_linear(x_BND, *norm, *fc1)
         a_BNF = F.gelu(hidden_BNF)
+        if draw is not None:
+            a_BNF = a_BNF * draw(a_BNF.shape)
         if self.inner_norm is not None:
             a_BNF = self.inner_norm(a_BNF)
         return operations().project_residual(x_BND, a_BNF, *fc2, **coefficients)
@@ -109,9 +121,11 @@ class Block(nn.Module):
         self.residual2 = LearnableResidual(stage, scale)
         self.conditioning = conditioning(stage)
 
-    def forward(self, x_BND: Tensor, loop: int, groups: int, masks_2B: Tensor | None = None) -> Tensor:
-        """The stream after one use of the block; masks_2B scales both branches of each sample."""
-        mask1_B, mask2_B = (None, None) if masks_2B is None else masks_2B
+    def forward(
+        self, x_BND: Tensor, loop: int, groups: int, masks: Tensor | None = None, draw: Draw | None = None
+    ) -> Tensor:
+        """The stream after one use of the block; masks (2, B, 1, 1) scales both branches of each sample."""
+        mask1, mask2 = (None, None) if masks is None else masks
         deltas = LoopDeltas() if self.conditioning is None else self.conditioning.deltas(loop)
         norm1, norm2 = self._norms(deltas)
         attention = self.attention
@@ -123,13 +137,13 @@ class Block(nn.Module):
             attention.mix(qkv_BNC, groups),
             attention.out.weight,
             attention.out.bias,
-            **self.residual1.coefficients(x_BND, mask1_B),
+            **self.residual1.coefficients(x_BND, mask1, draw),
         )
         if self.norms_after:
             x_BND = F.layer_norm(x_BND, x_BND.shape[-1:], *norm1, NORM_EPS)
         fc1 = _shifted(self.feed_forward.fc1, deltas.fc1)
         before = None if self.norms_after else norm2
-        x_BND = self.feed_forward.residual(x_BND, before, fc1, self.residual2.coefficients(x_BND, mask2_B))
+        x_BND = self.feed_forward.residual(x_BND, before, fc1, self.residual2.coefficients(x_BND, mask2, draw), draw)
         return F.layer_norm(x_BND, x_BND.shape[-1:], *norm2, NORM_EPS) if self.norms_after else x_BND
 
     def _norms(self, deltas: LoopDeltas) -> tuple[Affine, Affine]:
@@ -152,10 +166,10 @@ class NonLinearProjection(nn.Module):
         self.feed_forward = FeedForward(stage, stage.projection_hidden_width)
         self.residual = LearnableResidual(stage, scale)
 
-    def forward(self, x_BND: Tensor) -> Tensor:
+    def forward(self, x_BND: Tensor, draw: Draw | None = None) -> Tensor:
         fc1 = (self.feed_forward.fc1.weight, self.feed_forward.fc1.bias)
         before = None if self.norms_after else (self.norm.weight, self.norm.bias)
-        x_BND = self.feed_forward.residual(x_BND, before, fc1, self.residual.coefficients(x_BND, None))
+        x_BND = self.feed_forward.residual(x_BND, before, fc1, self.residual.coefficients(x_BND, None, draw), draw)
         return self.norm(x_BND) if self.norms_after else x_BND
 
 

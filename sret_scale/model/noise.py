@@ -5,6 +5,7 @@ Both are functions of a seed and a position, never of a global generator (unless
 """
 
 import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,12 +46,31 @@ class PermutationSource:
         return torch.rand(count, num_tokens, generator=generator, device=device).argsort(dim=1)
 
 
+@dataclass(frozen=True)
+class Dropout:
+    """Dropout of one application: the k-th mask of a call is a function of the seeds and k, so a re-run repeats it."""
+
+    rate: float
+    seeds: tuple[int, ...]
+
+    def masks(self, like: Tensor) -> Callable[[Sequence[int]], Tensor]:
+        """Starts a call: a function from a shape to the next mask of 0 and 1 / (1 - rate), on the device of `like`."""
+        generator = seeded_generator(like.device, *self.seeds)
+        keep = 1.0 - self.rate
+
+        def draw(shape: Sequence[int]) -> Tensor:
+            uniform = torch.rand(tuple(shape), generator=generator, device=like.device)
+            return (uniform < keep).to(like.dtype) / keep
+
+        return draw
+
+
 def drop_path_masks(rates: Tensor, batch: int, noise: Noise, stage_index: int) -> Tensor:
-    """(applications, 2, B) factors of the attention and feed-forward branches: 0, or 1 / (1 - rate) to keep the mean.
+    """(applications, 2, B, 1, 1) factors of attention and feed-forward: 0, or 1 / (1 - rate) to keep the mean.
 
     rates: (applications,) fp32, on the device where the masks are wanted.
     """
     generator = seeded_generator(rates.device, noise.sample_seed, stage_index)
-    uniform = torch.rand(len(rates), 2, batch, generator=generator, device=rates.device)
-    keep = 1.0 - rates[:, None, None]
+    uniform = torch.rand(len(rates), 2, batch, 1, 1, generator=generator, device=rates.device)
+    keep = 1.0 - rates[:, None, None, None, None]
     return (uniform < keep).float() / keep

@@ -22,14 +22,14 @@ def project_residual(
     *,
     alpha: Tensor | None,
     gain_R: Tensor | None,
-    mask_B: Tensor | None,
+    mask: Tensor | None,
 ) -> Tensor:
     """See `fused.project_residual`."""
     branch_BND = F.linear(a_BNF, weight_DF, bias_D)
     if gain_R is not None:
         branch_BND = branch_BND * gain_R
-    if mask_B is not None:
-        branch_BND = branch_BND * mask_B[:, None, None]
+    if mask is not None:
+        branch_BND = branch_BND * mask
     return (x_BND if alpha is None else x_BND * alpha) + branch_BND
 
 
@@ -41,8 +41,8 @@ def feed_forward_residual(
     *,
     alpha: Tensor | None,
     gain_R: Tensor | None,
-    mask_B: Tensor | None,
+    mask: Tensor | None,
 ) -> Tensor:
     """See `fused.feed_forward_residual`."""
     a_BNF = F.gelu(norm_linear(x_BND, *norm, *fc1))
-    return project_residual(x_BND, a_BNF, *fc2, alpha=alpha, gain_R=gain_R, mask_B=mask_B)
+    return project_residual(x_BND, a_BNF, *fc2, alpha=alpha, gain_R=gain_R, mask=mask)

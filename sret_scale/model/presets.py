@@ -3,10 +3,11 @@
 Bare names are the published defaults; a suffix first says the slicing, then the resolution (`sret_t_no_slice_384`).
 """
 
+import difflib
 from dataclasses import replace
 from typing import Any
 
-from sret_scale.model.config import ProjectionPolicy, SReTConfig, StageConfig
+from sret_scale.model.config import ConditioningKind, ProjectionPolicy, SReTConfig, StageConfig
 
 # Paper, table 1: groups of (first loop, later loops) in the three stages.
 SLICINGS: dict[str, tuple[tuple[int, ...], ...]] = {
@@ -22,15 +23,16 @@ SIZES: dict[str, tuple[tuple[int, int, int], tuple[int, int, int], float, float,
     "sret_s": ((126, 252, 504), (3, 6, 12), 3.0, 2.0, 0.2),
 }
 
-# Name -> size, loops per stage, projection policy. The number in the name counts applications.
-DEEP: dict[str, tuple[str, tuple[int, int, int], ProjectionPolicy]] = {
-    "sret_t_108": ("sret_t", (12, 12, 8), "per_application"),
-    "sret_t_167": ("sret_t", (17, 17, 16), "per_application"),  # 1000 weight layers, in the published policy
-    "sret_t_300": ("sret_t", (30, 33, 25), "per_loop"),
-    "sret_t_1000": ("sret_t", (115, 130, 40), "per_loop"),
-    "sret_s_108": ("sret_s", (12, 12, 8), "per_loop"),
-    "sret_s_300": ("sret_s", (30, 33, 25), "per_block"),
-    "sret_s_1000": ("sret_s", (115, 130, 40), "per_block"),
+# Name -> size, loops per stage, projection policy, conditioning. The number in the name counts applications.
+DEEP: dict[str, tuple[str, tuple[int, int, int], ProjectionPolicy, ConditioningKind]] = {
+    "sret_t_108": ("sret_t", (12, 12, 8), "per_application", "none"),
+    "sret_t_167": ("sret_t", (17, 17, 16), "per_application", "none"),  # 1000 weight layers, in the published policy
+    "sret_t_300": ("sret_t", (30, 33, 25), "per_loop", "none"),
+    "sret_t_1000": ("sret_t", (115, 130, 40), "per_loop", "none"),
+    "sret_t_1000_shared": ("sret_t", (115, 130, 40), "per_block", "norm_per_loop"),
+    "sret_s_108": ("sret_s", (12, 12, 8), "per_loop", "none"),
+    "sret_s_300": ("sret_s", (30, 33, 25), "per_block", "norm_per_loop"),
+    "sret_s_1000": ("sret_s", (115, 130, 40), "per_block", "norm_per_loop"),
 }
 
 
@@ -83,8 +85,8 @@ def _presets() -> dict[str, SReTConfig]:
                 continue  # 14 groups do not divide the 24 x 24 and 32 x 32 tokens of stage 2 at 384 and 512 pixels
             for image_size in (384, 512):
                 table[f"{size}{slicing}_{image_size}"] = replace(config, image_size=image_size)
-    for name, (size, loops, projections) in DEEP.items():
-        table[name] = _published(size, "", loops, projections=projections)
+    for name, (size, loops, projections, conditioning) in DEEP.items():
+        table[name] = _published(size, "", loops, projections=projections, conditioning=conditioning)
     demo_groups = ((7, 1), (4, 2), (1,))
     table["demo_student_108"] = _demo((32, 64, 128), (12, 12, 8), demo_groups)
     table["demo_control_20"] = _demo((32, 64, 128), (2, 2, 2), demo_groups)
@@ -98,8 +100,6 @@ PRESETS: dict[str, SReTConfig] = _presets()
 def preset(name: str, **overrides: Any) -> SReTConfig:
     """The config of that name, with fields of `SReTConfig` replaced; ValueError names the closest preset."""
     if name not in PRESETS:
-        import difflib
-
         close = difflib.get_close_matches(name, PRESETS, n=1)
         hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(PRESETS)}"
         raise ValueError(f"no preset is called {name!r}; {hint}")

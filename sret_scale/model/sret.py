@@ -18,7 +18,7 @@ from sret_scale.model.config import SReTConfig
 from sret_scale.model.depth import resolved_scheme, resolved_skip
 from sret_scale.model.fused import NORM_EPS
 from sret_scale.model.layers import pooling
-from sret_scale.model.noise import Noise
+from sret_scale.model.noise import Dropout, Noise
 from sret_scale.model.stage import Stage
 from sret_scale.model.stem import Stem
 
@@ -75,6 +75,8 @@ class SReT(nn.Module):
                 f"this model takes images of shape (batch, {channels}, {size}, {size}), got {tuple(images_BCHW.shape)}"
             )
         x_BCHW = self.stem(images_BCHW) + self.position
+        if self.training and noise is not None and self.config.dropout:
+            x_BCHW = x_BCHW * Dropout(self.config.dropout, (noise.sample_seed,)).masks(x_BCHW)(x_BCHW.shape)
         for index, stage in enumerate(self.stages):
             if index:
                 x_BCHW = self.pools[index - 1](x_BCHW)

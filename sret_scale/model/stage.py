@@ -16,7 +16,7 @@ from sret_scale.model.conditioning import InputInjection
 from sret_scale.model.config import SReTConfig
 from sret_scale.model.depth import Slot, application_slots, drop_path_rates, num_projections
 from sret_scale.model.layers import Block, NonLinearProjection
-from sret_scale.model.noise import Noise, PermutationSource, drop_path_masks
+from sret_scale.model.noise import Dropout, Noise, PermutationSource, drop_path_masks
 from sret_scale.model.permutation import TokenOrder, reorder_tokens
 
 
@@ -26,7 +26,7 @@ class Application:
 
     Everything random was drawn when the chain was built, so calling it again on the same input gives the same bits.
     gather, scatter: (N,) relative order of the tokens and its inverse, or None to leave them as they lie.
-    masks: (2, B) factors of both branches per sample (stochastic depth).
+    masks: (2, B, 1, 1) factors of both branches per sample (stochastic depth).
     autocast: the mode of the pass that built the chain; a re-run in the backward pass enters it again. The weight
         cache is off: with it, gradients of many uses of a weight are summed in bf16 (20 % error at 1000 uses against
         0.5 %).
@@ -41,6 +41,7 @@ class Application:
     masks: Tensor | None
     autocast: Callable[[], contextlib.AbstractContextManager[object]]
     injected: bool
+    dropout: Dropout | None
 
     def __call__(self, x_BND: Tensor) -> Tensor:
         with self.autocast():
@@ -57,8 +58,9 @@ class Application:
         return reorder_tokens(x_BND, self.gather, self.scatter)
 
     def _transform(self, x_BND: Tensor) -> Tensor:
-        x_BND = self.block(x_BND, self.slot.loop, self.slot.groups, self.masks)
-        return x_BND if self.projection is None else self.projection(x_BND)
+        draw = None if self.dropout is None else self.dropout.masks(x_BND)
+        x_BND = self.block(x_BND, self.slot.loop, self.slot.groups, self.masks, draw)
+        return x_BND if self.projection is None else self.projection(x_BND, draw)
 
     def parameters(self) -> tuple[nn.Parameter, ...]:
         """Every parameter that a call reads."""
@@ -81,6 +83,7 @@ class Stage(nn.Module):
         stage = config.stages[index]
         self.index = index
         self.slots = application_slots(config, index)
+        self.dropout = config.dropout
         self.injected = stage.conditioning in ("input_add", "input_gated")
         self.drop_path_rates = [drop_path_rates(config)[index][slot.block] for slot in self.slots]
         self.blocks = nn.ModuleList(Block(stage) for _ in range(stage.num_blocks))
@@ -126,6 +129,9 @@ class Stage(nn.Module):
                     masks=None if masks is None else masks[position],
                     autocast=autocast,
                     injected=self.injected,
+                    dropout=Dropout(self.dropout, (noise.sample_seed, self.index, position))
+                    if self.training and noise is not None and self.dropout
+                    else None,
                 )
             )
         return applications

@@ -30,9 +30,7 @@ class TimmSReT(SReT):
         global_pool: str = "avg",
     ) -> None:
         """num_classes 0 leaves the head out; drop_path_rate None is the preset's. ValueError for what SReT has not."""
-        if drop_rate:
-            raise ValueError(f"SReT has no dropout, got drop_rate {drop_rate}: use drop_path_rate")
-        overrides: dict[str, Any] = {"num_classes": max(num_classes, 1), "in_channels": in_chans}
+        overrides: dict[str, Any] = {"num_classes": max(num_classes, 1), "in_channels": in_chans, "dropout": drop_rate}
         if img_size is not None:
             overrides["image_size"] = _square(img_size)
         if drop_path_rate is not None:

@@ -1,0 +1,107 @@
+"""Randomness in training, and the norms of the stem."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from sret_scale.model import Application, Noise, SReT, SReTConfig, StageConfig
+from sret_scale.model.depth import drop_path_rates
+from sret_scale.model.noise import drop_path_masks
+from sret_scale.model.stem import SyncBatchNorm, stem_norm
+
+STAGE = StageConfig(width=8, num_heads=2, num_blocks=2, num_loops=3, groups=(4, 2), mlp_ratio=1.5)
+CONFIG = SReTConfig(stages=(STAGE,), image_size=16, num_classes=5, stem_strides=(2, 1, 1), drop_path=0.4, dropout=0.2)
+IMAGES_BCHW = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+def test_an_application_called_again_gives_the_same_bits() -> None:
+    torch.manual_seed(0)
+    model = SReT(CONFIG)
+    calls: list[tuple[Tensor, Tensor]] = []
+
+    def run_twice(applications: list[Application], x_BND: Tensor) -> Tensor:
+        for application in applications:
+            first, again = application(x_BND), application(x_BND)
+            calls.append((first, again))
+            x_BND = first
+        return x_BND
+
+    model.stages[0].run_chain = run_twice
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(IMAGES_BCHW, Noise(1, 2))
+    assert len(calls) == 6
+    assert all(torch.equal(first, again) for first, again in calls)
+
+
+def test_dropout_follows_the_sample_seed_and_is_off_in_evaluation() -> None:
+    torch.manual_seed(0)
+    model = SReT(replace(CONFIG, drop_path=0.0, stem_norm="layer"))
+    first = model(IMAGES_BCHW, Noise(1, 2))
+    assert torch.equal(first, model(IMAGES_BCHW, Noise(1, 2)))
+    assert not torch.equal(first, model(IMAGES_BCHW, Noise(1, 3)))
+    model.eval()
+    assert torch.equal(model(IMAGES_BCHW, Noise(1, 2)), model(IMAGES_BCHW, Noise(1, 3)))
+
+
+def test_drop_path_rates_are_the_published_ones() -> None:
+    (rates,) = drop_path_rates(CONFIG)
+    assert rates == pytest.approx((0.0, 0.4 / 6))
+
+
+def test_masks_drop_at_the_rate_and_keep_the_mean() -> None:
+    masks = drop_path_masks(torch.tensor([0.0, 0.25]), 20_000, Noise(0, 0), 0)
+    assert masks.shape == (2, 2, 20_000, 1, 1)
+    assert torch.equal(masks[0], torch.ones(2, 20_000, 1, 1))
+    assert float((masks[1] == 0).float().mean()) == pytest.approx(0.25, abs=0.01)
+    assert float(masks[1].mean()) == pytest.approx(1.0, abs=0.02)
+
+
+def test_a_dropped_sample_skips_the_block() -> None:
+    torch.manual_seed(0)
+    block = SReT(CONFIG).stages[0].blocks[0]
+    x_BND = torch.randn(2, 64, 8)
+    masks = torch.tensor([0.0, 1.0]).view(1, 2, 1, 1).expand(2, 2, 1, 1)
+    y_BND = block(x_BND, 0, 4, masks)
+    assert torch.equal(y_BND[0], x_BND[0])
+    torch.testing.assert_close(y_BND[1], block(x_BND, 0, 4)[1])
+
+
+def test_sync_batch_norm_alone_is_batch_norm() -> None:
+    torch.manual_seed(0)
+    mine, plain = SyncBatchNorm(4), torch.nn.BatchNorm2d(4)
+    x_BCHW = torch.randn(3, 4, 5, 5) * 3 + 2
+    torch.testing.assert_close(mine(x_BCHW), plain(x_BCHW))
+    torch.testing.assert_close(mine.state_dict(), plain.state_dict())
+    assert torch.equal(mine.eval()(x_BCHW), plain.eval()(x_BCHW)) or torch.allclose(mine(x_BCHW), plain(x_BCHW))
+
+
+def test_sync_batch_norm_over_ranks_is_batch_norm_of_the_whole_batch() -> None:
+    torch.manual_seed(0)
+    parts = [torch.randn(2, 4, 3, 3), torch.randn(4, 4, 3, 3) + 1]
+    whole = torch.nn.BatchNorm2d(4)
+    expected = whole(torch.cat(parts))
+    # Two ranks in one process: the other's sums are computed beside and added, in the order of the two reductions.
+    mean = torch.cat(parts).mean(dim=(0, 2, 3))
+
+    def sums(x: Tensor, order: int) -> Tensor:
+        if order == 0:
+            return torch.cat([x.sum(dim=(0, 2, 3)), torch.tensor([x.numel() / 4])])
+        return (x - mean[:, None, None]).square().sum(dim=(0, 2, 3))
+
+    found = []
+    for mine, other in (parts, parts[::-1]):
+        norm, order = SyncBatchNorm(4), iter((0, 1))
+        norm.all_reduce = lambda tensor, other=other, order=order: tensor + sums(other, next(order))  # type: ignore[misc]
+        found.append(norm(mine))
+        torch.testing.assert_close(norm.running_var, whole.running_var)
+    torch.testing.assert_close(torch.cat(found), expected)
+
+
+@pytest.mark.parametrize("channels", [8, 12])
+def test_sample_norms_do_not_depend_on_the_batch(channels: int) -> None:
+    x_BCHW = torch.randn(3, channels, 4, 4)
+    for kind in ("group", "layer"):
+        norm = stem_norm(kind, channels)
+        torch.testing.assert_close(norm(x_BCHW)[:1], norm(x_BCHW[:1]))
