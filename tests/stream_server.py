@@ -12,7 +12,7 @@ STALL_S = 3.0
 
 
 class Site:
-    """`faults[name]`: what the next requests for a file meet, of error, reset, short, stall, missing; then all is well."""
+    """`faults[name]`: what the next requests for it meet, of error, reset, short, stall, missing; then all is well."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -1,5 +1,6 @@
 """The loader on real tars: every sample once, exact resume on any topology, faults replaced and counted."""
 
+import contextlib
 import json
 import threading
 from collections.abc import Iterator
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -25,12 +27,19 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> TarShards:
 
 
 def _loader(
-    shards: TarShards, *, rank: int = 0, world_size: int = 1, micro: int = 4, accum: int = 1, **fields: Any
+    shards: TarShards,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    micro: int = 4,
+    accum: int = 1,
+    image_size: int = 6,
+    **fields: Any,
 ) -> TrainLoader:
     return TrainLoader(
         shards,
         DataConfig(**{**PLAIN, **fields}),
-        image_size=6,
+        image_size=image_size,
         seed=7,
         rank=rank,
         world_size=world_size,
@@ -210,3 +219,13 @@ def test_the_reader_keeps_few_files_open(tmp_path: Path) -> None:
         for index in order.tolist():
             reader.read(index)
             assert len(reader._open) <= 3
+
+
+def test_memory_does_not_grow_with_epochs(shards: TarShards) -> None:
+    """Fifty epochs of fifty images; a leak of one decoded image or batch an epoch would be seen."""
+    loader = _loader(shards, micro=50, crop="resized", image_size=96)
+    process, resident = psutil.Process(), []
+    with contextlib.closing(loader.steps(LoaderState())) as steps:
+        for _ in islice(steps, 50):
+            resident.append(process.memory_info().rss)
+    assert resident[-1] - resident[9] < 8 * 2**20
