@@ -1,6 +1,7 @@
 """Memory is chosen: schedules of recomputation, the engine that runs them, and the planner that picks one."""
 
 from sret_scale.memory.apply import apply_recomputation, apply_schedules
+from sret_scale.memory.chain import plan_chain
 from sret_scale.memory.config import SCHEDULES, MemoryConfig, schedule_for
 from sret_scale.memory.ledger import Ledger, account
 from sret_scale.memory.planner import Plan, plan_for, predict_activations, prepare_memory
@@ -16,6 +17,7 @@ __all__ = [
     "account",
     "apply_recomputation",
     "apply_schedules",
+    "plan_chain",
     "plan_for",
     "predict_activations",
     "prepare_memory",
