@@ -1,0 +1,41 @@
+"""`sret-scale slurm`: prints the batch file that runs a command on a Slurm cluster."""
+
+import argparse
+
+EXAMPLE = """example:
+  sret-scale slurm --nodes 4 --gpus 8 --cpus 96 --time 1-00:00:00 -- train sret_t_1000 data.train_folder=shards > job.sh
+  sbatch job.sh
+
+The job saves and requeues itself before its time limit, and continues after a preemption."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What Slurm is asked for, then the command."""
+    parser.add_argument("--nodes", type=int, required=True, help="number of nodes")
+    parser.add_argument("--gpus", type=int, default=0, help="GPUs a node, one rank each (default: none, CPU)")
+    parser.add_argument("--cpus", type=int, required=True, help="CPU cores a node")
+    parser.add_argument("--time", required=True, help="time limit in Slurm's format, for example 1-00:00:00")
+    parser.add_argument("--partition", default="", help="partition (default: the cluster's)")
+    parser.add_argument("--account", default="", help="account to charge (default: yours)")
+    parser.add_argument("--name", default="sret-scale", help="name of the job")
+    parser.add_argument("--warning", type=int, default=300, help="seconds before the limit to save and requeue")
+    parser.add_argument(
+        "arguments", nargs="+", metavar="COMMAND", help="a sret-scale command with its arguments, after --"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print the file; nothing is submitted."""
+    from sret_scale.train.node.sbatch import BatchOptions, batch_file
+
+    options = BatchOptions(
+        nodes=args.nodes,
+        gpus_per_node=args.gpus,
+        cpus_per_node=args.cpus,
+        time=args.time,
+        partition=args.partition,
+        account=args.account,
+        job_name=args.name,
+        warning_s=args.warning,
+    )
+    print(batch_file(options, args.arguments), end="")

@@ -1,0 +1,68 @@
+"""The batch file for Slurm: one launcher in the batch step, one agent a node below it, a requeue before the limit."""
+
+import os
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+# What a value of an #SBATCH line may hold: no blank, no quote, no line break, so that it stays one value.
+_PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.,:@%/&|+=-]*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchOptions:
+    """What Slurm is asked for; an empty text leaves the choice to the cluster."""
+
+    nodes: int
+    gpus_per_node: int
+    cpus_per_node: int
+    time: str
+    """Slurm's format, for example 1-00:00:00."""
+    partition: str = ""
+    account: str = ""
+    job_name: str = "sret-scale"
+    warning_s: int = 300
+    """Seconds before the time limit at which the ranks save and the job requeues itself."""
+
+
+def batch_file(options: BatchOptions, arguments: Sequence[str]) -> str:
+    """The text for sbatch that runs `sret-scale ARGUMENTS` in this folder; ValueError for a value that is not plain."""
+    for name in ("nodes", "cpus_per_node"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"{name}: expected at least 1, got {getattr(options, name)}")
+    lines = {
+        "job-name": options.job_name,
+        "nodes": str(options.nodes),
+        "ntasks-per-node": "1",
+        "cpus-per-task": str(options.cpus_per_node),
+        "gpus-per-node": str(options.gpus_per_node) if options.gpus_per_node else "",
+        "time": options.time,
+        "partition": options.partition,
+        "account": options.account,
+        # To the batch step alone: its launcher passes one request to stop on to all ranks.
+        "signal": f"B:USR1@{options.warning_s}",
+        "open-mode": "append",
+    }
+    for name, value in lines.items():
+        if value and not _PLAIN.fullmatch(value):
+            raise ValueError(
+                f"--{name}: expected letters, digits and punctuation without blanks or quotes, got {value!r}"
+            )
+    command = [sys.executable, "-P", "-m", "sret_scale.cli", *arguments]
+    search_path = os.environ.get("PYTHONPATH")
+    return "\n".join(
+        [
+            "#!/bin/bash",
+            *(f"#SBATCH --{name}={value}" for name, value in lines.items() if value),
+            "#SBATCH --requeue",
+            "",
+            "# The same command continues the run: after a requeue, a preemption, or by sbatch once more.",
+            f"cd -- {shlex.quote(str(Path.cwd()))} || exit 2",
+            *([f"export PYTHONPATH={shlex.quote(search_path)}"] if search_path else []),
+            f"exec {shlex.join(command)}",
+            "",
+        ]
+    )

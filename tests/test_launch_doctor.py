@@ -1,0 +1,118 @@
+"""`sret-scale doctor` and `sret-scale slurm`: what they find and print, and that no value becomes a shell word."""
+
+import argparse
+import importlib.metadata
+import shlex
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sret_scale.commands import doctor
+from sret_scale.train.node.checks import check_apex, check_folder, check_versions
+from sret_scale.train.node.measured import Probe, judge
+from sret_scale.train.node.sbatch import BatchOptions, batch_file
+
+
+def probe(rank: int, *, host: str = "a", torch: str = "2.13.0", clock_s: float = 5.0, rate: float = 1e12) -> Probe:
+    return Probe(
+        rank=rank,
+        host=host,
+        torch=torch,
+        device="cpu",
+        clock_s=clock_s,
+        matmul_per_s=rate,
+        all_reduce_bytes_per_s=1e9,
+    )
+
+
+def states(probes: list[Probe]) -> dict[str, str]:
+    return {finding.name: finding.state for finding in judge(probes)}
+
+
+def test_healthy_ranks_are_ok() -> None:
+    assert set(states([probe(0), probe(1, host="b")]).values()) == {"ok"}
+
+
+def test_slow_device_late_clock_and_other_torch_are_named() -> None:
+    probes = [probe(0), probe(1), probe(2, host="b", rate=0.8e12, clock_s=9.0, torch="2.12.0")]
+    found = states(probes)
+    assert (found["slow device"], found["clocks"], found["same torch"]) == ("warn", "warn", "fail")
+    assert any("rank 2 on b: 80%" in finding.text for finding in judge(probes))
+
+
+@pytest.mark.parametrize(
+    ("torch", "deepspeed", "expected"),
+    [
+        ("2.13.0+cpu", "0.19.8", ("ok", "ok")),
+        ("2.10.1", "0.19.9", ("fail", "fail")),
+        ("3.0", "0.19", ("ok", "fail")),
+    ],
+)
+def test_versions_are_judged(torch: str, deepspeed: str, expected: tuple[str, str]) -> None:
+    found = {"torch": torch, "deepspeed": deepspeed, "webdataset": "1.0.2"}
+    result = {finding.name: finding.state for finding in check_versions(found.__getitem__)}
+    assert (result["torch"], result["deepspeed"]) == expected
+
+
+def test_missing_package_says_how_to_install_it() -> None:
+    def nothing(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    assert all("pip install" in finding.advice for finding in check_versions(nothing) if finding.name != "python")
+
+
+def test_other_project_called_apex_is_refused(tmp_path: Path) -> None:
+    spec = ModuleSpec("apex", None, is_package=True)
+    spec.submodule_search_locations = [str(tmp_path)]
+    assert check_apex(spec).state == "fail"
+    (tmp_path / "normalization").mkdir()
+    assert check_apex(spec).state == "ok"
+    assert check_apex(None).state == "ok"
+
+
+def test_folder_that_does_not_exist_yet_is_judged_by_its_parent(tmp_path: Path) -> None:
+    assert check_folder(tmp_path / "a" / "b").state in ("ok", "warn")
+
+
+@pytest.mark.multi_process
+def test_doctor_measures_two_ranks_and_names_missing_shards(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    parser = argparse.ArgumentParser()
+    doctor.add_arguments(parser)
+    arguments = ["--folder", str(tmp_path / "runs"), "--ranks", "2", "--shards", str(tmp_path / "none")]
+    assert doctor.run(parser.parse_args(arguments)) == 1
+    output = capfd.readouterr().out
+    assert "FAIL  shards" in output and "2 ranks on 1 hosts met" in output and "all-reduce" in output
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+def options(**changes: object) -> BatchOptions:
+    values: dict[str, object] = {"nodes": 2, "gpus_per_node": 8, "cpus_per_node": 16, "time": "1:00:00", **changes}
+    return BatchOptions(**values)  # type: ignore[arg-type]
+
+
+def test_batch_file_asks_for_one_launcher_a_node_a_warning_and_requeue() -> None:
+    lines = batch_file(options(), ["train", "sret_t"]).splitlines()
+    assert lines[0] == "#!/bin/bash"
+    for line in ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=8", "--signal=B:USR1@300", "--requeue"):
+        assert f"#SBATCH {line}" in lines
+    assert lines[-1].startswith("exec ") and lines[-1].endswith("sret_scale.cli train sret_t")
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=20), max_size=4))
+def test_arguments_survive_the_shell_as_they_are(arguments: list[str]) -> None:
+    command = batch_file(options(), arguments).partition("\nexec ")[2]
+    assert shlex.split(command)[4:] == arguments
+
+
+@pytest.mark.parametrize("value", ["1\n#SBATCH --uid=0", "a b", "$(x)", "`x`", "'x'", "-p", "a;b"])
+def test_value_that_is_not_plain_is_refused(value: str) -> None:
+    for name in ("time", "partition", "account", "job_name"):
+        with pytest.raises(ValueError, match="without blanks or quotes"):
+            batch_file(options(**{name: value}), ["train"])
