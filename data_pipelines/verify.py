@@ -33,6 +33,14 @@ class Finding:
         return f"{self.shard}:{sample} at offset {self.offset}: {self.reason}"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What is wrong in a shard, and the samples (rows of the index) that must not be used."""
+
+    findings: list[Finding]
+    bad_rows: list[int]
+
+
 def verify_shards(
     folder: str | Path,
     *,
@@ -45,15 +53,22 @@ def verify_shards(
     Raises ValueError or FileNotFoundError when manifest or index are damaged: they say what is right.
     """
     shards = open_shards(folder, check_tars=False)
-    numbers = range(shards.num_shards)
-    found: dict[int, list[Finding]] = {}
+    verdicts = judge_shards(shards, num_workers=num_workers, decode=decode, on_progress=on_progress)
+    return [*_duplicate_keys(shards), *(finding for verdict in verdicts for finding in verdict.findings)]
+
+
+def judge_shards(
+    shards: ShardSet, *, num_workers: int, decode: bool, on_progress: Callable[[Progress], None]
+) -> list[Verdict]:
+    """The verdict on each shard, in order."""
+    verdicts: dict[int, Verdict] = {}
     num_samples = num_bytes = 0
-    for number, findings in run_jobs(_Worker, (Path(folder), decode), numbers, num_workers):
-        found[number] = findings
+    for number, verdict in run_jobs(_Worker, (shards.folder, decode), range(shards.num_shards), num_workers):
+        verdicts[number] = verdict
         entry = shards.manifest.shards[number]
         num_samples, num_bytes = num_samples + entry.num_samples, num_bytes + entry.bytes
         on_progress(Progress(samples=num_samples, bytes=num_bytes, total_samples=shards.num_samples))
-    return [*_duplicate_keys(shards), *(finding for number in sorted(found) for finding in found[number])]
+    return [verdicts[number] for number in range(shards.num_shards)]
 
 
 class _Worker:
@@ -63,20 +78,21 @@ class _Worker:
         self._shards = open_shards(folder, check_tars=False)
         self._decode = decode
 
-    def __call__(self, number: int) -> list[Finding]:
+    def __call__(self, number: int) -> Verdict:
         return verify_shard(self._shards, number, decode=self._decode)
 
 
-def verify_shard(shards: ShardSet, number: int, *, decode: bool) -> list[Finding]:
+def verify_shard(shards: ShardSet, number: int, *, decode: bool) -> Verdict:
     """Everything wrong in one shard."""
     entry = shards.manifest.shards[number]
     try:
         with mapped(shards.folder / entry.file) as data:
             checker = _Checker(shards, number, data)
             checker.check(decode=decode)
-            return checker.findings
+            return Verdict(findings=checker.findings, bad_rows=sorted(checker.bad_rows))
     except FileNotFoundError:
-        return [Finding(shard=entry.file, key="", offset=0, reason="the shard is missing")]
+        missing = Finding(shard=entry.file, key="", offset=0, reason="the shard is missing")
+        return Verdict(findings=[missing], bad_rows=np.flatnonzero(shards.shard_of == number).tolist())
 
 
 class _Checker:
@@ -89,7 +105,7 @@ class _Checker:
         self._data = data
         first, end = np.searchsorted(shards.shard_of, [number, number + 1]).tolist()
         self._rows = range(first, end)
-        self._bad_rows: set[int] = set()
+        self.bad_rows: set[int] = set()
 
     def check(self, *, decode: bool) -> None:
         """Fills `findings`."""
@@ -106,15 +122,15 @@ class _Checker:
 
     def _report(self, row: int | None, offset: int, reason: str) -> None:
         if row is not None:
-            if row in self._bad_rows:
+            if row in self.bad_rows:
                 return
-            self._bad_rows.add(row)
+            self.bad_rows.add(row)
         key = "" if row is None else self._shards.key(row)
         self.findings.append(Finding(shard=self._entry.file, key=key, offset=offset, reason=reason))
 
     def _report_size(self, size: int) -> None:
         lost = [row for row in self._rows if self._record_end(row) > size]
-        self._bad_rows.update(lost)
+        self.bad_rows.update(lost)
         what = f"cut off, {len(lost)} samples lost" if size < self._entry.bytes else "bytes added at the end"
         key = self._shards.key(lost[0]) if lost else ""
         reason = f"{size:,} bytes, expected {self._entry.bytes:,}: {what}"
@@ -133,7 +149,7 @@ class _Checker:
     def _check_records(self) -> None:
         for row in self._rows:
             start, end = int(self._shards.record_offset[row]), self._record_end(row)
-            if row in self._bad_rows or zlib.crc32(self._data[start:end]) == int(self._shards.record_crc[row]):
+            if row in self.bad_rows or zlib.crc32(self._data[start:end]) == int(self._shards.record_crc[row]):
                 continue
             if zlib.crc32(self._image(row)) != int(self._shards.crc[row]):
                 self._report(row, int(self._shards.offset[row]), "the image's bytes have changed")
@@ -178,7 +194,7 @@ class _Checker:
         from data_pipelines.decode import DecodeError, decode_rgb
 
         for row in self._rows:
-            if row in self._bad_rows:
+            if row in self.bad_rows:
                 continue
             offset = int(self._shards.offset[row])
             try:

@@ -6,6 +6,7 @@ Until the manifest appears, everything that a restart needs lies in TARGET/.writ
 complete shard. The same command continues, and the result has the same bytes as an uninterrupted run.
 """
 
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -16,10 +17,11 @@ from data_pipelines.index import WORK_FOLDER
 from data_pipelines.manifest import MANIFEST_NAME, Manifest, read_manifest
 from data_pipelines.processes import Progress
 from data_pipelines.sources.kinds import source_kind
+from data_pipelines.sources.listing import Listing
 from data_pipelines.writing.finish import finish_shards
 from data_pipelines.writing.plan import PLAN_NAME, Plan, load_plan, make_plan, save_plan
 from data_pipelines.writing.prepare import ImageOptions
-from data_pipelines.writing.shard_writer import DoneShard, done_path, load_done
+from data_pipelines.writing.rows import DoneShard, done_path, load_done
 from data_pipelines.writing.workers import check_bad_rate, claim, write_missing
 
 DEFAULT_SHARD_BYTES = 256 * 2**20
@@ -54,21 +56,38 @@ def write_shards(
     *,
     num_workers: int = 1,
     max_bad_rate: float = 0.01,
+    list_samples: Callable[[], Listing] | None = None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Manifest:
     """Writes the shard set, or continues one that was interrupted; returns the manifest of the complete set.
 
-    Any number of processes on any number of nodes may call this at once with the same arguments. Raises ValueError or
-    OSError with what to do: a bad source or image, more than a share of `max_bad_rate` of bad images, a target that
-    holds something else, a full disk.
+    `list_samples` takes the place of the kind's own listing. Any number of processes on any number of nodes may call
+    this at once with the same arguments. Raises ValueError or OSError with what to do: a bad source or image, more than
+    a share of `max_bad_rate` of bad images, a target that holds something else, a full disk.
     """
     target = Path(target)
+    if not (target / MANIFEST_NAME).exists():
+        try:
+            _write(config, target, list_samples, num_workers, max_bad_rate, on_progress)
+        except FileNotFoundError:
+            # Another node has finished the set and removed the plan meanwhile; anything else is an error.
+            if not (target / MANIFEST_NAME).exists():
+                raise
+    return _already_complete(config, target)
+
+
+def _write(
+    config: WriteConfig,
+    target: Path,
+    list_samples: Callable[[], Listing] | None,
+    num_workers: int,
+    max_bad_rate: float,
+    on_progress: Callable[[Progress], None],
+) -> None:
     work = target / WORK_FOLDER
-    if (target / MANIFEST_NAME).exists():
-        return _already_complete(config, target)
     work.mkdir(parents=True, exist_ok=True)
     with claim(work / "plan.lock", wait=True):
-        plan = _planned(config, target)
+        plan = _planned(config, target, list_samples)
     write_missing(
         plan,
         target,
@@ -82,20 +101,19 @@ def write_shards(
             shards = [_load_complete(target, index) for index in range(plan.num_shards)]
             check_bad_rate(sum(len(shard.rejected) for shard in shards), len(plan.listing), max_bad_rate, target)
             finish_shards(target, shards, class_names=plan.listing.class_names, writer=config.record())
-    return _already_complete(config, target)
 
 
 def _load_complete(target: Path, index: int) -> DoneShard:
     """The done-marker of a shard whose tar still has the size that was written."""
     shard = load_done(target, index)
-    path = target / shard.entry.file
-    if path.stat().st_size != shard.entry.bytes:
+    path = target / shard.file
+    if path.stat().st_size != shard.bytes:
         done_path(target, index).unlink()
         raise ValueError(f"{path}: changed while the other shards were written; run the same command again to redo it")
     return shard
 
 
-def _planned(config: WriteConfig, target: Path) -> Plan:
+def _planned(config: WriteConfig, target: Path, list_samples: Callable[[], Listing] | None) -> Plan:
     """The plan that is in the target already, or a new one."""
     work = target / WORK_FOLDER
     arguments = {**config.record(), "source": str(config.source.resolve())}
@@ -111,7 +129,10 @@ def _planned(config: WriteConfig, target: Path) -> Plan:
     strangers = sorted(path.name for path in target.glob("*.tar"))
     if strangers:
         raise ValueError(f"{target}: already holds {strangers[0]} of something else; choose an empty target")
-    listing = source_kind(config.kind).list_samples(config.source, config.split)
+    if list_samples is not None:
+        listing = list_samples()
+    else:
+        listing = source_kind(config.kind).list_samples(config.source, config.split)
     plan = make_plan(
         listing, arguments, seed=config.seed, shard_bytes=config.shard_bytes, shard_samples=config.shard_samples
     )
@@ -128,5 +149,15 @@ def _already_complete(config: WriteConfig, target: Path) -> Manifest:
         raise ValueError(
             f"{target}: holds a complete shard set made with another {', '.join(changed)}; choose another target"
         )
-    shutil.rmtree(target / WORK_FOLDER, ignore_errors=True)
+    _remove_work(target)
     return manifest
+
+
+def _remove_work(target: Path) -> None:
+    """Removes the plan and the markers. Renamed first, so that no other node finds half of them."""
+    removed = target / f"{WORK_FOLDER}.removed.{os.uname().nodename}.{os.getpid()}"
+    try:
+        (target / WORK_FOLDER).rename(removed)
+    except FileNotFoundError:
+        return
+    shutil.rmtree(removed)

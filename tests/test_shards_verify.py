@@ -69,7 +69,7 @@ def test_the_command_reports_and_exits_with_1(folder: Path, capsys: pytest.Captu
     data = bytearray(path.read_bytes())
     data[int(shards.offset[7]) + 50] ^= 4
     path.write_bytes(data)
-    assert main(["shards", "verify", str(folder)]) == 1
+    assert main(["shards", "verify", str(folder), "--workers", "1"]) == 1
     out = capsys.readouterr().out.splitlines()
     offset = int(shards.offset[7])
     assert out == [

@@ -12,8 +12,15 @@ from numpy.typing import NDArray
 
 from data_pipelines.files import replacing
 from data_pipelines.index import COLUMNS, render_index
-from data_pipelines.manifest import INDEX_NAME, MANIFEST_NAME, Manifest, content_fingerprint, render_manifest
-from data_pipelines.writing.shard_writer import DoneShard
+from data_pipelines.manifest import (
+    INDEX_NAME,
+    MANIFEST_NAME,
+    Manifest,
+    ShardEntry,
+    content_fingerprint,
+    render_manifest,
+)
+from data_pipelines.writing.rows import DoneShard
 
 REJECTED_NAME = "rejected.jsonl"
 
@@ -22,7 +29,7 @@ def finish_shards(
     folder: Path, shards: Sequence[DoneShard], *, class_names: Sequence[str], writer: Mapping[str, Any]
 ) -> Manifest:
     """Writes index and manifest for shards that lie complete in `folder`; the set exists from then on."""
-    entries = [shard.entry for shard in shards]
+    entries = [_entry(shard, len(class_names)) for shard in shards]
     rejected = [item for shard in shards for item in shard.rejected]
     if rejected:
         _write(folder / REJECTED_NAME, b"".join(json.dumps(asdict(item)).encode() + b"\n" for item in rejected))
@@ -41,13 +48,25 @@ def finish_shards(
     return manifest
 
 
+def _entry(shard: DoneShard, num_classes: int) -> ShardEntry:
+    counts = np.bincount(shard.columns["label"], minlength=num_classes)
+    return ShardEntry(
+        file=shard.file,
+        bytes=shard.bytes,
+        sha256=shard.sha256,
+        end=shard.end,
+        num_samples=shard.num_samples,
+        class_counts=counts.tolist(),
+    )
+
+
 def _joined(shards: Iterable[DoneShard]) -> dict[str, NDArray[Any]]:
     """The columns of the whole set."""
     parts: dict[str, list[NDArray[Any]]] = {name: [] for name in COLUMNS}
     key_bytes = 0
     for number, shard in enumerate(shards):
         columns = dict(shard.columns)
-        columns["shard_of"] = np.full(shard.entry.num_samples, number, COLUMNS["shard_of"])
+        columns["shard_of"] = np.full(shard.num_samples, number, COLUMNS["shard_of"])
         columns["key_end"] = columns["key_end"] + key_bytes
         key_bytes += len(columns["key_bytes"])
         for name, part in parts.items():

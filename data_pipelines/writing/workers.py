@@ -17,7 +17,8 @@ from data_pipelines.processes import Progress, run_jobs
 from data_pipelines.sources.kinds import source_kind
 from data_pipelines.writing.plan import Plan, load_plan
 from data_pipelines.writing.prepare import ImageOptions
-from data_pipelines.writing.shard_writer import DoneShard, is_done, write_shard
+from data_pipelines.writing.rows import DoneShard
+from data_pipelines.writing.shard_writer import is_done, write_shard
 
 _ASK_AGAIN_S = 0.25
 
@@ -51,8 +52,8 @@ def write_missing(
         for _, done in run_jobs(_Worker, (target, options), missing, num_workers):
             if done is None:
                 continue
-            num_samples += done.entry.num_samples + len(done.rejected)
-            num_bytes += done.entry.bytes
+            num_samples += done.num_samples + len(done.rejected)
+            num_bytes += done.bytes
             num_rejected += len(done.rejected)
             check_bad_rate(num_rejected, len(plan.listing), max_bad_rate, target)
             on_progress(Progress(samples=num_samples, bytes=num_bytes, total_samples=total))

@@ -10,6 +10,10 @@ ACTIONS = {
     "write": "images to webdataset shards with index and manifest; continues what was interrupted",
     "verify": "read everything, check every byte, decode every image",
     "info": "what a shard set holds",
+    "head": "draw the first images with their labels",
+    "index": "index and manifest for webdataset tars that someone else wrote",
+    "repair": "a new set without the bad samples of another, or with good copies of them",
+    "sidecars": "the small files by which wids, timm, open_clip and DALI open the shards",
     "trace": "the keys of the samples that a rank reads in training, in order, one a line",
 }
 

@@ -1,0 +1,116 @@
+"""A new shard set without the bad samples of another one, or with good copies in their place.
+
+verify -> rows that are bad -> same key in the copy? take it, else leave it out -> write in the old order
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipelines.index import ShardSet, open_shards
+from data_pipelines.manifest import Manifest
+from data_pipelines.processes import Progress
+from data_pipelines.sources.listing import Listing
+from data_pipelines.strings import pack_strings
+from data_pipelines.verify import judge_shards
+from data_pipelines.write import WriteConfig, write_shards
+from data_pipelines.writing.prepare import ImageOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Repair:
+    """What a repair did: bad samples that a copy replaced, bad samples that were left out, the new manifest."""
+
+    num_replaced: int
+    num_dropped: int
+    manifest: Manifest
+
+
+def repair_shards(
+    folder: str | Path,
+    target: str | Path,
+    *,
+    copy: str | Path | None = None,
+    shard_samples: int | None = None,
+    num_workers: int = 1,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+) -> Repair:
+    """Writes the good samples of `folder` to the new set `target`, in the same order.
+
+    Bad ones are taken from the set `copy` where it has the same key, label and image checksum. Raises ValueError when
+    nothing is wrong, or when nothing is left.
+    """
+    shards = open_shards(folder, check_tars=False)
+    bad = _bad_rows(shards, num_workers, on_progress)
+    if not len(bad):
+        raise ValueError(f"{folder}: nothing in it is wrong, so there is nothing to repair")
+    spare = open_shards(copy) if copy is not None else None
+    replacements = _replacements(shards, bad, spare, num_workers, on_progress) if spare is not None else {}
+    dropped = np.array([row for row in bad.tolist() if row not in replacements], np.int64)
+    rows = np.setdiff1d(np.arange(shards.num_samples), dropped)
+    if not len(rows):
+        raise ValueError(f"{folder}: all samples are bad; write the shards again from their source")
+    config = WriteConfig(
+        kind="tars", source=Path(folder), seed=None, shard_samples=shard_samples, options=ImageOptions()
+    )
+    manifest = write_shards(
+        config,
+        target,
+        num_workers=num_workers,
+        list_samples=lambda: _listing(shards, rows, spare, replacements),
+        on_progress=on_progress,
+    )
+    return Repair(num_replaced=len(replacements), num_dropped=len(dropped), manifest=manifest)
+
+
+def _bad_rows(shards: ShardSet, num_workers: int, on_progress: Callable[[Progress], None]) -> NDArray[np.int64]:
+    verdicts = judge_shards(shards, num_workers=num_workers, decode=True, on_progress=on_progress)
+    return np.array([row for verdict in verdicts for row in verdict.bad_rows], np.int64)
+
+
+def _replacements(
+    shards: ShardSet,
+    bad: NDArray[np.int64],
+    spare: ShardSet,
+    num_workers: int,
+    on_progress: Callable[[Progress], None],
+) -> dict[int, int]:
+    """Row of a bad sample -> row of its good copy."""
+    unusable = set(_bad_rows(spare, num_workers, on_progress).tolist())
+    wanted = {shards.key(row): row for row in bad.tolist()}
+    found: dict[int, int] = {}
+    for spare_row, key in enumerate(spare.keys):
+        row = wanted.get(key)
+        if row is None or spare_row in unusable:
+            continue
+        if spare.crc[spare_row] == shards.crc[row] and spare.label[spare_row] == shards.label[row]:
+            found[row] = spare_row
+    return found
+
+
+def _listing(
+    shards: ShardSet, rows: NDArray[np.int64], spare: ShardSet | None, replacements: dict[int, int]
+) -> Listing:
+    """The samples `rows`, those with a replacement at its place in the copy."""
+    paths = [str((shards.folder / name).resolve()) for name in shards.shard_names]
+    path_of, offset = shards.shard_of[rows], shards.offset[rows]
+    if spare is not None:
+        for place in np.flatnonzero(np.isin(rows, list(replacements))).tolist():
+            spare_row = replacements[int(rows[place])]
+            path_of[place] = len(paths) + int(spare.shard_of[spare_row])
+            offset[place] = spare.offset[spare_row]
+        paths += [str((spare.folder / name).resolve()) for name in spare.shard_names]
+    keys = [shards.key(row) for row in rows.tolist()]
+    return Listing(
+        class_names=shards.class_names,
+        paths=pack_strings(paths),
+        path_of=path_of,
+        offset=offset,
+        length=shards.length[rows],
+        label=shards.label[rows],
+        keys=pack_strings(keys),
+        names=pack_strings(keys),
+    )

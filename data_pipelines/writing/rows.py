@@ -1,0 +1,82 @@
+"""The rows of one shard on their way into the index, and the marker that says that the shard is complete."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipelines.columns import parse_columns, render_columns
+from data_pipelines.files import replacing
+from data_pipelines.index import COLUMNS, WORK_FOLDER
+from data_pipelines.strings import pack_strings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rejected:
+    """An image that was left out, and why."""
+
+    key: str
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DoneShard:
+    """A complete shard: its file, where its last record ends (bytes), its rows of the index, what was left out."""
+
+    file: str
+    bytes: int
+    sha256: str
+    end: int
+    columns: dict[str, NDArray[Any]]
+    rejected: list[Rejected]
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.columns["label"])
+
+
+class RowTable:
+    """Collects the rows of a shard. `shard_of` stays 0 until shards are joined."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, list[int]] = {name: [] for name in COLUMNS if not name.startswith("key_")}
+        self._keys: list[str] = []
+
+    def add(self, key: str, **values: int) -> None:
+        """One sample: all columns but those of the key and the shard."""
+        self._keys.append(key)
+        for name, column in self._values.items():
+            column.append(values[name] if name != "shard_of" else 0)
+
+    def columns(self) -> dict[str, NDArray[Any]]:
+        """The rows as arrays."""
+        keys = pack_strings(self._keys)
+        columns: dict[str, NDArray[Any]] = {"key_end": keys.ends, "key_bytes": keys.blob}
+        for name, values in self._values.items():
+            columns[name] = np.array(values, COLUMNS[name])
+        return columns
+
+
+def done_path(folder: Path, index: int) -> Path:
+    """The marker that says that a shard is complete."""
+    return folder / WORK_FOLDER / f"done-{index:06d}.npz"
+
+
+def save_done(folder: Path, index: int, done: DoneShard) -> None:
+    """Writes the done-marker of a shard."""
+    head = {"file": done.file, "bytes": done.bytes, "sha256": done.sha256, "end": done.end}
+    text = json.dumps({**head, "rejected": [asdict(item) for item in done.rejected]})
+    with replacing(done_path(folder, index)) as file:
+        file.write(render_columns({"head": np.frombuffer(text.encode(), np.uint8), **done.columns}))
+
+
+def load_done(folder: Path, index: int) -> DoneShard:
+    """The done-marker of a shard."""
+    columns = parse_columns(done_path(folder, index).read_bytes())
+    head = json.loads(columns.pop("head").tobytes())
+    rejected = [Rejected(**item) for item in head.pop("rejected")]
+    return DoneShard(**head, columns=columns, rejected=rejected)
