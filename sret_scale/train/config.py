@@ -71,6 +71,8 @@ class TrainConfig:
     """0 saves at the end and when the run is stopped only."""
     keep_checkpoints: int = 2
     log_interval_steps: int = 10
+    tensorboard: bool = False
+    """Write TensorBoard events beside metrics.jsonl; needs the extra of that name."""
     image_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     """Per channel, of pixels in [0, 1]; the default is ImageNet's."""
     image_std: tuple[float, float, float] = (0.229, 0.224, 0.225)

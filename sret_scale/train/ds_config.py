@@ -7,8 +7,9 @@ the run's configuration. DeepSpeed itself lets an unknown top-level key pass wit
 import difflib
 import importlib.resources
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 # The top-level keys of DeepSpeed 0.19.8 that a file here may set. Every other one is refused.
 ALLOWED_KEYS = frozenset(
@@ -118,3 +119,13 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not a JSON number")
+
+
+def zero_stage_of(ds_config: Mapping[str, Any]) -> int:
+    """The ZeRO stage of a configuration, 0 where it states none."""
+    return int(ds_config.get("zero_optimization", {}).get("stage", 0))
+
+
+def precision_of(ds_config: Mapping[str, Any]) -> Literal["bf16", "fp32"]:
+    """What matrix products are computed in; parameters are fp32 in both."""
+    return "bf16" if ds_config.get("torch_autocast", {}).get("enabled") else "fp32"

@@ -6,7 +6,7 @@ traps (architecture page, section 7) away from the training loop.
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, cast
 
@@ -23,6 +23,7 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 
 from sret_scale.train.distributed import COLLECTIVE_TIMEOUT, Ranks, saved_buffers
+from sret_scale.train.ds_config import zero_stage_of
 
 ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -54,7 +55,7 @@ class Engine:
         grad_accum_steps: int,
         z3_leaf_modules: tuple[type[nn.Module], ...] = (),
     ) -> None:
-        self.zero_stage = int(ds_config.get("zero_optimization", {}).get("stage", 0))
+        self.zero_stage = zero_stage_of(ds_config)
         self.model = model
         self._ds_config = ds_config
         self._client_optimizer = optimizer
@@ -236,3 +237,30 @@ def _whole(value: Tensor, shape: torch.Size | None) -> Tensor:
     parts = [torch.empty_like(value) for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather(parts, value)
     return torch.cat(parts)[: shape.numel()].view(shape)
+
+
+def shard_frozen(
+    module: nn.Module, device: torch.device, *, max_live_parameters: int = 100_000_000
+) -> Callable[[Tensor], Tensor]:
+    """A frozen network whose weights are cut over the ranks (ZeRO 3 without optimiser), as a function of its input.
+
+    A layer's weights are gathered for its call and dropped again, at most `max_live_parameters` ahead of their use.
+    All ranks must call it equally often. Give the network on the CPU: each rank moves only its part to the device.
+    """
+    for layer in module.modules():
+        for name, buffer in layer.named_buffers(recurse=False):
+            setattr(layer, name, buffer.to(device))
+    engine, *_ = deepspeed.initialize(
+        model=module,
+        config={
+            "train_micro_batch_size_per_gpu": 1,
+            "zero_optimization": {
+                "stage": 3,
+                "stage3_max_live_parameters": max_live_parameters,
+                "stage3_prefetch_bucket_size": max_live_parameters // 4,
+                # Norms and other small tensors stay whole: gathering them costs more than they weigh.
+                "stage3_param_persistence_threshold": 10_000,
+            },
+        },
+    )
+    return cast(Callable[[Tensor], Tensor], engine)

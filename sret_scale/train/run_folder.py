@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 
@@ -71,32 +71,62 @@ def write_json(file: Path, value: Any) -> None:
 
 
 class MetricsLog:
-    """Appends to metrics.jsonl inside a `with`; without a file (ranks other than 0) it does nothing."""
+    """Appends to metrics.jsonl inside a `with`, and to TensorBoard event files where they are asked for."""
 
-    def __init__(self, file: Path | None) -> None:
+    def __init__(self, file: Path, *, tensorboard: bool = False) -> None:
         self._file = file
-        self._stream: TextIO | None = None
+        self._events = _tensorboard_writer(file.parent / "tensorboard") if tensorboard else None
 
     def __enter__(self) -> "MetricsLog":
-        if self._file:
-            was_cut = self._file.exists() and not self._file.read_bytes().endswith(b"\n")
-            self._stream = self._file.open("a", encoding="utf-8")
-            if was_cut and self._file.stat().st_size:
-                # A line that a kill cut off is ended, so that it cannot swallow the next one.
-                self._stream.write("\n")
+        was_cut = self._file.exists() and self._file.stat().st_size and not self._file.read_bytes().endswith(b"\n")
+        self._stream = self._file.open("a", encoding="utf-8")
+        if was_cut:
+            # A line that a kill cut off is ended, so that it cannot swallow the next one.
+            self._stream.write("\n")
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._stream:
-            self._stream.close()
+        self._stream.close()
+        if self._events:
+            self._events.close()
 
     def write(self, kind: str, values: Mapping[str, Any]) -> None:
-        """Append one line and hand it to the operating system at once."""
-        if self._stream:
-            self._stream.write(json.dumps({"kind": kind, **values}) + "\n")
-            self._stream.flush()
+        """Append one line and hand it to the operating system at once; `values` has `images`, the clock."""
+        self._stream.write(json.dumps({"kind": kind, **values}) + "\n")
+        self._stream.flush()
+        if self._events:
+            prefix = f"{kind}/{values['weights']}" if "weights" in values else kind
+            for name, value in values.items():
+                if isinstance(value, int | float) and name != "images":
+                    self._events.add_scalar(f"{prefix}/{name}", value, values["images"])
+
+
+def _tensorboard_writer(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError(
+            f"train.tensorboard=true needs the tensorboard extra ({error}): pip install 'sret-scale[tensorboard]', "
+            "or leave it false"
+        ) from error
+    return SummaryWriter(str(folder))
+
+
+class NoMetrics:
+    """Stands in for a MetricsLog on the ranks that write nothing."""
+
+    def __enter__(self) -> "NoMetrics":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        return None
+
+    def write(self, kind: str, values: Mapping[str, Any]) -> None:
+        """Nothing."""
 
 
 def environment(world_size: int) -> dict[str, Any]:

@@ -5,11 +5,14 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import torch
+
 from data_pipelines.index import open_shards
 from sret_scale.distill.spec import parse_teacher
-from sret_scale.model import describe
+from sret_scale.memory import prepare_memory
+from sret_scale.model import SReT, describe
 from sret_scale.train.config import RunConfig, differences, from_yaml, grad_accum_steps, to_yaml
-from sret_scale.train.ds_config import load_ds_config
+from sret_scale.train.ds_config import load_ds_config, precision_of, zero_stage_of
 from sret_scale.train.launcher import launch
 from sret_scale.train.node.places import choose_nodes
 from sret_scale.train.run_folder import EXIT_FINISHED, RunFolder, environment, write_json
@@ -46,9 +49,20 @@ def start_run(
 
 
 def check_run(config: RunConfig, world_size: int) -> None:
-    """Raise ValueError or OSError for shards, classes, batch, ds_config or teacher that cannot work together."""
+    """Raise ValueError or OSError where shards, classes, batch, memory, ds_config or teacher do not fit together."""
     grad_accum_steps(config.train, world_size)
-    load_ds_config(config.engine.ds_config)
+    ds_config = load_ds_config(config.engine.ds_config)
+    if config.memory.budget_bytes is not None:
+        with torch.device("meta"):
+            model = SReT(config.model)
+        prepare_memory(
+            model,
+            config.memory,
+            micro_batch_size=config.train.micro_batch_size,
+            precision=precision_of(ds_config),
+            world_size=world_size,
+            zero_stage=zero_stage_of(ds_config),
+        )
     for name, folder in (("train", config.data.train_folder), ("test", config.data.test_folder)):
         shards = open_shards(folder)
         if shards.num_classes != config.model.num_classes:

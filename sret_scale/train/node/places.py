@@ -122,7 +122,7 @@ def _from_hostfile(hosts: tuple[Host, ...], master_port: int | None) -> Place:
     return Place(
         hosts=hosts,
         starts=starts,
-        master_addr=_master_address([host.name for host in hosts]),
+        master_addr=_chosen_address() or _master_address([host.name for host in hosts]),
         master_port=master_port or random.SystemRandom().choice(_PORTS),
         environment=passed,
     )
@@ -144,7 +144,7 @@ def _from_slurm(num_ranks: int | None, master_port: int | None) -> Place:
         starts=(
             NodeStart(name=f"{len(names)} nodes", command=(*srun, "--kill-on-bad-exit=0", *_AGENT), node_rank=None),
         ),
-        master_addr=names[0],
+        master_addr=_chosen_address() or names[0],
         master_port=master_port or _PORTS[int(os.environ["SLURM_JOB_ID"]) % len(_PORTS)],
     )
 
@@ -166,6 +166,12 @@ def _address_of(name: str) -> str:
         return str(socket.getaddrinfo(name, None, family=socket.AF_INET)[0][4][0])
     except socket.gaierror as error:
         raise OSError(f"host {name} of the hostfile has no address here ({error.strerror}); check its name") from error
+
+
+def _chosen_address() -> str:
+    """MASTER_ADDR of the environment, for clusters where a node's name leads to the wrong network; else empty."""
+    chosen = os.environ.get("MASTER_ADDR", "")
+    return check_host_name(chosen, "MASTER_ADDR") if chosen else ""
 
 
 def _master_address(names: list[str]) -> str:

@@ -1,0 +1,48 @@
+"""Saves a run and takes it up again: what has to be kept so that it continues with the same bits."""
+
+from data_pipelines.loader import LoaderState
+from sret_scale.train.checkpoint import newest_valid, prune_checkpoints, read_state, read_tensors, save_checkpoint
+from sret_scale.train.config import to_plain
+from sret_scale.train.distributed import from_main_rank
+from sret_scale.train.load import check_architecture
+from sret_scale.train.run import Clock, Run
+
+
+def save(run: Run, clock: Clock) -> None:
+    """A checkpoint of everything that decides how the run goes on."""
+    tensors = {"weights": run.engine.weights(), "optimizer": run.engine.optimizer_state()}
+    if run.average:
+        tensors["ema"] = run.engine.assemble(run.average.averages)
+    if run.ranks.is_main:
+        state = {
+            "images": clock.images,
+            "time_s": clock.time_s,
+            "loader": clock.loader.to_json(),
+            "ema_updates": run.average.num_updates if run.average else 0,
+            "model": to_plain(run.config.model),
+        }
+        save_checkpoint(run.folder.checkpoints, step=clock.step, tensors=tensors, state=state)
+        prune_checkpoints(run.folder.checkpoints, run.config.train.keep_checkpoints)
+
+
+def restore(run: Run) -> Clock:
+    """Load the newest whole checkpoint into the run, on whose choice all ranks agree; the start where there is none."""
+    checkpoint = from_main_rank(newest_valid(run.folder.checkpoints, run.progress.say) if run.ranks.is_main else None)
+    if checkpoint is None:
+        return Clock()
+    state = read_state(checkpoint)
+    check_architecture(run.config.model, state["model"], str(checkpoint))
+    run.engine.load_weights(read_tensors(checkpoint, "weights"))
+    run.engine.load_optimizer_state(read_tensors(checkpoint, "optimizer"))
+    if run.average:
+        run.average.averages = run.engine.partition(read_tensors(checkpoint, "ema"))
+        run.average.num_updates = state["ema_updates"]
+    clock = Clock(
+        step=state["step"],
+        images=state["images"],
+        time_s=state["time_s"],
+        loader=LoaderState.from_json(state["loader"]),
+    )
+    run.progress.continue_from(clock.images)
+    run.progress.say(f"{run.folder.path.name}: continues from {checkpoint.name} ({clock.images:,} images)")
+    return clock

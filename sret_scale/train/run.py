@@ -1,0 +1,134 @@
+"""A run's parts: model, engine, data, teacher and logs, built from its configuration on every rank."""
+
+import contextlib
+import dataclasses
+from dataclasses import dataclass, field
+
+import torch
+
+from data_pipelines.augment import BatchAugment
+from data_pipelines.index import ShardSet, open_shards
+from data_pipelines.loader import LoaderState, TrainLoader
+from sret_scale.distill import StoredTeacher, Teacher, build_teacher, open_stored_teacher, stored_labels
+from sret_scale.memory import prepare_memory
+from sret_scale.model import SReT, Stage
+from sret_scale.train.config import RunConfig, grad_accum_steps
+from sret_scale.train.distributed import Ranks
+from sret_scale.train.ds_config import load_ds_config, precision_of, zero_stage_of
+from sret_scale.train.engine import Engine
+from sret_scale.train.load import load_teacher_run
+from sret_scale.train.optim import WeightAverage, build_optimizer
+from sret_scale.train.progress import RunProgress
+from sret_scale.train.run_folder import MetricsLog, NoMetrics, RunFolder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clock:
+    """How far a run has come. `time_s` adds up all its starts."""
+
+    step: int = 0
+    images: int = 0
+    time_s: float = 0.0
+    loader: LoaderState = field(default_factory=LoaderState)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """The parts of a run that the functions below share."""
+
+    config: RunConfig
+    folder: RunFolder
+    ranks: Ranks
+    loader: TrainLoader
+    test_shards: ShardSet
+    augment: BatchAugment
+    engine: Engine
+    average: WeightAverage | None
+    teacher: Teacher | StoredTeacher | None
+    predicted_activation_bytes: int
+    eval_model: SReT
+    metrics: MetricsLog | NoMetrics
+    progress: RunProgress
+
+
+def set_up(config: RunConfig, folder: RunFolder, ranks: Ranks, stack: contextlib.ExitStack) -> Run:
+    """Model, engine, data, teacher and logs; the initial weights are a function of the seed alone."""
+    accumulation = grad_accum_steps(config.train, ranks.world_size)
+    shards = open_shards(config.data.train_folder)
+    loader = TrainLoader(
+        shards,
+        dataclasses.replace(config.data, quarantine_file=config.data.quarantine_file or str(folder.quarantine)),
+        image_size=config.model.image_size,
+        seed=config.train.seed,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        micro_batch_size=config.train.micro_batch_size,
+        grad_accum_steps=accumulation,
+    )
+    torch.manual_seed(config.train.seed)
+    model = SReT(config.model).to(ranks.device)
+    ds_config = load_ds_config(config.engine.ds_config)
+    activation_bytes = prepare_memory(
+        model,
+        config.memory,
+        micro_batch_size=config.train.micro_batch_size,
+        precision=precision_of(ds_config),
+        world_size=ranks.world_size,
+        zero_stage=zero_stage_of(ds_config),
+    )
+    engine = Engine(
+        model,
+        build_optimizer(model, model.parameter_tags(), config.optim),
+        ds_config,
+        micro_batch_size=config.train.micro_batch_size,
+        grad_accum_steps=accumulation,
+        z3_leaf_modules=(Stage,),
+    )
+    horizon = config.optim.ema_horizon_images
+    metrics: MetricsLog | NoMetrics = NoMetrics()
+    if ranks.is_main:
+        metrics = MetricsLog(folder.metrics, tensorboard=config.train.tensorboard)
+    return Run(
+        config=config,
+        folder=folder,
+        ranks=ranks,
+        loader=loader,
+        test_shards=open_shards(config.data.test_folder),
+        augment=BatchAugment(config.augment, config.model.num_classes),
+        engine=engine,
+        average=WeightAverage(engine.local_weights(), horizon) if horizon else None,
+        teacher=set_up_teacher(config, ranks, shards),
+        predicted_activation_bytes=activation_bytes,
+        eval_model=SReT(config.model).to(ranks.device).eval(),
+        metrics=stack.enter_context(metrics),  # type: ignore[arg-type]
+        progress=stack.enter_context(
+            RunProgress(folder.path.name, total_images=config.train.total_images, is_shown=ranks.is_main)
+        ),
+    )
+
+
+def set_up_teacher(config: RunConfig, ranks: Ranks, shards: ShardSet) -> Teacher | StoredTeacher | None:
+    """The teacher of the configuration, live or stored, outside everything that is trained, averaged or saved."""
+    if config.distill.teacher is None:
+        return None
+    store = stored_labels(config.distill.teacher)
+    if store:
+        return open_stored_teacher(
+            store,
+            config.distill,
+            shards=shards,
+            data=config.data,
+            augment=config.augment,
+            run_seed=config.train.seed,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+        )
+    return build_teacher(
+        config.distill.teacher,
+        num_classes=config.model.num_classes,
+        device=ranks.device,
+        load_run=load_teacher_run,
+        micro_batch_size=config.distill.teacher_micro_batch_size,
+        precision=config.distill.teacher_precision,
+        compiled=config.distill.teacher_compile,
+    )
