@@ -22,6 +22,9 @@ class DataConfig:
 
     train_folder: str = "shards/train"
     test_folder: str = "shards/test"
+    # More training sets, and the weights of all of them, that of `train_folder` first; none: by number of samples.
+    mixture_folders: tuple[str, ...] = ()
+    mixture_weights: tuple[float, ...] = ()
     order: OrderKind = "full"
     last: LastBatch = "drop"
     # Samples that one may be moved by in `block` order: more mixes better, and needs more shards at a time.
@@ -57,6 +60,13 @@ class DataConfig:
     quarantine_file: str | None = None
 
     def __post_init__(self) -> None:
+        _require(
+            len(self.mixture_weights) in (0, 1 + len(self.mixture_folders))
+            and all(w > 0 for w in self.mixture_weights),
+            "mixture_weights",
+            f"none, or {1 + len(self.mixture_folders)} above 0",
+            self.mixture_weights,
+        )
         _require(self.workers >= 1, "workers", "at least 1", self.workers)
         _require(self.prefetch_batches >= 1, "prefetch_batches", "at least 1", self.prefetch_batches)
         _require(self.block_window >= 1, "block_window", "at least 1", self.block_window)

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from data_pipelines.config import DataConfig, LastBatch, OrderKind
 from data_pipelines.index import ShardSet
 from data_pipelines.keyed import keyed_permutation, keyed_uniforms
+from data_pipelines.mixture import MixedShardSet
 
 Indices = NDArray[np.int64]
 
@@ -32,7 +33,9 @@ class Order:
 
     `full` is one permutation of all samples per epoch, for shards on local or cached storage. `block` shuffles the
     shards, and samples within a window of `block_window`, so that few shards are needed at a time. `sequential` is
-    as stored. Each sample comes `num_repeats` times in an epoch, within one global batch (repeated augmentation).
+    as stored. A mixture (`part_sizes`, full order only) takes from each of its sets in proportion to `part_weights`
+    (none: to their sizes), and goes through each set round by round, in a new order every round.
+    Each sample comes `num_repeats` times in an epoch, within one global batch (repeated augmentation).
     """
 
     kind: OrderKind
@@ -42,11 +45,16 @@ class Order:
     global_batch_size: int
     block_window: int = 8192
     num_repeats: int = 1
+    part_sizes: tuple[int, ...] = ()
+    part_weights: tuple[float, ...] = ()
     _cache: dict[int, Indices] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def of(cls, shards: ShardSet, config: DataConfig, *, seed: int, global_batch_size: int) -> "Order":
         """The training order of `shards`."""
+        part_sizes = shards.part_sizes if isinstance(shards, MixedShardSet) else ()
+        if part_sizes and config.order != "full":
+            raise ValueError(f"data.order: a mixture of shard sets needs full, got {config.order}")
         return cls(
             kind=config.order,
             fingerprint=shards.fingerprint,
@@ -55,6 +63,8 @@ class Order:
             global_batch_size=global_batch_size,
             block_window=config.block_window,
             num_repeats=config.num_repeats,
+            part_sizes=part_sizes,
+            part_weights=config.mixture_weights,
         )
 
     @property
@@ -71,7 +81,8 @@ class Order:
         """Identifies all that decides the order, beside fingerprint and seed."""
         repeats = f"*{self.num_repeats}/{self.global_batch_size}" if self.num_repeats > 1 else ""
         lanes = f"/{self.block_window}/{self.global_batch_size}" if self.kind == "block" else ""
-        return f"{self.kind}{lanes}{repeats}"
+        parts = "~" + ",".join(f"{weight:g}" for weight in self.part_weights) if self.part_sizes else ""
+        return f"{self.kind}{lanes}{repeats}{parts}"
 
     def samples(self, epoch: int, positions: Indices) -> Indices:
         """Sample indices at `positions` of `epoch`. Positions past the end wrap to the start of the same epoch."""
@@ -106,9 +117,30 @@ class Order:
         labels = (self.fingerprint, self.seed, epoch)
         if self.kind == "sequential":
             return np.arange(self.num_samples, dtype=np.int64)
+        if self.part_sizes:
+            return _mixed_order(self.part_sizes, self.part_weights or self.part_sizes, epoch, labels[:2])
         if self.kind == "full":
             return keyed_permutation(self.num_samples, "order", *labels)
         return _block_order(self.shard_sizes, self.global_batch_size, self.block_window, labels)
+
+
+def _mixed_order(
+    sizes: tuple[int, ...], weights: Sequence[float], epoch: int, labels: tuple[str | int, ...]
+) -> Indices:
+    """As many positions as samples, shared by weight and shuffled; each set continues where it was an epoch ago."""
+    total = sum(sizes)
+    edges = np.rint(np.cumsum([0.0, *weights]) / sum(weights) * total).astype(np.int64)
+    part_of = np.repeat(np.arange(len(sizes)), np.diff(edges))[keyed_permutation(total, "mixture", *labels, epoch)]
+    order = np.empty(total, dtype=np.int64)
+    first = 0
+    for part, (size, count) in enumerate(zip(sizes, np.diff(edges).tolist(), strict=True)):
+        start, end = epoch * count, (epoch + 1) * count
+        rounds = range(start // size, -(-end // size))
+        draws = [keyed_permutation(size, "mixture-part", *labels, part, number) for number in rounds]
+        offset = start - rounds.start * size
+        order[part_of == part] = first + np.concatenate([np.empty(0, np.int64), *draws])[offset : offset + count]
+        first += size
+    return order
 
 
 def _block_order(

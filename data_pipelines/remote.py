@@ -16,6 +16,7 @@ from data_pipelines.cache import ShardCache
 from data_pipelines.config import DataConfig
 from data_pipelines.index import ShardSet, open_shards
 from data_pipelines.manifest import INDEX_NAME, MANIFEST_NAME
+from data_pipelines.mixture import mix_shards
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -47,6 +48,18 @@ def open_data(location: str | Path, config: DataConfig) -> ShardSet:
     cache = ShardCache(remote.download, folder, shards.manifest, max_bytes=int(config.cache_gib * 2**30))
     known = {field.name: getattr(shards, field.name) for field in fields(ShardSet)}
     return RemoteShardSet(**known, cache=cache, url=location)
+
+
+def open_training_data(config: DataConfig) -> ShardSet:
+    """The training set: one location, or the mixture of several local folders."""
+    locations = (config.train_folder, *config.mixture_folders)
+    parts = [open_data(location, config) for location in locations]
+    if len(parts) == 1:
+        return parts[0]
+    for location, part in zip(locations, parts, strict=True):
+        if isinstance(part, RemoteShardSet):
+            raise ValueError(f"{location}: a mixture is of local folders; copy this set to the node's disk")
+    return mix_shards(parts)
 
 
 def cache_of(shards: ShardSet) -> ShardCache | None:

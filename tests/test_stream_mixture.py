@@ -1,0 +1,126 @@
+"""Mixtures: every set in proportion to its weight, each of its samples once a round, any position at once."""
+
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_pipelines.config import DataConfig
+from data_pipelines.index import ShardSet, open_shards
+from data_pipelines.loader import LoaderState, TrainLoader
+from data_pipelines.order import Order
+from data_pipelines.remote import open_training_data
+from data_pipelines.write import WriteConfig, write_shards
+from tests.stream_shards import jpeg, smooth_image
+
+SIZES = {"a": 12, "b": 30, "c": 5}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    root = tmp_path_factory.mktemp("mixture")
+    for seed, (name, size) in enumerate(SIZES.items()):
+        for index in range(size):
+            path = root / "images" / name / f"class-{index % 2}" / f"{name}{index}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(jpeg(smooth_image(12, 14, 100 * seed + index)))
+        source = WriteConfig(kind="folder", source=root / "images" / name, shard_samples=7)
+        write_shards(source, root / name, num_workers=1)
+    return [root / name for name in SIZES]
+
+
+def _config(folders: list[Path], weights: tuple[float, ...] = ()) -> DataConfig:
+    return DataConfig(
+        train_folder=str(folders[0]), mixture_folders=tuple(map(str, folders[1:])), mixture_weights=weights, workers=1
+    )
+
+
+def _loader(shards: ShardSet, config: DataConfig, *, world_size: int = 1) -> TrainLoader:
+    return TrainLoader(
+        shards,
+        config,
+        image_size=8,
+        seed=0,
+        rank=0,
+        world_size=world_size,
+        micro_batch_size=4,
+        grad_accum_steps=1,
+    )
+
+
+def test_rows_are_those_of_their_own_set(folders: list[Path]) -> None:
+    config = _config(folders)
+    shards = open_training_data(config)
+    parts = [open_shards(folder) for folder in folders]
+    starts = np.cumsum([0, *SIZES.values()])
+    assert shards.num_samples == 47 and shards.num_shards == sum(part.num_shards for part in parts)
+    for part, start in zip(parts, starts[:-1], strict=True):
+        for index in range(part.num_samples):
+            assert shards.key(start + index) == part.key(index) and shards.label[start + index] == part.label[index]
+    batches = [step.micro_batches[0] for step in islice(_loader(shards, config).steps(LoaderState()), 11)]
+    for batch in batches:
+        assert torch.equal(batch.labels, torch.from_numpy(shards.label[batch.indices.numpy()]).long())
+
+
+@given(
+    sizes=st.lists(st.integers(1, 40), min_size=2, max_size=4),
+    weights=st.lists(st.floats(0.05, 10), min_size=4, max_size=4),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=40, deadline=None)
+def test_sets_come_by_weight_and_go_round(sizes: list[int], weights: list[float], seed: int) -> None:
+    weights = weights[: len(sizes)]
+    total = sum(sizes)
+    order = Order(
+        kind="full",
+        fingerprint="f",
+        seed=seed,
+        shard_sizes=sizes,
+        global_batch_size=1,
+        part_sizes=tuple(sizes),
+        part_weights=tuple(weights),
+    )
+    drawn = np.stack([order.samples(epoch, np.arange(total)) for epoch in range(6)])
+    bounds = np.cumsum([0, *sizes])
+    for part, size in enumerate(sizes):
+        of_part = [epoch[(epoch >= bounds[part]) & (epoch < bounds[part + 1])] - bounds[part] for epoch in drawn]
+        assert len({len(draws) for draws in of_part}) == 1
+        assert abs(len(of_part[0]) - total * weights[part] / sum(weights)) <= 1
+        walk = np.concatenate(of_part)
+        for start in range(0, len(walk) - size + 1, size):
+            assert sorted(walk[start : start + size].tolist()) == list(range(size))
+
+
+def test_without_weights_an_epoch_is_every_sample_once(folders: list[Path]) -> None:
+    config = _config(folders)
+    order = Order.of(open_training_data(config), config, seed=1, global_batch_size=4)
+    for epoch in range(3):
+        assert sorted(order.samples(epoch, np.arange(47)).tolist()) == list(range(47))
+
+
+def test_the_state_names_the_weights(folders: list[Path]) -> None:
+    config = _config(folders, (1.0, 2.0, 3.0))
+    shards = open_training_data(config)
+    state = next(_loader(shards, config).steps(LoaderState())).next_state
+    assert len(state.to_json()) < 200
+    with pytest.raises(ValueError, match="belongs to another order"):
+        _loader(shards, replace(config, mixture_weights=(1.0, 1.0, 1.0))).steps(state)
+
+
+def test_what_cannot_be_mixed_is_named(folders: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"data\.mixture_weights: expected none, or 3 above 0"):
+        _config(folders, (1.0, 2.0))
+    config = replace(_config(folders), order="block")
+    with pytest.raises(ValueError, match=r"data\.order: a mixture of shard sets needs full"):
+        _loader(open_training_data(config), config)
+    image = tmp_path / "images" / "other" / "x.jpg"
+    image.parent.mkdir(parents=True)
+    image.write_bytes(jpeg(smooth_image(8, 8, 0)))
+    write_shards(WriteConfig(kind="folder", source=tmp_path / "images"), tmp_path / "other", num_workers=1)
+    with pytest.raises(ValueError, match="other: other classes than"):
+        open_training_data(_config([folders[0], tmp_path / "other"]))
