@@ -7,6 +7,7 @@ CHOICES = {
     "teacher_target": ("soft", "hard"),
     "teacher_input": ("augmented", "view"),
     "teacher_precision": ("auto", "bf16", "fp32"),
+    "teacher_placement": ("replicated", "sharded"),
 }
 
 
@@ -38,6 +39,8 @@ class DistillConfig:
     """Images in one pass of the teacher; None is the student's micro batch."""
     teacher_precision: Literal["auto", "bf16", "fp32"] = "auto"
     """`auto` is bf16 on a GPU and fp32 on a CPU, where bf16 convolutions are slow without special instructions."""
+    teacher_placement: Literal["replicated", "sharded"] = "replicated"
+    """Whole on every rank, or, when too large for one device, cut over all ranks (ZeRO 3)."""
     teacher_compile: bool = False
 
     def __post_init__(self) -> None:
@@ -55,6 +58,8 @@ class DistillConfig:
             raise ValueError(
                 f"distill.teacher_micro_batch_size: expected 1 or more, got {self.teacher_micro_batch_size}"
             )
+        if self.teacher_compile and self.teacher_placement == "sharded":
+            raise ValueError("distill.teacher_compile: not for a sharded teacher; set one of the two back")
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"distill.{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")

@@ -19,6 +19,7 @@ from sret_scale.distill.networks import LoadRun, Network, load_network
 from sret_scale.distill.spec import parse_teacher
 
 Precision = Literal["auto", "bf16", "fp32"]
+ShardNetwork = Callable[[nn.Module, torch.device], Callable[[Tensor], Tensor]]
 
 
 def build_teacher(
@@ -30,9 +31,11 @@ def build_teacher(
     micro_batch_size: int | None = None,
     precision: Precision = "auto",
     compiled: bool = False,
+    shard: ShardNetwork | None = None,
 ) -> "Teacher":
     """The teacher that a spec names, loaded, frozen, and proved on two images: what is wrong with it is said now.
 
+    With `shard`, weights too large for one device are cut over the ranks by it, and all ranks must ask equally often.
     Raises ValueError for a spec that names nothing, another class count, features instead of logits, and NaN.
     """
     device = torch.device(device)
@@ -42,7 +45,7 @@ def build_teacher(
     for part in parse_teacher(spec):
         network = load_network(part, num_classes=num_classes, load_run=load_run)
         member = OnlineTeacher(
-            part.text, network, device=device, micro_batch_size=micro_batch_size, precision=precision
+            part.text, network, device=device, micro_batch_size=micro_batch_size, precision=precision, shard=shard
         )
         check_teacher(member, num_classes)
         if compiled:
@@ -55,17 +58,26 @@ class OnlineTeacher:
     """One frozen network, with its own size, normalisation, micro-batch and precision."""
 
     def __init__(
-        self, spec: str, network: Network, *, device: torch.device, micro_batch_size: int | None, precision: Precision
+        self,
+        spec: str,
+        network: Network,
+        *,
+        device: torch.device,
+        micro_batch_size: int | None,
+        precision: Precision,
+        shard: ShardNetwork | None = None,
     ) -> None:
         self.spec, self.network, self.device = spec, network, device
         self.micro_batch_size, self.precision = micro_batch_size, precision
-        self._module = freeze(network.module, device, precision)
-        self._forward: Callable[[Tensor], Tensor] = self._module
+        self._is_sharded = shard is not None
+        self._module = freeze(network.module, torch.device("cpu") if shard else device, precision)
+        self._forward: Callable[[Tensor], Tensor] = shard(self._module, device) if shard else self._module
         self._mean = torch.tensor(network.mean, device=device).view(-1, 1, 1)
         self._std = torch.tensor(network.std, device=device).view(-1, 1, 1)
 
     def describe(self) -> dict[str, Any]:
         """All that decides on this teacher's outputs, with a SHA-256 of its weights; as JSON would give it back."""
+        assert not self._is_sharded, "a rank holds only a part of these weights"
         return {
             "spec": self.spec,
             "weights_sha256": hash_weights(self._module),
@@ -78,6 +90,7 @@ class OnlineTeacher:
 
     def compile(self) -> None:
         """Compile the network, apart from the student."""
+        assert not self._is_sharded, "the gathering of weights cannot be compiled"
         self._forward = torch.compile(self._module)
 
     def __call__(self, unit_BCHW: Tensor) -> Tensor:

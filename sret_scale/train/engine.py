@@ -247,20 +247,22 @@ def shard_frozen(
     A layer's weights are gathered for its call and dropped again, at most `max_live_parameters` ahead of their use.
     All ranks must call it equally often. Give the network on the CPU: each rank moves only its part to the device.
     """
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {
+            "stage": 3,
+            "stage3_max_live_parameters": max_live_parameters,
+            "stage3_prefetch_bucket_size": max_live_parameters // 4,
+            # Norms and other small tensors stay whole: gathering them costs more than they weigh.
+            "stage3_param_persistence_threshold": 10_000,
+        },
+    }
     for layer in module.modules():
         for name, buffer in layer.named_buffers(recurse=False):
             setattr(layer, name, buffer.to(device))
-    engine, *_ = deepspeed.initialize(
-        model=module,
-        config={
-            "train_micro_batch_size_per_gpu": 1,
-            "zero_optimization": {
-                "stage": 3,
-                "stage3_max_live_parameters": max_live_parameters,
-                "stage3_prefetch_bucket_size": max_live_parameters // 4,
-                # Norms and other small tensors stay whole: gathering them costs more than they weigh.
-                "stage3_param_persistence_threshold": 10_000,
-            },
-        },
-    )
+        for value in layer.parameters(recurse=False):
+            value.data = value.data.contiguous()  # parts are cut from flat memory
+    # One by one: `initialize` alone would need all weights on the device at once.
+    deepspeed.zero.Init(module=module, config_dict_or_path=config)
+    engine, *_ = deepspeed.initialize(model=module, config=config)
     return cast(Callable[[Tensor], Tensor], engine)

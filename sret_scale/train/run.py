@@ -15,7 +15,7 @@ from sret_scale.model import SReT, Stage
 from sret_scale.train.config import RunConfig, grad_accum_steps
 from sret_scale.train.distributed import Ranks
 from sret_scale.train.ds_config import load_ds_config, precision_of, zero_stage_of
-from sret_scale.train.engine import Engine
+from sret_scale.train.engine import Engine, shard_frozen
 from sret_scale.train.load import load_teacher_run
 from sret_scale.train.optim import WeightAverage, build_optimizer
 from sret_scale.train.progress import RunProgress
@@ -131,4 +131,5 @@ def set_up_teacher(config: RunConfig, ranks: Ranks, shards: ShardSet) -> Teacher
         micro_batch_size=config.distill.teacher_micro_batch_size,
         precision=config.distill.teacher_precision,
         compiled=config.distill.teacher_compile,
+        shard=shard_frozen if config.distill.teacher_placement == "sharded" else None,
     )
