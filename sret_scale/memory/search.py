@@ -39,9 +39,12 @@ def candidates(num_applications: int) -> tuple[Schedule, ...]:
 
 
 class Search:
-    """All candidates of all stages with their costs, worked out once; then any budget is answered quickly."""
+    """All candidates of all stages with their costs, worked out once; then any budget is answered quickly.
 
-    def __init__(self, costs: StepCosts, device: Device) -> None:
+    max_passes: the most untaped runs (r) of any application.
+    """
+
+    def __init__(self, costs: StepCosts, device: Device, *, max_passes: int = MAX_PASSES) -> None:
         self.costs = costs
         self.outside_seconds = outside_seconds(costs, device)
         # (schedule, peak, bytes at rest, seconds) per candidate and stage
@@ -50,6 +53,8 @@ class Search:
             row = []
             for schedule in candidates(len(stage)):
                 chain = predict_chain(schedule, stage)
+                if max(chain.untaped) > max_passes:
+                    continue
                 seconds = chain_seconds(stage, chain.untaped, device)
                 row.append((schedule, stage_peak_bytes(costs, index, chain), chain.resting_bytes, seconds))
             self.options.append(row)

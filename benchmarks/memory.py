@@ -1,0 +1,222 @@
+"""Activation peak and step time over depth, beside torch's own checkpoint: `python -m benchmarks.memory`.
+
+SReT-T widths with projections per loop, fp32, one thread. Peaks are read off `LiveBytes` (operators' storages without
+gradients of parameters). Times are processor seconds of one forward and backward pass: the machine may be shared.
+Writes benchmarks/results/memory.json and memory.png.
+"""
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from sret_scale.memory import MemoryConfig, apply_recomputation, apply_schedules, schedule_for
+from sret_scale.memory.instrument import LiveBytes
+from sret_scale.memory.predict import predict_chain
+from sret_scale.memory.probe import probe_step
+from sret_scale.memory.schedule import default_segments
+from sret_scale.memory.search import Search
+from sret_scale.memory.step import DEVICES, step_peak_bytes
+from sret_scale.model import Application, Noise, SReT, SReTConfig, StageConfig, layers, plain, preset
+
+RESULTS = Path(__file__).parent / "results"
+LOOPS = {20: (2, 2, 2), 50: (5, 5, 5), 108: (12, 12, 8), 300: (30, 33, 25), 1000: (115, 130, 40)}
+MAX_PLAIN = 108  # plain autograd at 1000 applications needs 2 GiB per image: not every machine has it
+
+RunChain = Callable[[Sequence[Application], Tensor], Tensor]
+
+
+def deep_config(depth: int, image_size: int) -> SReTConfig:
+    """SReT-T with this many applications."""
+    config = preset("sret_t", image_size=image_size)
+    stages = zip(config.stages, LOOPS[depth], strict=True)
+    return replace(
+        config, stages=tuple(replace(stage, num_loops=loops, projections="per_loop") for stage, loops in stages)
+    )
+
+
+def run_in_turn(applications: Sequence[Application], x_BND: Tensor) -> Tensor:
+    for application in applications:
+        x_BND = application(x_BND)
+    return x_BND
+
+
+def torch_segments(
+    applications: Sequence[Application], x_BND: Tensor, *, length: int | None, is_nested: bool
+) -> Tensor:
+    """torch.utils.checkpoint around runs of `length` applications (None: sqrt(n)); nested: inside around each, too."""
+    length = length or -(-len(applications) // default_segments(len(applications)))
+    inner: RunChain = partial(torch_segments, length=1, is_nested=False) if is_nested else run_in_turn
+    for lo in range(0, len(applications), length):
+        x_BND = checkpoint(inner, applications[lo : lo + length], x_BND, use_reentrant=False)
+    return x_BND
+
+
+TWINS: dict[str, RunChain] = {
+    "torch per application": partial(torch_segments, length=1, is_nested=False),
+    "torch sqrt(n)": partial(torch_segments, length=None, is_nested=False),
+    "torch nested sqrt(n)": partial(torch_segments, length=None, is_nested=True),
+}
+
+
+class Bench:
+    """One model and one micro-batch."""
+
+    def __init__(self, config: SReTConfig, micro_batch_size: int) -> None:
+        torch.manual_seed(0)
+        self.model = SReT(config).train()
+        self.images = torch.randn(micro_batch_size, config.in_channels, config.image_size, config.image_size)
+        self.labels = torch.zeros(micro_batch_size, dtype=torch.int64)
+        self.costs = probe_step(config, micro_batch_size=micro_batch_size)
+        self.search = {r: Search(self.costs, DEVICES["cpu"], max_passes=r) for r in (1, 2)}
+
+    def use(self, name: str) -> int | None:
+        """Sets the model up under the schedule called `name`; returns the predicted peak, None for a twin."""
+        if name in TWINS:
+            for stage in self.model.stages:
+                stage.run_chain = TWINS[name]  # type: ignore[assignment]
+            return None
+        if name.startswith("planned"):
+            search = self.search[int(name[-1])]
+            choice = search.fastest(search.smallest_bytes())
+            assert choice is not None
+            schedules = choice.schedules
+            apply_schedules(self.model, schedules, MemoryConfig())
+        else:
+            memory = MemoryConfig(schedule=name)
+            apply_recomputation(self.model, memory)
+            schedules = tuple(schedule_for(memory, len(stage)) for stage in self.costs.stages)
+        return step_peak_bytes(
+            self.costs, [predict_chain(*pair) for pair in zip(schedules, self.costs.stages, strict=True)]
+        )
+
+    def step(self) -> None:
+        F.cross_entropy(self.model(self.images, Noise(0, 0)), self.labels).backward()  # type: ignore[no-untyped-call]
+
+    def seconds(self) -> float:
+        """Processor time of one step."""
+        start = time.process_time()
+        self.step()
+        return time.process_time() - start
+
+    def measure(self, name: str) -> dict[str, Any]:
+        """Peak and time under one schedule. The time includes the instrument: about 20 microseconds per operator."""
+        predicted = self.use(name)
+        with LiveBytes(self.model.parameters()) as counter:
+            seconds = self.seconds()
+        return {"schedule": name, "peak_bytes": counter.peak, "predicted_bytes": predicted, "seconds": seconds}
+
+
+def published_layers_peak(image_size: int, micro_batch_size: int) -> int:
+    """Peak of 20 applications without recomputation, with layers that store what autograd stores by itself."""
+    bench = Bench(deep_config(20, image_size), micro_batch_size)
+    with patch.object(layers, "fused", plain):
+        peak: int = bench.measure("none")["peak_bytes"]
+    return peak
+
+
+def over_depth(depths: Sequence[int], image_size: int, micro_batch_size: int) -> list[dict[str, Any]]:
+    """One row per depth and schedule."""
+    rows = []
+    for depth in depths:
+        bench = Bench(deep_config(depth, image_size), micro_batch_size)
+        names = ["per_application", "planned r=1", "planned r=2", "torch per application", "torch sqrt(n)"]
+        for name in ["none", *names] if depth <= MAX_PLAIN else names:
+            rows.append({"depth": depth, **bench.measure(name)})
+            print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def overhead(image_size: int, micro_batch_size: int, rounds: int) -> dict[str, float]:
+    """Step time of `nested` over nested torch checkpoints at 108 applications: taking turns, the best of the rounds."""
+    bench = Bench(deep_config(108, image_size), micro_batch_size)
+    best = {"nested": float("inf"), "torch nested sqrt(n)": float("inf")}
+    for _ in range(rounds):
+        for name in best:
+            bench.use(name)
+            best[name] = min(best[name], bench.seconds())
+    return {**best, "ratio": best["nested"] / best["torch nested sqrt(n)"]}
+
+
+def toy_10000() -> dict[str, Any]:
+    """10,000 applications of a toy width at r = 2 against 20 applications without recomputation."""
+    peaks: dict[int, int] = {}
+    for loops, name in ((20, "none"), (10_000, "planned r=2")):
+        stage = StageConfig(width=16, num_heads=1, num_blocks=1, num_loops=loops, projections="per_block")
+        bench = Bench(SReTConfig(image_size=128, num_classes=10, stages=(stage,)), 1)
+        peaks[loops] = bench.measure(name)["peak_bytes"]
+    return {"peak_20": peaks[20], "peak_10000": peaks[10_000], "ratio": peaks[10_000] / peaks[20]}
+
+
+def summary(rows: Sequence[dict[str, Any]], published_peak: int) -> dict[str, float]:
+    """The promises of the memory room as ratios; `published_peak` belongs to 20 applications of published layers."""
+    peak = {(row["depth"], row["schedule"]): row["peak_bytes"] for row in rows}
+    ours = [row for row in rows if row["predicted_bytes"]]
+    found = {"worst_prediction_error": max(abs(row["predicted_bytes"] / row["peak_bytes"] - 1) for row in ours)}
+    for depth in {row["depth"] for row in rows}:
+        found[f"r1_over_torch_sqrt_at_{depth}"] = peak[depth, "planned r=1"] / peak[depth, "torch sqrt(n)"]
+        if (20, "none") in peak:
+            for r in (1, 2):
+                found[f"r{r}_at_{depth}_over_none_at_20"] = peak[depth, f"planned r={r}"] / peak[20, "none"]
+                found[f"r{r}_at_{depth}_over_published_at_20"] = peak[depth, f"planned r={r}"] / published_peak
+    return dict(sorted(found.items()))
+
+
+def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Peak and time over depth, one line a schedule."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for name in dict.fromkeys(row["schedule"] for row in rows):
+        mine = [row for row in rows if row["schedule"] == name]
+        style = "--" if name in TWINS else "-"
+        for axis, value in zip(axes, ("peak_bytes", "seconds"), strict=True):
+            scale = 2**20 if value == "peak_bytes" else 1
+            axis.loglog([r["depth"] for r in mine], [r[value] / scale for r in mine], style, marker="o", label=name)
+    axes[0].set(xlabel="applications", ylabel="activation peak, MiB")
+    axes[1].set(xlabel="applications", ylabel="processor time of a step, s")
+    axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--depths", type=int, nargs="+", default=list(LOOPS), choices=LOOPS)
+    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--micro-batch", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of the overhead measurement")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = over_depth(args.depths, args.image_size, args.micro_batch)
+    result = {
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{platform.machine()}, one thread",
+        "torch": torch.__version__,
+        "image_size": args.image_size,
+        "micro_batch": args.micro_batch,
+        "summary": summary(rows, published_layers_peak(args.image_size, args.micro_batch)),
+        "overhead_at_108": overhead(args.image_size, args.micro_batch, args.rounds),
+        "toy_10000": toy_10000(),
+        "rows": rows,
+    }
+    print(json.dumps({key: result[key] for key in ("summary", "overhead_at_108", "toy_10000")}, indent=2))
+    (RESULTS / "memory.json").write_text(json.dumps(result, indent=2) + "\n")
+    draw(rows, RESULTS / "memory.png")
+
+
+if __name__ == "__main__":
+    main()
