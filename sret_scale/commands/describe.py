@@ -44,6 +44,7 @@ def table(counts: dict[str, Any]) -> str:
         "projections": "projections",
         "branch_scheme": "scheme",
         "skip": "skip",
+        "conditioning": "conditioning",
         "parameters": "parameters",
         "macs": "MACs",
     }
