@@ -210,3 +210,40 @@ def test_a_second_backward_pass_is_refused() -> None:
 def test_a_schedule_of_another_length_is_refused() -> None:
     with pytest.raises(ValueError, match="expected one for 11 applications, got 10"):
         run_chain(make_chain(), torch.randn(4, 5, WIDTH), schedules.none(10))
+
+
+@pytest.mark.parametrize("schedule", ALL, ids=lambda s: s.name)
+def test_boundaries_in_host_memory_change_nothing(schedule: Schedule) -> None:
+    chain, x = make_chain(), torch.randn(4, 5, WIDTH).requires_grad_()
+    expected = gradients(chain, x, twins.run_plain, autocast=True)
+    run = partial(run_chain, schedule=schedule, is_offloaded=True)
+    assert_same(gradients(chain, x, run, autocast=True), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_boundaries_in_pinned_memory_come_back_with_their_bits() -> None:
+    chain, x = make_chain(), torch.randn(4, 5, WIDTH, device="cuda")
+    for use in chain:
+        use.block.cuda()
+        use.projection.cuda()
+    links = [
+        link(lambda x, use=use: x + use.projection(use.block(x)), nn.ModuleList([use.block, use.projection]))
+        for use in chain
+    ]
+    results = []
+    for is_offloaded in (False, True):
+        for p in unique_parameters(chain):
+            p.grad = None
+        run_chain(links, x, schedules.binomial(LENGTH, 3), is_offloaded=is_offloaded).sum().backward()
+        results.append([p.grad for p in unique_parameters(chain)])
+    assert_same(results[1], results[0])
+
+
+@pytest.mark.parametrize("schedule", [schedules.segments(3, 1), schedules.binomial(3, 1)], ids=lambda s: s.name)
+def test_an_input_changed_before_the_backward_pass_is_named(schedule: Schedule) -> None:
+    x = torch.randn(4, 5, WIDTH)
+    y = run_chain(make_chain(3), x, schedule)
+    x.zero_()
+    with pytest.raises(ValueError, match="changed in place before its backward pass"):
+        y.sum().backward()

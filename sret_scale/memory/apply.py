@@ -32,4 +32,4 @@ def _run_configured(config: MemoryConfig, applications: Sequence[Chained], x: Te
 
 
 def _run_scheduled(config: MemoryConfig, schedule: Schedule, applications: Sequence[Chained], x: Tensor) -> Tensor:
-    return run_chain(applications, x, schedule, is_checked=config.is_checked)
+    return run_chain(applications, x, schedule, is_checked=config.is_checked, is_offloaded=config.is_offloaded)

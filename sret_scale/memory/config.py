@@ -15,6 +15,7 @@ class MemoryConfig:
     `slots` is the number of segments for `segments` and `nested` (default: about the root of the stage's applications)
     and of kept boundaries for `binomial` (default: the fewest with r = 2). A value above what a stage can use is cut.
     `planned` lets the planner choose, per stage, within `budget_bytes` for all that a rank holds.
+    `is_offloaded` keeps boundaries in host memory (the planner counts them as if they stayed on the device).
     `is_checked` compares every recomputed boundary with its first value, bit for bit.
     """
 
@@ -22,6 +23,7 @@ class MemoryConfig:
     slots: int | None = None
     budget_bytes: int | None = None
     is_checked: bool = False
+    is_offloaded: bool = False
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:

@@ -4,6 +4,7 @@ One function a chain means one gradient per parameter and step, whatever the num
 stage fire once. There are no saved-tensor hooks; boundaries live in the function's own slots and are freed one by one.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -14,6 +15,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from sret_scale.memory.gradients import GradientSums
 from sret_scale.memory.schedule import Action, Kind, Schedule
+from sret_scale.memory.slots import DeviceSlots, HostSlots, Slots, require_unchanged
 
 
 class Chained(Protocol):
@@ -25,12 +27,20 @@ class Chained(Protocol):
         """All parameters that the call uses."""
 
 
-def run_chain(applications: Sequence[Chained], x: Tensor, schedule: Schedule, *, is_checked: bool = False) -> Tensor:
+def run_chain(
+    applications: Sequence[Chained],
+    x: Tensor,
+    schedule: Schedule,
+    *,
+    is_checked: bool = False,
+    is_offloaded: bool = False,
+) -> Tensor:
     """The output of the applications one after another, with gradients equal to plain autograd's bit for bit.
 
     The autocast state of this call (weight cache off) holds for all runs of the applications. ValueError if an
     application changes its input in place or returns another shape or type when it is run again; with `is_checked` also
-    if it returns other values, at the price of one pass over each boundary.
+    if it returns other values, at the price of one pass over each boundary. With `is_offloaded` boundaries wait in the
+    host's memory.
     """
     if schedule.num_applications != len(applications):
         raise ValueError(
@@ -40,7 +50,8 @@ def run_chain(applications: Sequence[Chained], x: Tensor, schedule: Schedule, *,
         for application in applications:
             x = application(x)
         return x
-    chain = _Chain(applications, schedule, is_checked=is_checked, device_type=x.device.type)
+    slots = HostSlots(x.device) if is_offloaded else DeviceSlots()
+    chain = _Chain(applications, schedule, slots, is_checked=is_checked, device_type=x.device.type)
     return _ChainFunction.apply(chain, x, *chain.parameters)  # type: ignore[no-untyped-call]
 
 
@@ -56,7 +67,13 @@ class _Chain:
     """One forward and backward pass of a chain: its slots, the state in hand and the tape."""
 
     def __init__(
-        self, applications: Sequence[Chained], schedule: Schedule, *, is_checked: bool, device_type: str
+        self,
+        applications: Sequence[Chained],
+        schedule: Schedule,
+        slots: Slots,
+        *,
+        is_checked: bool,
+        device_type: str,
     ) -> None:
         self.applications = applications
         self.schedule = schedule
@@ -66,8 +83,10 @@ class _Chain:
         self.parameters = tuple(index_of)
         self.autocast: Callable[[], torch.autocast] = _current_autocast(device_type)
         self.marks: list[_Mark | None] = [None] * len(applications)
-        self.slots: dict[int, Tensor] = {}
+        self.slots = slots
+        self.takes = deque(action.lo for action in schedule.backward if action.kind is Kind.TAKE)
         self.hand: Tensor | None = None
+        self.hand_version = 0  # of what is in hand between the passes
         self.tape: list[tuple[Tensor, GradientEdge | None]] = []
         self.is_input_differentiable = False
 
@@ -81,10 +100,14 @@ class _Chain:
             if action.hi == len(self.applications) and action.kind is not Kind.ADVANCE:
                 output = result
         assert output is not None
+        if self.hand is not None:
+            self.hand_version = self.hand._version
         return output.detach()
 
     def backward(self, grad_output: Tensor) -> tuple[Tensor | None, list[Tensor | None]]:
         """Gradients of the chain's input and of each parameter."""
+        if self.hand is not None:
+            require_unchanged(self.hand, self.hand_version)
         sums = GradientSums(self.parameters)
         gradient: Tensor | None = grad_output
         for action in self.schedule.backward:
@@ -99,23 +122,27 @@ class _Chain:
         """Does one action (BACK excepted); returns what running the applications gave, if any ran."""
         kind, lo, hi = action
         if kind is Kind.TAKE:
-            self.hand = self.slots.pop(lo)
+            self.hand = self.slots.take(self.takes.popleft())
+            if self.takes:
+                self.slots.prefetch(self.takes[0])
             return None
         assert self.hand is not None
         if kind is Kind.KEEP:
-            self.slots[lo] = self.hand
+            self.slots.put(lo, self.hand)
             return None
         if kind is Kind.TAPE:
-            start, self.hand = self.hand, None
-            return self._tape(lo, hi, start)
-        start = self.hand
-        if kind is Kind.ADVANCE:
-            self.hand = None
+            return self._tape(lo, hi, self._release())
         with torch.no_grad(), self.autocast():
-            result = self._run(lo, hi, start)
-        if kind is Kind.ADVANCE:
-            self.hand = result
-        return result
+            if kind is Kind.OUTPUT:
+                return self._run(lo, hi, self.hand)
+            self.hand = self._run(lo, hi, self._release())
+            return self.hand
+
+    def _release(self) -> Tensor:
+        """What is in hand, which then is empty: whoever runs from it can let it go."""
+        assert self.hand is not None
+        hand, self.hand = self.hand, None
+        return hand
 
     def _tape(self, lo: int, hi: int, x: Tensor) -> Tensor:
         """Tapes each application by itself, so that the gradients of one are summed before the next one's arise."""
