@@ -222,10 +222,10 @@ def test_the_reader_keeps_few_files_open(tmp_path: Path) -> None:
 
 
 def test_memory_does_not_grow_with_epochs(shards: TarShards) -> None:
-    """Fifty epochs of fifty images; a leak of one decoded image or batch an epoch would be seen."""
+    """Allocators and threads settle within a hundred epochs; a leak of one decoded image an epoch would go on."""
     loader = _loader(shards, micro=50, crop="resized", image_size=96)
     process, resident = psutil.Process(), []
     with contextlib.closing(loader.steps(LoaderState())) as steps:
-        for _ in islice(steps, 50):
+        for _ in islice(steps, 200):
             resident.append(process.memory_info().rss)
-    assert resident[-1] - resident[9] < 8 * 2**20
+    assert max(resident[150:]) - max(resident[50:100]) < 8 * 2**20
