@@ -6,6 +6,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+# Large, so that the small parts of a record do not cost a system call each.
+_BUFFER_BYTES = 1 << 20
+
 
 @contextmanager
 def replacing(path: Path, work_folder: Path | None = None) -> Iterator[BinaryIO]:
@@ -15,7 +18,7 @@ def replacing(path: Path, work_folder: Path | None = None) -> Iterator[BinaryIO]
     """
     temporary = (work_folder or path.parent) / f"{path.name}.{os.uname().nodename}.{os.getpid()}.tmp"
     try:
-        with temporary.open("wb") as file:
+        with temporary.open("wb", buffering=_BUFFER_BYTES) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -28,7 +28,7 @@ COLUMNS = {
     "width": "<i4",
     "height": "<i4",
     "record_offset": "<i8",
-    "record_crc": "<u4",
+    "frame_crc": "<u4",
     "key_end": "<i8",
     "key_bytes": "|u1",
 }
@@ -43,7 +43,7 @@ class ShardSet:
 
     `offset` and `length` (bytes) locate the image inside its tar, `crc` is zlib.crc32 of its bytes, `width` and
     `height` are pixels. A record is a whole sample in the tar, headers and padding included: it starts at
-    `record_offset` and ends where the next one starts.
+    `record_offset` and ends where the next one starts; `frame_crc` is the checksum of all of it but the image.
     """
 
     folder: Path
@@ -56,7 +56,7 @@ class ShardSet:
     width: NDArray[np.int32] = field(repr=False)
     height: NDArray[np.int32] = field(repr=False)
     record_offset: NDArray[np.int64] = field(repr=False)
-    record_crc: NDArray[np.uint32] = field(repr=False)
+    frame_crc: NDArray[np.uint32] = field(repr=False)
     keys: PackedStrings = field(repr=False)
 
     @property

@@ -15,7 +15,7 @@ from data_pipelines.index import ShardSet
 from data_pipelines.manifest import Manifest
 from data_pipelines.strings import PackedStrings
 
-_ARRAYS = ("offset", "length", "label", "crc", "width", "height", "record_offset", "record_crc")
+_ARRAYS = ("offset", "length", "label", "crc", "width", "height", "record_offset", "frame_crc")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -1,9 +1,9 @@
 """Reads a whole shard set and reports everything that is wrong with it, by shard, key, offset and reason.
 
-    per shard, in parallel: size -> SHA-256 -> checksum of each record -> tar structure -> labels -> decode each image
+    per shard, in parallel: size -> SHA-256 -> checksums of each sample -> tar structure -> labels -> decode each image
 
-Each record (a sample with its headers and padding) has its own checksum in the index, so that one flipped bit is found
-and named wherever it is.
+The index has a checksum of each image and one of what frames it (headers, label, padding), so that one flipped bit is
+found and named wherever it is.
 """
 
 import hashlib
@@ -16,6 +16,7 @@ import numpy as np
 
 from data_pipelines.index import ShardSet, open_shards
 from data_pipelines.processes import Progress, run_jobs
+from data_pipelines.tar.records import frame_crc
 from data_pipelines.tar.scan import TarError, TarSample, mapped, scan_samples
 
 
@@ -148,12 +149,13 @@ class _Checker:
 
     def _check_records(self) -> None:
         for row in self._rows:
-            start, end = int(self._shards.record_offset[row]), self._record_end(row)
-            if row in self.bad_rows or zlib.crc32(self._data[start:end]) == int(self._shards.record_crc[row]):
+            if row in self.bad_rows:
                 continue
+            start, image = int(self._shards.record_offset[row]), int(self._shards.offset[row])
+            after = self._data[image + int(self._shards.length[row]) : self._record_end(row)]
             if zlib.crc32(self._image(row)) != int(self._shards.crc[row]):
-                self._report(row, int(self._shards.offset[row]), "the image's bytes have changed")
-            else:
+                self._report(row, image, "the image's bytes have changed")
+            elif frame_crc(self._data[start:image], after) != int(self._shards.frame_crc[row]):
                 self._report(row, start, "a header, the label, the metadata or padding has changed")
 
     def _check_structure(self) -> None:

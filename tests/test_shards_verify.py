@@ -163,13 +163,22 @@ def test_safe_keys_are_unique_and_survive_webdataset(name: str, other: str) -> N
     assert (safe_key(name) == safe_key(other)) == (name == other)
 
 
+@settings(max_examples=50, deadline=None)
+@given(st.text("abc/%_. ", min_size=1, max_size=120), st.integers(0, 3000))
+def test_members_are_as_tarfile_writes_them(name: str, num_bytes: int) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = num_bytes
+    content = b"x" * num_bytes
+    assert member(name, content) == info.tobuf(tarfile.PAX_FORMAT) + content + bytes(-num_bytes % 512)
+
+
 @settings(max_examples=30, deadline=None)
 @given(NAMES, st.binary(min_size=1, max_size=2000), st.integers(0, 999))
 def test_records_are_tar_and_point_at_their_image(name: str, image: bytes, label: int) -> None:
     key = safe_key(name)
     record = make_record(key, "jpg", image, label, {"class": name})
-    assert record.data[record.image_start :][: len(image)] == image
-    assert record.image_crc == zlib.crc32(image)
-    [sample] = scan_samples(memoryview(record.data + END_OF_ARCHIVE))
+    data = record.before + record.image + record.after
+    assert (record.image, record.image_crc, record.num_bytes) == (image, zlib.crc32(image), len(data))
+    [sample] = scan_samples(memoryview(data + END_OF_ARCHIVE))
     assert sample.key == key and set(sample.members) == {"jpg", "cls", "json"}
-    assert sample.members["jpg"].offset == record.image_start
+    assert sample.members["jpg"].offset == len(record.before)

@@ -24,6 +24,7 @@ def list_samples(root: Path, split: str | None) -> Listing:
     class_folders = sorted(entry for entry in _entries(root) if entry.is_dir())
     if not class_folders:
         raise ValueError(f"{root}: no folders in it, expected one for each class")
+    prefix = os.path.join(root, "")  # noqa: PTH118 (with its slash)
     names: list[str] = []
     sizes: list[int] = []
     label: list[int] = []
@@ -32,7 +33,7 @@ def list_samples(root: Path, split: str | None) -> Listing:
         if not files:
             raise ValueError(f"{folder}: a class without images; fill the folder or remove it")
         for path, size in files:
-            names.append(os.path.relpath(path, root))
+            names.append(path.removeprefix(prefix))
             sizes.append(size)
             label.append(index)
     return Listing(

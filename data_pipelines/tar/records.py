@@ -19,17 +19,35 @@ BLOCK = tarfile.BLOCKSIZE
 END_OF_ARCHIVE = bytes(2 * BLOCK)
 
 
+# The fields of a POSIX header in order: name, owner (mode 0644, ids 0), size, time 0, checksum, and the rest: a regular
+# file, no link, "ustar" version 00, no names of owners. The checksum counts its own field as eight spaces.
+_LONGEST_SHORT_NAME = 100
+_FIRST_LARGE_SIZE = 8**11
+_OWNER = b"0000644\0" + b"0000000\0" * 2
+_TIME = b"00000000000\0"
+_REST = b"0" + bytes(100) + b"ustar\x0000" + bytes(247)
+_REST_SUM = sum(_REST) + 8 * ord(" ")
+
 # What `safe_key` gives: such keys are kept as they are when shards are written again.
 _SAFE_KEY = re.compile(r"[A-Za-z0-9_/+=,@%-]+")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """A sample as it stands in a tar: `image_start` counts from the first byte of `data`."""
+    """A sample as it stands in a tar, in three parts: what comes before the image, the image, what comes after it.
 
-    data: bytes
-    image_start: int
+    The frame is the record without the image: headers, padding, label and metadata.
+    """
+
+    before: bytes
+    image: bytes
+    after: bytes
     image_crc: int
+    frame_crc: int
+
+    @property
+    def num_bytes(self) -> int:
+        return len(self.before) + len(self.image) + len(self.after)
 
 
 def safe_key(name: str) -> str:
@@ -48,16 +66,35 @@ def is_safe_key(key: str) -> bool:
 
 def member(name: str, data: bytes) -> bytes:
     """One tar member: header, data, padding."""
-    info = tarfile.TarInfo(name)
-    info.size = len(data)
-    return info.tobuf(tarfile.PAX_FORMAT) + data + bytes(-len(data) % BLOCK)
+    return _header(name, len(data)) + data + _padding(len(data))
 
 
 def make_record(key: str, extension: str, image: bytes, label: int, metadata: Mapping[str, Any] | None) -> Record:
     """The record of one sample. `metadata` None leaves the .json member out."""
-    first = member(f"{key}.{extension}", image)
-    parts = [first, member(f"{key}.cls", str(label).encode())]
+    before = _header(f"{key}.{extension}", len(image))
+    after = _padding(len(image)) + member(f"{key}.cls", str(label).encode())
     if metadata is not None:
-        parts.append(member(f"{key}.json", json.dumps(metadata, sort_keys=True).encode()))
-    image_start = len(first) - len(image) - (-len(image) % BLOCK)
-    return Record(data=b"".join(parts), image_start=image_start, image_crc=zlib.crc32(image))
+        after += member(f"{key}.json", json.dumps(metadata, sort_keys=True).encode())
+    return Record(
+        before=before, image=image, after=after, image_crc=zlib.crc32(image), frame_crc=frame_crc(before, after)
+    )
+
+
+def frame_crc(before: bytes | memoryview, after: bytes | memoryview) -> int:
+    """Checksum of a record without its image, so that no byte is summed twice: images are most of a shard."""
+    return zlib.crc32(after, zlib.crc32(before))
+
+
+def _header(name: str, num_bytes: int) -> bytes:
+    """The header that tarfile makes; for a short name it is filled in here, which takes 3 us instead of 50."""
+    if len(name) <= _LONGEST_SHORT_NAME and name.isascii() and num_bytes < _FIRST_LARGE_SIZE:
+        start = name.encode().ljust(_LONGEST_SHORT_NAME, b"\0") + _OWNER + b"%011o\0" % num_bytes + _TIME
+        checksum = sum(start) + _REST_SUM
+        return start + b"%06o\0 " % checksum + _REST
+    info = tarfile.TarInfo(name)
+    info.size = num_bytes
+    return info.tobuf(tarfile.PAX_FORMAT)
+
+
+def _padding(num_bytes: int) -> bytes:
+    return bytes(-num_bytes % BLOCK)

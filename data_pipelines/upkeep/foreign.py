@@ -15,6 +15,7 @@ from data_pipelines.manifest import MANIFEST_NAME, Manifest
 from data_pipelines.processes import Progress, run_jobs
 from data_pipelines.sources.listing import check_labels
 from data_pipelines.sources.tars import class_names_of, image_member, label_of, tar_paths
+from data_pipelines.tar.records import frame_crc
 from data_pipelines.tar.scan import TarError, TarSample, mapped, scan_samples
 from data_pipelines.writing.finish import finish_shards
 from data_pipelines.writing.image_header import BadImageError, read_header
@@ -92,7 +93,7 @@ def _read_shard(name: str, data: memoryview) -> DoneShard:
             width=header.width,
             height=header.height,
             record_offset=sample.start,
-            record_crc=zlib.crc32(data[sample.start : end]),
+            frame_crc=frame_crc(data[sample.start : member.offset], data[member.offset + member.size : end]),
         )
     digest = hashlib.sha256(data).hexdigest()
     return DoneShard(file=name, bytes=len(data), sha256=digest, end=_end(samples), columns=rows.columns(), rejected=[])

@@ -6,7 +6,6 @@ The same plan gives the same bytes, so that it does not matter who writes a shar
 """
 
 import hashlib
-import zlib
 from pathlib import Path
 from typing import BinaryIO
 
@@ -85,16 +84,17 @@ class _Writer:
         record = make_record(key, header.extension, image, label, metadata)
         self._rows.add(
             key,
-            offset=self._position + record.image_start,
+            offset=self._position + len(record.before),
             length=len(image),
             label=label,
             crc=record.image_crc,
             width=header.width,
             height=header.height,
             record_offset=self._position,
-            record_crc=zlib.crc32(record.data),
+            frame_crc=record.frame_crc,
         )
-        self._put(record.data)
+        for part in (record.before, record.image, record.after):
+            self._put(part)
 
     def finish(self, name: str, rejected: list[Rejected]) -> DoneShard:
         end = self._position
