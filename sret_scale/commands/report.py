@@ -1,0 +1,26 @@
+"""`sret-scale report`: run folders in, one page that opens from disk out."""
+
+import argparse
+from pathlib import Path
+
+EXAMPLE = "example: sret-scale report runs/demo -o runs/demo/report.html"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder, or a folder of run folders")
+    parser.add_argument(
+        "-o", "--output", type=Path, default=Path("report.html"), metavar="PAGE", help="page to write (report.html)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the page and say where it is."""
+    # matplotlib costs half a second, which --help need not pay.
+    from sret_scale.lab.report import write_report
+
+    report = write_report(args.runs, args.output)
+    for reason in report.left_out:
+        print(f"left out: {reason}")
+    runs = "1 run" if report.num_runs == 1 else f"{report.num_runs} runs"
+    print(f"wrote {report.page} ({runs}) and {len(report.files)} figure files in {report.files[0].parent}/")
+    return 0

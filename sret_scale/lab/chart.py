@@ -1,0 +1,135 @@
+"""What every figure of the report has in common: paper, ink, the runs' colours, and its finished form.
+
+The SVG keeps its text as text and its colours as CSS variables, so that in the page a figure follows the reader's font
+and light or dark scheme. The files beside the page (SVG, PNG, CSV) stand alone, on white.
+"""
+
+import csv
+import io
+import re
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+INK, MUTED, GRID, PAPER = "#1d2125", "#5d6671", "#e4e7eb", "#ffffff"
+# Told apart on white and, by their twins in report.html (--run-0 ...), on near-black, also with red-green blindness.
+PALETTE = ("#1f6fb4", "#c8501e", "#16855b", "#8d4db0", "#a87900", "#0d8a99", "#b8336a", "#66707c")
+VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid", PAPER: "--card"} | {
+    colour: f"--run-{index}" for index, colour in enumerate(PALETTE)
+}
+WIDTH_INCHES, HEIGHT_INCHES = 4.8, 3.3
+PNG_DPI = 200
+FONT = "DejaVu Sans"  # It comes with matplotlib, so that a figure is the same on every machine.
+STYLE: dict[Any, Any] = {
+    "font.family": [FONT],
+    "font.size": 10.0,
+    "text.parse_math": False,  # A run may be called `a$b`.
+    "svg.fonttype": "none",
+    "axes.edgecolor": GRID,
+    "axes.labelcolor": MUTED,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "xtick.minor.size": 0,
+    "ytick.minor.size": 0,
+    "text.color": INK,
+    "lines.linewidth": 1.8,
+    "lines.solid_capstyle": "round",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Caption:
+    """The words around a figure. `name` is its file name; `x_label` and `y_label` carry the units."""
+
+    name: str
+    title: str
+    text: str
+    x_label: str
+    y_label: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chart:
+    """A finished figure. `svg` and `png` stand alone, `inline_svg` takes font and colours from the page."""
+
+    caption: Caption
+    svg: str
+    inline_svg: str
+    png: bytes
+    csv: str
+
+    def write(self, folder: Path) -> list[Path]:
+        """Writes the figure as NAME.svg, NAME.png and NAME.csv; returns these files."""
+        contents = {"svg": self.svg.encode(), "png": self.png, "csv": self.csv.encode()}
+        files = [folder / f"{self.caption.name}.{kind}" for kind in contents]
+        for file, content in zip(files, contents.values(), strict=True):
+            file.write_bytes(content)
+        return files
+
+
+def run_colours(count: int) -> list[str]:
+    """One colour for each run: the palette while it lasts, then a scale from dark to bright, visible on both papers."""
+    if count <= len(PALETTE):
+        return list(PALETTE[:count])
+    scale = mpl.colormaps["viridis"](np.linspace(0.15, 0.85, count))
+    return [mpl.colors.to_hex(rgba) for rgba in scale]
+
+
+def css_colour(colour: str) -> str:
+    """The colour for the page: its variable if the page has one, so that it can change with the scheme."""
+    return f"var({VARIABLES[colour]})" if colour in VARIABLES else colour
+
+
+def canvas(caption: Caption, height_inches: float = HEIGHT_INCHES) -> tuple[Figure, Axes]:
+    """An empty figure with labelled axes. The y label lies above the plot, where it reads without a turn."""
+    figure = Figure(figsize=(WIDTH_INCHES, height_inches), facecolor=PAPER)
+    axes = figure.add_subplot()
+    axes.set_facecolor("none")
+    axes.set_xlabel(caption.x_label)
+    above: dict[str, Any] = {"xycoords": "axes fraction", "xytext": (0, 7), "textcoords": "offset points"}
+    axes.annotate(caption.y_label, (0, 1), color=MUTED, **above)
+    return figure, axes
+
+
+def finish(figure: Figure, caption: Caption, table: list[tuple[object, ...]]) -> Chart:
+    """The figure in all its forms; the first row of `table` is its header. Call it inside `rc_context(STYLE)`."""
+    buffer, pixels = io.BytesIO(), io.BytesIO()
+    # The ids of clip paths are hashes; another salt for each figure keeps them apart within one page.
+    with mpl.rc_context({"svg.hashsalt": caption.name}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    figure.savefig(pixels, format="png", dpi=PNG_DPI)
+    svg = buffer.getvalue().decode()
+    rows = io.StringIO()
+    csv.writer(rows, lineterminator="\n").writerows(table)
+    return Chart(caption=caption, svg=svg, inline_svg=_inline(svg, caption), png=pixels.getvalue(), csv=rows.getvalue())
+
+
+def _inline(svg: str, caption: Caption) -> str:
+    """The <svg> element for the page: no fixed size, described for screen readers, colours by the page's variables."""
+    body = svg[svg.index("<svg") :]
+    body = re.sub(r"<metadata>.*?</metadata>\s*", "", body, flags=re.DOTALL)
+    body = re.sub(r' (width|height)="[\d.]+pt"', "", body, count=2)
+    body = body.replace("<svg", f'<svg role="img" aria-label="{escape(caption.title)}"', 1)
+    return re.sub(r"((?:fill|stroke): )(#[0-9a-f]{6})", lambda match: match.group(1) + css_colour(match.group(2)), body)
+
+
+def printable(text: str, length: int) -> str:
+    """`text` in one line of at most `length` characters, with a dot for each character that the figures' font lacks."""
+    font = mpl.font_manager.get_font(mpl.font_manager.findfont(FONT))
+    shown = "".join(c if c.isprintable() and font.get_char_index(ord(c)) else "\N{MIDDLE DOT}" for c in text)
+    return shown if len(shown) <= length else shown[: length - 1] + "\N{HORIZONTAL ELLIPSIS}"
