@@ -1,7 +1,6 @@
 """`sret-scale shards trace`: which samples a rank reads, so that anyone can check the order of a run."""
 
 import argparse
-from pathlib import Path
 
 EXAMPLE = """\
 example: sret-scale shards trace shards/fashion/train --world-size 2 --rank 1 --seed 0 --epoch 3 --from 5120 \\
@@ -14,7 +13,12 @@ batch filled by the first samples of the same epoch (--last pad)."""
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What decides on a rank's samples."""
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder of the shard set")
+    parser.add_argument(
+        "folders", nargs="+", metavar="FOLDER", help="folder or URL of the shard set; several: a mixture"
+    )
+    parser.add_argument(
+        "--weights", type=float, nargs="+", default=[], metavar="X", help="of a mixture (default: numbers of samples)"
+    )
     parser.add_argument("--world-size", type=int, default=1, metavar="W", help="number of ranks (default 1)")
     parser.add_argument("--rank", type=int, default=0, metavar="R", help="whose samples (default 0)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the run (default 0)")
@@ -40,12 +44,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Print the keys."""
     from data_pipelines.config import DataConfig
-    from data_pipelines.index import open_shards
+    from data_pipelines.remote import open_training_data
     from data_pipelines.trace import trace_keys
 
-    config = DataConfig(order=args.order, last=args.last, block_window=args.block_window, num_repeats=args.num_repeats)
+    config = DataConfig(
+        train_folder=args.folders[0],
+        mixture_folders=tuple(args.folders[1:]),
+        mixture_weights=tuple(args.weights),
+        order=args.order,
+        last=args.last,
+        block_window=args.block_window,
+        num_repeats=args.num_repeats,
+    )
     keys = trace_keys(
-        open_shards(args.folder),
+        open_training_data(config),
         config,
         world_size=args.world_size,
         rank=args.rank,
