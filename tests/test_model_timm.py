@@ -80,6 +80,9 @@ def test_a_published_checkpoint_is_read() -> None:
     published = {"model": to_published(source.config, source.state_dict())}
     model.load_state_dict(checkpoint_filter(published, model))
     assert torch.equal(model.position, source.position)
+    larger = timm.create_model("sret_t", img_size=384)
+    larger.load_state_dict(checkpoint_filter(published, larger))
+    assert larger.position.shape == (1, 64, 48, 48)
 
 
 def test_what_the_model_does_not_have_is_refused() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sret_scale.memory import MemoryConfig, apply_recomputation
 from sret_scale.model import PRESETS, Noise, SReT, preset
+from sret_scale.model.adapt import resized_position
 from sret_scale.model.official import from_published, published_names
 from sret_scale.timm.door import import_timm
 
@@ -122,12 +123,17 @@ def register_presets() -> None:
 
 
 def checkpoint_filter(state: dict[str, Any], model: SReT) -> dict[str, Tensor]:
-    """Our names for a published checkpoint's, whole or under "model"; our own pass as they are."""
+    """A state dict for the model of a published checkpoint's, whole or under "model", or of our own.
+
+    Its position tensor is brought to the model's image size.
+    """
     state = state.get("model", state)
-    if "pos_embed" not in state:
-        return state
-    known = set(published_names(model.config))
-    return from_published(model.config, {key: value for key, value in state.items() if key in known})
+    if "pos_embed" in state:
+        known = set(published_names(model.config))
+        state = from_published(model.config, {key: value for key, value in state.items() if key in known})
+    if "position" in state:
+        state = {**state, "position": resized_position(state["position"], model.config.grids[0])}
+    return state
 
 
 def _entrypoint(name: str) -> Callable[..., nn.Module]:
