@@ -14,6 +14,7 @@ COMMANDS = {
     "demo": "run everything once on the sample images: teacher, 108-application student, control, report",
     "train": "train a recipe or a preset, on one node or many; the same command continues",
     "evaluate": "measure the accuracy of a run on a whole test set",
+    "checkpoint": "list or verify the checkpoints of a run",
     "shards": "write, check and inspect webdataset shards",
     "labels": "store a teacher's answers about views of the images, to train from without it",
     "describe": "count a model's parameters, multiply-adds and depth",

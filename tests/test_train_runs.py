@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from data_pipelines.index import open_shards
 from sret_scale.memory import MemoryConfig
 from sret_scale.train.checkpoint import list_checkpoints, read_state, verify_checkpoint
 from tests.tiny import NUM_IMAGES, TINY_MODEL, sret_scale, tiny_config, tiny_shards, write_config
@@ -166,6 +167,21 @@ def test_another_architecture_is_refused(untouched: Path, tmp_path: Path) -> Non
     assert "another architecture" in last and "stages.0.num_loops: 3 -> 4" in last
 
 
+def test_a_rank_that_stands_still_is_named_and_everything_ends(shards: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "tiny.yaml", tiny_config(shards), hang_timeout_s=20.0, total_images=3200)
+    run = tmp_path / "run"
+    process = sret_scale("train", config, "--run", run, cwd=tmp_path)
+    wait_for_images(run, 64, process)
+    ranks = rank_processes(process)
+    victim = next(rank for rank in ranks if rank.environ()["RANK"] == "1")
+    victim.suspend()
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 3
+    assert "rank 1 on " in error.strip().splitlines()[-1] and "has been stopped or lost" in error
+    assert "optimizer_step" in (run / "logs" / "stacks-00000.txt").read_text()
+    assert not any(rank.is_running() for rank in ranks)
+
+
 def test_loss_that_is_not_a_number_ends_the_run_before_it_is_saved(shards: Path, tmp_path: Path) -> None:
     config = tiny_config(shards)
     config = replace(config, optim=replace(config.optim, learning_rate=1e30, warmup_images=0))
@@ -218,6 +234,42 @@ def test_bad_input_is_one_clear_line_before_anything_starts(
     assert process.returncode == 2, out + error
     assert error.startswith("error: ") and message in error and len(error.strip().splitlines()) <= 2
     assert "Traceback" not in error and not (tmp_path / "runs").exists()
+
+
+def damaged_shards(shards: Path, folder: Path) -> tuple[Path, Path]:
+    """A copy of the shards, and the first tar of its training set."""
+    shutil.copytree(shards, folder)
+    return folder, min((folder / "train").glob("*.tar"))
+
+
+def test_a_truncated_tar_is_named_before_anything_starts(shards: Path, tmp_path: Path) -> None:
+    copy, tar = damaged_shards(shards, tmp_path / "shards")
+    tar.write_bytes(tar.read_bytes()[:-2048])
+    tiny = write_config(tmp_path / "tiny.yaml", tiny_config(copy))
+    process = sret_scale("train", tiny, cwd=tmp_path)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert error.startswith("error: ") and tar.name in error and not (tmp_path / "runs").exists()
+
+
+def test_a_broken_image_is_replaced_counted_and_above_the_share_ends_the_run(shards: Path, tmp_path: Path) -> None:
+    copy, tar = damaged_shards(shards, tmp_path / "shards")
+    broken = open_shards(copy / "train")
+    content = bytearray(tar.read_bytes())
+    content[int(broken.offset[0]) + 60] ^= 0xFF
+    tar.write_bytes(content)
+    config = replace(tiny_config(copy), data=replace(tiny_config(copy).data, max_bad_rate=0.5))
+    allowed = write_config(tmp_path / "allowed.yaml", config, total_images=128)
+    assert finish(sret_scale("train", allowed, cwd=tmp_path)) == 0
+    quarantine = complete_lines(tmp_path / "runs" / "allowed" / "quarantine.jsonl")
+    assert {line["shard"] for line in quarantine} == {tar.name} and {line["key"] for line in quarantine} == {
+        broken.key(0)
+    }
+    refused = write_config(tmp_path / "refused.yaml", tiny_config(copy), total_images=128)
+    process = sret_scale("train", refused, cwd=tmp_path)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert tar.name in error.strip().splitlines()[-1] and "max_bad_rate" in error.strip().splitlines()[-1]
 
 
 def test_a_run_of_another_configuration_is_refused(untouched: Path) -> None:

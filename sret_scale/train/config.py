@@ -71,6 +71,8 @@ class TrainConfig:
     """0 saves at the end and when the run is stopped only."""
     keep_checkpoints: int = 2
     log_interval_steps: int = 10
+    hang_timeout_s: float = 1200.0
+    """A rank that comes no further for so long ends the run; more than the longest evaluation, save or compilation."""
     tensorboard: bool = False
     """Write TensorBoard events beside metrics.jsonl; needs the extra of that name."""
     image_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)

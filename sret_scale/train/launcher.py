@@ -20,9 +20,9 @@ from types import FrameType
 
 from sret_scale.train.node.errors import RankError, clear_errors, first_error, now_s, show_first_error, write_error
 from sret_scale.train.node.job import Job, deepspeed_command
+from sret_scale.train.node.orphans import STOP_SIGNALS
 from sret_scale.train.node.places import NodeStart, choose_nodes
-
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+from sret_scale.train.node.sbatch import requeue_running_job
 
 
 @dataclass
@@ -73,9 +73,8 @@ def launch(
     with _caught_signals() as requests:
         all_ended_well = _supervise(place.starts, job, requests)
         status = _exit_status(run_folder, all_ended_well, requests)
-    if requests.last == signal.SIGUSR1 and "SLURM_JOB_ID" in os.environ and _state(run_folder) == "stopped":
-        # Slurm's warning before the time limit: the same job goes on when it is scheduled again.
-        subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
+    if _status(run_folder).get("state") == "stopped" and "SLURM_JOB_ID" in os.environ:
+        requeue_running_job(os.environ["SLURM_JOB_ID"])
     return status
 
 
@@ -100,7 +99,7 @@ def _caught_signals() -> Iterator[_Requests]:
         requests.last = number
         requests.count += 1
 
-    before = {number: signal.signal(number, on_signal) for number in _SIGNALS}
+    before = {number: signal.signal(number, on_signal) for number in STOP_SIGNALS}
     try:
         yield requests
     finally:
@@ -181,10 +180,6 @@ def _status(run_folder: Path) -> dict[str, object]:
         if isinstance(content, dict):
             return content
     return {}
-
-
-def _state(run_folder: Path) -> object:
-    return _status(run_folder).get("state")
 
 
 def _exit_status(run_folder: Path, all_ended_well: bool, requests: _Requests) -> int:

@@ -43,7 +43,9 @@ def train(config: RunConfig, folder: RunFolder, ranks: Ranks) -> bool:
         steps = stack.enter_context(contextlib.closing(run.loader.steps(clock.loader)))
         logged = clock
         while clock.images < config.train.total_images:
+            run.watchdog.progress(clock.step, "waiting for data")
             before, step = clock, next(steps)
+            run.watchdog.progress(clock.step, "computing")
             numbers, is_stopping = optimizer_step(run, step, clock, stop)
             clock = Clock(
                 step=before.step + 1,
@@ -60,8 +62,11 @@ def train(config: RunConfig, folder: RunFolder, ranks: Ranks) -> bool:
             if is_due(before, clock, config.train.eval_interval_images) and not is_last:
                 # Before the checkpoint: a run that is killed in between measures again instead of never.
                 evaluate_and_log(run, clock, both=False)
+                logged = dataclasses.replace(clock, time_s=time.monotonic() - started)
             if is_due(before, clock, config.train.checkpoint_interval_images) or is_last or is_stopping:
+                run.watchdog.progress(clock.step, "saving")
                 save(run, clock)
+                logged = dataclasses.replace(clock, time_s=time.monotonic() - started)
             if is_stopping and not is_last:
                 run.progress.say(f"stopped by a signal at {clock.images:,} images, saved; the same command continues")
                 return False
@@ -88,6 +93,7 @@ def optimizer_step(run: Run, step: Step, clock: Clock, stop: StopFlag) -> tuple[
         run.engine.backward(loss)
         if micro_step < len(step.micro_batches) - 1:
             run.engine.step()
+    run.watchdog.progress(clock.step, "in a collective")
     # All ranks must agree before the update: a loss that is not a number on one of them would spread to all.
     mean_loss, num_stopping = sum_over_ranks(
         torch.stack([losses / ranks.world_size, torch.tensor(float(stop.is_set), device=ranks.device)])
@@ -152,6 +158,7 @@ def log(run: Run, clock: Clock, kind: str, values: dict[str, object]) -> None:
 
 def evaluate_and_log(run: Run, clock: Clock, *, both: bool) -> None:
     """Accuracy of the moving average where one is kept; of the raw weights where none is, or with `both`."""
+    run.watchdog.progress(clock.step, "evaluating")
     kinds = {"ema": run.average.averages} if run.average else {}
     if both or not kinds:
         kinds["raw"] = run.engine.local_weights()

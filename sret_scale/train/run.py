@@ -20,6 +20,7 @@ from sret_scale.train.load import load_teacher_run
 from sret_scale.train.optim import WeightAverage, build_optimizer
 from sret_scale.train.progress import RunProgress
 from sret_scale.train.run_folder import MetricsLog, NoMetrics, RunFolder
+from sret_scale.train.watchdog import Watchdog
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,10 +50,15 @@ class Run:
     eval_model: SReT
     metrics: MetricsLog | NoMetrics
     progress: RunProgress
+    watchdog: Watchdog
 
 
 def set_up(config: RunConfig, folder: RunFolder, ranks: Ranks, stack: contextlib.ExitStack) -> Run:
     """Model, engine, data, teacher and logs; the initial weights are a function of the seed alone."""
+    watchdog = Watchdog(
+        folder.path, rank=ranks.rank, world_size=ranks.world_size, timeout_s=config.train.hang_timeout_s
+    )
+    stack.enter_context(watchdog)
     accumulation = grad_accum_steps(config.train, ranks.world_size)
     shards = open_shards(config.data.train_folder)
     loader = TrainLoader(
@@ -101,6 +107,7 @@ def set_up(config: RunConfig, folder: RunFolder, ranks: Ranks, stack: contextlib
         predicted_activation_bytes=activation_bytes,
         eval_model=SReT(config.model).to(ranks.device).eval(),
         metrics=stack.enter_context(metrics),  # type: ignore[arg-type]
+        watchdog=watchdog,
         progress=stack.enter_context(
             RunProgress(folder.path.name, total_images=config.train.total_images, is_shown=ranks.is_main)
         ),

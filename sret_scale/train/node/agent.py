@@ -22,7 +22,7 @@ import psutil
 from sret_scale.train.node.build_lock import clear_stale_locks
 from sret_scale.train.node.errors import RankError, has_error, now_s, write_error
 from sret_scale.train.node.job import Job, deepspeed_command
-from sret_scale.train.node.orphans import die_with_parent
+from sret_scale.train.node.orphans import STOP_SIGNALS, die_with_parent
 from sret_scale.train.node.places import visible_gpus
 
 _POLL_S = 0.2
@@ -98,6 +98,15 @@ def _exit_status(process: psutil.Process) -> int | None:
     return os.waitstatus_to_exitcode(int(fields[49])) if fields[0] in "ZX" else None
 
 
+def _before_launcher() -> None:
+    """Slurm sends a signal to every process of a node: to DeepSpeed's launcher it would mean failure.
+
+    It keeps the blocked signals of its parent, and so do the ranks, which unblock them first of all.
+    """
+    die_with_parent()
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+
+
 def start_launcher(job: Job, node_rank: int) -> "subprocess.Popen[bytes]":
     """DeepSpeed's launcher in a session of its own, so that everything it starts can be found and ended."""
     devices = list(job.world.values())[node_rank]
@@ -116,7 +125,7 @@ def start_launcher(job: Job, node_rank: int) -> "subprocess.Popen[bytes]":
         env=environment,
         cwd=job.working_folder,
         start_new_session=True,
-        preexec_fn=die_with_parent,
+        preexec_fn=_before_launcher,
     )
 
 
@@ -189,7 +198,7 @@ def main() -> int:
     def on_signal(_number: int, _frame: FrameType | None) -> None:
         requests.put("stop")
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+    for number in STOP_SIGNALS:
         signal.signal(number, on_signal)
     job = Job.from_line(sys.stdin.readline())
     for lock in clear_stale_locks():

@@ -4,6 +4,8 @@ import ctypes
 import os
 import signal
 
+# What asks a run to save and end.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 _PR_SET_PDEATHSIG = 1
 # Loaded at import: the function is also called between fork and exec, where loading a library is not safe.
 _LIBC = ctypes.CDLL(None, use_errno=True)

@@ -138,7 +138,7 @@ def _from_slurm(num_ranks: int | None, master_port: int | None) -> Place:
     hosts = tuple(Host(name=check_host_name(name, "Slurm's node list"), devices=devices) for name in names)
     # The allocation gives the agent all that the job has on a node; its ranks share it.
     srun = ["srun", f"--nodes={len(names)}", f"--ntasks={len(names)}", "--ntasks-per-node=1", "--overlap"]
-    srun += [f"--cpus-per-task={_leading_number('SLURM_JOB_CPUS_PER_NODE', 1)}", "--cpu-bind=none", "--unbuffered"]
+    srun += [f"--cpus-per-task={_leading_number('SLURM_JOB_CPUS_PER_NODE', 1)}", "--cpu-bind=none"]
     return Place(
         hosts=hosts,
         starts=(

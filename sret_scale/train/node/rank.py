@@ -8,6 +8,7 @@ import contextlib
 import faulthandler
 import os
 import runpy
+import signal
 import socket
 import sys
 import traceback
@@ -15,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sret_scale.train.node.errors import RankError, log_path, now_s, write_error
-from sret_scale.train.node.orphans import die_with_parent
+from sret_scale.train.node.orphans import STOP_SIGNALS, die_with_parent
 
 
 def redirect_output(run_folder: Path, rank: int) -> None:
@@ -62,6 +63,8 @@ def main(argv: Sequence[str]) -> None:
     """Never returns: a failed rank leaves without the exit handlers of libraries, which may wait for lost peers."""
     run_folder = Path(argv[0])
     die_with_parent()
+    # Blocked for DeepSpeed's launcher, see the agent; inherited from it.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     redirect_output(run_folder, int(os.environ["RANK"]))
     faulthandler.enable()
     status = run_module(run_folder, argv[1], argv[2:])

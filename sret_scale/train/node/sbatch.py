@@ -1,8 +1,9 @@
-"""The batch file for Slurm: one launcher in the batch step, one agent a node below it, a requeue before the limit."""
+"""The batch file for Slurm, and the requeue of a job that has saved: one launcher a job, one agent a node below it."""
 
 import os
 import re
 import shlex
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -66,3 +67,16 @@ def batch_file(options: BatchOptions, arguments: Sequence[str]) -> str:
             "",
         ]
     )
+
+
+def requeue_running_job(job_id: str) -> None:
+    """Puts a batch job back into the queue unless Slurm is ending it for another reason.
+
+    Called when the ranks have saved because of a signal: the warning before the time limit, or a preemption, during
+    whose grace time the job would otherwise count as ended. A cancelled job is no longer RUNNING and stays cancelled.
+    """
+    query = ["scontrol", "show", "job", job_id]
+    shown = subprocess.run(query, capture_output=True, text=True, check=False).stdout
+    if "JobState=RUNNING" in shown and "BatchFlag=1" in shown:
+        print(f"requeueing job {job_id}; it continues from its checkpoint", flush=True)
+        subprocess.run(["scontrol", "requeue", job_id], check=True)

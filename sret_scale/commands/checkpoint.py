@@ -1,0 +1,38 @@
+"""`sret-scale checkpoint`: which checkpoints a run has, and whether they are whole."""
+
+import argparse
+from pathlib import Path
+
+EXAMPLE = """examples:
+  sret-scale checkpoint info runs/demo/student
+  sret-scale checkpoint verify runs/demo/student"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What to do, and with which run."""
+    parser.add_argument("action", choices=("info", "verify"), help="list what is there, or read and check every file")
+    parser.add_argument("run", type=Path, help="folder of a run")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Returns 1 when a checkpoint is damaged."""
+    from sret_scale.train.checkpoint import CheckpointError, list_checkpoints, read_state, verify_checkpoint
+    from sret_scale.train.run_folder import RunFolder
+
+    checkpoints = list_checkpoints(RunFolder(args.run).checkpoints)
+    if not checkpoints:
+        raise FileNotFoundError(f"{args.run} has no checkpoints")
+    num_bad = 0
+    for path in checkpoints:
+        try:
+            if args.action == "verify":
+                verify_checkpoint(path)
+                print(f"{path}: whole")
+            else:
+                state = read_state(path)
+                num_bytes = sum(file.stat().st_size for file in path.iterdir())
+                print(f"{path}: {state['images']:,} images, {state['time_s']:,.0f} s of training, {num_bytes:,} bytes")
+        except CheckpointError as error:
+            num_bad += 1
+            print(f"damaged: {error}")
+    return int(num_bad > 0)
