@@ -38,7 +38,7 @@ def make_images(root: Path, num_images: int) -> Path:
         noise = generator.normal(128, 26, (375, 500, 3)).clip(0, 255).astype(np.uint8)
         path = root / f"class{index % 10}" / f"image{index:06d}.JPEG"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(noise).save(path, "JPEG", quality=75)
+        Image.fromarray(noise).save(path, "JPEG", quality=90)
     return root
 
 

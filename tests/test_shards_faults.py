@@ -1,6 +1,7 @@
 """Bad images under each policy, full disks, killed writers, several writers at once."""
 
 import json
+import os
 import resource
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from PIL import Image
 
 from data_pipelines.index import WORK_FOLDER, open_shards
 from data_pipelines.manifest import read_manifest
+from data_pipelines.processes import run_jobs
 from data_pipelines.verify import verify_shards
 from data_pipelines.write import WriteConfig, write_shards
 from data_pipelines.writing.prepare import ImageOptions
@@ -251,3 +253,40 @@ def test_a_target_that_may_not_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(OSError, match="file"):
         write_shards(WriteConfig(kind="folder", source=tree), tmp_path / "file" / "target")
+
+
+@pytest.mark.multi_process
+def test_hosts_of_a_hostfile_share_one_target(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree = make_tree(tmp_path / "tree", 30)
+    write_shards(WriteConfig(kind="folder", source=tree, shard_samples=10), tmp_path / "whole")
+    # In place of ssh: what comes after `-- HOST` runs here.
+    (tmp_path / "ssh").write_text('#!/bin/sh\nwhile [ "$1" != -- ]; do shift; done\nexec sh -c "$3"\n')
+    (tmp_path / "ssh").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    (tmp_path / "hosts").write_text("node-1 slots=2\nnode-2 slots=2\n")
+    options = ["--shard-samples", "10", "--workers", "1", "--hostfile", str(tmp_path / "hosts")]
+    assert main(["shards", "write", "folder", str(tree), str(tmp_path / "target"), *options]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["node-1", "node-2"] and "90 samples" in lines[0]
+    assert_same_files(tmp_path / "target", tmp_path / "whole")
+    (tree / IMAGENET_LIKE[0] / "bad.JPEG").write_bytes(b"")
+    assert main(["shards", "write", "folder", str(tree), str(tmp_path / "other"), *options]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: host node-") and "bad.JPEG': empty file" in error
+    (tmp_path / "hosts").write_text("node-1 slots=2\n; rm -rf slots=1\n")
+    assert main(["shards", "write", "folder", str(tree), str(tmp_path / "third"), *options]) == 2
+    assert "line 2: expected 'NAME slots=N'" in capsys.readouterr().err
+
+
+def test_a_killed_worker_is_reported() -> None:
+    with pytest.raises(OSError, match="a worker process was killed"):
+        list(run_jobs(_Suicide, (), range(4), 2))
+
+
+class _Suicide:
+    """A worker that the kernel kills, as when memory runs out."""
+
+    def __call__(self, number: int) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)

@@ -9,7 +9,7 @@ KINDS = ("folder", "idx", "ilsvrc", "parquet", "tars")
 
 EXAMPLE = """example:
   sret-scale shards write idx data_pipelines/sample/fashion_mnist shards/fashion/train --split train
-The same command continues a run that was interrupted. Started on several nodes with a common TARGET, they share it."""
+The same command continues a run that was interrupted. Several nodes with a common TARGET share the work."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,10 +35,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resize", type=int, help="reduce images with a longer short side to it, in pixels")
     parser.add_argument("--quality", type=int, default=95, help="JPEG quality of reduced images (default: 95)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
+    parser.add_argument(
+        "--hostfile", type=Path, help="write on these hosts together (NAME slots=N a line, as deepspeed)"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
     """Write the shards and say what was written."""
+    if args.hostfile is not None:
+        from sret_scale.commands.shards.nodes import write_on_hosts
+
+        write_on_hosts(args.hostfile, args)
+        return
     from data_pipelines.write import WriteConfig, write_shards
     from data_pipelines.writing.prepare import ImageOptions
     from sret_scale.commands.shards.progress import progress_bar
