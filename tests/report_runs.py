@@ -92,7 +92,7 @@ def metric_lines(applications: int, final_top1: float, images: int, seed: int) -
         loss = 0.45 + 1.85 * math.exp(-5 * progress) + 0.06 * float(rng.standard_normal())
         measured = {"lr": 1e-3 * (1 - progress), "grad_norm": 1.1, "images_per_s": speed * float(rng.uniform(0.9, 1.1))}
         lines.append({"kind": "train", **base, "loss": loss, **measured})
-        if step % (steps // 16 * 2) == 0 or step + 2 > steps:
+        if step % max(2, steps // 16 * 2) == 0 or step + 2 > steps:
             for weights, lag in (("raw", 5.0), ("ema", 3.5)):
                 top1 = final_top1 * (1 - math.exp(-lag * progress)) + (0.004 if weights == "ema" else 0.0)
                 scores = {"top1": top1, "top5": min(1.0, top1 + 0.14), "loss": 1.6 - 1.35 * top1}

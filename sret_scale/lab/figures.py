@@ -29,12 +29,12 @@ def basic_figures(runs: Sequence[Run], summaries: Sequence[Summary], colours: Se
 
 def _accuracy(runs: Sequence[Run], colours: Sequence[str]) -> Chart | None:
     curves = [
-        Curve(label=run.name, colour=colour, series=main, faint=faint)
+        Curve(label=run.name, colour=colour, series=main, faint=faint, kinds=("ema" if faint else "raw", "raw"))
         for run, colour in zip(runs, colours, strict=True)
         for main, faint in [_by_weights(run, "top1", 100.0)]
     ]
     split = evaluation_split(runs[0])
-    averaged = any(curve.faint is not None for curve in curves)
+    averaged = any(curve.faint is not None and len(curve.faint.images) > 1 for curve in curves)
     text = f"On the {split} split, every sample once." + (
         " Strong lines: averaged weights (EMA); faint lines: the weights as trained." if averaged else ""
     )
@@ -47,7 +47,15 @@ def _training_loss(runs: Sequence[Run], colours: Sequence[str]) -> Chart | None:
     for run, colour in zip(runs, colours, strict=True):
         measured = run.series("train", "loss")
         long = len(measured.images) >= SMOOTH_FROM
-        curves.append(Curve(label=run.name, colour=colour, series=smoothed(measured), faint=measured if long else None))
+        curves.append(
+            Curve(
+                label=run.name,
+                colour=colour,
+                series=smoothed(measured),
+                faint=measured if long else None,
+                kinds=("mean" if long else "measured", "measured"),
+            )
+        )
     text = "Strong lines are means of neighbouring steps." if any(curve.faint for curve in curves) else ""
     if len({teacher_of(run) is None for run in runs}) > 1:
         text += " A distilled run's loss measures the distance to its teacher: compare its course, not its height."

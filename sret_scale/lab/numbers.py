@@ -30,7 +30,8 @@ def _scaled(value: float, units: tuple[tuple[str, float], ...], plain: str) -> s
 
 
 def _three_digits(value: float) -> str:
-    if value == int(value) and abs(value) < 1000:
+    value = float(f"{value:.3g}")
+    if value == int(value):
         return str(int(value))
     return f"{value:.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
 

@@ -22,12 +22,16 @@ SMOOTH_FROM, SMOOTH_BINS = 80, 60
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """A line with the name and colour of its run; `faint` is drawn behind it (raw weights, the unsmoothed loss)."""
+    """A line with the name and colour of its run; `faint` is drawn behind it (raw weights, the unsmoothed loss).
+
+    `kinds` names the two in the CSV.
+    """
 
     label: str
     colour: str
     series: Series
     faint: Series | None = None
+    kinds: tuple[str, str] = ("", "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,9 +161,9 @@ def _name_ends(axes: Axes, curves: Sequence[Curve], decimals: int) -> None:
 
 
 def _table(curves: Sequence[Curve], caption: Caption) -> list[tuple[object, ...]]:
-    table: list[tuple[object, ...]] = [("run", caption.x_label, caption.y_label)]
+    table: list[tuple[object, ...]] = [("run", "series", caption.x_label, caption.y_label)]
     for curve in curves:
-        # What is drawn faint is what was measured; the strong line may be its mean.
-        measured = curve.faint if curve.faint is not None else curve.series
-        table += [(curve.label, int(x), y) for x, y in zip(measured.images, measured.values, strict=True)]
+        for kind, series in zip(curve.kinds, (curve.series, curve.faint), strict=True):
+            if series is not None:
+                table += [(curve.label, kind, int(x), y) for x, y in zip(series.images, series.values, strict=True)]
     return table

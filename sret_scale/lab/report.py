@@ -10,6 +10,7 @@ import jinja2
 
 from sret_scale.lab.chart import Chart, css_colour, run_colours
 from sret_scale.lab.compare import differing_fields, flatten
+from sret_scale.lab.depth import depth_figures
 from sret_scale.lab.figures import basic_figures
 from sret_scale.lab.numbers import compact, duration, grouped, percent
 from sret_scale.lab.runs import Run, load_runs
@@ -37,7 +38,9 @@ def write_report(paths: Sequence[Path], page: Path) -> Report:
     runs, left_out = load_runs(paths)
     summaries = [summarise(run) for run in runs]
     colours = run_colours(len(runs))
-    charts = basic_figures(runs, summaries, colours)
+    basic, depth = basic_figures(runs, summaries, colours), depth_figures(runs, summaries, colours)
+    # Of many runs the depth curves are the answer; of a few the courses are.
+    charts = depth + basic if len(runs) > MOST_TILES else basic + depth
     folder = page.with_name(f"{page.stem}_files")
     text = render(runs, summaries, charts, colours, files=folder.name, left_out=left_out)
     folder.mkdir(parents=True, exist_ok=True)
