@@ -10,16 +10,20 @@ name.
 
 import fcntl
 import os
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Protocol
 
 from data_pipelines.manifest import Manifest
 
+# How long a fetch waits for room that others use.
+_ROOM_TIMEOUT_S = 60.0
+
 
 class UnavailableError(OSError):
-    """A server that did not answer in any of the attempts; says nothing about the file."""
+    """A server that did not answer in any of the attempts, or no room for the file; no fault of the file."""
 
 
 class ChangedFileError(OSError):
@@ -64,27 +68,44 @@ class ShardCache:
     def _fetch(self, shard: int, path: Path) -> None:
         entry = self._shards[shard]
         part = path.with_name(path.name + ".part")
-        part.unlink(missing_ok=True)
+        deadline = time.monotonic() + _ROOM_TIMEOUT_S
+        while not self._reserve(part, entry.bytes):
+            # Others use their shards for the time of one read, or of one download.
+            if time.monotonic() > deadline:
+                raise UnavailableError(
+                    f"{self._folder}: the cache's {self.max_bytes:,} bytes are in use, and {entry.bytes:,} more are "
+                    "needed: raise data.cache_gib"
+                )
+            time.sleep(0.02)
         try:
-            self._reserve(part, entry.bytes)
             self._download(entry.file, part, num_bytes=entry.bytes, sha256=entry.sha256)
-            part.rename(path)
-        finally:
-            part.unlink(missing_ok=True)
+            with self._room():
+                part.rename(path)
+        except BaseException:
+            with self._room():
+                part.unlink(missing_ok=True)
+            raise
         _sync_folder(self._folder)
 
-    def _reserve(self, part: Path, num_bytes: int) -> None:
-        """Makes `part` a file of `num_bytes`, after evicting what is needed for it; the space counts from here on."""
-        with _locked(self._folder / "room.lock", fcntl.LOCK_EX):
-            used = self._evict(self.max_bytes - num_bytes)
-            if used + num_bytes > self.max_bytes:
-                raise OSError(
-                    f"{self._folder}: {used:,} bytes of the cache are in use and {num_bytes:,} more are needed, "
-                    f"above the cap of {self.max_bytes:,}: raise data.cache_gib"
-                )
+    def _room(self) -> AbstractContextManager[int]:
+        """Held by whoever adds, renames or removes files, so that what is counted is what is there."""
+        return _locked(self._folder / "room.lock", fcntl.LOCK_EX)
+
+    def _reserve(self, part: Path, num_bytes: int) -> bool:
+        """Makes `part` a file of `num_bytes`, after evicting what is needed for it. False when there is no room now."""
+        with self._room():
+            # What a killed job was writing.
+            part.unlink(missing_ok=True)
+            if self._evict(self.max_bytes - num_bytes) + num_bytes > self.max_bytes:
+                return False
             with part.open("xb") as file:
-                # Fails now, with "No space left on device", rather than in the middle.
-                os.posix_fallocate(file.fileno(), 0, num_bytes)
+                try:
+                    # Fails now rather than in the middle when the disk is full.
+                    os.posix_fallocate(file.fileno(), 0, num_bytes)
+                except OSError as error:
+                    part.unlink()
+                    raise UnavailableError(f"{part}: {error.strerror} ({num_bytes:,} bytes are needed)") from error
+            return True
 
     def _evict(self, limit: int) -> int:
         """Removes files that nobody uses, the longest unused first, until `limit` bytes are left; what is left."""

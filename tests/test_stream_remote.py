@@ -129,7 +129,10 @@ def test_a_changed_shard_never_enters_the_cache(local: ShardSet, config: DataCon
         assert not cache.has(1) and not list(shards.folder.glob("*.part"))
 
 
-def test_the_cap_is_kept_and_the_longest_unused_shard_goes(site: Site, config: DataConfig) -> None:
+def test_the_cap_is_kept_and_the_longest_unused_shard_goes(
+    site: Site, config: DataConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data_pipelines.cache._ROOM_TIMEOUT_S", 0.1)
     shards, _ = _remote(site, config)
     size = shards.manifest.shards[0].bytes
     shards, cache = _remote(site, replace(config, cache_gib=3.5 * size / 2**30))
@@ -138,7 +141,7 @@ def test_the_cap_is_kept_and_the_longest_unused_shard_goes(site: Site, config: D
             assert sum(path.stat().st_size for path in shards.folder.glob("*.tar*")) <= 3.5 * size
     assert [cache.has(shard) for shard in range(4)] == [True, False, True, True]
     with cache.lease(0), cache.lease(2), cache.lease(3):
-        with pytest.raises(OSError, match=r"bytes of the cache are in use.*raise data\.cache_gib"), cache.lease(4):
+        with pytest.raises(UnavailableError, match=r"bytes are in use.*raise data\.cache_gib"), cache.lease(4):
             pass
         assert cache.has(0) and cache.has(2) and cache.has(3)
 
@@ -176,6 +179,37 @@ def test_many_threads_fetch_a_shard_once(site: Site, config: DataConfig) -> None
     assert site.requests.count(shards.shard_names[5]) == 1
 
 
+SHARING = """
+import hashlib, random, sys
+from data_pipelines.config import DataConfig
+from data_pipelines.remote import open_data
+
+url, folder, gib, seed = sys.argv[1:]
+shards = open_data(url, DataConfig(cache_folder=folder, cache_gib=float(gib)))
+random.seed(int(seed))
+for _ in range(60):
+    shard = random.randrange(shards.num_shards)
+    with shards.cache.lease(shard) as path:
+        data = path.read_bytes()
+        with shards.cache._room():
+            used = sum(file.stat().st_size for file in shards.folder.glob("*.tar*") if file.suffix != ".lock")
+    assert hashlib.sha256(data).hexdigest() == shards.manifest.shards[shard].sha256
+    assert used <= shards.cache.max_bytes
+"""
+
+
+def test_jobs_share_a_cache_that_is_smaller_than_the_set(site: Site, config: DataConfig) -> None:
+    shards, _ = _remote(site, config)
+    gib = 4.5 * shards.manifest.shards[0].bytes / 2**30
+    command = [sys.executable, "-W", "ignore", "-c", SHARING, site.url, str(config.cache_folder), str(gib)]
+    root = Path(__file__).parents[1]
+    jobs = [subprocess.Popen([*command, str(seed)], cwd=root, stderr=subprocess.PIPE, text=True) for seed in range(3)]
+    errors = [job.communicate()[1] for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0, 0], errors
+    fetched = sum(site.requests.count(name) for name in shards.shard_names)
+    assert shards.num_shards <= fetched < 180
+
+
 def test_the_prefetcher_fetches_what_is_wanted(site: Site, config: DataConfig) -> None:
     _, cache = _remote(site, config)
     with Prefetcher(cache, num_threads=2) as prefetcher:
@@ -201,7 +235,10 @@ with ShardCache(download, folder, read_manifest(folder), max_bytes=1 << 30).leas
 """
 
 
-def test_a_killed_job_leaves_nothing_in_the_way(site: Site, config: DataConfig) -> None:
+def test_a_killed_job_leaves_nothing_in_the_way(
+    site: Site, config: DataConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data_pipelines.cache._ROOM_TIMEOUT_S", 0.1)
     shards, cache = _remote(site, config)
     command = [sys.executable, "-c", KILLED, str(shards.folder)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]) as job:
@@ -227,7 +264,7 @@ def test_a_full_disk_is_named_and_leaves_no_part(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(OSError, match="No space left on device"), cache.lease(0):
+    with pytest.raises(UnavailableError, match="No space left on device"), cache.lease(0):
         pass
     assert not list(shards.folder.glob("*.part"))
 
