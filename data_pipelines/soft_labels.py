@@ -80,17 +80,18 @@ def coverage_sums(log_probs_BC: Tensor, records: Records, labels_B: Tensor) -> d
     `mass` is the probability of the kept classes, `kl` that of the teacher from its record (nats), `entropy` the
     teacher's (nats), `top1_agreement` the number of images whose label the teacher names. `views` counts the rows.
     """
-    log_p_BC = log_probs_BC.double().cpu()
+    device = log_probs_BC.device
+    log_p_BC = log_probs_BC.double()
     p_BC = log_p_BC.exp()
     # Below the smallest fp32 number a stored probability is 0, where the logarithm would be infinite.
-    log_q_BC = decode_records(records, p_BC.shape[1]).double().clamp_min(1e-45).log()
-    ids_BK = torch.from_numpy(records["ids"].astype(np.int64))
+    log_q_BC = decode_records(records, p_BC.shape[1], device).double().clamp_min(1e-45).log()
+    ids_BK = torch.from_numpy(records["ids"].astype(np.int64)).to(device)
     return {
         "views": float(len(records)),
         "mass": float(p_BC.gather(1, ids_BK).sum()),
         "kl": float((p_BC * (log_p_BC - log_q_BC)).sum()),
         "entropy": float(-(p_BC * log_p_BC).sum()),
-        "top1_agreement": float((ids_BK[:, 0] == labels_B.cpu()).sum()),
+        "top1_agreement": float((ids_BK[:, 0] == labels_B.to(device)).sum()),
     }
 
 

@@ -10,6 +10,7 @@ import dataclasses
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -133,8 +134,12 @@ def write_unit(job: LabelJob, unit: Unit, filler: BatchFiller) -> Counter[str]:
     num_samples = job.plan.shards[unit.shard][1]
     records_VN = np.empty((unit.last_view - unit.first_view + 1, num_samples), record_dtype(job.plan.top_k))
     sums: Counter[str] = Counter()
-    for view, start, batch in unit_batches(job, unit, filler):
-        logits_BC = job.teacher(batch.images.to(job.device, non_blocking=True).float() / 255)
+    answers = (
+        (view, start, batch, job.teacher(batch.images.to(job.device, non_blocking=True).float() / 255))
+        for view, start, batch in unit_batches(job, unit, filler)
+    )
+    # Each answer is stored when the next one was asked for, so that a GPU need not wait for the CPU.
+    for (view, start, batch, logits_BC), _ in pairwise(chain(answers, [None])):  # type: ignore[misc]
         if not logits_BC.isfinite().all():
             key = job.shards.key(int(batch.indices[int((~logits_BC.isfinite()).any(dim=1).nonzero()[0])]))
             raise ValueError(f"the teacher gives NaN or infinite logits for sample {key!r}, view {view}")
