@@ -97,6 +97,22 @@ def test_sigterm_lets_the_ranks_save_and_returns_their_status(tmp_path: Path) ->
     assert left_over(folder) == []
 
 
+def test_signal_to_every_process_of_a_node_still_lets_the_ranks_save(tmp_path: Path) -> None:
+    process = start(folder := tmp_path / "run", "sleep")
+    ranks = [psutil.Process(pid) for pid in rank_pids(folder)]
+    deepspeed = ranks[0].parent()
+    assert deepspeed is not None
+    agent = deepspeed.parent()
+    assert agent is not None
+    # Slurm does this when it preempts a job.
+    for target in (agent, deepspeed, *ranks):
+        target.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert '"stopped"' in (folder / "status.json").read_text()
+    assert left_over(folder) == []
+
+
 @pytest.mark.parametrize("victim", ["launcher", "agent", "deepspeed"])
 def test_kill_9_leaves_no_orphan(tmp_path: Path, victim: str) -> None:
     process = start(folder := tmp_path / "run", "sleep")

@@ -7,7 +7,10 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopFlag:
-    """Inside the `with`, the first stop signal sets `is_set`; a second one has its usual effect."""
+    """Inside the `with`, a stop signal sets `is_set`; a second Ctrl-C has its usual effect.
+
+    Slurm sends SIGTERM to every process of a node, and the launcher's agent passes its own on: a second one is normal.
+    """
 
     def __init__(self) -> None:
         self.is_set = False
@@ -24,4 +27,5 @@ class StopFlag:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.is_set = True
-        signal.signal(number, self._previous[signal.Signals(number)])
+        if number == signal.SIGINT:
+            signal.signal(number, self._previous[signal.SIGINT])
