@@ -74,7 +74,7 @@ def test_the_command_reports_and_exits_with_1(folder: Path, capsys: pytest.Captu
     offset = int(shards.offset[7])
     assert out == [
         f"shard-000000.tar: sample {shards.key(7)!r} at offset {offset}: the image's bytes have changed",
-        f"{folder}: 1 things are wrong",
+        f"{folder}: not sound, 1 found",
     ]
 
 

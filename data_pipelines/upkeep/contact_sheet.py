@@ -8,6 +8,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from data_pipelines.index import ShardSet, open_shards
+from data_pipelines.writing.image_header import FORMATS
 
 _CELL, _TEXT, _GAP = 112, 14, 6
 
@@ -43,7 +44,7 @@ def _read(shards: ShardSet, row: int) -> bytes:
 
 def _thumbnail(data: bytes) -> Image.Image:
     """The image in the size of a cell; small ones are enlarged without smoothing, so that pixels stay pixels."""
-    with Image.open(io.BytesIO(data)) as image:
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         pixels = image.convert("RGB")
     scale = _CELL / max(pixels.size)
     size = (max(1, round(pixels.width * scale)), max(1, round(pixels.height * scale)))

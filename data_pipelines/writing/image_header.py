@@ -20,7 +20,8 @@ EXTENSIONS = {
     "TIFF": "tif",
     "PPM": "ppm",
 }
-_FORMATS = [name for name in EXTENSIONS if name != "MPO"]
+# By name, so that no bytes reach decoders that start other programs (EPS).
+FORMATS = [name for name in EXTENSIONS if name != "MPO"]
 
 # Pillow's own limit: what it would warn of as a decompression bomb is refused here.
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 89_478_485
@@ -67,7 +68,7 @@ def _jpeg_header(data: bytes) -> tuple[str, int, int, int] | None:
 def _any_header(data: bytes) -> tuple[str, int, int, int]:
     """By Pillow."""
     try:
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             kind, (width, height) = image.format or "", image.size
             num_frames = 1 if kind in ("JPEG", "MPO", "BMP", "PPM") else getattr(image, "n_frames", 1)
     except UnidentifiedImageError:

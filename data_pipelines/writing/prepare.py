@@ -6,7 +6,7 @@ from typing import Literal, get_args
 
 from PIL import Image
 
-from data_pipelines.writing.image_header import BadImageError, ImageHeader, read_header
+from data_pipelines.writing.image_header import FORMATS, BadImageError, ImageHeader, read_header
 
 BadImagePolicy = Literal["fail", "skip", "quarantine"]
 BAD_IMAGE_POLICIES: tuple[str, ...] = get_args(BadImagePolicy)
@@ -66,7 +66,7 @@ def _reduced(data: bytes, header: ImageHeader, short_side: int, quality: int) ->
     width = max(short_side, int(header.width * scale))
     height = max(short_side, int(header.height * scale))
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             pixels = image if image.mode in ("RGB", "L") else image.convert("RGBA" if image.mode == "P" else "RGB")
             small = pixels.resize((width, height), Image.Resampling.BICUBIC)
     except (OSError, SyntaxError, ValueError, EOFError) as error:

@@ -19,6 +19,7 @@ from data_pipelines.writing.prepare import ImageOptions, prepare_image
 from data_pipelines.writing.rows import DoneShard, Rejected, RowTable, done_path, save_done
 
 QUARANTINE_FOLDER = "quarantine"
+_LONGEST_NAME = 150
 
 
 def shard_file(index: int) -> str:
@@ -64,8 +65,11 @@ def _apply_policy(bad: Rejected, image: bytes, options: ImageOptions, folder: Pa
             " --on-bad skip or --on-bad quarantine"
         )
     if options.on_bad == "quarantine":
-        # Keys have slashes; one flat folder is easier to look through.
-        target = folder / QUARANTINE_FOLDER / bad.key.replace("/", "%2F")
+        # Keys have slashes; one flat folder is easier to look through. No file system takes names above 255 bytes.
+        name = bad.key.replace("/", "%2F")
+        if len(name) > _LONGEST_NAME:
+            name = hashlib.sha256(bad.key.encode()).hexdigest()
+        target = folder / QUARANTINE_FOLDER / name
         target.parent.mkdir(exist_ok=True)
         with replacing(target) as file:
             file.write(image)

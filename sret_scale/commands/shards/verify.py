@@ -26,5 +26,5 @@ def run(args: argparse.Namespace) -> int:
         )
     for finding in findings:
         print(finding)
-    print(f"{args.folder}: {f'{len(findings)} things are wrong' if findings else 'sound'}")
+    print(f"{args.folder}: {f'not sound, {len(findings)} found' if findings else 'sound'}")
     return 1 if findings else 0
