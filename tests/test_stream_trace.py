@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipelines.loader import DataConfig, LoaderState, TrainLoader
+from data_pipelines.order import Order
 from data_pipelines.trace import trace_keys
 from tests.stream_shards import TarShards, grey_level_shards
 
@@ -20,11 +21,11 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> TarShards:
 
 
 def _trace(
-    shards: TarShards, *, order: str = "full", last: str = "drop", count: int = 10**6, **changes: int
+    shards: TarShards, *, order: str = "full", last: str = "drop", global_batch_size: int = 12, **changes: int
 ) -> list[str]:
-    options = {"world_size": 1, "rank": 0, "seed": 3, "epoch": 2, "position": 0, "global_batch_size": 12, **changes}
-    config = DataConfig(order=order, last=last)  # type: ignore[arg-type]
-    return list(trace_keys(shards, config, count=count, **options))  # type: ignore[arg-type]
+    sequence = Order.of(shards, DataConfig(order=order), seed=3, global_batch_size=global_batch_size)  # type: ignore[arg-type]
+    options = {"world_size": 1, "rank": 0, "epoch": 2, **changes}
+    return list(trace_keys(shards, sequence, last=last, **options))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("order", ["full", "block", "sequential"])

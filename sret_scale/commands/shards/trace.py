@@ -44,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Print the keys."""
     from data_pipelines.config import DataConfig
+    from data_pipelines.order import Order
     from data_pipelines.remote import open_training_data
     from data_pipelines.trace import trace_keys
 
@@ -52,20 +53,19 @@ def run(args: argparse.Namespace) -> None:
         mixture_folders=tuple(args.folders[1:]),
         mixture_weights=tuple(args.weights),
         order=args.order,
-        last=args.last,
         block_window=args.block_window,
         num_repeats=args.num_repeats,
     )
+    shards = open_training_data(config)
     keys = trace_keys(
-        open_training_data(config),
-        config,
+        shards,
+        Order.of(shards, config, seed=args.seed, global_batch_size=args.global_batch),
+        last=args.last,
         world_size=args.world_size,
         rank=args.rank,
-        seed=args.seed,
         epoch=args.epoch,
         position=args.position,
         count=args.count,
-        global_batch_size=args.global_batch,
     )
     for key in keys:
         print(key)
