@@ -86,6 +86,12 @@ def test_describe_prints_the_three_measures_of_depth(capsys: pytest.CaptureFixtu
     assert "error: stage 0: 8 groups do not divide 169 tokens" in capsys.readouterr().err
 
 
+def test_describe_alone_lists_every_preset(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["describe"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == list(PRESETS)
+
+
 def test_every_deep_preset_has_the_depth_in_its_name() -> None:
     for name, config in PRESETS.items():
         count = name.rpartition("_")[2]

@@ -9,17 +9,31 @@ EXAMPLE = "example: sret-scale describe sret_t_1000 --image-size 384 --json"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The preset and how to print it."""
-    parser.add_argument("preset", help="name of a model, for example sret_t; an unknown name lists all")
+    parser.add_argument("preset", nargs="?", help="name of a model, for example sret_t (default: list all)")
     parser.add_argument("--image-size", type=int, help="side of the square input in pixels (default: the preset's)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print the counts of one preset."""
-    from sret_scale.model import describe, preset
+    """Print the counts of one preset, or a line for each."""
+    from sret_scale.model import PRESETS, describe, preset
 
+    if args.preset is None:
+        every = {name: describe(config, args.image_size) for name, config in PRESETS.items()}
+        print(json.dumps(every, indent=2) if args.json else overview(every))
+        return
     counts = {"preset": args.preset} | describe(preset(args.preset), args.image_size)
     print(json.dumps(counts, indent=2) if args.json else table(counts))
+
+
+def overview(every: dict[str, dict[str, Any]]) -> str:
+    """One line a preset."""
+    lines = [f"{'preset':<22}{'image':>6}{'applications':>14}{'parameters':>13}{'MACs':>18}"]
+    lines.extend(
+        f"{name:<22}{counts['image_size']:>6}{counts['applications']:>14,}{counts['parameters']:>13,}{counts['macs']:>18,}"
+        for name, counts in every.items()
+    )
+    return "\n".join(lines)
 
 
 def table(counts: dict[str, Any]) -> str:
