@@ -9,12 +9,12 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import psutil
 import pytest
 
 from data_pipelines.index import open_shards
 from sret_scale.memory import MemoryConfig
-from sret_scale.train.checkpoint import list_checkpoints, read_state, verify_checkpoint
+from sret_scale.train.checkpoint import list_checkpoints, read_state
+from tests.runs import complete_lines, digest, rank_processes, wait_for_images
 from tests.tiny import NUM_IMAGES, TINY_MODEL, sret_scale, tiny_config, tiny_shards, write_config
 
 pytestmark = pytest.mark.multi_process
@@ -40,38 +40,6 @@ def finish(process: Process) -> int:
     out, error = process.communicate(timeout=240)
     print(out, error)
     return process.returncode
-
-
-def wait_for_images(run: Path, images: int, process: Process) -> None:
-    """Returns when the run has logged a step at or beyond `images`."""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        assert process.poll() is None, process.communicate()
-        metrics = run / "metrics.jsonl"
-        if metrics.exists() and any(line["images"] >= images for line in complete_lines(metrics)):
-            return
-        time.sleep(0.02)
-    raise AssertionError(f"no step at {images} images within two minutes")
-
-
-def complete_lines(metrics: Path) -> list[dict[str, float]]:
-    text = metrics.read_text()
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-
-
-def rank_processes(process: Process) -> list[psutil.Process]:
-    tree = psutil.Process(process.pid).children(recursive=True)
-    return [child for child in tree if "sret_scale.train.node.rank" in child.cmdline() and child.children() == []]
-
-
-def hashes(run: Path) -> dict[str, str]:
-    """SHA-256 of weights, optimiser and average in a run's last checkpoint, and its data position."""
-    newest = list_checkpoints(run / "checkpoints")[0]
-    verify_checkpoint(newest)
-    files = json.loads((newest / "manifest.json").read_text())["files"]
-    return {name: files[name]["sha256"] for name in files if name.endswith("safetensors")} | {
-        "loader": read_state(newest)["loader"]
-    }
 
 
 def test_a_run_leaves_what_its_readers_need(untouched: Path) -> None:
@@ -109,7 +77,7 @@ def test_killed_five_times_ends_with_the_weights_of_a_run_left_alone(
         assert process.returncode != 0, out + error
         assert error.strip().splitlines()[-1].startswith("error: "), error
     assert finish(sret_scale("train", config, "--run", run, cwd=tmp_path)) == 0
-    assert hashes(run) == hashes(untouched)
+    assert digest(run) == digest(untouched)
     assert [line["kind"] for line in complete_lines(run / "metrics.jsonl")].count("restart") >= 3
 
 
@@ -128,14 +96,14 @@ def test_sigterm_saves_and_the_same_command_continues_to_the_same_weights(
     assert json.loads((run / "status.json").read_text())["state"] == "stopped"
     assert 160 <= read_state(list_checkpoints(run / "checkpoints")[0])["images"] < 512
     assert finish(sret_scale("train", config, "--run", run, cwd=tmp_path)) == 0
-    assert hashes(run) == hashes(untouched)
+    assert digest(run) == digest(untouched)
 
 
 def test_another_recomputation_schedule_changes_no_bit(untouched: Path, shards: Path, tmp_path: Path) -> None:
     config = replace(tiny_config(shards), memory=MemoryConfig(schedule="binomial", slots=1))
     file = write_config(tmp_path / "tiny.yaml", config)
     assert finish(sret_scale("train", file, "--run", tmp_path / "run", cwd=tmp_path)) == 0
-    assert hashes(tmp_path / "run") == hashes(untouched)
+    assert digest(tmp_path / "run") == digest(untouched)
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
@@ -152,7 +120,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     out, error = process.communicate(timeout=120)
     assert process.returncode == 0, error
     assert f"checkpoint passed over: {newest / 'weights.safetensors'}: expected sha256" in out
-    assert hashes(run) == hashes(untouched)
+    assert digest(run) == digest(untouched)
 
 
 def test_another_architecture_is_refused(untouched: Path, tmp_path: Path) -> None:
