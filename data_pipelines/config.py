@@ -48,6 +48,8 @@ class DataConfig:
     max_pixels: int = MAX_PIXELS
     # Of shards at a URL: the node's cache (null: the user's cache folder) and its cap, threads that fetch shards,
     # global batches that they look ahead, how long a read may stand still, and how often it is tried.
+    # `remote_reads`: whole `shards`, or `ranges` of them, one a sample, for small sets.
+    remote_reads: Literal["shards", "ranges"] = "shards"
     cache_folder: str | None = None
     cache_gib: float = 100.0
     fetch_threads: int = 2
@@ -91,6 +93,7 @@ class DataConfig:
 CHOICES = {
     "order": ("full", "block", "sequential"),
     "last": ("drop", "pad"),
+    "remote_reads": ("shards", "ranges"),
     "crop": ("resized", "padded", "centre"),
     "interpolation": ("bilinear", "bicubic"),
 }

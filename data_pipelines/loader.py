@@ -107,7 +107,7 @@ class TrainLoader:
     def _steps(self, state: LoaderState) -> Generator[Step]:
         upcoming: deque[tuple[list[PendingBatch], LoaderState]] = deque()
         with ExitStack() as stack:
-            reader = stack.enter_context(ShardReader(self._shards, cache_of(self._shards)))
+            reader = stack.enter_context(ShardReader(self._shards))
             fetch_ahead = self._fetch_ahead(state, stack)
             source = TrainingSamples(
                 reader,
@@ -193,7 +193,7 @@ def evaluation_batches(
     global_batch_size = batch_size * world_size
     num_batches = -(-shards.num_samples // global_batch_size)
     upcoming: deque[PendingBatch] = deque()
-    with ShardReader(shards, cache_of(shards)) as reader:
+    with ShardReader(shards) as reader:
         source = EvaluationSamples(reader, shards, config, image_size)
         with BatchFiller(source, image_size=image_size, num_threads=config.workers) as filler:
             for batch in range(num_batches):

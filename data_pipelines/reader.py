@@ -12,8 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
-from data_pipelines.cache import ShardCache, UnavailableError
+from data_pipelines.cache import UnavailableError
 from data_pipelines.index import ShardSet
+from data_pipelines.remote import RemoteShardSet
 
 
 class BadSampleError(ValueError):
@@ -29,14 +30,12 @@ class BadSampleError(ValueError):
 
 
 class ShardReader:
-    """Reads samples of a shard set; close it, or use it in a `with`.
+    """Reads samples of a shard set, local or remote; close it, or use it in a `with`.
 
-    Keeps at most `max_open_shards` files of a local set open. With a cache, a shard is leased for each read, as an open
-    file would take up room after it was evicted.
+    Keeps at most `max_open_shards` files of a local set open.
     """
 
-    def __init__(self, shards: ShardSet, cache: ShardCache | None = None, *, max_open_shards: int = 128) -> None:
-        self._cache = cache
+    def __init__(self, shards: ShardSet, *, max_open_shards: int = 128) -> None:
         self._shards = shards
         self._max_open_shards = max_open_shards
         self._lock = threading.Lock()
@@ -48,8 +47,7 @@ class ShardReader:
         shards = self._shards
         length = int(shards.length[index])
         try:
-            with self._descriptor(int(shards.shard_of[index])) as descriptor:
-                data = _read_exactly(descriptor, length, int(shards.offset[index]))
+            data = self._read_somewhere(int(shards.shard_of[index]), length, int(shards.offset[index]))
         except UnavailableError:
             # A server that does not answer is no fault of the sample.
             raise
@@ -79,16 +77,18 @@ class ShardReader:
     ) -> None:
         self.close()
 
-    @contextmanager
-    def _descriptor(self, shard: int) -> Iterator[int]:
-        if self._cache is None:
+    def _read_somewhere(self, shard: int, length: int, offset: int) -> bytes:
+        shards = self._shards
+        if not isinstance(shards, RemoteShardSet):
             with self._kept_open(shard) as descriptor:
-                yield descriptor
-            return
-        with self._cache.lease(shard) as path:
+                return _read_exactly(descriptor, length, offset)
+        if shards.cache is None:
+            return shards.read_range(shards.shard_names[shard], offset, offset + length)
+        # Opened for one read: an open file would take up room after it was evicted.
+        with shards.cache.lease(shard) as path:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             try:
-                yield descriptor
+                return _read_exactly(descriptor, length, offset)
             finally:
                 os.close(descriptor)
 

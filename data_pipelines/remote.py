@@ -1,12 +1,14 @@
 """Shard sets by their location: a local folder, or a URL whose shards stream through a cache on the node.
 
-https://host/set/manifest.json, index.npz    -> fetched and checked when opened
-https://host/set/shard-000000.tar, ...       -> fetched whole, in order of use, ahead of it (`Prefetcher`)
+A set at https://host/set:
+    manifest.json, index.npz     fetched and checked when it is opened
+    shard-000000.tar, ...        fetched whole, in order of use and ahead of it (`Prefetcher`), or, for small sets, read by
+                                 a range of bytes for each sample
 """
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -21,10 +23,13 @@ from data_pipelines.mixture import mix_shards
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RemoteShardSet(ShardSet):
-    """A shard set whose tars are leased from `cache`; `folder` is the cache's folder, which may lack any of them."""
+    """A shard set whose tars are leased from `cache`, or read by ranges of bytes where that is None.
 
-    cache: ShardCache
-    url: str
+    `folder` holds manifest and index, and those shards that the cache has.
+    """
+
+    cache: ShardCache | None
+    read_range: Callable[[str, int, int], bytes]
 
 
 def open_data(location: str | Path, config: DataConfig) -> ShardSet:
@@ -45,9 +50,11 @@ def open_data(location: str | Path, config: DataConfig) -> ShardSet:
     if not (folder / INDEX_NAME).exists():
         _write(folder / INDEX_NAME, remote.read(INDEX_NAME))
     shards = open_shards(folder, check_tars=False)
-    cache = ShardCache(remote.download, folder, shards.manifest, max_bytes=int(config.cache_gib * 2**30))
+    cache = None
+    if config.remote_reads == "shards":
+        cache = ShardCache(remote.download, folder, shards.manifest, max_bytes=int(config.cache_gib * 2**30))
     known = {field.name: getattr(shards, field.name) for field in fields(ShardSet)}
-    return RemoteShardSet(**known, cache=cache, url=location)
+    return RemoteShardSet(**known, cache=cache, read_range=remote.read)
 
 
 def open_training_data(config: DataConfig) -> ShardSet:
@@ -63,7 +70,7 @@ def open_training_data(config: DataConfig) -> ShardSet:
 
 
 def cache_of(shards: ShardSet) -> ShardCache | None:
-    """Where the tars of a remote set are leased; None for a local one."""
+    """Where the tars of a set are leased; None for a local set, or one that is read by ranges."""
     return shards.cache if isinstance(shards, RemoteShardSet) else None
 
 

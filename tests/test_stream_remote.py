@@ -47,7 +47,7 @@ def config(tmp_path: Path) -> DataConfig:
 
 def _remote(site: Site, config: DataConfig) -> tuple[RemoteShardSet, ShardCache]:
     shards = open_data(site.url, config)
-    assert isinstance(shards, RemoteShardSet)
+    assert isinstance(shards, RemoteShardSet) and shards.cache is not None
     return shards, shards.cache
 
 
@@ -70,6 +70,22 @@ def test_batches_are_those_of_the_local_set(local: ShardSet, site: Site, config:
     # Each shard was fetched once, although two epochs, several threads and the prefetcher wanted it.
     for name in local.shard_names:
         assert site.requests.count(name) == 1
+
+
+def test_a_small_set_is_read_by_ranges(local: ShardSet, site: Site, config: DataConfig) -> None:
+    shards = open_data(site.url, replace(config, remote_reads="ranges"))
+    assert cache_of(shards) is None
+    site.faults[local.shard_names[1]] = ["error"]
+    with ShardReader(shards) as remote, ShardReader(local) as reader:
+        for index in range(150, 250):
+            assert remote.read(index) == reader.read(index)
+        site.faults[local.shard_names[2]] = ["missing"] * 2
+        with pytest.raises(BadSampleError, match="not found"):
+            remote.read(450)
+    batch = next(_loader(shards, config).steps(LoaderState())).micro_batches[0]
+    expected = next(_loader(local, config).steps(LoaderState())).micro_batches[0]
+    assert torch.equal(batch.images, expected.images)
+    assert not list(shards.folder.glob("*.tar"))
 
 
 def test_evaluation_reads_a_remote_set_once(local: ShardSet, site: Site, config: DataConfig) -> None:
@@ -101,9 +117,9 @@ def test_a_server_that_stays_away_stops_the_run(site: Site, config: DataConfig) 
 
 
 def test_a_shard_that_disappears_is_bad_samples(site: Site, config: DataConfig, tmp_path: Path) -> None:
-    shards, cache = _remote(site, config)
+    shards, _ = _remote(site, config)
     site.faults[shards.shard_names[2]] = ["missing"] * 1000
-    with ShardReader(shards, cache) as reader, pytest.raises(BadSampleError, match="not found"):
+    with ShardReader(shards) as reader, pytest.raises(BadSampleError, match="not found"):
         reader.read(450)
     file = tmp_path / "quarantine.jsonl"
     steps = _loader(shards, replace(config, max_bad_rate=0.2, quarantine_file=str(file))).steps(LoaderState())
@@ -124,7 +140,7 @@ def test_a_changed_shard_never_enters_the_cache(local: ShardSet, config: DataCon
     with serve(copy) as site:
         shards, cache = _remote(site, config)
         (copy / local.shard_names[1]).write_bytes(content)
-        with ShardReader(shards, cache) as reader, pytest.raises(BadSampleError, match="has changed: sha256"):
+        with ShardReader(shards) as reader, pytest.raises(BadSampleError, match="has changed: sha256"):
             reader.read(250)
         assert not cache.has(1) and not list(shards.folder.glob("*.part"))
 
