@@ -53,6 +53,8 @@ def application_slots(config: SReTConfig, index: int) -> tuple[Slot, ...]:
 
 def nearest_divisor(number: int, wanted: int) -> int:
     """The divisor of a number that is closest to the wanted one; of two, the larger."""
+    if number % wanted == 0:
+        return wanted
     divisors = (count for count in range(1, number + 1) if number % count == 0)
     return min(divisors, key=lambda divisor: (abs(divisor - wanted), -divisor))
 

@@ -22,9 +22,9 @@ class Noise:
     sample_seed: int
 
 
-def seeded_generator(device: torch.device, *numbers: int) -> torch.Generator:
-    """A generator on the device whose stream is a function of the numbers."""
-    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
+def seeded_generator(device: torch.device, purpose: str, *numbers: int) -> torch.Generator:
+    """A generator on the device whose stream is a function of the purpose and the numbers."""
+    digest = hashlib.blake2b(repr((purpose, *numbers)).encode(), digest_size=8).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
@@ -42,7 +42,7 @@ class PermutationSource:
             generator = None
         else:
             seed = self.seed if noise is None else noise.permutation_seed
-            generator = seeded_generator(device, seed, self.stage_index)
+            generator = seeded_generator(device, "permutation", seed, self.stage_index)
         return torch.rand(count, num_tokens, generator=generator, device=device).argsort(dim=1)
 
 
@@ -55,7 +55,7 @@ class Dropout:
 
     def masks(self, like: Tensor) -> Callable[[Sequence[int]], Tensor]:
         """Starts a call: a function from a shape to the next mask of 0 and 1 / (1 - rate), on the device of `like`."""
-        generator = seeded_generator(like.device, *self.seeds)
+        generator = seeded_generator(like.device, "dropout", *self.seeds)
         keep = 1.0 - self.rate
 
         def draw(shape: Sequence[int]) -> Tensor:
@@ -70,7 +70,7 @@ def drop_path_masks(rates: Tensor, batch: int, noise: Noise, stage_index: int) -
 
     rates: (applications,) fp32, on the device where the masks are wanted.
     """
-    generator = seeded_generator(rates.device, noise.sample_seed, stage_index)
+    generator = seeded_generator(rates.device, "drop path", noise.sample_seed, stage_index)
     uniform = torch.rand(len(rates), 2, batch, 1, 1, generator=generator, device=rates.device)
     keep = 1.0 - rates[:, None, None, None, None]
     return (uniform < keep).float() / keep
