@@ -2,8 +2,8 @@
 
 A set at https://host/set:
     manifest.json, index.npz     fetched and checked when it is opened
-    shard-000000.tar, ...        fetched whole, in order of use and ahead of it (`Prefetcher`), or, for small sets, read by
-                                 a range of bytes for each sample
+    shard-000000.tar, ...        fetched whole, in order of use and ahead of it (`Prefetcher`), or, for small sets,
+                                 read by a range of bytes for each sample
 """
 
 import hashlib
