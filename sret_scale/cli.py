@@ -20,6 +20,7 @@ COMMANDS = {
     "describe": "count a model's parameters, multiply-adds and depth",
     "plan": "fit a model into a device's memory: micro-batch, recomputation, bytes",
     "weights": "read and write checkpoints in the published layout",
+    "sweep": "run a declared experiment over depth or any field, and report on it",
     "report": "draw one page from run folders: curves, tables, what it takes to repeat them",
     "doctor": "check this machine, or all nodes together, before hours are lost",
     "slurm": "print the batch file that runs a command on a Slurm cluster",

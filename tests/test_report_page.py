@@ -172,7 +172,7 @@ def test_numbers_as_people_read_them() -> None:
     assert [compact(v) for v in (0, 54.24, 999.7, 4_755_979, 1.14e9, None)] == [
         "0",
         "54.2",
-        "1 k",
+        "1.00 k",
         "4.76 M",
         "1.14 G",
         MISSING,

@@ -19,6 +19,7 @@ from sret_scale.lab.runs import Run
 from sret_scale.lab.summary import Summary
 
 MOST_POINT_LABELS = 10
+LABEL_ROOM_PIXELS = 26.0
 LINEAR_BELOW = 4.0  # Largest cost over smallest.
 # A training step is a forward pass and a backward pass of twice its cost; a multiply-add is two operations.
 # Recomputation and a teacher are left out: they are a choice of memory and of method, not of the model.
@@ -107,10 +108,16 @@ def _draw(axes: Axes, point: Point, cost: float, *, on_front: bool) -> None:
 
 
 def _name_points(axes: Axes, points: Sequence[Point], cost: Floats, mean: Floats) -> None:
-    """Each point's depth, or its run where depths repeat, on the side where the neighbours leave room."""
+    """Each point's depth, or its run where depths repeat, on the side where the plot leaves room."""
     depths = [point.costs["depth_applications"] for point in points]
     middle = float(np.exp(np.mean(np.log(axes.get_xlim()))))
+    taken: list[Floats] = []
     for point, depth, x, y in zip(points, depths, cost, mean, strict=True):
+        pixel = axes.transData.transform((x, y))
+        # A label upon another one tells nothing; the first of a crowd has it.
+        if any(abs(pixel - other).max() < LABEL_ROOM_PIXELS for other in taken):
+            continue
+        taken.append(pixel)
         text = f"{depth:g}" if depths.count(depth) == 1 else printable(point.runs[0], 16)
         left = x > middle
         axes.annotate(

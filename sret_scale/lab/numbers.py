@@ -30,9 +30,9 @@ def _scaled(value: float, units: tuple[tuple[str, float], ...], plain: str) -> s
 
 
 def _three_digits(value: float) -> str:
-    value = float(f"{value:.3g}")
-    if value == int(value):
+    if value == int(value) and abs(value) < 1000:
         return str(int(value))
+    value = float(f"{value:.3g}")
     return f"{value:.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
 
 

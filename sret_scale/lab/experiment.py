@@ -1,0 +1,168 @@
+"""An experiment declared in a YAML file: a base configuration, the fields that vary, and what is held equal.
+
+    base: demo_student_108             a recipe, a model preset or a run's config.yaml
+    set: {optim.weight_decay: 0.1}     fields that all runs change
+    grid:                              every combination becomes a run
+      model.stages.0.num_loops + model.stages.1.num_loops: [2, 4, [8, 12]]
+      train.seed: [0, 1, 2]
+    runs: [{model: sret_t_108}]        or a list of single runs, each with its fields
+    match: equal_images                or equal_flops: all train with the FLOPs of the base
+    retries: 1                         starts after a failure, for each run
+
+Fields joined by ` + ` vary together: one value for all, or a list with one each.
+"""
+
+import itertools
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from sret_scale.model import describe
+from sret_scale.train.config import RunConfig, build, from_yaml, override, parse_yaml
+from sret_scale.train.recipes import recipe
+
+NAME_LENGTH = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """What the file declares. `set` is spelled `fixed` here, since it is a word of Python."""
+
+    base: str
+    fixed: dict[str, Any] = field(default_factory=dict)
+    grid: dict[str, list[Any]] = field(default_factory=dict)
+    runs: list[dict[str, Any]] = field(default_factory=list)
+    match: Literal["equal_images", "equal_flops"] = "equal_images"
+    retries: int = 1
+
+    def __post_init__(self) -> None:
+        if bool(self.grid) == bool(self.runs):
+            raise ValueError("give either `grid` (every combination) or `runs` (a list), with at least one entry")
+        for key, values in self.grid.items():
+            if not values:
+                raise ValueError(f"grid.{key} is empty: give at least one value")
+        if self.retries < 0:
+            raise ValueError(f"retries: expected 0 or more, got {self.retries}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedRun:
+    """One run of an experiment, with its counts."""
+
+    name: str
+    config: RunConfig
+    applications: int
+    parameters: int
+    macs: int
+
+
+def load_experiment(file: Path) -> tuple[Experiment, list[PlannedRun]]:
+    """The experiment of a file and its runs, in order. ValueError names the field, or the run and the bound."""
+    tree = parse_yaml(file.read_text(encoding="utf-8"), source=str(file))
+    if not isinstance(tree, dict):
+        raise ValueError(f"{file}: expected `base`, and `grid` or `runs`, got {type(tree).__name__}")
+    if "set" in tree:
+        tree["fixed"] = tree.pop("set")
+    try:
+        experiment: Experiment = build(Experiment, tree)
+        return experiment, plan_runs(experiment)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def plan_runs(experiment: Experiment) -> list[PlannedRun]:
+    """Every run with its configuration, matched to the base as the experiment asks, under a name of its own."""
+    path = Path(experiment.base)
+    base = from_yaml(path) if path.suffix in (".yaml", ".yml") else recipe(experiment.base).config
+    base = override(base, _assignments(experiment.fixed))
+    base_flops = _flops(base, describe(base.model)["macs"])
+    planned: list[PlannedRun] = []
+    for variation in _variations(experiment):
+        name = _run_name(variation)
+        if name in {run.name for run in planned}:
+            raise ValueError(
+                f"two runs would be called {name!r}: they do not differ, or only in signs a name cannot have"
+            )
+        try:
+            planned.append(_planned(name, override(base, _assignments(variation)), experiment, base_flops))
+        except ValueError as error:
+            raise ValueError(f"run {name}: {error}") from error
+    return planned
+
+
+def _planned(name: str, config: RunConfig, experiment: Experiment, base_flops: int) -> PlannedRun:
+    counts = describe(config.model)
+    if experiment.match == "equal_flops":
+        config = with_images(config, round(base_flops / counts["macs"]))
+    return PlannedRun(
+        name=name,
+        config=config,
+        applications=counts["applications"],
+        parameters=counts["parameters"],
+        macs=counts["macs"],
+    )
+
+
+def with_images(config: RunConfig, total_images: int) -> RunConfig:
+    """The same course over another number of images: warm-up, averaging, evaluations and checkpoints scale with it.
+
+    Raises ValueError where not even one global batch would be left.
+    """
+    if total_images < config.train.global_batch_size:
+        raise ValueError(
+            f"equal_flops leaves {total_images:,} images, less than one global batch of "
+            f"{config.train.global_batch_size}: give the base more images, or leave this depth out"
+        )
+    ratio = total_images / config.train.total_images
+    return replace(
+        config,
+        train=replace(
+            config.train,
+            total_images=total_images,
+            eval_interval_images=round(config.train.eval_interval_images * ratio),
+            checkpoint_interval_images=round(config.train.checkpoint_interval_images * ratio),
+        ),
+        optim=replace(
+            config.optim,
+            warmup_images=round(config.optim.warmup_images * ratio),
+            ema_horizon_images=round(config.optim.ema_horizon_images * ratio),
+        ),
+    )
+
+
+def _flops(config: RunConfig, macs: int) -> int:
+    """Multiply-adds of all forward passes of a run: proportional to its training FLOPs, whatever the factor."""
+    return macs * config.train.total_images
+
+
+def _variations(experiment: Experiment) -> list[dict[str, Any]]:
+    """The fields that each run sets, joined ones taken apart."""
+    if experiment.runs:
+        return [_apart(run) for run in experiment.runs]
+    combinations = itertools.product(*experiment.grid.values())
+    return [_apart(dict(zip(experiment.grid, values, strict=True))) for values in combinations]
+
+
+def _apart(fields: Mapping[str, Any]) -> dict[str, Any]:
+    single: dict[str, Any] = {}
+    for joined, value in fields.items():
+        keys = [key.strip() for key in joined.split(" + ")]
+        values = value if isinstance(value, list) and len(keys) > 1 else [value] * len(keys)
+        if len(values) != len(keys):
+            raise ValueError(f"{joined}: expected one value for all or {len(keys)} values, got {value!r}")
+        single.update(zip(keys, values, strict=True))
+    return single
+
+
+def _assignments(fields: Mapping[str, Any]) -> list[str]:
+    """`section.field=value` as `override` takes it; `model` comes first, since it replaces what the others change."""
+    return [f"{key}={json.dumps(fields[key])}" for key in sorted(fields, key=lambda key: key != "model")]
+
+
+def _run_name(fields: Mapping[str, Any]) -> str:
+    """A folder name that says what is special: the last part of each key and its value, equal neighbours once."""
+    parts = dict.fromkeys(f"{key.rpartition('.')[2]}-{value}" for key, value in fields.items())
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", "_".join(parts)).strip("-.")[:NAME_LENGTH] or "base"
