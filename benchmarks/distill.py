@@ -7,6 +7,7 @@ at which K. Steps take turns within one process, and medians are reported.
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import tempfile
@@ -275,7 +276,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         figures: dict[str, Any] = {
-            "machine": {"processor": platform.processor() or platform.machine(), "threads": args.threads},
+            "machine": {
+                "processor": platform.processor() or platform.machine(),
+                "threads": args.threads,
+                "load_at_start": os.getloadavg()[0],
+            },
             "torch": torch.__version__,
             "reading": reading(folder / "imagenet"),
             "steps": steps(folder / "imagenet", batch=args.batch, repeats=args.repeats),
