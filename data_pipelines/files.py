@@ -23,8 +23,11 @@ def replacing(path: Path, work_folder: Path | None = None) -> Iterator[BinaryIO]
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            # Failures of write and fsync do not name the file.
+            error.filename = str(path)
         raise
     sync_folder(path.parent)
 

@@ -6,6 +6,7 @@ Until the manifest appears, everything that a restart needs lies in TARGET/.writ
 complete shard. The same command continues, and the result has the same bytes as an uninterrupted run.
 """
 
+import errno
 import os
 import shutil
 from collections.abc import Callable
@@ -25,6 +26,8 @@ from data_pipelines.writing.rows import DoneShard, done_path, load_done
 from data_pipelines.writing.workers import check_bad_rate, claim, write_missing
 
 DEFAULT_SHARD_BYTES = 256 * 2**20
+
+_FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +76,11 @@ def write_shards(
             # Another node has finished the set and removed the plan meanwhile; anything else is an error.
             if not (target / MANIFEST_NAME).exists():
                 raise
+        except OSError as error:
+            if error.errno not in _FULL_DISK:
+                raise
+            advice = f"{error.strerror}; make room and run the same command again, it keeps what is complete"
+            raise OSError(error.errno, advice, error.filename) from error
     return _already_complete(config, target)
 
 

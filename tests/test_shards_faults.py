@@ -140,7 +140,9 @@ def test_a_full_disk_says_so_and_the_run_continues_later(tmp_path: Path) -> None
     resource.setrlimit(resource.RLIMIT_FSIZE, (6_000, hard))
     try:
         # A limit on the size of files acts as a disk that is full after the plan.
-        with pytest.raises(OSError, match="File too large"):
+        with pytest.raises(
+            OSError, match=r"File too large; make room and run the same command again.*shard-000000\.tar"
+        ):
             write_shards(config, tmp_path / "target")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
