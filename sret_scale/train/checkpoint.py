@@ -37,7 +37,7 @@ class CheckpointError(ValueError):
 def save_checkpoint(
     folder: Path, *, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]
 ) -> Path:
-    """Write `folder/step-…` from named sets of tensors and a JSON state; returns its path.
+    """Write `folder/step-NNNNNNNNN` from named sets of tensors and a JSON state; returns its path.
 
     One process calls it. Raises OSError, saying path and bytes, where the disk refuses; what was saved before stays.
     """
