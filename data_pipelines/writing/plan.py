@@ -64,11 +64,13 @@ def make_plan(
     else:
         weights = -(-listing.length // BLOCK) * BLOCK + _RECORD_OVERHEAD_BYTES
         num_shards = -(-int(weights.sum()) // shard_bytes)
-    num_shards = min(num_shards, num_samples)
     before = np.cumsum(weights) - weights
-    shard_of = before * num_shards // int(weights.sum())
-    starts = np.searchsorted(shard_of, np.arange(num_shards + 1))
-    starts = np.unique(starts).astype(np.int64)
+    if num_shards <= num_samples:
+        shard_of = before * num_shards // int(weights.sum())
+    else:
+        # Images are larger than shards should be; and the product above could overflow.
+        shard_of = before // shard_bytes
+    starts = np.concatenate([[0], np.flatnonzero(np.diff(shard_of)) + 1, [num_samples]]).astype(np.int64)
     return Plan(listing=listing, starts=starts, arguments=dict(arguments))
 
 
