@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sret_scale import cli
-from sret_scale.lab.chart import INK, PALETTE, Caption, run_colours
+from sret_scale.lab.chart import INK, PALETTE, Caption, printable, run_colours
 from sret_scale.lab.compare import differing_fields, flatten, pareto_front, seed_groups
 from sret_scale.lab.metrics import Series
 from sret_scale.lab.numbers import MISSING, binary_size, compact, duration, grouped, percent
@@ -185,3 +185,9 @@ def test_numbers_as_people_read_them() -> None:
         "NaN",
         MISSING,
     )
+
+
+def test_long_names_keep_the_end_that_tells_them_apart() -> None:
+    names = [f"num_loops-2_warmup-1000_seed-{seed}" for seed in range(3)]
+    assert len({printable(name, 13) for name in names}) == 3 and {len(printable(name, 13)) for name in names} == {13}
+    assert printable("a\nb\u6f22", 13) == "a\N{MIDDLE DOT}b\N{MIDDLE DOT}"

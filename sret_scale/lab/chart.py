@@ -132,4 +132,8 @@ def printable(text: str, length: int) -> str:
     """`text` in one line of at most `length` characters, with a dot for each character that the figures' font lacks."""
     font = mpl.font_manager.get_font(mpl.font_manager.findfont(FONT))
     shown = "".join(c if c.isprintable() and font.get_char_index(ord(c)) else "\N{MIDDLE DOT}" for c in text)
-    return shown if len(shown) <= length else shown[: length - 1] + "\N{HORIZONTAL ELLIPSIS}"
+    if len(shown) <= length:
+        return shown
+    # Names of one experiment begin alike: the end tells them apart.
+    end = 2 * length // 3
+    return shown[: length - 1 - end] + "\N{HORIZONTAL ELLIPSIS}" + shown[-end:]

@@ -16,7 +16,7 @@ from sret_scale.lab.metrics import Series
 from sret_scale.lab.numbers import compact
 
 MOST_LABELS = 8  # More direct labels than this cannot be read; the table's colour marks then tell the runs.
-LABEL_LENGTH = 15
+LABEL_LENGTH = 13
 SMOOTH_FROM, SMOOTH_BINS = 80, 60
 
 
@@ -127,7 +127,7 @@ def spread(wanted: npt.NDArray[np.float64], gap: float) -> npt.NDArray[np.float6
 
 def _draw(axes: Axes, curve: Curve, *, strong: bool) -> None:
     width = 1.8 if strong else 0.8
-    if curve.faint is not None and strong:
+    if curve.faint is not None and len(curve.faint.images) > 1 and strong:
         axes.plot(curve.faint.images, curve.faint.values, color=curve.colour, linewidth=0.9, alpha=0.35)
     axes.plot(curve.series.images, curve.series.values, color=curve.colour, linewidth=width)
     lost = curve.series.images[~np.isfinite(curve.series.values)]
