@@ -55,7 +55,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     top.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of the commands below")
-    args = build_parser(top.parse_args(argv[:1]).command).parse_args(argv[1:])
+    parser = build_parser(top.parse_args(argv[:1]).command)
+    try:
+        # Options may stand between positional arguments: `train NAME --run FOLDER section.field=value`.
+        args = parser.parse_intermixed_args(argv[1:])
+    except TypeError:
+        # argparse has no such order for a command that has sub-commands of its own.
+        args = parser.parse_args(argv[1:])
     try:
         status = args.run_command(args)
     except BrokenPipeError:

@@ -249,7 +249,7 @@ def test_a_run_of_another_configuration_is_refused(untouched: Path) -> None:
 
 def test_dry_run_prints_command_and_configuration_and_starts_nothing(shards: Path, tmp_path: Path) -> None:
     tiny = write_config(tmp_path / "tiny.yaml", tiny_config(shards))
-    process = sret_scale("train", tiny, "train.seed=11", "--dry-run", cwd=tmp_path)
+    process = sret_scale("train", tiny, "--dry-run", "train.seed=11", cwd=tmp_path)
     out, error = process.communicate(timeout=60)
     assert process.returncode == 0, error
     assert "deepspeed.launcher.launch" in out and "seed: 11" in out
