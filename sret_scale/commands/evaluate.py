@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The run and what to evaluate of it."""
     parser.add_argument("run", type=Path, help="folder of a run")
     parser.add_argument("--weights", choices=("raw", "ema"), help="default: the moving average where one is kept")
-    parser.add_argument("--shards", type=Path, help="folder of shards (default: the run's test shards)")
+    parser.add_argument("--shards", help="folder or URL of shards (default: the run's test shards)")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -22,13 +22,13 @@ def run(args: argparse.Namespace) -> None:
     import dataclasses
     import sys
 
-    from data_pipelines.index import open_shards
+    from data_pipelines.remote import open_data
     from sret_scale.train.distributed import ranks_from_environment
     from sret_scale.train.evaluate import evaluate
     from sret_scale.train.load import load_config, load_model
 
     config = load_config(args.run)
-    shards = open_shards(args.shards or config.data.test_folder)
+    shards = open_data(args.shards or config.data.test_folder, config.data)
     if shards.num_classes != config.model.num_classes:
         raise ValueError(
             f"{shards.folder} has {shards.num_classes} classes, the model of {args.run} has {config.model.num_classes}"

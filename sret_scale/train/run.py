@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 import torch
 
 from data_pipelines.augment import BatchAugment
-from data_pipelines.index import ShardSet, open_shards
+from data_pipelines.index import ShardSet
 from data_pipelines.loader import LoaderState, TrainLoader
+from data_pipelines.remote import open_data, open_training_data
 from sret_scale.distill import StoredTeacher, Teacher, build_teacher, open_stored_teacher, stored_labels
 from sret_scale.memory import prepare_memory
 from sret_scale.model import SReT, Stage
@@ -60,7 +61,7 @@ def set_up(config: RunConfig, folder: RunFolder, ranks: Ranks, stack: contextlib
     )
     stack.enter_context(watchdog)
     accumulation = grad_accum_steps(config.train, ranks.world_size)
-    shards = open_shards(config.data.train_folder)
+    shards = open_training_data(config.data)
     loader = TrainLoader(
         shards,
         dataclasses.replace(config.data, quarantine_file=config.data.quarantine_file or str(folder.quarantine)),
@@ -99,7 +100,7 @@ def set_up(config: RunConfig, folder: RunFolder, ranks: Ranks, stack: contextlib
         folder=folder,
         ranks=ranks,
         loader=loader,
-        test_shards=open_shards(config.data.test_folder),
+        test_shards=open_data(config.data.test_folder, config.data),
         augment=BatchAugment(config.augment, config.model.num_classes),
         engine=engine,
         average=WeightAverage(engine.local_weights(), horizon) if horizon else None,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from data_pipelines.index import open_shards
+from data_pipelines.remote import open_data, open_training_data
 from sret_scale.distill.spec import parse_teacher
 from sret_scale.memory import prepare_memory
 from sret_scale.model import SReT, describe
@@ -63,16 +63,16 @@ def check_run(config: RunConfig, world_size: int) -> None:
             world_size=world_size,
             zero_stage=zero_stage_of(ds_config),
         )
-    for name, folder in (("train", config.data.train_folder), ("test", config.data.test_folder)):
-        shards = open_shards(folder)
+    sets = {"train": open_training_data(config.data), "test": open_data(config.data.test_folder, config.data)}
+    for name, shards in sets.items():
         if shards.num_classes != config.model.num_classes:
             raise ValueError(
-                f"the {name} shards {folder} have {shards.num_classes} classes, the model has "
+                f"the {name} shards {shards.folder} have {shards.num_classes} classes, the model has "
                 f"{config.model.num_classes}: set model.num_classes={shards.num_classes}"
             )
         if name == "train" and shards.num_samples < config.train.global_batch_size:
             raise ValueError(
-                f"{folder} has {shards.num_samples} samples, fewer than one global batch of "
+                f"{shards.folder} has {shards.num_samples} samples, fewer than one global batch of "
                 f"{config.train.global_batch_size} for {world_size} ranks: use fewer ranks or a smaller batch"
             )
     if config.train.total_images < config.train.global_batch_size:
