@@ -79,7 +79,6 @@ class Bench:
         self.images = torch.randn(micro_batch_size, config.in_channels, config.image_size, config.image_size)
         self.labels = torch.zeros(micro_batch_size, dtype=torch.int64)
         self.costs = probe_step(config, micro_batch_size=micro_batch_size)
-        self.search = {r: Search(self.costs, DEVICES["cpu"], max_passes=r) for r in (1, 2)}
 
     def use(self, name: str) -> int | None:
         """Sets the model up under the schedule called `name`; returns the predicted peak, None for a twin."""
@@ -88,7 +87,7 @@ class Bench:
                 stage.run_chain = TWINS[name]  # type: ignore[assignment]
             return None
         if name.startswith("planned"):
-            search = self.search[int(name[-1])]
+            search = Search(self.costs, DEVICES["cpu"], max_passes=int(name[-1]))
             choice = search.fastest(search.smallest_bytes())
             assert choice is not None
             schedules = choice.schedules
