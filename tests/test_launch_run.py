@@ -1,6 +1,7 @@
 """The launcher with toy ranks: status, signals, no orphans, the first error last. Real processes, real DeepSpeed."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -133,7 +134,8 @@ def test_killed_rank_is_named_and_its_peer_ends(tmp_path: Path) -> None:
     os.kill(rank_pids(folder)[1], signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert errors.splitlines()[-1].startswith("error: rank 1 was ended by SIGKILL")
+    # When DeepSpeed's launcher looks first, both ranks come into question.
+    assert re.match("error: rank (0 or )?1 was ended by SIGKILL", errors.splitlines()[-1])
     assert left_over(folder) == []
 
 
@@ -143,4 +145,4 @@ def test_end_without_a_status_file_is_a_failure(tmp_path: Path) -> None:
     (folder / "status.json").unlink(missing_ok=True)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert "left no" in errors.splitlines()[-1]
+    assert "left no status.json" in errors.splitlines()[-1]

@@ -73,7 +73,7 @@ def launch(
     with _caught_signals() as requests:
         all_ended_well = _supervise(place.starts, job, requests)
         status = _exit_status(run_folder, all_ended_well, requests)
-    if _status(run_folder).get("state") == "stopped" and "SLURM_JOB_ID" in os.environ:
+    if all_ended_well and _status(run_folder).get("state") == "stopped" and "SLURM_JOB_ID" in os.environ:
         requeue_running_job(os.environ["SLURM_JOB_ID"])
     return status
 
@@ -188,9 +188,8 @@ def _exit_status(run_folder: Path, all_ended_well: bool, requests: _Requests) ->
     code = status.get("exit_code")
     error = first_error(run_folder)
     # A failed rank makes DeepSpeed's launcher send SIGTERM to the others, which then say "stopped" in good faith.
-    if isinstance(code, int) and (
-        status.get("state") == "finished" or (status.get("state") == "stopped" and not error)
-    ):
+    has_stopped = status.get("state") == "stopped" and all_ended_well and error is None
+    if isinstance(code, int) and (status.get("state") == "finished" or has_stopped):
         return code
     if error is not None:
         for line in show_first_error(run_folder, error):
@@ -200,5 +199,6 @@ def _exit_status(run_folder: Path, all_ended_well: bool, requests: _Requests) ->
         print("error: stopped before the run could save", file=sys.stderr)
         return 128 + requests.last
     ended = "ended well" if all_ended_well else "failed"
-    print(f"error: the processes {ended} but left no {run_folder / 'status.json'}: the run failed", file=sys.stderr)
+    state = status.get("state", "no status.json")
+    print(f"error: the processes {ended} and left {state} in {run_folder}: the run failed", file=sys.stderr)
     return code if isinstance(code, int) and code != 0 else 1

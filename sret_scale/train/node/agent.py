@@ -14,61 +14,79 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
 import psutil
 
 from sret_scale.train.node.build_lock import clear_stale_locks
-from sret_scale.train.node.errors import RankError, has_error, now_s, write_error
+from sret_scale.train.node.errors import RankError, first_error, has_error, now_s, write_error
 from sret_scale.train.node.job import Job, deepspeed_command
 from sret_scale.train.node.orphans import STOP_SIGNALS, die_with_parent
 from sret_scale.train.node.places import visible_gpus
 
-_POLL_S = 0.2
+# DeepSpeed's launcher looks every second and then the exit status is gone: a short look seldom comes too late.
+_POLL_S = 0.02
 
 
 class Ranks:
     """The rank processes below DeepSpeed's launcher, and what became of them."""
 
-    def __init__(self, launcher_pid: int, job: Job) -> None:
+    def __init__(self, launcher_pid: int, job: Job, expected: int) -> None:
         self.job = job
+        self.expected = expected
         self.launcher = psutil.Process(launcher_pid)
         self.alive: dict[int, psutil.Process] = {}
         """Rank -> its process."""
+        self.vanished: dict[int, float] = {}
+        """Rank -> when it was last seen alive, for those that have ended."""
         self.seen_s = now_s()
 
+    @property
+    def have_started(self) -> bool:
+        """True when a rank was ever seen."""
+        return bool(self.alive or self.vanished)
+
     def poll(self) -> dict[int, int]:
-        """The ranks that ended since the last call, with their exit status (negative: the signal)."""
+        """The ranks that ended since the last call, with their exit status (negative: the signal) where it is known."""
+        is_complete = len(self.alive) + len(self.vanished) == self.expected
+        # Listing children reads all of /proc, which is too much for every look.
         with contextlib.suppress(psutil.NoSuchProcess):
             known = {process.pid for process in self.alive.values()}
-            for child in self.launcher.children():
+            for child in () if is_complete else self.launcher.children():
                 rank = None if child.pid in known else _rank_of(child)
-                if rank is not None:
+                if rank is not None and rank not in self.vanished:
                     self.alive[rank] = child
         ended = {}
         for rank, process in list(self.alive.items()):
-            status = _exit_status(process)
-            if status is not None:
-                ended[rank] = status
+            if _has_vanished(process):
+                self.vanished[rank] = self.seen_s
                 del self.alive[rank]
+            elif (status := _exit_status(process)) is not None:
+                ended[rank] = status
+                self.vanished[rank] = self.seen_s
+                del self.alive[rank]
+        self.seen_s = now_s()
         return ended
 
-    def record(self, rank: int, status: int) -> None:
-        """Leaves an error record for a rank that could not do it itself."""
+    def record(self, suspects: Sequence[int], status: int) -> None:
+        """Leaves an error record for a rank that has ended, one of `suspects`, and could not do it itself."""
         if status < 0:
             reason = f"was ended by {signal.Signals(-status).name}"
             if status == -signal.SIGKILL:
                 reason += " (by hand, or by the system when memory ran out: see dmesg)"
         else:
             reason = f"ended with status {status} without a message"
-        # The last moment it was seen alive sorts it before the peers that failed because of it.
-        write_error(
-            Path(self.job.run_folder),
-            RankError(
-                time_s=self.seen_s, rank=rank, host=socket.gethostname(), message=f"rank {rank} {reason}", exit_code=1
-            ),
+        record = RankError(
+            # The last moment it was seen alive sorts it before the peers that failed because of it.
+            time_s=self.vanished[suspects[0]],
+            rank=suspects[0],
+            host=socket.gethostname(),
+            message=f"rank {' or '.join(map(str, suspects))} {reason}",
+            exit_code=1,
         )
+        write_error(Path(self.job.run_folder), record)
 
     def ask_to_stop(self) -> None:
         """SIGTERM to the ranks themselves: to DeepSpeed's launcher it would mean failure and a kill after 30 s."""
@@ -86,14 +104,18 @@ def _rank_of(process: psutil.Process) -> int | None:
         return None
 
 
+def _has_vanished(process: psutil.Process) -> bool:
+    """True when the process is gone and its exit status was read by its parent."""
+    return not process.is_running()
+
+
 def _exit_status(process: psutil.Process) -> int | None:
-    """None while it runs; the status that its parent will read, or 0 when the parent has read it already."""
+    """None while it runs, or the status that its parent will read."""
     try:
         fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
-        if not process.is_running():
-            return 0
-    except (FileNotFoundError, ProcessLookupError, psutil.NoSuchProcess):
-        return 0
+    except (FileNotFoundError, ProcessLookupError):
+        # It has vanished since it was last looked at; the next look says so.
+        return None
     # proc(5): state is field 3, exit_code field 52; the text after the name begins with field 3.
     return os.waitstatus_to_exitcode(int(fields[49])) if fields[0] in "ZX" else None
 
@@ -165,30 +187,36 @@ def node_rank_of(job: Job) -> int:
     return list(job.world).index(name)
 
 
-def supervise(launcher: "subprocess.Popen[bytes]", job: Job, requests: "queue.SimpleQueue[str]") -> int:
+def supervise(launcher: "subprocess.Popen[bytes]", ranks: Ranks, requests: "queue.SimpleQueue[str]") -> int:
     """Waits for the launcher's end; returns its exit status. Nothing of its session is alive afterwards."""
-    ranks = Ranks(launcher.pid, job)
+    job, folder = ranks.job, Path(ranks.job.run_folder)
     deadline_s = float("inf")
     stopping = False
+    request = ""
     while launcher.poll() is None and time.monotonic() < deadline_s:
-        ended = ranks.poll()
-        failed = {rank: status for rank, status in ended.items() if status != 0}
-        if failed and not stopping:
-            for rank, status in failed.items():
-                if not has_error(Path(job.run_folder), rank):
-                    ranks.record(rank, status)
+        failed = {rank: status for rank, status in ranks.poll().items() if status != 0 and not stopping}
+        for rank, status in failed.items():
+            if not has_error(folder, rank):
+                ranks.record([rank], status)
             deadline_s = min(deadline_s, time.monotonic() + job.failure_grace_s)
-        ranks.seen_s = now_s()
-        with contextlib.suppress(queue.Empty):
+        if request == "stop" and not stopping and ranks.have_started:
+            ranks.ask_to_stop()
+            stopping = True
+            deadline_s = min(deadline_s, time.monotonic() + job.stop_grace_s)
+        elif request == "kill" or (request == "stop" and not ranks.have_started):
+            break
+        try:
             request = requests.get(timeout=_POLL_S)
-            if request == "stop" and not stopping and ranks.alive:
-                ranks.ask_to_stop()
-                stopping = True
-                deadline_s = min(deadline_s, time.monotonic() + job.stop_grace_s)
-            elif request == "kill" or not ranks.alive:
-                deadline_s = 0.0
+        except queue.Empty:
+            request = ""
     end_session(launcher.pid)
-    return launcher.wait()
+    status = launcher.wait()
+    if status > 0 and not stopping and ranks.vanished and first_error(folder) is None:
+        # The launcher was faster than the look at its ranks. It returns the failed rank's status modulo 256.
+        earliest = min(ranks.vanished.values())
+        suspects = sorted(rank for rank, seen_s in ranks.vanished.items() if seen_s == earliest)
+        ranks.record(suspects, status - 256 if status > 128 else status)
+    return status
 
 
 def main() -> int:
@@ -203,7 +231,8 @@ def main() -> int:
     job = Job.from_line(sys.stdin.readline())
     for lock in clear_stale_locks():
         print(f"removed the stale build lock {lock}", flush=True)
-    launcher = start_launcher(job, node_rank_of(job))
+    node_rank = node_rank_of(job)
+    launcher = start_launcher(job, node_rank)
 
     def listen() -> None:
         for line in sys.stdin:
@@ -212,7 +241,8 @@ def main() -> int:
 
     # Started after the launcher: between fork and exec only one thread may exist.
     threading.Thread(target=listen, daemon=True).start()
-    return 0 if supervise(launcher, job, requests) == 0 else 1
+    ranks = Ranks(launcher.pid, job, expected=len(list(job.world.values())[node_rank]))
+    return 0 if supervise(launcher, ranks, requests) == 0 else 1
 
 
 if __name__ == "__main__":
