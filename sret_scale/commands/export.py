@@ -84,7 +84,7 @@ def _difference(model, file: Path, file_format: str) -> float:  # type: ignore[n
         if file_format == "torch":
             found = torch.export.load(file).module()(images_BCHW)
         else:
-            import onnxruntime  # type: ignore[import-untyped]
+            import onnxruntime
 
             session = onnxruntime.InferenceSession(str(file))
             found = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: images_BCHW.numpy()})[0])
