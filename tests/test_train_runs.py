@@ -9,6 +9,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from data_pipelines.index import open_shards
@@ -99,6 +100,16 @@ def test_sigterm_saves_and_the_same_command_continues_to_the_same_weights(
     assert digest(run) == digest(untouched)
 
 
+def test_a_second_job_on_a_run_is_refused_and_the_first_goes_on(shards: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "tiny.yaml", tiny_config(shards), total_images=960)
+    first = sret_scale("train", config, "--run", tmp_path / "run", cwd=tmp_path)
+    wait_for_images(tmp_path / "run", 32, first)
+    second = sret_scale("train", config, "--run", tmp_path / "run", cwd=tmp_path)
+    _, error = second.communicate(timeout=60)
+    assert second.returncode == 2 and "is in use by another running job" in error
+    assert finish(first) == 0
+
+
 def test_another_recomputation_schedule_changes_no_bit(untouched: Path, shards: Path, tmp_path: Path) -> None:
     config = replace(tiny_config(shards), memory=MemoryConfig(schedule="binomial", slots=1))
     file = write_config(tmp_path / "tiny.yaml", config)
@@ -147,7 +158,8 @@ def test_a_rank_that_stands_still_is_named_and_everything_ends(shards: Path, tmp
     assert process.returncode == 3
     assert "rank 1 on " in error.strip().splitlines()[-1] and "has been stopped or lost" in error
     assert "optimizer_step" in (run / "logs" / "stacks-00000.txt").read_text()
-    assert not any(rank.is_running() for rank in ranks)
+    _, alive = psutil.wait_procs(ranks, timeout=10)
+    assert [rank for rank in alive if rank.status() != psutil.STATUS_ZOMBIE] == []
 
 
 def test_loss_that_is_not_a_number_ends_the_run_before_it_is_saved(shards: Path, tmp_path: Path) -> None:

@@ -32,19 +32,24 @@ def start_run(
     Raises ValueError or OSError, before anything is started or written, for what can be known to be wrong.
     """
     place = choose_nodes(num_ranks=num_ranks, hostfile=hostfile, master_port=None)
-    check_run(config, sum(len(host.devices) for host in place.hosts))
+    world_size = sum(len(host.devices) for host in place.hosts)
+    check_run(config, world_size)
     if dry_run:
         with tempfile.TemporaryDirectory() as temporary:
             file = Path(temporary) / "config.yaml"
             file.write_text(to_yaml(config), encoding="utf-8")
             return launch(path, file, num_ranks=num_ranks, hostfile=hostfile, dry_run=True)
     folder = RunFolder(path)
-    if is_fresh:
-        remove_results(folder)
-    prepare_folder(folder, config, sum(len(host.devices) for host in place.hosts))
-    if is_finished(folder):
-        print(f"{path} is finished: {config.train.total_images:,} images (see {folder.metrics}); --fresh runs it again")
-        return EXIT_FINISHED
+    path.mkdir(parents=True, exist_ok=True)
+    # Released again for rank 0, which holds it for the length of the run.
+    with folder.locked():
+        if is_fresh:
+            remove_results(folder)
+        check_configuration(folder, config)
+        if is_finished(folder):
+            print(f"{path} is finished: {config.train.total_images:,} images; --fresh runs it again")
+            return EXIT_FINISHED
+        write_description(folder, config, world_size)
     return launch(path, folder.config, num_ranks=num_ranks, hostfile=hostfile)
 
 
@@ -86,8 +91,8 @@ def check_run(config: RunConfig, world_size: int) -> None:
                 raise FileNotFoundError(f"teacher {part.text!r}: {part.value} is not a run folder (no config.yaml)")
 
 
-def prepare_folder(folder: RunFolder, config: RunConfig, world_size: int) -> None:
-    """Make the run folder, or check that the one which is there belongs to this configuration."""
+def check_configuration(folder: RunFolder, config: RunConfig) -> None:
+    """Raise ValueError where the folder holds a run of another configuration."""
     if folder.config.exists():
         changed = differences(from_yaml(folder.config), config)
         if changed:
@@ -95,7 +100,10 @@ def prepare_folder(folder: RunFolder, config: RunConfig, world_size: int) -> Non
                 f"{folder.path} holds a run of another configuration: {'; '.join(changed[:5])}"
                 f"{' ...' if len(changed) > 5 else ''} (there -> asked for): choose another --run, or add --fresh"
             )
-    folder.path.mkdir(parents=True, exist_ok=True)
+
+
+def write_description(folder: RunFolder, config: RunConfig, world_size: int) -> None:
+    """What is computed, by what, and how large it is."""
     folder.config.write_text(to_yaml(config), encoding="utf-8")
     write_json(folder.model, describe(config.model))
     write_json(folder.environment, environment(world_size))
@@ -109,12 +117,10 @@ def is_finished(folder: RunFolder) -> bool:
 
 
 def remove_results(folder: RunFolder) -> None:
-    """Delete what an earlier run left in the folder; other files stay. Refuses while that run is alive."""
-    if not folder.path.exists():
-        return
-    with folder.locked():
-        for path in (folder.checkpoints, folder.path / "logs", folder.path / "errors"):
-            if path.exists():
-                shutil.rmtree(path)
-        for file in (folder.config, folder.model, folder.environment, folder.metrics, folder.status, folder.quarantine):
-            file.unlink(missing_ok=True)
+    """Delete what an earlier run left in the folder; other files stay."""
+    for name in ("logs", "errors", "heartbeats", "tensorboard"):
+        shutil.rmtree(folder.path / name, ignore_errors=True)
+    if folder.checkpoints.exists():
+        shutil.rmtree(folder.checkpoints)
+    for file in (folder.config, folder.model, folder.environment, folder.metrics, folder.status, folder.quarantine):
+        file.unlink(missing_ok=True)
