@@ -68,6 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader (`| head`) has left: nobody is there to tell, and flushing at exit must not fail either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     except (ValueError, OSError) as error:
         # A user's mistake or a machine's refusal: its message says what to do, a traceback would hide it.
         if args.debug:

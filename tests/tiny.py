@@ -31,18 +31,24 @@ TINY_MODEL = SReTConfig(
 )
 
 
-def tiny_shards(folder: Path) -> Path:
-    """128 images of the sample data as shards in `folder/train` and `folder/test`, cut from its IDX files."""
+def tiny_idx(folder: Path) -> Path:
+    """A folder of the four IDX files with the first 128 images of each split of the sample data."""
     sample = files("data_pipelines") / "sample" / "fashion_mnist"
-    source = folder / "idx"
-    source.mkdir()
-    for kind, header_bytes, item_bytes in (("images-idx3", 16, 28 * 28), ("labels-idx1", 8, 1)):
-        content = gzip.decompress((sample / f"t10k-{kind}-ubyte.gz").read_bytes())
-        header = content[:4] + NUM_IMAGES.to_bytes(4, "big") + content[8:header_bytes]
-        (source / f"t10k-{kind}-ubyte").write_bytes(header + content[header_bytes:][: NUM_IMAGES * item_bytes])
-    shutil.copy(str(sample / "classes.txt"), source)
+    folder.mkdir(parents=True)
+    for split in ("train", "t10k"):
+        for kind, header_bytes, item_bytes in (("images-idx3", 16, 28 * 28), ("labels-idx1", 8, 1)):
+            content = gzip.decompress((sample / f"{split}-{kind}-ubyte.gz").read_bytes())
+            header = content[:4] + NUM_IMAGES.to_bytes(4, "big") + content[8:header_bytes]
+            (folder / f"{split}-{kind}-ubyte").write_bytes(header + content[header_bytes:][: NUM_IMAGES * item_bytes])
+    shutil.copy(str(sample / "classes.txt"), folder)
+    return folder
+
+
+def tiny_shards(folder: Path) -> Path:
+    """Shards of `tiny_idx` in `folder/train` and `folder/test`."""
+    source = tiny_idx(folder / "idx")
     for split in ("train", "test"):
-        write_shards(WriteConfig(kind="idx", source=source, split="test", shard_samples=50), folder / split)
+        write_shards(WriteConfig(kind="idx", source=source, split=split, shard_samples=50), folder / split)
     return folder
 
 

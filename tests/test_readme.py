@@ -1,0 +1,95 @@
+"""The README's own commands, run as they stand there; training gets a tiny model, batch and number of images."""
+
+import json
+import re
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import sret_scale.lab.demo as demo
+from sret_scale.train.recipes import Recipe, recipe
+from tests.tiny import ROOT, sret_scale, tiny_idx
+
+pytestmark = pytest.mark.multi_process
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+TINY = [
+    "model=demo_control_20",
+    "model.num_classes=2",
+    "engine.ds_config=zero1",
+    "data.crop=padded",
+    "data.workers=1",
+    "train.total_images=32",
+    "train.global_batch_size=16",
+    "train.micro_batch_size=4",
+    "optim.warmup_images=0",
+]
+
+
+def commands() -> list[list[str]]:
+    """The words of every indented `./launch.sh` command of the README, continued lines joined and comments dropped."""
+    text = README.replace("\\\n", " ")
+    return [shlex.split(line, comments=True) for line in re.findall(r"^    \./launch\.sh(.*)$", text, re.MULTILINE)]
+
+
+def test_the_readme_starts_with_the_two_commands() -> None:
+    assert commands()[:2] == [[], ["test"]]
+    assert len(commands()) >= 9
+
+
+def test_the_commands_of_a_run_work_one_after_another(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for label in ("cat", "dog"):
+            folder = tmp_path / "imagenet" / split / label
+            folder.mkdir(parents=True)
+            for index in range(10):
+                Image.fromarray(rng.integers(0, 255, (40, 48, 3), dtype=np.uint8)).save(folder / f"{index}.jpg")
+    for words in commands()[2:]:
+        tiny = TINY if words[0] == "train" else []
+        process = sret_scale(*words, *tiny, cwd=tmp_path)
+        out, error = process.communicate(timeout=240)
+        assert process.returncode == 0, f"{words}: {out}{error}"
+    assert json.loads((tmp_path / "runs/deep/status.json").read_text())["state"] == "finished"
+    page = (tmp_path / "report.html").read_text()
+    assert "deep" in page and "shallow" in page
+
+
+def test_the_python_lines_run(capsys: pytest.CaptureFixture[str]) -> None:
+    block = re.search(r"From Python:\n\n((?:    .*\n|\n)+)", README)
+    assert block
+    names: dict[str, object] = {}
+    exec(re.sub(r"^    ", "", block.group(1), flags=re.MULTILINE), names)
+    assert tuple(names["logits"].shape) == (1, 1000)  # type: ignore[attr-defined]
+    assert capsys.readouterr().out.split()[0] == "14178796"
+
+
+def test_the_demo_goes_the_whole_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def tiny(name: str) -> Recipe:
+        config = recipe(name).config
+        train = replace(
+            config.train, total_images=96, global_batch_size=32, micro_batch_size=16, eval_interval_images=64
+        )
+        return replace(recipe(name), config=replace(config, train=train))
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(demo, "recipe", tiny)
+    output = tmp_path / "demo"
+    source = tiny_idx(tmp_path / "idx")
+    assert demo.run_demo(output, source) == 0
+    lines = capfd.readouterr().out.splitlines()[-4:]
+    assert [line.split()[0] for line in lines[:3]] == ["teacher", "student", "control"]
+    assert " 108 applications" in lines[1] and " 20 applications" in lines[2] and "logistic" in lines[3]
+    page = (output / "report.html").read_text()
+    assert all(role in page for role in demo.ROLES) and "http" not in re.sub(r"http://www.w3.org\S*", "", page)
+    assert len(list((output / "report_files").glob("*.png"))) >= 3
+    # The second start skips everything that is there.
+    before = {role: (output / role / "metrics.jsonl").read_bytes() for role in demo.ROLES}
+    assert demo.run_demo(output, source) == 0
+    assert before == {role: (output / role / "metrics.jsonl").read_bytes() for role in demo.ROLES}
