@@ -132,7 +132,7 @@ class NoMetrics:
 def environment(world_size: int) -> dict[str, Any]:
     """Everything about machine and versions that a reader needs to repeat a run. Holds no environment variables."""
     return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join(["sret-scale", *sys.argv[1:]]),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in RECORDED_PACKAGES}},
         "cpu": _cpu_name(),
         "num_cpus": os.cpu_count(),
