@@ -1,9 +1,11 @@
 """What holds for the whole repository: import rules, names, the set of flags, plain text, pinned requirements."""
 
+import argparse
 import ast
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -93,6 +95,28 @@ assert not heavy, heavy
 """
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+
+
+def actions_of(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    """The parsers of a command's own sub-commands, of every depth."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for child in action.choices.values():
+                yield child
+                yield from actions_of(child)
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_help_of_every_action_has_its_own_example(command: str) -> None:
+    assert [
+        action.prog
+        for action in actions_of(build_parser(command))
+        if not re.search(rf"^(examples?:)?\s*{re.escape(action.prog)} ", action.epilog or "", re.M)
+    ] == []
+
+
+def test_commands_with_actions_are_walked() -> None:
+    assert {name for name in COMMANDS if list(actions_of(build_parser(name)))} == {"labels", "shards", "weights"}
 
 
 def test_every_requirement_is_pinned() -> None:

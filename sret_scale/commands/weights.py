@@ -3,14 +3,23 @@
 import argparse
 from pathlib import Path
 
-EXAMPLE = "example: sret-scale weights import SReT_T.pth sret_t.safetensors"
+IMPORT_EXAMPLE = "example: sret-scale weights import SReT_T.pth sret_t.safetensors --preset sret_t"
+EXPORT_EXAMPLE = "example: sret-scale weights export sret_t.safetensors SReT_T.pth"
+EXAMPLE = f"{IMPORT_EXAMPLE}\n{EXPORT_EXAMPLE}"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """import FILE OUT | export FILE OUT."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="import|export")
-    to_native = actions.add_parser("import", help="read a published checkpoint, write safetensors")
-    to_published = actions.add_parser("export", help="read safetensors, write the published layout")
+    to_native, to_published = (
+        actions.add_parser(
+            name, help=text, description=text, epilog=example, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        for name, text, example in (
+            ("import", "read a published checkpoint, write safetensors", IMPORT_EXAMPLE),
+            ("export", "read safetensors, write the published layout", EXPORT_EXAMPLE),
+        )
+    )
     for action in (to_native, to_published):
         action.add_argument("file", type=Path, help="the weights to read")
         action.add_argument("out", type=Path, help="the file to write")
