@@ -56,6 +56,13 @@ def test_batch_rate_duration_and_bf16_are_refused(tmp_path: Path, key: str) -> N
         ({}, "state gradient_clipping"),
         ({"gradient_clipping": True}, "state gradient_clipping"),
         ({"gradient_clipping": 1.0, "torch_autocast": {"enabled": True}}, "lower_precision_safe_modules"),
+        ({"gradient_clipping": 1.0, "communication_data_type": "bf16"}, "communication_data_type is 'fp32'.*16 bits"),
+        ({"gradient_clipping": 1.0, "communication_data_type": None}, "communication_data_type is 'fp32'.*got None"),
+        ({"gradient_clipping": 1.0, "data_types": {"grad_accum_dtype": "bf16"}}, "grad_accum_dtype is 'fp32'.*'bf16'"),
+        ({"gradient_clipping": 1.0, "data_types": {"param_dtype": "fp16"}}, "data_types.param_dtype is 'fp32'"),
+        ({"gradient_clipping": 1.0, "data_types": {"buffer_dtype": ["fp32"]}}, "data_types.buffer_dtype is 'fp32'"),
+        ({"gradient_clipping": 1.0, "data_types": {"grad_acum_dtype": "fp32"}}, "data_types takes an object of"),
+        ({"gradient_clipping": 1.0, "data_types": "fp32"}, "data_types takes an object of"),
         ('{"gradient_clipping": 1, "gradient_clipping": 2}', "appears twice"),
         ('{"gradient_clipping": NaN}', "NaN is not a JSON number"),
         ("[1]", "expected an object"),
@@ -74,3 +81,18 @@ def test_missing_file_names_the_nearest_bundled_one() -> None:
 
 def test_gradient_clipping_zero_is_allowed(tmp_path: Path) -> None:
     assert load_ds_config(write(tmp_path, {"gradient_clipping": 0}))["gradient_clipping"] == 0
+
+
+def test_stated_fp32_is_accepted_by_us_and_by_deepspeed(tmp_path: Path) -> None:
+    import torch
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    own = {
+        "gradient_clipping": 1.0,
+        "communication_data_type": "fp32",
+        "data_types": {"grad_accum_dtype": "fp32", "param_dtype": "fp32", "buffer_dtype": "fp32"},
+    }
+    config = load_ds_config(write(tmp_path, own))
+    engine = DeepSpeedConfig({**config, "train_micro_batch_size_per_gpu": 1})
+    assert engine.communication_data_type == torch.float32
+    assert (engine.grad_accum_dtype, engine.param_dtype, engine.buffer_dtype) == ("fp32", "fp32", "fp32")

@@ -37,6 +37,8 @@ ALLOWED_KEYS = frozenset(
         "zero_optimization",
     }
 )
+# The parts of `data_types`; DeepSpeed 0.19.8 lets an unknown one pass. keep_in_fp32_modules speaks of bf16 parameters.
+DATA_TYPES = frozenset({"grad_accum_dtype", "param_dtype", "buffer_dtype"})
 # Keys that DeepSpeed knows and this project keeps elsewhere -> where, or why not.
 REFUSED_KEYS = {
     "train_batch_size": "set train.global_batch_size in the run's configuration",
@@ -84,7 +86,7 @@ def load_ds_config(name_or_path: str | Path) -> dict[str, Any]:
 
 
 def check_ds_config(config: dict[str, Any], name: str) -> None:
-    """Raises ValueError for a key without a place here, no stated clipping, or autocast that reduces in bf16."""
+    """Raises ValueError for a key without a place here, no stated clipping, or gradients in less than fp32."""
     for key in config:
         if key in REFUSED_KEYS:
             raise ValueError(f"DeepSpeed config {name}: {key!r} is not set here: {REFUSED_KEYS[key]}")
@@ -98,6 +100,10 @@ def check_ds_config(config: dict[str, Any], name: str) -> None:
         raise ValueError(
             f"DeepSpeed config {name}: state gradient_clipping (a number >= 0, 0 is off), got {clipping!r}"
         )
+    _check_precision(config, name)
+
+
+def _check_precision(config: dict[str, Any], name: str) -> None:
     autocast = config.get("torch_autocast", {})
     if not isinstance(autocast, dict) or (
         autocast.get("enabled") and autocast.get("lower_precision_safe_modules") != []
@@ -107,6 +113,20 @@ def check_ds_config(config: dict[str, Any], name: str) -> None:
             f"DeepSpeed config {name}: torch_autocast needs "
             "lower_precision_safe_modules: [] (gradients are reduced in fp32)"
         )
+    kinds = config.get("data_types", {})
+    if not isinstance(kinds, dict) or set(kinds) - DATA_TYPES:
+        raise ValueError(
+            f"DeepSpeed config {name}: data_types takes an object of {', '.join(sorted(DATA_TYPES))}, got {kinds!r}"
+        )
+    stated = {f"data_types.{key}": value for key, value in kinds.items()}
+    if "communication_data_type" in config:
+        stated["communication_data_type"] = config["communication_data_type"]
+    for key, value in stated.items():
+        if value != "fp32":
+            raise ValueError(
+                f"DeepSpeed config {name}: {key} is 'fp32' or left out, got {value!r}: a shared block adds up the "
+                "gradients of all its loops, which rounding to 16 bits damages"
+            )
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
