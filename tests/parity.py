@@ -20,6 +20,19 @@ from sret_scale.model.official import published_names
 
 TOLERANCE = 1e-9
 LABELS = (3, 977)
+ENTRIES = frozenset(
+    {
+        "logits",
+        "loss",
+        "grad_names",
+        "grad_norms",
+        "state_names",
+        "state_shapes",
+        "input_seed",
+        "image_size",
+        "num_permutations",
+    }
+)
 
 
 def formula_value(key: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -78,7 +91,10 @@ def golden_model(name: str, golden: dict[str, np.ndarray]) -> SReT:
 
 
 def differences(name: str, golden: dict[str, np.ndarray]) -> dict[str, float]:
-    """Largest absolute difference of logits, loss and gradient norms (relative where a norm is above 1)."""
+    """Largest absolute differences of logits, loss and gradient norms; NaN where either side holds one.
+
+    Raises ValueError or KeyError where the entries do not describe a run of this model.
+    """
     model = golden_model(name, golden)
     draw = golden_permutations()
     for stage in model.stages:
@@ -91,28 +107,70 @@ def differences(name: str, golden: dict[str, np.ndarray]) -> dict[str, float]:
         raise ValueError(f"drew {drawn} permutations, golden {int(golden['num_permutations'])}")
     loss = F.cross_entropy(logits, torch.tensor(LABELS))
     loss.backward()
-    names, parameters = published_names(model.config), dict(model.named_parameters())
-    norms = np.array([float(parameters[names[str(key)]].grad.norm()) for key in golden["grad_names"]])  # type: ignore[union-attr]
-    if len(norms) != len(parameters):
-        raise ValueError(f"golden gradients of {len(norms)} parameters, we have {len(parameters)}")
-    grad_error = np.abs(norms - golden["grad_norms"]) / np.maximum(1.0, golden["grad_norms"])
     return {
-        "logits": float(np.abs(logits.detach().numpy() - golden["logits"]).max()),
-        "loss": abs(float(loss.detach()) - float(golden["loss"])),
-        "gradient norms": float(grad_error.max()),
+        "logits": largest_difference("logits", logits.detach().numpy(), golden["logits"]),
+        "loss": largest_difference("loss", loss.detach().numpy(), golden["loss"]),
+        "gradient norms": largest_difference("grad_norms", gradient_norms(model, golden), golden["grad_norms"]),
     }
 
 
+def gradient_norms(model: SReT, golden: dict[str, np.ndarray]) -> np.ndarray:
+    """L2 norms of the model's gradients in the golden order; ValueError where the parameters are not the same ones."""
+    names, parameters = published_names(model.config), dict(model.named_parameters())
+    wanted = [names.get(str(key), str(key)) for key in golden["grad_names"]]
+    if sorted(wanted) != sorted(parameters):
+        missing, extra = sorted(set(wanted) - set(parameters)), sorted(set(parameters) - set(wanted))
+        raise ValueError(
+            f"golden gradients of {len(wanted)} parameters, we have {len(parameters)}: "
+            f"we lack {missing[:3]}, golden lacks {extra[:3]}"
+        )
+    norms = []
+    for name in wanted:
+        gradient = parameters[name].grad
+        if gradient is None:
+            raise ValueError(f"the loss gives {name} no gradient")
+        norms.append(float(gradient.norm()))
+    return np.array(norms)
+
+
+def largest_difference(field: str, ours: np.ndarray, golden: np.ndarray) -> float:
+    """Largest absolute difference, NaN if there is one; ValueError where numpy would broadcast unequal shapes."""
+    if ours.shape != golden.shape or golden.dtype.kind != "f":
+        raise ValueError(f"golden {field} are {golden.dtype}{list(golden.shape)}, expected float64{list(ours.shape)}")
+    return float(np.abs(ours - golden).max())
+
+
 def load_golden(path: Path) -> dict[str, dict[str, np.ndarray]]:
-    """Model name -> its entries."""
+    """Model name -> its entries; ValueError, OSError or BadZipFile for what is no golden file."""
     models: dict[str, dict[str, np.ndarray]] = {}
-    with np.load(path) as file:
+    # Opened here: numpy leaves a file open that it finds to be broken.
+    with path.open("rb") as stream:
+        file = np.load(stream)
+        if not isinstance(file, np.lib.npyio.NpzFile):
+            raise ValueError("it is one array, expected an .npz of MODEL/ENTRY arrays")
         for entry in file.files:
             name, _, field = entry.rpartition("/")
             models.setdefault(name, {})[field] = file[entry]
     if not models:
-        raise ValueError(f"{path} holds no golden outputs")
+        raise ValueError("it holds no arrays")
     return models
+
+
+def verdict(name: str, golden: dict[str, np.ndarray]) -> tuple[bool, str]:
+    """Whether a model agrees, and the line that says so."""
+    if name not in PRESETS:
+        return False, "FAILED: no preset of this name"
+    missing = sorted(ENTRIES - set(golden))
+    if missing:
+        return False, f"FAILED: the file lacks {', '.join(f'{name}/{field}' for field in missing)}"
+    try:
+        found = differences(name, golden)
+    # numpy, torch and the model complain of a malformed entry in all of these.
+    except (ValueError, KeyError, TypeError, IndexError, OverflowError, RuntimeError) as error:
+        return False, f"FAILED: {type(error).__name__}: {error}"
+    # Every one by itself: max() drops a NaN that does not come first.
+    agrees = all(value <= TOLERANCE for value in found.values())
+    return agrees, " ".join(f"{value:>10.1e}" for value in found.values()) + ("   ok" if agrees else "   FAILED")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -122,28 +180,17 @@ def main(argv: list[str] | None = None) -> int:
     path = parser.parse_args(argv).file
     try:
         models = load_golden(path)
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        print(f"error: cannot read golden outputs: {error}", file=sys.stderr)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        print(f"error: cannot read golden outputs from {path}: {error}", file=sys.stderr)
         return 2
-    failed = 0
-    print(f"{'model':<24} {'logits':>10} {'loss':>10} {'gradients':>10}   (tolerance {TOLERANCE:g})")
+    num_agreeing = 0
+    print(f"{'model':<24} {'logits':>10} {'loss':>10} {'gradients':>10}   (tolerance {TOLERANCE:g}, absolute)")
     for name, golden in models.items():
-        if name not in PRESETS:
-            print(f"{name:<24} FAILED: no preset of this name")
-            failed += 1
-            continue
-        try:
-            found = differences(name, golden)
-        except (ValueError, KeyError) as error:
-            print(f"{name:<24} FAILED: {error}")
-            failed += 1
-            continue
-        # `not <=` so that a NaN fails.
-        bad = not max(found.values()) <= TOLERANCE
-        failed += bad
-        print(f"{name:<24} " + " ".join(f"{v:>10.1e}" for v in found.values()) + ("   FAILED" if bad else "   ok"))
-    print(f"{len(models) - failed} of {len(models)} models agree")
-    return 1 if failed else 0
+        agrees, text = verdict(name, golden)
+        num_agreeing += agrees
+        print(f"{name:<24} {text}")
+    print(f"{num_agreeing} of {len(models)} models agree")
+    return 0 if num_agreeing == len(models) else 1
 
 
 if __name__ == "__main__":
