@@ -34,7 +34,7 @@ fingerprint() {
     { cat "$root/constraints.txt" "$root/setup.cfg" "$root/pyproject.toml" && printf '%s\n' "$1" "$root"; } | sha256sum
 }
 
-# step TEXT COMMAND...: runs it silently into the log; one line with the seconds it took, or the log's end and what to do.
+# step TEXT COMMAND...: runs it silently into the log; says that it begins, and the seconds it took or the log's end.
 step() {
     local text=$1 start=$SECONDS pid status=0
     shift
@@ -47,6 +47,9 @@ step() {
             sleep 1
         done
         printf '\r'
+    else
+        # Installing torch takes minutes: whoever reads a log shall see what is waited for.
+        printf '%s ...\n' "$text"
     fi
     wait "$pid" || status=$?
     if ((status != 0)); then
@@ -115,7 +118,7 @@ set_up() {
     # torch alone and first: a package's dependency range must never choose its build.
     step "$(pin_of torch)" pip_install "$(pin_of torch)"
     build=$(torch_build)
-    step "the project and its dependencies $extra" pip_install --no-build-isolation -e "$root$extra"
+    step "the project and its dependencies${extra:+ $extra}" pip_install --no-build-isolation -e "$root$extra"
     if [[ $(torch_build) != "$build" || "torch==${build%%+*}" != "$(pin_of torch)" ]]; then
         fail "torch is $(torch_build) after installing, expected $(pin_of torch) (build $build)" \
             "a dependency replaced it: remove .venv, and check the package indexes that pip is configured with"
@@ -124,10 +127,10 @@ set_up() {
     exec 9<&-
 }
 
-# Says what the active environment lacks for `core` or `test`; installs nothing.
+# Says what the active environment lacks for `core` or `test`, or has in a version that setup.cfg does not take.
 check_active_python() {
-    "$python" - "$1" <<'CHECK'
-import importlib.util, sys
+    "$python" - "$1" "$root/setup.cfg" <<'CHECK'
+import configparser, importlib.metadata, importlib.util, re, sys
 
 names = "torch deepspeed webdataset torchvision einops pydantic psutil rich yaml safetensors simplejpeg xxhash matplotlib jinja2"
 if sys.argv[1] == "test":
@@ -135,8 +138,26 @@ if sys.argv[1] == "test":
 missing = [name for name in names.split() if importlib.util.find_spec(name) is None]
 if sys.version_info < (3, 11):
     sys.exit(f"error: --no-venv: {sys.executable} is Python {sys.version.split()[0]}, expected 3.11 or later")
+remedy = "\nerror: install them with pip -c constraints.txt"
 if missing:
-    sys.exit(f"error: --no-venv: {sys.executable} lacks {', '.join(missing)}\nerror: install them with pip -c constraints.txt")
+    sys.exit(f"error: --no-venv: {sys.executable} lacks {', '.join(missing)}{remedy}")
+
+def numbers(version):
+    return [int(part) for part in re.findall(r"\d+", version.partition("+")[0])]
+
+config = configparser.ConfigParser(interpolation=None)
+config.read(sys.argv[2], encoding="utf-8")
+wrong = []
+for name, relation, wanted in re.findall(r"^([\w-]+)(==|>=)([\d.]+)$", config["options"]["install_requires"], re.M):
+    try:
+        found = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        found = "of unknown version"
+    fits = numbers(found) == numbers(wanted) if relation == "==" else numbers(found) >= numbers(wanted)
+    if not fits:
+        wrong.append(f"{name} {found}, expected {name}{relation}{wanted}")
+if wrong:
+    sys.exit(f"error: --no-venv: {sys.executable} has {'; '.join(wrong)}{remedy}")
 CHECK
 }
 
