@@ -72,11 +72,10 @@ def write_shards(
     if not (target / MANIFEST_NAME).exists():
         try:
             _write(config, target, list_samples, num_workers, max_bad_rate, on_progress)
-        except FileNotFoundError:
-            # Another node has finished the set and removed the plan meanwhile; anything else is an error.
-            if not (target / MANIFEST_NAME).exists():
-                raise
         except OSError as error:
+            # Another node may have finished the set and removed the plan under this one, or under its workers.
+            if (target / MANIFEST_NAME).exists():
+                return _already_complete(config, target)
             if error.errno not in _FULL_DISK:
                 raise
             advice = f"{error.strerror}; make room and run the same command again, it keeps what is complete"

@@ -4,6 +4,7 @@ Every ZeRO stage trains the same ten steps, straight and with a save and a load 
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,8 +12,16 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from sret_scale.model import Noise, SReT, Stage
+from sret_scale.model.stem import Stem, SyncBatchNorm
 from sret_scale.train.config import OptimConfig
-from sret_scale.train.distributed import Ranks, average_buffers, leave, ranks_from_environment
+from sret_scale.train.distributed import (
+    Ranks,
+    average_buffers,
+    differentiable_sum,
+    leave,
+    ranks_from_environment,
+    sum_over_ranks,
+)
 from sret_scale.train.ds_config import load_ds_config
 from sret_scale.train.engine import Engine, start_communication
 from sret_scale.train.optim import WeightAverage, build_optimizer, set_rates
@@ -91,7 +100,25 @@ def main(folder: Path) -> None:
                 for what, tensors in sets.items():
                     save_file(tensors, folder / f"{name}.{label}.{what}.safetensors")
             save_file(norms, folder / f"{name}.norms.safetensors")
+    save_sync_batch_norm(folder, ranks)
     leave()
+
+
+def save_sync_batch_norm(folder: Path, ranks: Ranks) -> None:
+    """The stem with BatchNorm over all ranks: each rank's outputs, and gradients summed over the ranks."""
+    torch.manual_seed(0)
+    stem = Stem(replace(TINY_MODEL, stem_norm="sync_batch"))
+    for module in stem.modules():
+        if isinstance(module, SyncBatchNorm):
+            module.all_reduce = differentiable_sum
+    images, _ = batch(0, 0, ranks.rank, ranks.world_size)
+    outputs = stem(images)
+    outputs.square().sum().backward()
+    gradients = {name: sum_over_ranks(value.grad) for name, value in stem.named_parameters() if value.grad is not None}
+    save_file(
+        {"outputs": outputs.detach(), **gradients, **dict(stem.named_buffers())},
+        folder / f"stem.{ranks.rank}.safetensors",
+    )
 
 
 if __name__ == "__main__":

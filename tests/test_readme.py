@@ -5,12 +5,14 @@ import re
 import shlex
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import sret_scale.lab.demo as demo
+from sret_scale.train.config import differences, from_yaml, grad_accum_steps
 from sret_scale.train.recipes import Recipe, recipe
 from tests.tiny import ROOT, sret_scale, tiny_idx
 
@@ -84,12 +86,46 @@ def test_the_demo_goes_the_whole_way(
     source = tiny_idx(tmp_path / "idx")
     assert demo.run_demo(output, source) == 0
     lines = capfd.readouterr().out.splitlines()[-4:]
-    assert [line.split()[0] for line in lines[:3]] == ["teacher", "student", "control"]
-    assert " 108 applications" in lines[1] and " 20 applications" in lines[2] and "logistic" in lines[3]
+    assert "Logistic regression" in lines[0] and "no evidence about ImageNet" in lines[0]
+    assert [line.split()[0] for line in lines[1:]] == ["teacher", "student", "control"]
+    assert " 10 applications" in lines[1] and " 108 applications" in lines[2] and " 20 applications" in lines[3]
+    configs = {role: from_yaml(output / role / "config.yaml") for role in demo.ROLES}
+    student, control = configs["student"], configs["control"]
+    assert student.engine.ds_config.startswith("zero1") and student.memory.schedule == "segments"
+    assert student.distill.teacher == control.distill.teacher == f"run:{output / 'teacher'}"
+    assert json.loads((output / "student" / "environment.json").read_text())["world_size"] >= 2
+    different = [line.partition(":")[0] for line in differences(student, control)]
+    assert different == [*(f"model.stages.{stage}.num_loops" for stage in range(3)), "memory.schedule"]
     page = (output / "report.html").read_text()
-    assert all(role in page for role in demo.ROLES) and "http" not in re.sub(r"http://www.w3.org\S*", "", page)
+    assert (
+        "smoke test" in page
+        and all(role in page for role in demo.ROLES)
+        and "http" not in re.sub(r"http://www.w3.org\S*", "", page)
+    )
     assert len(list((output / "report_files").glob("*.png"))) >= 3
     # The second start skips everything that is there.
     before = {role: (output / role / "metrics.jsonl").read_bytes() for role in demo.ROLES}
     assert demo.run_demo(output, source) == 0
     assert before == {role: (output / role / "metrics.jsonl").read_bytes() for role in demo.ROLES}
+
+
+@pytest.mark.parametrize("world_size", range(1, 17))
+def test_the_demo_starts_on_any_number_of_gpus(world_size: int, tmp_path: Path) -> None:
+    for role, name in demo.ROLES.items():
+        train = demo.demo_config(name, tmp_path, world_size=world_size, has_teacher=role != "teacher").train
+        assert grad_accum_steps(train, world_size) >= 1
+        assert abs(train.global_batch_size - 64) <= world_size / 2
+
+
+def test_a_student_that_learned_too_little_fails_the_demo(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo, "_shards", lambda output, source, split, started: None)
+    monkeypatch.setattr(demo, "start_run", lambda config, path: 0)
+    monkeypatch.setattr(demo, "_baseline", lambda sets: 0.84)
+    monkeypatch.setattr(demo, "load_run", lambda path: SimpleNamespace(model={"applications": 1, "parameters": 1}))
+    monkeypatch.setattr(demo, "write_report", lambda *args, **kwargs: None)
+    for top1, status in ((0.83, 1), (0.85, 0)):
+        monkeypatch.setattr(demo, "_top1", lambda run, top1=top1: top1)
+        assert demo.run_demo(tmp_path, None) == status
+        assert ("FAILED" in capsys.readouterr().out) == bool(status)

@@ -57,7 +57,13 @@ def test_bad_yaml_is_refused(text: str, message: str) -> None:
         ("train.seed.deep=1", "single value"),
         ("train.seed", "not of the form"),
         ("model.image_size=100", "groups"),
-        ("memory.schedule=magic", "memory: memory.schedule"),
+        ("memory.schedule=magic", "^memory.schedule: expected"),
+        ("train.keep_checkpoints=0", "train.keep_checkpoints: expected above 0, got 0"),
+        ("train.log_interval_steps=0", "train.log_interval_steps: expected above 0"),
+        ("train.image_std=[1, 0, 1]", "train.image_std: expected above 0"),
+        ("train.eval_interval_images=-1", "train.eval_interval_images: expected 0 or more"),
+        ("optim.reference_batch_size=0", "optim.reference_batch_size: expected above 0"),
+        ("optim.beta2=1", "optim.beta2: expected 0 or more and less than 1"),
     ],
 )
 def test_bad_overrides_name_the_key_and_what_was_expected(assignment: str, message: str) -> None:
@@ -97,7 +103,7 @@ def test_a_batch_is_never_rounded(micro: int, world: int, steps: int) -> None:
     train = replace(RunConfig().train, micro_batch_size=micro, global_batch_size=micro * world * steps)
     assert accumulation(train, world) == steps
     with pytest.raises(ValueError, match="is not a multiple"):
-        accumulation(replace(train, global_batch_size=micro * world * steps + micro * world + 1), world + micro * world)
+        accumulation(replace(train, global_batch_size=2 * micro * world * steps + 1), 2 * world)
 
 
 def test_wrong_sections_are_named() -> None:

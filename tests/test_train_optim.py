@@ -62,7 +62,7 @@ def test_average_is_a_mean_while_young_and_then_exponential() -> None:
         values["x"].fill_(update**2)
         values["count"].fill_(update)
         average.update(values, batch_images=10)
-        newest = max(10 / 40, 1 / update)
+        newest = max(1 - math.exp(-10 / 40), 1 / update)
         expected = (1 - newest) * expected + newest * values["x"]
         if update == 4:
             assert average.averages["x"][0] == pytest.approx((1 + 4 + 9 + 16) / 4)

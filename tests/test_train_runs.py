@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -147,7 +148,7 @@ def test_another_architecture_is_refused(untouched: Path, tmp_path: Path) -> Non
 
 
 def test_a_rank_that_stands_still_is_named_and_everything_ends(shards: Path, tmp_path: Path) -> None:
-    config = write_config(tmp_path / "tiny.yaml", tiny_config(shards), hang_timeout_s=20.0, total_images=3200)
+    config = write_config(tmp_path / "tiny.yaml", tiny_config(shards), hang_timeout_s=12.0, total_images=3200)
     run = tmp_path / "run"
     process = sret_scale("train", config, "--run", run, cwd=tmp_path)
     wait_for_images(run, 64, process)
@@ -168,8 +169,8 @@ def test_loss_that_is_not_a_number_ends_the_run_before_it_is_saved(shards: Path,
     file = write_config(tmp_path / "tiny.yaml", config)
     process = sret_scale("train", file, "--run", tmp_path / "run", cwd=tmp_path)
     _, error = process.communicate(timeout=120)
-    assert process.returncode == 2
-    assert "is nan at step" in error.strip().splitlines()[-1]
+    assert process.returncode == 1
+    assert re.search(r"the (loss of rank \d|gradient norm) is (nan|inf) at step \d", error.strip().splitlines()[-1])
     assert list_checkpoints(tmp_path / "run" / "checkpoints") == []
 
 
@@ -182,6 +183,44 @@ def test_evaluate_repeats_the_number_of_the_run(untouched: Path) -> None:
         out, error = process.communicate(timeout=60)
         assert process.returncode == 0, error
         assert json.loads(out)["top1"] == pytest.approx(top1, abs=1e-9)
+
+
+def test_an_unfinished_teacher_is_refused(untouched: Path, shards: Path, tmp_path: Path) -> None:
+    teacher = tmp_path / "teacher"
+    shutil.copytree(untouched, teacher)
+    (teacher / "status.json").write_text('{"state": "stopped", "exit_code": 85}')
+    tiny = write_config(tmp_path / "tiny.yaml", tiny_config(shards))
+    process = sret_scale("train", tiny, f"distill.teacher=run:{teacher}", cwd=tmp_path)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 2 and "expected a finished run, got state 'stopped'" in error
+
+
+def test_another_teacher_than_that_of_the_interrupted_run_is_refused(
+    untouched: Path, shards: Path, tmp_path: Path
+) -> None:
+    teacher, run = tmp_path / "teacher", tmp_path / "run"
+    shutil.copytree(untouched, teacher)
+    config = tiny_config(shards)
+    config = replace(config, distill=replace(config.distill, teacher=f"run:{teacher}"))
+    tiny = write_config(tmp_path / "tiny.yaml", config, total_images=96)
+    assert finish(sret_scale("train", tiny, "--run", run, cwd=tmp_path)) == 0
+    (run / "status.json").unlink()
+    shutil.rmtree(list_checkpoints(teacher / "checkpoints")[0])
+    process = sret_scale("train", tiny, "--run", run, cwd=tmp_path)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 2 and "learned from another teacher" in error.strip().splitlines()[-1]
+
+
+def test_what_decides_no_result_may_change_when_a_run_continues(untouched: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(untouched, run)
+    (run / "status.json").unlink()
+    shutil.rmtree(list_checkpoints(run / "checkpoints")[0])
+    process = sret_scale("train", run / "config.yaml", "memory.schedule=none", "train.hang_timeout_s=99", cwd=tmp_path)
+    out, error = process.communicate(timeout=120)
+    assert process.returncode == 0, error
+    assert "continues with memory.schedule: 'per_application' -> 'none'" in out
+    assert digest(run) == digest(untouched)
 
 
 @pytest.mark.parametrize(
@@ -201,7 +240,9 @@ def test_evaluate_repeats_the_number_of_the_run(untouched: Path) -> None:
         (["TINY", "distill.teacher=run:nowhere"], "nowhere is not a run folder"),
         (["TINY", "distill.teacher=tim:resnet50"], "tim"),
         (["TINY", "--hostfile", "missing_hosts"], "missing_hosts"),
-        (["TINY", "--run", "/proc/no"], "/proc/no"),
+        (["TINY", "--run", "/proc/no"], "cannot make the run folder /proc/no"),
+        (["TINY", "optim.warmup_images=512"], "optim.warmup_images=512 leaves nothing"),
+        (["TINY", "--fresh", "--run", "."], "is not a run folder"),
     ],
 )
 def test_bad_input_is_one_clear_line_before_anything_starts(

@@ -37,6 +37,8 @@ def main(config: Path) -> None:
     rank = int(os.environ["RANK"])
 
     def on_stop(_number: int, _frame: FrameType | None) -> None:
+        # The agent passes on what the rank may have got by itself; Python's end would take the second as a death.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         finish(folder, "stopped", 0)
         sys.exit(0)
 

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-EXAMPLE = "example: sret-scale demo --source /usr/share/dataset/fashion-mnist"
+EXAMPLE = "example: sret-scale demo --source /usr/share/datasets/fashion-mnist"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -36,6 +36,7 @@ def run(args: argparse.Namespace) -> None:
     ranks = ranks_from_environment()
     model, kind, step = load_model(args.run, args.weights, lambda text: print(text, file=sys.stderr))
     result = evaluate(model.to(ranks.device), shards, config, ranks)
+    assert result is not None, "nothing here asks it to stop"
     if args.json:
         print(json.dumps({"run": str(args.run), "step": step, "weights": kind, **dataclasses.asdict(result)}, indent=1))
     else:

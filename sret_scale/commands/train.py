@@ -9,12 +9,12 @@ EXAMPLE = """examples:
   sret-scale train sret_t_1000 memory.schedule=binomial --hostfile hosts --dry-run
 
 The same command continues a run that was stopped or killed. Exit status: 0 finished, 85 stopped by a signal after
-saving, 2 bad input, 1 failed."""
+saving, 2 bad input, 1 failed, 3 no progress, 128 + n ended by signal n before it could save."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Everything that decides what is computed is a config field; flags say only where and how to start."""
-    parser.add_argument("recipe", help="a recipe or model preset by name, or a YAML file; an unknown name lists all")
+    parser.add_argument("recipe", help="a recipe (sret, deit, fkd), a model preset (see `describe`), or a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="config fields to change")
     parser.add_argument("--run", type=Path, help="the run's folder (default: runs/RECIPE)")
     parser.add_argument("--ranks", type=int, help="ranks on this machine (default: its GPUs, or 2 on CPU)")
@@ -36,7 +36,10 @@ def run(args: argparse.Namespace) -> int:
     file = Path(args.recipe)
     is_file = file.suffix in (".yaml", ".yml")
     config = override(from_yaml(file) if is_file else recipe(args.recipe).config, args.overrides)
-    folder = args.run or (file.parent if file.name == "config.yaml" else Path("runs") / file.stem)
+    is_of_run = file.name == "config.yaml" and (file.parent / "environment.json").exists()
+    folder = args.run or (file.parent if is_of_run else Path("runs") / file.stem)
+    if not is_file and args.dry_run:
+        print(f"recipe: {recipe(args.recipe).about}")
     return start_run(
         config, folder, num_ranks=args.ranks, hostfile=args.hostfile, is_fresh=args.fresh, dry_run=args.dry_run
     )

@@ -30,8 +30,10 @@ class Report:
     left_out: tuple[str, ...]
 
 
-def write_report(paths: Sequence[Path], page: Path) -> Report:
+def write_report(paths: Sequence[Path], page: Path, *, note: str = "") -> Report:
     """Report on the runs in `paths`: `page`, and SVG, PNG and CSV of each figure in the folder PAGE_files.
+
+    `note` stands under the title: what a reader must know before the numbers.
 
     Raises FileNotFoundError or ValueError for a path that is no run, OSError where the page cannot be written.
     """
@@ -42,7 +44,7 @@ def write_report(paths: Sequence[Path], page: Path) -> Report:
     # Of many runs the depth curves are the answer; of a few the courses are.
     charts = depth + basic if len(runs) > MOST_TILES else basic + depth
     folder = page.with_name(f"{page.stem}_files")
-    text = render(runs, summaries, charts, colours, files=folder.name, left_out=left_out)
+    text = render(runs, summaries, charts, colours, files=folder.name, left_out=left_out, note=note)
     folder.mkdir(parents=True, exist_ok=True)
     files = [file for chart in charts for file in chart.write(folder)]
     table = io.StringIO()
@@ -64,6 +66,7 @@ def render(
     *,
     files: str,
     left_out: Sequence[str],
+    note: str = "",
 ) -> str:
     """The page's HTML. Everything that comes from a run is escaped; only our own SVG is not."""
     environment = jinja2.Environment(
@@ -80,6 +83,7 @@ def render(
     return environment.get_template("report.html").render(
         title=_title(runs),
         lead=lead(summaries),
+        page_note=note,
         rows=rows,
         tiles=rows if 1 < len(rows) <= MOST_TILES and any(s.top1 is not None for s in summaries) else [],
         columns=COLUMNS,

@@ -47,6 +47,14 @@ class OptimConfig:
     ema_horizon_images: int = 0
     """Images over which the average of the weights forgets to 1/e; 0 keeps no average."""
 
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "reference_batch_size", "eps"):
+            _require(getattr(self, name) > 0, f"optim.{name}", "above 0", getattr(self, name))
+        for name in ("final_rate_ratio", "warmup_images", "weight_decay", "residual_rate_ratio", "ema_horizon_images"):
+            _require(getattr(self, name) >= 0, f"optim.{name}", "0 or more", getattr(self, name))
+        for name in ("beta1", "beta2"):
+            _require(0 <= getattr(self, name) < 1, f"optim.{name}", "0 or more and less than 1", getattr(self, name))
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
@@ -79,6 +87,21 @@ class TrainConfig:
     """Per channel, of pixels in [0, 1]; the default is ImageNet's."""
     image_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
+    def __post_init__(self) -> None:
+        for name in (
+            *("total_images", "global_batch_size", "micro_batch_size", "keep_checkpoints", "log_interval_steps"),
+            "hang_timeout_s",
+        ):
+            _require(getattr(self, name) > 0, f"train.{name}", "above 0", getattr(self, name))
+        for name in ("seed", "eval_interval_images", "checkpoint_interval_images"):
+            _require(getattr(self, name) >= 0, f"train.{name}", "0 or more", getattr(self, name))
+        _require(min(self.image_std) > 0, "train.image_std", "above 0", self.image_std)
+
+
+def _require(is_valid: bool, name: str, expected: str, got: object) -> None:
+    if not is_valid:
+        raise ValueError(f"{name}: expected {expected}, got {got!r}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
@@ -104,7 +127,8 @@ def grad_accum_steps(config: TrainConfig, world_size: int) -> int:
     if remainder or not steps:
         raise ValueError(
             f"train.global_batch_size={config.global_batch_size} is not a multiple of train.micro_batch_size="
-            f"{config.micro_batch_size} x {world_size} ranks = {per_forward}: choose e.g. "
+            f"{config.micro_batch_size} x {world_size} ranks = {per_forward}: change train.micro_batch_size (a "
+            "run that has begun keeps its global batch), or choose e.g. "
             f"train.global_batch_size={max(per_forward, round(config.global_batch_size / per_forward) * per_forward)}"
         )
     return steps
@@ -207,7 +231,8 @@ def _build_dataclass(kind: type[Any], value: Any, path: str) -> Any:
     try:
         return kind(**arguments)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}" if path else str(error)) from error
+        # A section that names its own field says it all; others say only what is wrong with it.
+        raise ValueError(str(error) if not path or str(error).startswith(f"{path}.") else f"{path}: {error}") from error
 
 
 def to_plain(config: Any) -> Any:
@@ -266,6 +291,24 @@ def _assign(tree: dict[str, Any], key: str, value: Any) -> None:
             node = node[place]
         else:
             raise ValueError(f"{key!r}: {'.'.join(walked)} is a single value, it has no field {leaf!r}")
+
+
+# Fields that an interrupted run may take up again with another value: they decide how, not what is computed.
+# `train.micro_batch_size` is what another number of ranks needs; it changes BatchNorm's batches, and so the bits.
+CHANGEABLE = (
+    *("train.micro_batch_size", "train.eval_interval_images", "train.checkpoint_interval_images"),
+    *("train.keep_checkpoints", "train.log_interval_steps", "train.hang_timeout_s", "train.tensorboard"),
+    *("data.workers", "data.prefetch_batches", "data.cache_folder", "data.cache_gib", "data.fetch_threads"),
+    *("data.fetch_ahead_steps", "data.stall_s", "data.fetch_attempts", "data.quarantine_file", "data.max_bad_rate"),
+    *("memory", "engine.ds_config", "distill.teacher_micro_batch_size"),
+)
+
+
+def split_differences(old: RunConfig, new: RunConfig) -> tuple[list[str], list[str]]:
+    """(differences that make another run, differences that a continued run may have), each `key: old -> new`."""
+    changed = differences(old, new)
+    allowed = [line for line in changed if any(re.match(rf"{re.escape(name)}[.:]", line) for name in CHANGEABLE)]
+    return [line for line in changed if line not in allowed], allowed
 
 
 def differences(old: RunConfig, new: RunConfig) -> list[str]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +51,14 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
+def differentiable_sum(values: torch.Tensor) -> torch.Tensor:
+    """The sum of `values` over all ranks, whose gradient is summed over them too; every rank must call both."""
+    if not dist.is_initialized():
+        return values
+    summed: torch.Tensor = torch.distributed.nn.functional.all_reduce(values)  # type: ignore[no-untyped-call]
+    return summed
+
+
 def max_over_ranks(value: float, device: torch.device) -> float:
     """The largest `value` of any rank."""
     result = torch.tensor(value, dtype=torch.float64, device=device)
@@ -58,12 +67,19 @@ def max_over_ranks(value: float, device: torch.device) -> float:
     return float(result)
 
 
-def from_main_rank(value: Any) -> Any:
-    """Rank 0's `value` (any small picklable object of our own making) on every rank."""
+def from_rank(value: Any, rank: int = 0) -> Any:
+    """One rank's `value` (any small picklable object of our own making) on every rank."""
     box = [value]
     if dist.is_initialized():
-        dist.broadcast_object_list(box, src=0)
+        dist.broadcast_object_list(box, src=rank)
     return box[0]
+
+
+def whole_from_parts(part: torch.Tensor) -> torch.Tensor:
+    """The equal parts of all ranks, one after another; every rank must call it."""
+    parts = [torch.empty_like(part) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, part)
+    return torch.cat(parts)
 
 
 def barrier() -> None:

@@ -7,7 +7,6 @@ traps (architecture page, section 7) away from the training loop.
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import deepspeed
@@ -22,7 +21,13 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
-from sret_scale.train.distributed import COLLECTIVE_TIMEOUT, Ranks, saved_buffers
+from sret_scale.train.distributed import (
+    COLLECTIVE_TIMEOUT,
+    Ranks,
+    ranks_from_environment,
+    saved_buffers,
+    whole_from_parts,
+)
 from sret_scale.train.ds_config import zero_stage_of
 
 ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -57,9 +62,9 @@ class Engine:
     ) -> None:
         self.zero_stage = zero_stage_of(ds_config)
         self.model = model
-        self._ds_config = ds_config
         self._client_optimizer = optimizer
         self._grad_norm = math.nan
+        self._rank = ranks_from_environment().rank
         self._device = next(model.parameters()).device
         if self.zero_stage == 3 and z3_leaf_modules:
             # A stage's recomputation is one autograd function: its parameters must be gathered as one.
@@ -77,15 +82,6 @@ class Engine:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output, under the precision of the ds_config."""
         return self._engine(*args, **kwargs)
-
-    def precision(self) -> AbstractContextManager[Any]:
-        """The autocast of the ds_config, for a forward pass outside the engine (evaluation)."""
-        settings = self._ds_config.get("torch_autocast", {})
-        return torch.autocast(
-            self._device.type,
-            dtype=getattr(torch, settings.get("dtype", "bfloat16")),
-            enabled=bool(settings.get("enabled")),
-        )
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradients of one micro-batch's mean loss."""
@@ -225,7 +221,7 @@ class Engine:
         """
         part = cast(Tensor, parameter.ds_tensor)  # type: ignore[attr-defined]  # DeepSpeed sets it
         length = part.numel()
-        start = torch.distributed.get_rank() * length
+        start = self._rank * length
         own = value.to(part.device).flatten()[start : start + length]
         return nn.functional.pad(own, (0, length - own.numel()))
 
@@ -234,9 +230,7 @@ def _whole(value: Tensor, shape: torch.Size | None) -> Tensor:
     """A copy of `value`; with a `shape`, ZeRO-3 parts of all ranks put together to it."""
     if shape is None:
         return value.clone()
-    parts = [torch.empty_like(value) for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather(parts, value)
-    return torch.cat(parts)[: shape.numel()].view(shape)
+    return whole_from_parts(value)[: shape.numel()].view(shape)
 
 
 def shard_frozen(
@@ -247,7 +241,7 @@ def shard_frozen(
     A layer's weights are gathered for its call and dropped again, at most `max_live_parameters` ahead of their use.
     All ranks must call it equally often. Give the network on the CPU: each rank moves only its part to the device.
     """
-    config = {
+    config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": {
             "stage": 3,
@@ -257,6 +251,9 @@ def shard_frozen(
             "stage3_param_persistence_threshold": 10_000,
         },
     }
+    if any(value.dtype == torch.bfloat16 for value in module.parameters()):
+        # Without its own, DeepSpeed's engine would switch the caller's autocast off, and fp32 images meet bf16 weights.
+        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
     for layer in module.modules():
         for name, buffer in layer.named_buffers(recurse=False):
             setattr(layer, name, buffer.to(device))

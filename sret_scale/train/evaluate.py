@@ -1,6 +1,7 @@
 """Accuracy of a model on a whole split, exact on any world size. C classes, B batch."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from data_pipelines.index import ShardSet
 from data_pipelines.loader import evaluation_batches
 from sret_scale.train.config import RunConfig
 from sret_scale.train.distributed import Ranks, sum_over_ranks
+from sret_scale.train.ds_config import load_ds_config, precision_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,9 +27,21 @@ class Evaluation:
     images_per_s: float
 
 
-def evaluate(model: nn.Module, shards: ShardSet, config: RunConfig, ranks: Ranks) -> Evaluation:
-    """Top-1, top-5 and cross-entropy of `model` (in eval mode, on the ranks' device); every rank must call it."""
+def evaluate(
+    model: nn.Module,
+    shards: ShardSet,
+    config: RunConfig,
+    ranks: Ranks,
+    *,
+    must_stop: Callable[[], bool] = lambda: False,
+) -> Evaluation | None:
+    """Top-1, top-5 and cross-entropy of `model` (in eval mode, on the ranks' device), in the precision of training.
+
+    Every rank must call it. None when `must_stop` said so between two batches on any rank.
+    """
     assert not model.training
+    ds_config = load_ds_config(config.engine.ds_config)
+    autocast = torch.autocast(ranks.device.type, dtype=torch.bfloat16, enabled=precision_of(ds_config) == "bf16")
     started = time.monotonic()
     totals = torch.zeros(4, dtype=torch.float64, device=ranks.device)
     for batch in evaluation_batches(
@@ -40,9 +54,11 @@ def evaluate(model: nn.Module, shards: ShardSet, config: RunConfig, ranks: Ranks
     ):
         unit_BCHW = batch.images.to(ranks.device).float() / 255
         # Around the model alone: in inference mode the loader would make batches that nobody may write to.
-        with torch.inference_mode():
+        with torch.inference_mode(), autocast:
             logits_BC = model(normalise(unit_BCHW, config.train.image_mean, config.train.image_std)).float()
         totals += count(logits_BC, batch.labels.to(ranks.device), batch.valid.to(ranks.device))
+        if sum_over_ranks(torch.tensor(float(must_stop()), device=ranks.device)) > 0:
+            return None
     num_samples, top1, top5, loss = sum_over_ranks(totals).tolist()
     assert num_samples == shards.num_samples, "evaluation must see every sample exactly once"
     return Evaluation(

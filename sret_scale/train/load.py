@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from sret_scale.model import SReT, SReTConfig
 from sret_scale.train.checkpoint import newest_valid, read_state, read_tensors
@@ -37,7 +37,7 @@ def load_model(run: Path, weights: WeightsKind | None, report: Callable[[str], N
         )
     kind: WeightsKind = "ema" if tensors else "raw"
     model = SReT(config.model)
-    load_tensors(model, tensors or read_tensors(checkpoint, "weights"))
+    model.load_state_dict(tensors or read_tensors(checkpoint, "weights"))
     return model.eval(), kind, int(state["step"])
 
 
@@ -46,11 +46,6 @@ def load_teacher_run(run: Path) -> tuple[nn.Module, tuple[float, ...], tuple[flo
     config = load_config(run)
     model, _, _ = load_model(run, None, print)
     return model, config.train.image_mean, config.train.image_std, config.model.image_size
-
-
-def load_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Set all parameters and buffers; every key must be used."""
-    model.load_state_dict(tensors, strict=True)
 
 
 def check_architecture(expected: SReTConfig, saved: object, where: str) -> None:

@@ -19,7 +19,7 @@ from data_pipelines.loader import Batch, Step
 from sret_scale.distill import distillation_loss, student_batch
 from sret_scale.model import Noise
 from sret_scale.train.config import RunConfig
-from sret_scale.train.distributed import Ranks, average_buffers, max_over_ranks, sum_over_ranks
+from sret_scale.train.distributed import Ranks, average_buffers, from_rank, max_over_ranks, sum_over_ranks
 from sret_scale.train.evaluate import evaluate
 from sret_scale.train.optim import peak_rate, schedule_factor, set_rates
 from sret_scale.train.resume import restore, save
@@ -28,7 +28,7 @@ from sret_scale.train.run_folder import RunFolder
 from sret_scale.train.stop import StopFlag
 
 
-class DivergedError(ValueError):
+class DivergedError(ArithmeticError):
     """The loss or the gradient is not a number any more."""
 
 
@@ -37,8 +37,10 @@ def train(config: RunConfig, folder: RunFolder, ranks: Ranks) -> bool:
     with StopFlag() as stop, contextlib.ExitStack() as stack:
         run = set_up(config, folder, ranks, stack)
         clock = restore(run)
-        if clock.step:
+        if clock.step or run.metrics.is_continued:
             log(run, clock, "restart", {"from_step": clock.step})
+        if not clock.is_evaluated and evaluate_and_log(run, clock, stop, both=False):
+            clock = dataclasses.replace(clock, is_evaluated=True)
         started = time.monotonic() - clock.time_s
         steps = stack.enter_context(contextlib.closing(run.loader.steps(clock.loader)))
         logged = clock
@@ -61,7 +63,9 @@ def train(config: RunConfig, folder: RunFolder, ranks: Ranks) -> bool:
                 run.progress.update(clock.images, loss=numbers["loss"], images_per_s=rate)
             if is_due(before, clock, config.train.eval_interval_images) and not is_last:
                 # Before the checkpoint: a run that is killed in between measures again instead of never.
-                evaluate_and_log(run, clock, both=False)
+                is_evaluated = not is_stopping and evaluate_and_log(run, clock, stop, both=False)
+                clock = dataclasses.replace(clock, is_evaluated=is_evaluated)
+                is_stopping |= not is_evaluated
                 logged = dataclasses.replace(clock, time_s=time.monotonic() - started)
             if is_due(before, clock, config.train.checkpoint_interval_images) or is_last or is_stopping:
                 run.watchdog.progress(clock.step, "saving")
@@ -70,7 +74,8 @@ def train(config: RunConfig, folder: RunFolder, ranks: Ranks) -> bool:
             if is_stopping and not is_last:
                 run.progress.say(f"stopped by a signal at {clock.images:,} images, saved; the same command continues")
                 return False
-        evaluate_and_log(run, clock, both=True)
+        if not evaluate_and_log(run, clock, stop, both=True):
+            return False
         log_memory(run, clock)
     return True
 
@@ -95,17 +100,19 @@ def optimizer_step(run: Run, step: Step, clock: Clock, stop: StopFlag) -> tuple[
             run.engine.step()
     run.watchdog.progress(clock.step, "in a collective")
     # All ranks must agree before the update: a loss that is not a number on one of them would spread to all.
-    mean_loss, num_stopping = sum_over_ranks(
-        torch.stack([losses / ranks.world_size, torch.tensor(float(stop.is_set), device=ranks.device)])
-    ).tolist()
-    if not math.isfinite(mean_loss):
-        raise diverged(run, step, clock, "the loss", mean_loss)
+    shared = torch.zeros(1 + ranks.world_size, device=ranks.device)
+    shared[0], shared[1 + ranks.rank] = float(stop.is_set), losses
+    num_stopping, *rank_losses = sum_over_ranks(shared).tolist()
+    for rank, rank_loss in enumerate(rank_losses):
+        if not math.isfinite(rank_loss):
+            raise diverged(run, step, clock, f"the loss of rank {rank} is {rank_loss}", rank)
     run.engine.step()
     if not math.isfinite(run.engine.grad_norm()):
-        raise diverged(run, step, clock, "the gradient norm", run.engine.grad_norm())
+        raise diverged(run, step, clock, f"the gradient norm is {run.engine.grad_norm()}", 0)
     average_buffers(run.engine.model)
     if run.average:
         run.average.update(run.engine.local_weights(), run.loader.global_batch_size)
+    mean_loss = sum(rank_losses) / ranks.world_size
     return {"loss": mean_loss, "lr": rate, "grad_norm": run.engine.grad_norm()}, num_stopping > 0
 
 
@@ -125,6 +132,9 @@ def micro_batch_loss(run: Run, batch: Batch, clock: Clock, micro_step: int) -> T
         permutation_seed=derived_seed("permutation", config.train.seed, clock.step),
         sample_seed=derived_seed("sample", *here),
     )
+    if config.model.permutation == "random":
+        # The reference's way draws from the global generator: here too, a function of the step.
+        torch.manual_seed(derived_seed("global", *here))
     logits_BC = run.engine.forward(normalise(unit_BCHW, config.train.image_mean, config.train.image_std), noise)
     settings = config.distill.at(clock.images / config.train.total_images)
     return distillation_loss(logits_BC, teacher_log_probs_BC, target_BC, settings)
@@ -136,12 +146,12 @@ def derived_seed(purpose: str, *numbers: int) -> int:
     return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)
 
 
-def diverged(run: Run, step: Step, clock: Clock, what: str, value: float) -> DivergedError:
-    """The error that ends a run before the bad update is saved; it names where and with which samples."""
-    samples = [index for batch in step.micro_batches for index in batch.indices.tolist()]
+def diverged(run: Run, step: Step, clock: Clock, what: str, rank: int) -> DivergedError:
+    """The error that ends a run before the bad update is saved; it names where, and the samples of `rank`."""
+    samples = from_rank([index for batch in step.micro_batches for index in batch.indices.tolist()], rank)
     return DivergedError(
-        f"{what} is {value} at step {clock.step + 1} ({clock.images:,} images seen; samples of rank {run.ranks.rank}: "
-        f"{samples[:8]}...). Nothing of this step was saved. Lower optim.learning_rate, or choose another branch scheme"
+        f"{what} at step {clock.step + 1} ({clock.images:,} images seen; samples of rank {rank}: {samples[:8]}...). "
+        "Nothing of this step was saved. Lower optim.learning_rate, or choose another branch scheme"
     )
 
 
@@ -156,21 +166,27 @@ def log(run: Run, clock: Clock, kind: str, values: dict[str, object]) -> None:
     run.metrics.write(kind, place | values)
 
 
-def evaluate_and_log(run: Run, clock: Clock, *, both: bool) -> None:
-    """Accuracy of the moving average where one is kept; of the raw weights where none is, or with `both`."""
+def evaluate_and_log(run: Run, clock: Clock, stop: StopFlag, *, both: bool) -> bool:
+    """Accuracy of the moving average where one is kept; of the raw weights where none is, or with `both`.
+
+    False when a signal broke it off.
+    """
     run.watchdog.progress(clock.step, "evaluating")
     kinds = {"ema": run.average.averages} if run.average else {}
     if both or not kinds:
         kinds["raw"] = run.engine.local_weights()
     for kind, local in kinds.items():
         run.eval_model.load_state_dict(run.engine.assemble(local))
-        with run.engine.precision():
-            result = evaluate(run.eval_model, run.test_shards, run.config, run.ranks)
+        result = evaluate(run.eval_model, run.test_shards, run.config, run.ranks, must_stop=lambda: stop.is_set)
+        if result is None:
+            run.progress.say(f"{run.folder.path.name}: a signal broke an evaluation off; it is made after the restart")
+            return False
         log(run, clock, "eval", {"split": "test", "weights": kind, **dataclasses.asdict(result)})
         run.progress.say(
             f"{run.folder.path.name}: {clock.images:,} images: top-1 {result.top1:.2%} ({kind} weights, "
             f"{result.num_samples:,} test images)"
         )
+    return True
 
 
 def log_memory(run: Run, clock: Clock) -> None:

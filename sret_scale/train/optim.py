@@ -57,14 +57,14 @@ def build_optimizer(model: nn.Module, tags: Mapping[str, ParameterTag], config: 
 def set_rates(param_groups: list[dict[str, object]], rate: float) -> None:
     """Give every group `rate` times its own ratio."""
     for group in param_groups:
-        group["lr"] = rate * float(group["rate_ratio"])  # type: ignore[arg-type]
+        group["lr"] = rate * float(group["rate_ratio"])  # type: ignore[arg-type]  # torch types a group's values as object
 
 
 class WeightAverage:
     """An exponential moving average of named tensors: parameters and floating-point buffers.
 
-    The weight of the newest values is the larger of batch / horizon (in images, so that the average is the same at any
-    batch) and 1 / updates: a plain mean while the run is younger than its horizon, which forgets the initial weights.
+    The weight of the newest values is the larger of 1 - exp(-batch / horizon), which forgets to 1/e over the horizon at
+    any batch, and 1 / updates: a plain mean while the run is younger than its horizon, which drops the initial weights.
     """
 
     def __init__(self, values: Mapping[str, Tensor], horizon_images: int) -> None:
@@ -76,7 +76,7 @@ class WeightAverage:
     def update(self, values: Mapping[str, Tensor], batch_images: int) -> None:
         """Take in the values after an update made with `batch_images` images."""
         self.num_updates += 1
-        newest = max(batch_images / self.horizon_images, 1 / self.num_updates)
+        newest = max(-math.expm1(-batch_images / self.horizon_images), 1 / self.num_updates)
         names = [name for name, average in self.averages.items() if average.is_floating_point()]
         torch._foreach_lerp_([self.averages[name] for name in names], [values[name] for name in names], newest)
         for name, average in self.averages.items():

@@ -1,9 +1,12 @@
 """Saves a run and takes it up again: what has to be kept so that it continues with the same bits."""
 
+from typing import Any
+
 from data_pipelines.loader import LoaderState
+from sret_scale.distill import StoredTeacher
 from sret_scale.train.checkpoint import newest_valid, prune_checkpoints, read_state, read_tensors, save_checkpoint
 from sret_scale.train.config import to_plain
-from sret_scale.train.distributed import from_main_rank
+from sret_scale.train.distributed import from_rank
 from sret_scale.train.load import check_architecture
 from sret_scale.train.run import Clock, Run
 
@@ -19,19 +22,35 @@ def save(run: Run, clock: Clock) -> None:
             "time_s": clock.time_s,
             "loader": clock.loader.to_json(),
             "ema_updates": run.average.num_updates if run.average else 0,
+            "is_evaluated": clock.is_evaluated,
             "model": to_plain(run.config.model),
+            "teacher": describe_teacher(run),
         }
         save_checkpoint(run.folder.checkpoints, step=clock.step, tensors=tensors, state=state)
         prune_checkpoints(run.folder.checkpoints, run.config.train.keep_checkpoints)
 
 
+def describe_teacher(run: Run) -> dict[str, Any] | None:
+    """What decides on a live teacher's answers, its weights' hash included. A store of labels proves itself."""
+    if run.teacher is None or isinstance(run.teacher, StoredTeacher):
+        return None
+    if run.config.distill.teacher_placement == "sharded":
+        return {"spec": run.config.distill.teacher}
+    return run.teacher.describe()
+
+
 def restore(run: Run) -> Clock:
     """Load the newest whole checkpoint into the run, on whose choice all ranks agree; the start where there is none."""
-    checkpoint = from_main_rank(newest_valid(run.folder.checkpoints, run.progress.say) if run.ranks.is_main else None)
+    checkpoint = from_rank(newest_valid(run.folder.checkpoints, run.progress.say) if run.ranks.is_main else None)
     if checkpoint is None:
         return Clock()
     state = read_state(checkpoint)
     check_architecture(run.config.model, state["model"], str(checkpoint))
+    if state["teacher"] != describe_teacher(run):
+        raise ValueError(
+            f"{checkpoint} learned from another teacher: {state['teacher']}, now it is {describe_teacher(run)}; "
+            "give it the teacher of the interrupted run, or start over with --fresh"
+        )
     run.engine.load_weights(read_tensors(checkpoint, "weights"))
     run.engine.load_optimizer_state(read_tensors(checkpoint, "optimizer"))
     if run.average:
@@ -41,6 +60,7 @@ def restore(run: Run) -> Clock:
         step=state["step"],
         images=state["images"],
         time_s=state["time_s"],
+        is_evaluated=state["is_evaluated"],
         loader=LoaderState.from_json(state["loader"]),
     )
     run.progress.continue_from(clock.images)

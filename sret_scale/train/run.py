@@ -13,8 +13,9 @@ from data_pipelines.remote import open_data, open_training_data
 from sret_scale.distill import StoredTeacher, Teacher, build_teacher, open_stored_teacher, stored_labels
 from sret_scale.memory import prepare_memory
 from sret_scale.model import SReT, Stage
+from sret_scale.model.stem import SyncBatchNorm
 from sret_scale.train.config import RunConfig, grad_accum_steps
-from sret_scale.train.distributed import Ranks
+from sret_scale.train.distributed import Ranks, differentiable_sum
 from sret_scale.train.ds_config import load_ds_config, precision_of, zero_stage_of
 from sret_scale.train.engine import Engine, shard_frozen
 from sret_scale.train.load import load_teacher_run
@@ -31,12 +32,14 @@ class Clock:
     step: int = 0
     images: int = 0
     time_s: float = 0.0
+    is_evaluated: bool = True
+    """False when a signal came before an evaluation that was due here."""
     loader: LoaderState = field(default_factory=LoaderState)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """The parts of a run that the functions below share."""
+    """The parts of a run that the training loop and its saves share."""
 
     config: RunConfig
     folder: RunFolder
@@ -74,6 +77,9 @@ def set_up(config: RunConfig, folder: RunFolder, ranks: Ranks, stack: contextlib
     )
     torch.manual_seed(config.train.seed)
     model = SReT(config.model).to(ranks.device)
+    for module in model.modules():
+        if isinstance(module, SyncBatchNorm):
+            module.all_reduce = differentiable_sum
     ds_config = load_ds_config(config.engine.ds_config)
     activation_bytes = prepare_memory(
         model,
@@ -107,7 +113,7 @@ def set_up(config: RunConfig, folder: RunFolder, ranks: Ranks, stack: contextlib
         teacher=set_up_teacher(config, ranks, shards),
         predicted_activation_bytes=activation_bytes,
         eval_model=SReT(config.model).to(ranks.device).eval(),
-        metrics=stack.enter_context(metrics),  # type: ignore[arg-type]
+        metrics=stack.enter_context(metrics),  # type: ignore[arg-type]  # mypy joins the two kinds to object
         watchdog=watchdog,
         progress=stack.enter_context(
             RunProgress(folder.path.name, total_images=config.train.total_images, is_shown=ranks.is_main)

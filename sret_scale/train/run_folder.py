@@ -47,9 +47,12 @@ class RunFolder:
         self.quarantine = path / "quarantine.jsonl"
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the run for this process; ValueError where another process holds it."""
-        with (self.path / "lock").open("a") as stream:
+    def locked(self, name: str = "lock") -> Iterator[None]:
+        """Hold the run for this process; ValueError where another process holds it.
+
+        `lock` is rank 0's, `launch.lock` that of the process which starts the ranks.
+        """
+        with (self.path / name).open("a") as stream:
             try:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
@@ -63,10 +66,20 @@ class RunFolder:
         write_json(self.status, {"state": state, "exit_code": exit_code, "reason": reason})
 
 
+def read_status(folder: RunFolder) -> dict[str, Any]:
+    """What rank 0 wrote of the run's end; empty where it wrote nothing."""
+    return json.loads(folder.status.read_text(encoding="utf-8")) if folder.status.exists() else {}
+
+
 def write_json(file: Path, value: Any) -> None:
-    """Write JSON under a temporary name and rename it."""
+    """Replace a JSON file in one step."""
+    write_text(file, json.dumps(value, indent=1) + "\n")
+
+
+def write_text(file: Path, text: str) -> None:
+    """Replace a file in one step: a reader, or a kill in between, finds the old text or the new one."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(file)
 
 
@@ -78,6 +91,7 @@ class MetricsLog:
         self._events = _tensorboard_writer(file.parent / "tensorboard") if tensorboard else None
 
     def __enter__(self) -> "MetricsLog":
+        self.is_continued = self._file.exists() and self._file.stat().st_size > 0
         was_cut = self._file.exists() and self._file.stat().st_size and not self._file.read_bytes().endswith(b"\n")
         self._stream = self._file.open("a", encoding="utf-8")
         if was_cut:
@@ -116,6 +130,8 @@ def _tensorboard_writer(folder: Path) -> Any:
 
 class NoMetrics:
     """Stands in for a MetricsLog on the ranks that write nothing."""
+
+    is_continued = False
 
     def __enter__(self) -> "NoMetrics":
         return self

@@ -1,6 +1,5 @@
 """Everything that is checked before a run's processes start, and their start."""
 
-import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -11,11 +10,11 @@ from data_pipelines.remote import open_data, open_training_data
 from sret_scale.distill.spec import parse_teacher
 from sret_scale.memory import prepare_memory
 from sret_scale.model import SReT, describe
-from sret_scale.train.config import RunConfig, differences, from_yaml, grad_accum_steps, to_yaml
+from sret_scale.train.config import RunConfig, from_yaml, grad_accum_steps, split_differences, to_yaml
 from sret_scale.train.ds_config import load_ds_config, precision_of, zero_stage_of
 from sret_scale.train.launcher import launch
 from sret_scale.train.node.places import choose_nodes
-from sret_scale.train.run_folder import EXIT_FINISHED, RunFolder, environment, write_json
+from sret_scale.train.run_folder import EXIT_FINISHED, RunFolder, environment, read_status, write_json, write_text
 
 
 def start_run(
@@ -32,7 +31,7 @@ def start_run(
     Raises ValueError or OSError, before anything is started or written, for what can be known to be wrong.
     """
     place = choose_nodes(num_ranks=num_ranks, hostfile=hostfile, master_port=None)
-    world_size = sum(len(host.devices) for host in place.hosts)
+    world_size = place.world_size
     check_run(config, world_size)
     if dry_run:
         with tempfile.TemporaryDirectory() as temporary:
@@ -40,22 +39,30 @@ def start_run(
             file.write_text(to_yaml(config), encoding="utf-8")
             return launch(path, file, num_ranks=num_ranks, hostfile=hostfile, dry_run=True)
     folder = RunFolder(path)
-    path.mkdir(parents=True, exist_ok=True)
-    # Released again for rank 0, which holds it for the length of the run.
-    with folder.locked():
-        if is_fresh:
-            remove_results(folder)
-        check_configuration(folder, config)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            error.errno, f"cannot make the run folder {path}: {error.strerror}; choose another --run"
+        ) from error
+    # Held until the ranks have ended: nobody else may look at the folder between this check and rank 0's own lock.
+    with folder.locked("launch.lock"):
+        with folder.locked():
+            if is_fresh:
+                remove_results(folder)
+            check_configuration(folder, config)
         if is_finished(folder):
             print(f"{path} is finished: {config.train.total_images:,} images; --fresh runs it again")
             return EXIT_FINISHED
+        place.check_reachable(path)
         write_description(folder, config, world_size)
-    return launch(path, folder.config, num_ranks=num_ranks, hostfile=hostfile)
+        return launch(path, folder.config, num_ranks=num_ranks, hostfile=hostfile)
 
 
 def check_run(config: RunConfig, world_size: int) -> None:
     """Raise ValueError or OSError where shards, classes, batch, memory, ds_config or teacher do not fit together."""
-    grad_accum_steps(config.train, world_size)
+    train = config.train
+    grad_accum_steps(train, world_size)
     ds_config = load_ds_config(config.engine.ds_config)
     if config.memory.budget_bytes is not None:
         with torch.device("meta"):
@@ -63,11 +70,28 @@ def check_run(config: RunConfig, world_size: int) -> None:
         prepare_memory(
             model,
             config.memory,
-            micro_batch_size=config.train.micro_batch_size,
+            micro_batch_size=train.micro_batch_size,
             precision=precision_of(ds_config),
             world_size=world_size,
             zero_stage=zero_stage_of(ds_config),
         )
+    check_data(config, world_size)
+    if train.total_images < train.global_batch_size:
+        raise ValueError(
+            f"train.total_images={train.total_images} is less than one global batch of {train.global_batch_size}"
+        )
+    if config.optim.warmup_images >= train.total_images:
+        raise ValueError(
+            f"optim.warmup_images={config.optim.warmup_images} leaves nothing of train.total_images="
+            f"{train.total_images}: the rate would never reach its peak; set a shorter warm-up"
+        )
+    for part in parse_teacher(config.distill.teacher) if config.distill.teacher else ():
+        if part.kind == "run":
+            check_teacher_run(Path(part.value))
+
+
+def check_data(config: RunConfig, world_size: int) -> None:
+    """Raise ValueError unless both shard sets have the model's classes, the same ones, and enough samples."""
     sets = {"train": open_training_data(config.data), "test": open_data(config.data.test_folder, config.data)}
     for name, shards in sets.items():
         if shards.num_classes != config.model.num_classes:
@@ -75,52 +99,66 @@ def check_run(config: RunConfig, world_size: int) -> None:
                 f"the {name} shards {shards.folder} have {shards.num_classes} classes, the model has "
                 f"{config.model.num_classes}: set model.num_classes={shards.num_classes}"
             )
-        if name == "train" and shards.num_samples < config.train.global_batch_size:
+    for index, (ours, theirs) in enumerate(zip(*(shards.class_names for shards in sets.values()), strict=True)):
+        if ours != theirs:
             raise ValueError(
-                f"{shards.folder} has {shards.num_samples} samples, fewer than one global batch of "
-                f"{config.train.global_batch_size} for {world_size} ranks: use fewer ranks or a smaller batch"
+                f"class {index} is {ours!r} in {sets['train'].folder} and {theirs!r} in {sets['test'].folder}: "
+                "write both from sources with the same classes"
             )
-    if config.train.total_images < config.train.global_batch_size:
+    if sets["train"].num_samples < config.train.global_batch_size:
         raise ValueError(
-            f"train.total_images={config.train.total_images} is less than one global batch of "
-            f"{config.train.global_batch_size}"
+            f"{sets['train'].folder} has {sets['train'].num_samples} samples, fewer than one global batch of "
+            f"{config.train.global_batch_size} for {world_size} ranks: use fewer ranks or a smaller batch"
         )
-    if config.distill.teacher:
-        for part in parse_teacher(config.distill.teacher):
-            if part.kind == "run" and not (Path(part.value) / "config.yaml").exists():
-                raise FileNotFoundError(f"teacher {part.text!r}: {part.value} is not a run folder (no config.yaml)")
+
+
+def check_teacher_run(path: Path) -> None:
+    """Raise unless the folder holds a finished run: weights that still change would change what a student learns."""
+    folder = RunFolder(path)
+    if not folder.config.exists():
+        raise FileNotFoundError(f"teacher run:{path}: {path} is not a run folder (no config.yaml)")
+    if not is_finished(folder):
+        raise ValueError(
+            f"teacher run:{path}: expected a finished run, got state {read_status(folder).get('state')!r}: "
+            "finish it with its own command first"
+        )
 
 
 def check_configuration(folder: RunFolder, config: RunConfig) -> None:
-    """Raise ValueError where the folder holds a run of another configuration."""
-    if folder.config.exists():
-        changed = differences(from_yaml(folder.config), config)
-        if changed:
-            raise ValueError(
-                f"{folder.path} holds a run of another configuration: {'; '.join(changed[:5])}"
-                f"{' ...' if len(changed) > 5 else ''} (there -> asked for): choose another --run, or add --fresh"
-            )
+    """Raise ValueError where the folder holds a run of another configuration; print what a continued run may change."""
+    if not folder.config.exists():
+        return
+    refused, allowed = split_differences(from_yaml(folder.config), config)
+    if refused:
+        raise ValueError(
+            f"{folder.path} holds a run of another configuration: {'; '.join(refused[:5])}"
+            f"{' ...' if len(refused) > 5 else ''} (there -> asked for): choose another --run, or add --fresh"
+        )
+    for line in allowed:
+        print(f"continues with {line}")
 
 
 def write_description(folder: RunFolder, config: RunConfig, world_size: int) -> None:
     """What is computed, by what, and how large it is."""
-    folder.config.write_text(to_yaml(config), encoding="utf-8")
+    write_text(folder.config, to_yaml(config))
     write_json(folder.model, describe(config.model))
     write_json(folder.environment, environment(world_size))
 
 
 def is_finished(folder: RunFolder) -> bool:
     """True when the run of this folder came to its end, its last evaluation included."""
-    if not folder.status.exists():
-        return False
-    return json.loads(folder.status.read_text(encoding="utf-8")).get("state") == "finished"
+    return read_status(folder).get("state") == "finished"
 
 
 def remove_results(folder: RunFolder) -> None:
     """Delete what an earlier run left in the folder; other files stay."""
+    if not folder.environment.exists():
+        if any(file.name not in ("lock", "launch.lock") for file in folder.path.iterdir()):
+            raise ValueError(f"{folder.path} is not a run folder (no environment.json): --fresh deletes nothing there")
+        return
     for name in ("logs", "errors", "heartbeats", "tensorboard"):
         shutil.rmtree(folder.path / name, ignore_errors=True)
     if folder.checkpoints.exists():
         shutil.rmtree(folder.checkpoints)
-    for file in (folder.config, folder.model, folder.environment, folder.metrics, folder.status, folder.quarantine):
+    for file in (folder.config, folder.model, folder.metrics, folder.status, folder.quarantine, folder.environment):
         file.unlink(missing_ok=True)

@@ -23,7 +23,8 @@ class StopFlag:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            # A second signal may still be on its way: it must not turn the orderly end into a death by signal.
+            signal.signal(number, signal.SIG_IGN if self.is_set else handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.is_set = True

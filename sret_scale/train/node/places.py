@@ -44,6 +44,11 @@ class Place:
     master_port: int
     environment: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def world_size(self) -> int:
+        """Ranks on all nodes together."""
+        return sum(len(host.devices) for host in self.hosts)
+
     def check_reachable(self, run_folder: Path) -> None:
         """Raises OSError that names the first host which ssh cannot reach, or which lacks Python or the run folder."""
         remote = [start.name for start in self.starts if start.is_remote]
