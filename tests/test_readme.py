@@ -78,7 +78,8 @@ def test_the_demo_goes_the_whole_way(
         train = replace(
             config.train, total_images=96, global_batch_size=32, micro_batch_size=16, eval_interval_images=64
         )
-        return replace(recipe(name), config=replace(config, train=train))
+        optim = replace(config.optim, warmup_images=32)
+        return replace(recipe(name), config=replace(config, train=train, optim=optim))
 
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(demo, "recipe", tiny)

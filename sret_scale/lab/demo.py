@@ -36,6 +36,11 @@ def run_demo(output: Path, source: Path | None) -> int:
     `source` is a folder with the four IDX files of a full data set of the MNIST family; None takes the sample.
     """
     started = time.monotonic()
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = f"cannot make the demo's folder {output}: {error.strerror}; choose another --output"
+        raise OSError(error.errno, reason) from error
     origin = source or Path(str(files("data_pipelines") / "sample" / "fashion_mnist"))
     sets = {split: _shards(output, origin, split, started) for split in ("train", "test")}
     world_size = choose_nodes(num_ranks=None, hostfile=None, master_port=None).world_size
@@ -52,8 +57,8 @@ def run_demo(output: Path, source: Path | None) -> int:
     top1 = {role: _top1(run) for role, run in runs.items()}
     is_enough = top1["student"] >= max(baseline, STUDENT_TOP1)
     note = (
-        "A smoke test of every part on small images, no evidence about ImageNet. Logistic regression on the same pixels "
-        f"reaches {baseline:.2%}."
+        "A smoke test of every part on small images, no evidence about ImageNet. Logistic regression on the same "
+        f"pixels reaches {baseline:.2%}."
     )
     write_report([output / role for role in ROLES], output / "report.html", note=note)
     _say(started, f"report: {output / 'report.html'}")
@@ -69,7 +74,7 @@ def run_demo(output: Path, source: Path | None) -> int:
 
 
 def demo_config(name: str, output: Path, *, world_size: int, has_teacher: bool) -> RunConfig:
-    """A demo recipe with its folders, a batch that the ranks divide, and bf16 autocast where the machine computes it."""
+    """A demo recipe with its folders, a batch that the ranks divide, and bf16 autocast where the machine has it."""
     config = recipe(name).config
     shards = output / "shards"
     global_batch_size = world_size * max(1, round(config.train.global_batch_size / world_size))

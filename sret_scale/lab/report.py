@@ -45,7 +45,11 @@ def write_report(paths: Sequence[Path], page: Path, *, note: str = "") -> Report
     charts = depth + basic if len(runs) > MOST_TILES else basic + depth
     folder = page.with_name(f"{page.stem}_files")
     text = render(runs, summaries, charts, colours, files=folder.name, left_out=left_out, note=note)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = f"cannot write the report {page}: {error.strerror}; choose another page with -o"
+        raise OSError(error.errno, reason) from error
     files = [file for chart in charts for file in chart.write(folder)]
     table = io.StringIO()
     csv.writer(table, lineterminator="\n").writerows(summary_table(summaries))
