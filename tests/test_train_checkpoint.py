@@ -1,6 +1,8 @@
 """Checkpoints: complete or invisible, and every damage found."""
 
+import errno
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -49,6 +51,42 @@ def test_the_newest_come_first_and_the_oldest_go(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, step=100, tensors=TENSORS, state={"again": True})
     assert read_state(tmp_path / "step-000000100")["again"]
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("code", [errno.ENOTEMPTY, errno.EBUSY])
+def test_what_cannot_be_deleted_stops_no_save_and_goes_with_a_later_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def refuse(path: object, *_arguments: object, **_options: object) -> None:
+        raise OSError(code, os.strerror(code), str(path))
+
+    leftover = tmp_path / ".writing-step-000000002"
+    leftover.mkdir()
+    (leftover / "weights.safetensors").write_bytes(b"half")
+    with monkeypatch.context() as nfs:
+        nfs.setattr(os, "rmdir", refuse)
+        for step in (1, 2, 2, 3):
+            save_checkpoint(tmp_path, step=step, tensors=TENSORS, state={})
+            prune_checkpoints(tmp_path, 1)
+        assert leftover.exists()
+        assert [path.name for path in list_checkpoints(tmp_path)] == ["step-000000003"]
+    with monkeypatch.context() as nfs:
+        nfs.setattr(Path, "rename", refuse)
+        prune_checkpoints(tmp_path, 0)
+    newest = save_checkpoint(tmp_path, step=4, tensors=TENSORS, state={})
+    prune_checkpoints(tmp_path, 1)
+    assert list(tmp_path.iterdir()) == [newest]
+    verify_checkpoint(newest)
+
+
+def test_a_refused_rename_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, target: Path) -> Path:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(OSError, match="cannot save checkpoint"):
+        save_checkpoint(tmp_path, step=1, tensors=TENSORS, state={})
+    assert list(tmp_path.iterdir()) == []
 
 
 def flip(file: Path, place: int) -> None:

@@ -8,15 +8,17 @@
         manifest.json           size and SHA-256 of each file above; written last
 
 A checkpoint is written into a folder with a temporary name, flushed to the disk, and renamed.
-Nothing in it can run code.
+Nothing in it can run code. What a clean-up cannot delete is left to the next save: it takes room, and hides nothing.
 """
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
 import re
 import shutil
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -42,12 +44,11 @@ def save_checkpoint(
     One process calls it. Raises OSError, saying path and bytes, where the disk refuses; what was saved before stays.
     """
     final = folder / f"step-{step:09d}"
-    temporary = folder / f"{_TEMPORARY}{final.name}"
+    temporary = _temporary_name(final)
     num_bytes = sum(value.nbytes for values in tensors.values() for value in values.values())
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob(f"{_TEMPORARY}*"):
-            shutil.rmtree(leftover)
+        _remove_leftovers(folder)
         temporary.mkdir()
         for name, values in tensors.items():
             cpu = {key: value.detach().cpu().contiguous() for key, value in values.items()}
@@ -60,11 +61,9 @@ def save_checkpoint(
         _flush(temporary)
         if final.exists():
             # A run that went back to an older checkpoint comes to this step again.
-            final.rename(folder / f"{_TEMPORARY}replaced-{final.name}")
+            final.rename(_temporary_name(final))
         temporary.rename(final)
         _flush(folder)
-        for leftover in folder.glob(f"{_TEMPORARY}*"):
-            shutil.rmtree(leftover)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         reason = _reason(error)
@@ -73,7 +72,23 @@ def save_checkpoint(
             f"cannot save checkpoint {final} ({num_bytes:,} bytes of tensors): {reason}; checkpoints saved before are "
             "intact: free the cause and run the same command again",
         ) from error
+    _remove_leftovers(folder)
     return final
+
+
+def _temporary_name(path: Path) -> Path:
+    # Never one that was used before: a leftover that could not be deleted must not be in the way of the next save.
+    return path.with_name(f"{_TEMPORARY}{path.name}-{uuid.uuid4().hex[:8]}")
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Delete what interrupted saves left, as far as the disk allows it now; the next save tries again.
+
+    NFS refuses to empty a folder (ENOTEMPTY, EBUSY) while a reader still holds a file of it open.
+    """
+    with contextlib.suppress(OSError):
+        for leftover in folder.glob(f"{_TEMPORARY}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _reason(error: Exception) -> str:
@@ -158,12 +173,12 @@ def read_tensors(path: Path, name: str) -> dict[str, Tensor]:
 
 
 def prune_checkpoints(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints."""
-    for path in list_checkpoints(folder)[keep:]:
-        # Renamed first: a half-deleted checkpoint must not look committed.
-        doomed = folder / f"{_TEMPORARY}{path.name}"
-        path.rename(doomed)
-        shutil.rmtree(doomed)
+    """Delete all but the newest `keep` checkpoints, as far as the disk allows it now; the next call tries again."""
+    with contextlib.suppress(OSError):
+        for path in list_checkpoints(folder)[keep:]:
+            # Renamed first: a half-deleted checkpoint must not look committed.
+            path.rename(_temporary_name(path))
+    _remove_leftovers(folder)
 
 
 def _read_json(file: Path) -> dict[str, Any]:
