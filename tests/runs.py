@@ -12,21 +12,28 @@ from sret_scale.train.checkpoint import list_checkpoints, read_state, verify_che
 Process = subprocess.Popen[str]
 
 
-def wait_for_images(run: Path, images: int, process: Process) -> None:
-    """Returns when the run has logged a step at or beyond `images`."""
+def metrics_bytes(run: Path) -> int:
+    """How long the log is now; taken before a start, it is the `after` of what that start writes."""
+    metrics = run / "metrics.jsonl"
+    return metrics.stat().st_size if metrics.exists() else 0
+
+
+def wait_for_images(run: Path, images: int, process: Process, *, after: int = 0) -> None:
+    """Returns when the run has logged a step at or beyond `images` behind the first `after` bytes of its log."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()
         metrics = run / "metrics.jsonl"
-        if metrics.exists() and any(line["images"] >= images for line in complete_lines(metrics)):
+        if metrics.exists() and any(line["images"] >= images for line in complete_lines(metrics, after=after)):
             return
         time.sleep(0.02)
     raise AssertionError(f"no step at {images} images within two minutes")
 
 
-def complete_lines(metrics: Path) -> list[dict[str, float]]:
-    text = metrics.read_text()
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+def complete_lines(metrics: Path, *, after: int = 0) -> list[dict[str, float]]:
+    text = metrics.read_bytes()[after:].decode()
+    # A start ends the line that a kill cut off, so what it writes may begin with an empty one.
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines() if line]
 
 
 def rank_processes(process: Process) -> list[psutil.Process]:
@@ -36,9 +43,13 @@ def rank_processes(process: Process) -> list[psutil.Process]:
 
 def digest(run: Path) -> dict[str, str]:
     """SHA-256 of weights, optimiser and average in a run's last checkpoint, and its data position."""
-    newest = list_checkpoints(run / "checkpoints")[0]
-    verify_checkpoint(newest)
-    files = json.loads((newest / "manifest.json").read_text())["files"]
+    return digest_of(list_checkpoints(run / "checkpoints")[0])
+
+
+def digest_of(checkpoint: Path) -> dict[str, str]:
+    """The same of one checkpoint."""
+    verify_checkpoint(checkpoint)
+    files = json.loads((checkpoint / "manifest.json").read_text())["files"]
     return {name: files[name]["sha256"] for name in files if name.endswith("safetensors")} | {
-        "loader": read_state(newest)["loader"]
+        "loader": read_state(checkpoint)["loader"]
     }
