@@ -76,10 +76,7 @@ def set_up(config: RunConfig, folder: RunFolder, ranks: Ranks, stack: contextlib
         grad_accum_steps=accumulation,
     )
     torch.manual_seed(config.train.seed)
-    model = SReT(config.model).to(ranks.device)
-    for module in model.modules():
-        if isinstance(module, SyncBatchNorm):
-            module.all_reduce = differentiable_sum
+    model = over_all_ranks(SReT(config.model).to(ranks.device))
     ds_config = load_ds_config(config.engine.ds_config)
     activation_bytes = prepare_memory(
         model,
@@ -119,6 +116,14 @@ def set_up(config: RunConfig, folder: RunFolder, ranks: Ranks, stack: contextlib
             RunProgress(folder.path.name, total_images=config.train.total_images, is_shown=ranks.is_main)
         ),
     )
+
+
+def over_all_ranks(model: SReT) -> SReT:
+    """`model`, its synchronised BatchNorms connected over the ranks."""
+    for module in model.modules():
+        if isinstance(module, SyncBatchNorm):
+            module.all_reduce = differentiable_sum
+    return model
 
 
 def set_up_teacher(config: RunConfig, ranks: Ranks, shards: ShardSet) -> Teacher | StoredTeacher | None:
