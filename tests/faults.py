@@ -249,7 +249,7 @@ def other_world_sizes(work: Path) -> Outcome:
 
 
 def chaos(work: Path, chance: random.Random, seconds: float) -> Outcome:
-    """A kill 8 to 16 s after the first step of each start: each must come further, and the weights be those of a run left alone.
+    """Kills 8 to 16 s after the first step of a start: each must come further, the weights be those of one left alone.
 
     The useful time is that of the steps which were kept; below MIN_USEFUL_RATIO nothing counts as survived.
     """
