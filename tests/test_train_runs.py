@@ -183,6 +183,11 @@ def test_evaluate_repeats_the_number_of_the_run(untouched: Path) -> None:
         out, error = process.communicate(timeout=60)
         assert process.returncode == 0, error
         assert json.loads(out)["top1"] == pytest.approx(top1, abs=1e-9)
+    process = sret_scale("evaluate", untouched, "--ranks", "2", "--json", cwd=untouched)
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == 0, error
+    assert json.loads(out)["top1"] == pytest.approx(logged["ema"], abs=1e-9)
+    assert json.loads(out)["num_samples"] == NUM_IMAGES
 
 
 def test_an_unfinished_teacher_is_refused(untouched: Path, shards: Path, tmp_path: Path) -> None:

@@ -3,45 +3,63 @@
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 EXAMPLE = """examples:
   sret-scale evaluate runs/demo/student
-  sret-scale evaluate runs/sret_t --weights raw --shards shards/imagenet-v2 --json"""
+  sret-scale evaluate runs/sret_t --weights raw --shards shards/imagenet-v2 --json
+  sret-scale evaluate runs/sret_t --hostfile hosts"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The run and what to evaluate of it."""
+    """The run, what to evaluate of it, and where."""
     parser.add_argument("run", type=Path, help="folder of a run")
     parser.add_argument("--weights", choices=("raw", "ema"), help="default: the moving average where one is kept")
     parser.add_argument("--shards", help="folder or URL of shards (default: the run's test shards)")
+    parser.add_argument("--ranks", type=int, help="ranks on this machine (default: this process alone)")
+    parser.add_argument("--hostfile", type=Path, help="nodes to run on, in deepspeed's format (NAME slots=N a line)")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
-def run(args: argparse.Namespace) -> None:
-    """Evaluate in this process, on its GPU where there is one."""
-    import dataclasses
-    import sys
+def run(args: argparse.Namespace) -> int:
+    """Evaluate in this process, or on ranks where some were asked for; returns the exit status."""
+    if args.ranks or args.hostfile:
+        result = _on_ranks(args)
+        if isinstance(result, int):
+            return result
+    else:
+        from sret_scale.train.distributed import ranks_from_environment
+        from sret_scale.train.evaluate_main import evaluate_run
 
-    from data_pipelines.remote import open_data
-    from sret_scale.train.distributed import ranks_from_environment
-    from sret_scale.train.evaluate import evaluate
-    from sret_scale.train.load import load_config, load_model
-
-    config = load_config(args.run)
-    shards = open_data(args.shards or config.data.test_folder, config.data)
-    if shards.num_classes != config.model.num_classes:
-        raise ValueError(
-            f"{shards.folder} has {shards.num_classes} classes, the model of {args.run} has {config.model.num_classes}"
-        )
-    ranks = ranks_from_environment()
-    model, kind, step = load_model(args.run, args.weights, lambda text: print(text, file=sys.stderr))
-    result = evaluate(model.to(ranks.device), shards, config, ranks)
-    assert result is not None, "nothing here asks it to stop"
+        result = evaluate_run(args.run, args.shards, args.weights, ranks_from_environment())
     if args.json:
-        print(json.dumps({"run": str(args.run), "step": step, "weights": kind, **dataclasses.asdict(result)}, indent=1))
+        print(json.dumps(result, indent=1))
     else:
         print(
-            f"{args.run} at step {step}, {kind} weights, {result.num_samples:,} images of {shards.folder}: "
-            f"top-1 {result.top1:.2%}, top-5 {result.top5:.2%}, loss {result.loss:.4f} "
-            f"({result.images_per_s:,.0f} images/s)"
+            f"{result['run']} at step {result['step']}, {result['weights']} weights, "
+            f"{result['num_samples']:,} images of {result['shards']}: top-1 {result['top1']:.2%}, "
+            f"top-5 {result['top5']:.2%}, loss {result['loss']:.4f} ({result['images_per_s']:,.0f} images/s)"
         )
+    return 0
+
+
+def _on_ranks(args: argparse.Namespace) -> dict[str, Any] | int:
+    """The result of an evaluation that the launcher started, or its exit status where it failed."""
+    from sret_scale.train.launcher import launch
+    from sret_scale.train.load import load_config
+    from sret_scale.train.run_folder import RunFolder, write_json
+
+    load_config(args.run)
+    folder = args.run / "evaluation"
+    folder.mkdir(exist_ok=True)
+    with RunFolder(folder).locked("launch.lock"):
+        shards = args.shards and (args.shards if ":" in args.shards else str(Path(args.shards).resolve()))
+        write_json(folder / "request.json", {"run": str(args.run.resolve()), "shards": shards, "weights": args.weights})
+        status = launch(
+            folder,
+            folder / "request.json",
+            num_ranks=args.ranks,
+            hostfile=args.hostfile,
+            module="sret_scale.train.evaluate_main",
+        )
+        return status or json.loads((folder / "result.json").read_text(encoding="utf-8"))
