@@ -1,13 +1,17 @@
 """What tests that start whole runs share: waiting for a step, finding the ranks, the digest of an end."""
 
 import json
+import os
+import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import psutil
 
 from sret_scale.train.checkpoint import list_checkpoints, read_state, verify_checkpoint
+from tests.tiny import ROOT
 
 Process = subprocess.Popen[str]
 
@@ -53,3 +57,24 @@ def digest_of(checkpoint: Path) -> dict[str, str]:
     return {name: files[name]["sha256"] for name in files if name.endswith("safetensors")} | {
         "loader": read_state(checkpoint)["loader"]
     }
+
+
+def run_two_ranks(module: str, *arguments: str | Path) -> None:
+    """`python -m MODULE ARGUMENTS` as two gloo ranks on this machine, without a launcher; both must end well."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", module, *map(str, arguments)],
+            env={**shared, "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    errors = [rank.communicate(timeout=300)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], errors[0][-3000:] + errors[1][-3000:]

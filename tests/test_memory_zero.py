@@ -1,16 +1,13 @@
 """Recomputation under DeepSpeed: two gloo ranks train the same bits as plain autograd at every ZeRO stage."""
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).parents[1]
+from tests.runs import run_two_ranks
+
 pytestmark = pytest.mark.multi_process
 
 
@@ -18,23 +15,7 @@ pytestmark = pytest.mark.multi_process
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Weights of every ZeRO configuration and memory setting, trained by two ranks."""
     folder = tmp_path_factory.mktemp("zero")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.memory_ranks", str(folder)],
-            env={**shared, "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            cwd=ROOT,
-            stderr=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    errors = [rank.communicate(timeout=300)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], errors[0][-3000:] + errors[1][-3000:]
+    run_two_ranks("tests.memory_ranks", folder)
     return folder
 
 

@@ -1,9 +1,5 @@
 """The engine on two gloo ranks: every ZeRO stage against a plain PyTorch loop, and a resume that changes no bit."""
 
-import os
-import socket
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +13,8 @@ from sret_scale.model.stem import Stem
 from sret_scale.train.config import OptimConfig
 from sret_scale.train.optim import build_optimizer, set_rates
 from tests.engine_ranks import ACCUMULATION, DS_CONFIGS, RATE, STEPS, batch
-from tests.tiny import ROOT, TINY_MODEL
+from tests.runs import run_two_ranks
+from tests.tiny import TINY_MODEL
 
 pytestmark = pytest.mark.multi_process
 
@@ -26,23 +23,7 @@ pytestmark = pytest.mark.multi_process
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two ranks left for every DeepSpeed configuration."""
     folder = tmp_path_factory.mktemp("engine")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.engine_ranks", str(folder)],
-            env={**shared, "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            cwd=ROOT,
-            stderr=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    errors = [rank.communicate(timeout=300)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], errors[0][-3000:] + errors[1][-3000:]
+    run_two_ranks("tests.engine_ranks", folder)
     return folder
 
 
