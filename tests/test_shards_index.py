@@ -86,7 +86,8 @@ def test_rows_outside_their_shard_are_refused(folder: Path) -> None:
         changed = {**columns, name: columns[name].copy()}
         changed[name][3] = value
         _write_set(folder, manifest, render_index(changed))
-        with pytest.raises(ValueError, match="rows that lie outside"):
+        expected = f"label {value} of sample 3 is outside" if name == "label" else "rows that lie outside"
+        with pytest.raises(ValueError, match=expected):
             open_shards(folder)
 
 
