@@ -71,6 +71,8 @@ def test_ranks_of_three_hosts_meet_and_leave_nothing(hosts: Hosts, tmp_path: Pat
     assert process.returncode == 0, errors
     assert [(folder / f"sum-{rank}").read_text() for rank in range(3)] == ["6.0", "6.0", "6.0"]
     assert output == "hello from rank 0\n"
+    # A stranger on another network of a host finds no open port of the job.
+    assert [(folder / f"listens-{rank}").read_text() for rank in range(3)] == hosts.addresses
     assert [ranks_on(hosts, index) for index in range(3)] == [[], [], []]
 
 
@@ -112,7 +114,12 @@ def test_three_hosts_train_to_the_weights_of_three_local_ranks(hosts: Hosts, tmp
     source = ROOT / "data_pipelines" / "sample" / "fashion_mnist"
     for split, folder in folders.items():
         write_shards(WriteConfig(kind="idx", source=source, split=split, shard_samples=1000), folder)
-    sizes = ["train.total_images=240", "train.global_batch_size=24", "train.micro_batch_size=8"]
+    sizes = [
+        "train.total_images=240",
+        "train.global_batch_size=24",
+        "train.micro_batch_size=8",
+        "optim.warmup_images=0",
+    ]
     data = [f"data.{split}_folder={folder}" for split, folder in folders.items()]
     command = [sys.executable, "-m", "sret_scale.cli", "train", "demo_control_20", *data, *sizes]
     places = {"local": ["--ranks", "3"], "hosts": ["--hostfile", str(hosts.hostfile([0, 1, 2]))]}

@@ -69,6 +69,8 @@ def test_ranks_meet_over_gloo_and_only_rank_0_prints(tmp_path: Path) -> None:
     output, errors = (process := start(folder, "all_reduce")).communicate(timeout=120)
     assert process.returncode == 0, errors
     assert [(folder / f"sum-{rank}").read_text() for rank in (0, 1)] == ["3.0", "3.0"]
+    # Neither the rendezvous nor gloo is open to other machines.
+    assert [(folder / f"listens-{rank}").read_text() for rank in (0, 1)] == ["127.0.0.1", "127.0.0.1"]
     assert output == "hello from rank 0\n"
     assert (folder / "logs" / "rank-00001.log").read_text() == "hello from rank 1\n"
 

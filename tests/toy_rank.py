@@ -16,11 +16,17 @@ def finish(folder: Path, state: str, exit_code: int) -> None:
 
 
 def all_reduce(folder: Path, interval_s: float = 0.0) -> None:
-    """Meets the other ranks over gloo; each writes the sum of all ranks, once or again and again."""
+    """Meets the other ranks over gloo; each writes where it listens, and the sum of all once or again and again."""
+    import psutil
     import torch
     import torch.distributed as dist
 
-    dist.init_process_group("gloo")
+    from sret_scale.train.distributed import join_ranks, ranks_from_environment
+
+    join_ranks(ranks_from_environment(), "gloo")
+    sockets = psutil.Process().net_connections("tcp")
+    listens = {found.laddr.ip for found in sockets if found.status == psutil.CONN_LISTEN}
+    (folder / f"listens-{os.environ['RANK']}").write_text(" ".join(sorted(listens)))
     while True:
         value = torch.tensor(float(os.environ["RANK"]) + 1)
         dist.all_reduce(value)

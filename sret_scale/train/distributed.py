@@ -1,10 +1,12 @@
 """The one door to torch.distributed: who this process is, and the few collectives that the training code needs."""
 
 import os
+import socket
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional
@@ -42,6 +44,63 @@ def ranks_from_environment() -> Ranks:
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """Longer than the slowest rank's evaluation or first compile, short enough that a lost rank ends the job."""
+
+
+def join_ranks(ranks: Ranks, backend: str) -> None:
+    """Make the process group of all ranks, through a store that rank 0 opens on the job's own address only.
+
+    torch's default store listens on every interface of the machine, and whoever reaches it can write into it.
+    Raises OSError when rank 0 cannot listen there.
+    """
+    address = _reachable_address(os.environ.get("MASTER_ADDR", "127.0.0.1"))
+    port = int(os.environ.get("MASTER_PORT", "0"))
+    listener = None
+    if ranks.is_main:
+        listener = _listen(address, port)
+        port = listener.getsockname()[1]
+    store = dist.TCPStore(  # type: ignore[attr-defined]  # public, but not re-exported by name
+        address,
+        port,
+        ranks.world_size,
+        ranks.is_main,
+        timeout=COLLECTIVE_TIMEOUT,
+        # The store owns the descriptor from here on.
+        master_listen_fd=None if listener is None else listener.detach(),
+    )
+    dist.init_process_group(
+        backend, store=store, rank=ranks.rank, world_size=ranks.world_size, timeout=COLLECTIVE_TIMEOUT
+    )
+
+
+def _reachable_address(address: str) -> str:
+    """The IPv4 address of `address` that ranks on every node can use.
+
+    On Debian a machine's own name leads to 127.0.1.1, where only itself would get through: there, on rank 0's node, it
+    is the address of the interface that the job was given.
+    """
+    resolved = str(socket.getaddrinfo(address, None, family=socket.AF_INET)[0][4][0])
+    interface = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
+    if resolved.startswith("127.") and interface != "lo":
+        for found in psutil.net_if_addrs().get(interface, ()):
+            if found.family == socket.AF_INET:
+                return str(found.address)
+    return resolved
+
+
+def _listen(address: str, port: int) -> socket.socket:
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((address, port))
+    except OSError as error:
+        listener.close()
+        raise OSError(
+            error.errno,
+            f"rank 0 cannot listen on {address}:{port} ({error.strerror}): MASTER_ADDR must be an address of the "
+            "first node, and the port free",
+        ) from error
+    listener.listen(4096)
+    return listener
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:

@@ -22,8 +22,8 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 
 from sret_scale.train.distributed import (
-    COLLECTIVE_TIMEOUT,
     Ranks,
+    join_ranks,
     ranks_from_environment,
     saved_buffers,
     whole_from_parts,
@@ -40,7 +40,9 @@ def start_communication(ranks: Ranks) -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.utils.logger.setLevel(logging.WARNING)
     backend = "nccl" if ranks.device.type == "cuda" else "gloo"
-    deepspeed.init_distributed(dist_backend=backend, timeout=COLLECTIVE_TIMEOUT, verbose=False)
+    join_ranks(ranks, backend)
+    # DeepSpeed finds the process group and uses it.
+    deepspeed.init_distributed(dist_backend=backend, verbose=False)
 
 
 class Engine:
