@@ -23,8 +23,9 @@ START = """
 import sys
 from pathlib import Path
 from sret_scale.train.launcher import launch
+from sret_scale.train.node.hostfile import hosts_of
 folder = Path(sys.argv[1])
-sys.exit(launch(folder, folder / "config.yaml", hostfile=Path(sys.argv[2]), module="tests.toy_rank"))
+sys.exit(launch(folder, folder / "config.yaml", hosts=hosts_of(Path(sys.argv[2])), module="tests.toy_rank"))
 """
 
 

@@ -78,7 +78,7 @@ def test_no_accepted_name_needs_quoting(tmp_path_factory: pytest.TempPathFactory
 
 @pytest.mark.usefixtures("outside_slurm")
 def test_cpu_machine_gets_two_ranks_and_loopback() -> None:
-    place = places.choose_nodes(num_ranks=None, hostfile=None, master_port=None)
+    place = places.choose_nodes()
     assert [host.devices for host in place.hosts] == [("0", "1")]
     assert place.master_addr == "127.0.0.1"
     assert place.environment["GLOO_SOCKET_IFNAME"] == os.environ.get("GLOO_SOCKET_IFNAME", "lo")
@@ -87,10 +87,10 @@ def test_cpu_machine_gets_two_ranks_and_loopback() -> None:
 @pytest.mark.usefixtures("outside_slurm")
 def test_one_rank_a_gpu_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(places, "visible_gpus", lambda: ("3", "GPU-a7"))
-    place = places.choose_nodes(num_ranks=None, hostfile=None, master_port=None)
+    place = places.choose_nodes()
     assert place.hosts[0].devices == ("3", "GPU-a7")
     with pytest.raises(ValueError, match="at most 2, one a GPU, got 3"):
-        places.choose_nodes(num_ranks=3, hostfile=None, master_port=None)
+        places.choose_nodes(num_ranks=3)
 
 
 @pytest.mark.usefixtures("outside_slurm")
@@ -99,7 +99,7 @@ def test_remote_hosts_get_one_quoted_ssh_each(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("NCCL_DEBUG", "INFO")
     monkeypatch.setenv("MY_TOKEN", "canary")
     path = hostfile(tmp_path, "127.0.0.2 slots=2\n127.0.0.3 slots=1\n")
-    place = places.choose_nodes(num_ranks=None, hostfile=path, master_port=None)
+    place = places.choose_nodes(hosts=read_hostfile(path))
     assert [start.command[0] for start in place.starts] == ["ssh", "ssh"]
     options, host, remote = place.starts[1].command[:-3], place.starts[1].command[-2], place.starts[1].command[-1]
     assert host == "127.0.0.3" and "BatchMode=yes" in options
@@ -116,7 +116,7 @@ def test_unreachable_host_is_named_before_anything_starts(tmp_path: Path) -> Non
     config.write_text("Host *\n  Port 9\n")
     try:
         with pytest.raises(OSError, match=r"host 127\.0\.0\.2 was not reached by ssh .* 1 more host"):
-            launch(tmp_path / "run", tmp_path / "config.yaml", hostfile=path)
+            launch(tmp_path / "run", tmp_path / "config.yaml", hosts=read_hostfile(path))
     finally:
         del os.environ["SRET_SCALE_SSH_CONFIG"]
     assert not (tmp_path / "run" / "logs").exists()

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from sret_scale.train.config import from_yaml
+from sret_scale.train.node.hostfile import read_hostfile
 from sret_scale.train.node.places import choose_nodes
 from sret_scale.train.run_folder import environment
 
@@ -62,7 +63,7 @@ def test_secret_of_the_environment_reaches_no_file_and_no_output(tmp_path: Path)
 def test_saved_environment_and_remote_nodes_get_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", CANARY)
     (tmp_path / "hosts").write_text("127.0.0.2 slots=1\n")
-    place = choose_nodes(num_ranks=None, hostfile=tmp_path / "hosts", master_port=None)
+    place = choose_nodes(hosts=read_hostfile(tmp_path / "hosts"))
     assert CANARY not in repr(place)
     assert CANARY not in json.dumps(environment(2))
 
@@ -74,7 +75,7 @@ def test_master_address_of_the_environment_is_checked(
     monkeypatch.setenv("MASTER_ADDR", address)
     (tmp_path / "hosts").write_text("127.0.0.2 slots=1\n")
     with pytest.raises(ValueError, match="MASTER_ADDR"):
-        choose_nodes(num_ranks=None, hostfile=tmp_path / "hosts", master_port=None)
+        choose_nodes(hosts=read_hostfile(tmp_path / "hosts"))
 
 
 def test_run_name_with_a_command_in_it_is_only_a_name(tmp_path: Path) -> None:

@@ -54,6 +54,7 @@ def check_ranks(args: argparse.Namespace) -> "Iterator[Finding]":
     """Starts ranks as a run would, which measure and meet each other."""
     from sret_scale.train.launcher import launch
     from sret_scale.train.node.checks import Finding
+    from sret_scale.train.node.hostfile import hosts_of
     from sret_scale.train.node.measured import Probe, judge
 
     args.folder.mkdir(parents=True, exist_ok=True)
@@ -63,7 +64,7 @@ def check_ranks(args: argparse.Namespace) -> "Iterator[Finding]":
         config.touch()
         module = "sret_scale.train.node.probe"
         try:
-            status = launch(folder, config, num_ranks=args.ranks, hostfile=args.hostfile, module=module)
+            status = launch(folder, config, num_ranks=args.ranks, hosts=hosts_of(args.hostfile), module=module)
         except (ValueError, OSError) as error:
             yield Finding(name="start", state="fail", text=str(error))
             return

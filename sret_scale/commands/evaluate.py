@@ -47,6 +47,7 @@ def _on_ranks(args: argparse.Namespace) -> dict[str, Any] | int:
     """The result of an evaluation that the launcher started, or its exit status where it failed."""
     from sret_scale.train.launcher import launch
     from sret_scale.train.load import load_config
+    from sret_scale.train.node.hostfile import hosts_of
     from sret_scale.train.run_folder import RunFolder, write_json
 
     load_config(args.run)
@@ -59,7 +60,7 @@ def _on_ranks(args: argparse.Namespace) -> dict[str, Any] | int:
             folder,
             folder / "request.json",
             num_ranks=args.ranks,
-            hostfile=args.hostfile,
+            hosts=hosts_of(args.hostfile),
             module="sret_scale.train.evaluate_main",
         )
         return status or json.loads((folder / "result.json").read_text(encoding="utf-8"))

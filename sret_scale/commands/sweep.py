@@ -29,6 +29,7 @@ def run(args: argparse.Namespace) -> int:
     from sret_scale.lab.runs import is_run_folder
     from sret_scale.lab.sweep import run_sweep, sweep_table
     from sret_scale.train.config import RunConfig
+    from sret_scale.train.node.hostfile import hosts_of
     from sret_scale.train.start import start_run
 
     experiment, planned = load_experiment(args.experiment)
@@ -38,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     folder = args.folder or Path("runs") / args.experiment.stem
 
     def start(config: RunConfig, path: Path) -> int:
-        return start_run(config, path, num_ranks=args.ranks, hostfile=args.hostfile)
+        return start_run(config, path, num_ranks=args.ranks, hosts=hosts_of(args.hostfile))
 
     status = run_sweep(experiment, planned, folder, start=start, say=lambda text: print(text, flush=True))
     started = [folder / run.name for run in planned if is_run_folder(folder / run.name)]

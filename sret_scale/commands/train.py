@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Returns the run's exit status."""
     from sret_scale.train.config import from_yaml, override
+    from sret_scale.train.node.hostfile import hosts_of
     from sret_scale.train.recipes import recipe
     from sret_scale.train.start import start_run
 
@@ -41,5 +42,5 @@ def run(args: argparse.Namespace) -> int:
     if not is_file and args.dry_run:
         print(f"recipe: {recipe(args.recipe).about}")
     return start_run(
-        config, folder, num_ranks=args.ranks, hostfile=args.hostfile, is_fresh=args.fresh, dry_run=args.dry_run
+        config, folder, num_ranks=args.ranks, hosts=hosts_of(args.hostfile), is_fresh=args.fresh, dry_run=args.dry_run
     )

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import FrameType
 
 from sret_scale.train.node.errors import RankError, clear_errors, first_error, now_s, show_first_error, write_error
+from sret_scale.train.node.hostfile import Host
 from sret_scale.train.node.job import Job, deepspeed_command
 from sret_scale.train.node.orphans import STOP_SIGNALS
 from sret_scale.train.node.places import NodeStart, choose_nodes
@@ -38,7 +39,7 @@ def launch(
     config_path: Path,
     *,
     num_ranks: int | None = None,
-    hostfile: Path | None = None,
+    hosts: Sequence[Host] = (),
     dry_run: bool = False,
     master_port: int | None = None,
     module: str = "sret_scale.train.main",
@@ -51,7 +52,7 @@ def launch(
     Raises ValueError or OSError for what can be said before anything is started.
     """
     run_folder, config_path = run_folder.resolve(), config_path.resolve()
-    place = choose_nodes(num_ranks=num_ranks, hostfile=hostfile, master_port=master_port)
+    place = choose_nodes(num_ranks=num_ranks, hosts=hosts, master_port=master_port)
     job = Job(
         run_folder=str(run_folder),
         working_folder=str(Path.cwd()),

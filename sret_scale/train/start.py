@@ -2,6 +2,7 @@
 
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from sret_scale.model import SReT, describe
 from sret_scale.train.config import RunConfig, from_yaml, grad_accum_steps, split_differences, to_yaml
 from sret_scale.train.ds_config import load_ds_config, precision_of, zero_stage_of
 from sret_scale.train.launcher import launch
+from sret_scale.train.node.hostfile import Host
 from sret_scale.train.node.places import choose_nodes
 from sret_scale.train.run_folder import EXIT_FINISHED, RunFolder, environment, read_status, write_json, write_text
 
@@ -22,7 +24,7 @@ def start_run(
     path: Path,
     *,
     num_ranks: int | None = None,
-    hostfile: Path | None = None,
+    hosts: Sequence[Host] = (),
     is_fresh: bool = False,
     dry_run: bool = False,
 ) -> int:
@@ -30,14 +32,14 @@ def start_run(
 
     Raises ValueError or OSError, before anything is started or written, for what can be known to be wrong.
     """
-    place = choose_nodes(num_ranks=num_ranks, hostfile=hostfile, master_port=None)
+    place = choose_nodes(num_ranks=num_ranks, hosts=hosts)
     world_size = place.world_size
     check_run(config, world_size)
     if dry_run:
         with tempfile.TemporaryDirectory() as temporary:
             file = Path(temporary) / "config.yaml"
             file.write_text(to_yaml(config), encoding="utf-8")
-            return launch(path, file, num_ranks=num_ranks, hostfile=hostfile, dry_run=True)
+            return launch(path, file, num_ranks=num_ranks, hosts=hosts, dry_run=True)
     folder = RunFolder(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -56,7 +58,7 @@ def start_run(
             return EXIT_FINISHED
         place.check_reachable(path)
         write_description(folder, config, world_size)
-        return launch(path, folder.config, num_ranks=num_ranks, hostfile=hostfile)
+        return launch(path, folder.config, num_ranks=num_ranks, hosts=hosts)
 
 
 def check_run(config: RunConfig, world_size: int) -> None:

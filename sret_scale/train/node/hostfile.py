@@ -29,6 +29,11 @@ def check_host_name(name: str, where: str) -> str:
     return name
 
 
+def hosts_of(hostfile: Path | None) -> tuple[Host, ...]:
+    """The hosts of a command's --hostfile; none where it was not given."""
+    return () if hostfile is None else read_hostfile(hostfile)
+
+
 def read_hostfile(path: Path) -> tuple[Host, ...]:
     """The hosts in the order of the file; ValueError names the line and what was expected.
 

@@ -8,12 +8,12 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sret_scale.train.node.hostfile import Host, check_host_name, read_hostfile
+from sret_scale.train.node.hostfile import Host, check_host_name
 
 _AGENT = (sys.executable, "-u", "-m", "sret_scale.train.node.agent")
 # What a remote node is given of this environment (inside Slurm srun passes all). Names, then beginnings of names.
@@ -51,22 +51,29 @@ class Place:
 
     def check_reachable(self, run_folder: Path) -> None:
         """Raises OSError that names the first host which ssh cannot reach, or which lacks Python or the run folder."""
-        remote = [start.name for start in self.starts if start.is_remote]
-        with ThreadPoolExecutor(max_workers=max(1, min(64, len(remote)))) as pool:
-            problems = [problem for problem in pool.map(lambda name: _problem(name, run_folder), remote) if problem]
+        problems = list(self.problems(run_folder).values())
         if problems:
             more = f" (and {len(problems) - 1} more hosts)" if len(problems) > 1 else ""
             raise OSError(problems[0] + more)
 
+    def problems(self, run_folder: Path) -> dict[str, str]:
+        """Host name -> what is wrong with it, for those that cannot take part."""
+        remote = [start.name for start in self.starts if start.is_remote]
+        with ThreadPoolExecutor(max_workers=max(1, min(64, len(remote)))) as pool:
+            found = pool.map(lambda name: _problem(name, run_folder), remote)
+            return {name: problem for name, problem in zip(remote, found, strict=True) if problem}
 
-def choose_nodes(*, num_ranks: int | None, hostfile: Path | None, master_port: int | None) -> Place:
-    """The hosts of the hostfile if there is one, else the Slurm allocation if there is one, else this machine."""
+
+def choose_nodes(
+    *, num_ranks: int | None = None, hosts: Sequence[Host] = (), master_port: int | None = None
+) -> Place:
+    """The hosts of a hostfile if any are given, else the Slurm allocation if there is one, else this machine."""
     if num_ranks is not None and num_ranks < 1:
         raise ValueError(f"number of ranks: expected at least 1, got {num_ranks}")
-    if hostfile is not None:
+    if hosts:
         if num_ranks is not None:
             raise ValueError("give a hostfile or a number of ranks, not both: the hostfile's slots are the ranks")
-        return _from_hostfile(read_hostfile(hostfile), master_port)
+        return _from_hosts(tuple(hosts), master_port)
     if "SLURM_JOB_ID" in os.environ and int(os.environ.get("SLURM_JOB_NUM_NODES", "1")) > 1:
         return _from_slurm(num_ranks, master_port)
     return _this_machine(num_ranks, master_port)
@@ -108,7 +115,7 @@ def _this_machine(num_ranks: int | None, master_port: int | None) -> Place:
     )
 
 
-def _from_hostfile(hosts: tuple[Host, ...], master_port: int | None) -> Place:
+def _from_hosts(hosts: tuple[Host, ...], master_port: int | None) -> Place:
     here = {*_LOCAL_NAMES, socket.gethostname()}
     if len(hosts) > 1 and any(host.name in _LOCAL_NAMES for host in hosts):
         raise ValueError("the hostfile mixes localhost with other hosts; name this machine as the others know it")
