@@ -110,18 +110,22 @@ def test_unreachable_host_is_named_and_nothing_starts(hosts: Hosts, tmp_path: Pa
     assert not (tmp_path / "run" / "logs").exists()
 
 
-def test_three_hosts_train_to_the_weights_of_three_local_ranks(hosts: Hosts, tmp_path: Path) -> None:
-    folders = {split: tmp_path / "shards" / split for split in ("train", "test")}
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("shards")
     source = ROOT / "data_pipelines" / "sample" / "fashion_mnist"
-    for split, folder in folders.items():
-        write_shards(WriteConfig(kind="idx", source=source, split=split, shard_samples=1000), folder)
+    for split in ("train", "test"):
+        write_shards(WriteConfig(kind="idx", source=source, split=split, shard_samples=1000), folder / split)
+    return [f"data.{split}_folder={folder / split}" for split in ("train", "test")]
+
+
+def test_three_hosts_train_to_the_weights_of_three_local_ranks(hosts: Hosts, data: list[str], tmp_path: Path) -> None:
     sizes = [
         "train.total_images=240",
         "train.global_batch_size=24",
         "train.micro_batch_size=8",
         "optim.warmup_images=0",
     ]
-    data = [f"data.{split}_folder={folder}" for split, folder in folders.items()]
     command = [sys.executable, "-m", "sret_scale.cli", "train", "demo_control_20", *data, *sizes]
     places = {"local": ["--ranks", "3"], "hosts": ["--hostfile", str(hosts.hostfile([0, 1, 2]))]}
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "SRET_SCALE_SSH_CONFIG": str(hosts.ssh_config)}
@@ -147,3 +151,26 @@ def test_lost_host_is_named_and_the_rest_goes_on(hosts: Hosts, tmp_path: Path) -
     _, errors = again.communicate(timeout=120)
     assert again.returncode == 0, errors
     assert (folder / "sum-1").read_text() == "3.0"
+    hosts.join(2)
+
+
+def test_elastic_run_goes_on_by_itself_without_the_lost_host(hosts: Hosts, data: list[str], tmp_path: Path) -> None:
+    sizes = ["train.total_images=960", "train.global_batch_size=24", "train.micro_batch_size=8"]
+    sizes += ["optim.warmup_images=0", "train.checkpoint_interval_images=96"]
+    command = [sys.executable, "-m", "sret_scale.cli", "train", "demo_control_20", *data, *sizes]
+    command += ["--run", str(tmp_path / "run"), "--hostfile", str(hosts.hostfile([0, 1, 2])), "--elastic", "2:3"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "SRET_SCALE_SSH_CONFIG": str(hosts.ssh_config)}
+    process = subprocess.Popen(
+        command, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline_s = time.monotonic() + 120
+    while not list((tmp_path / "run").glob("checkpoints/step-*/manifest.json")):
+        assert process.poll() is None and time.monotonic() < deadline_s, process.communicate()
+        time.sleep(0.1)
+    hosts.cut(2)
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert "3 of 3 hosts" in output and "2 of 3 hosts (10.77.0.1, 10.77.0.2), micro-batch 6" in output
+    assert "host 10.77.0.3" in errors
+    assert '"finished"' in (tmp_path / "run" / "status.json").read_text()
+    hosts.join(2)

@@ -52,7 +52,12 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setting]:
         f"data.train_folder={folder / 'train'}",
         f"data.test_folder={folder / 'test'}",
     ]
-    arguments += ["train.total_images=960", "train.global_batch_size=24", "train.micro_batch_size=12", "optim.warmup_images=0"]
+    arguments += [
+        "train.total_images=960",
+        "train.global_batch_size=24",
+        "train.micro_batch_size=12",
+        "optim.warmup_images=0",
+    ]
     command = [sys.executable, "-m", "sret_scale.cli", *arguments, "--run", str(folder / "local"), "--ranks", "2"]
     subprocess.run(command, check=True, timeout=400, cwd=folder)
     with Slurm(folder) as slurm:

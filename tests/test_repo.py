@@ -79,7 +79,7 @@ def test_todo_needs_an_issue() -> None:
 
 def test_train_has_at_most_its_six_flags() -> None:
     flags = {option for action in build_parser("train")._actions for option in action.option_strings}
-    assert flags == {"-h", "--help", "--debug", "--run", "--ranks", "--hostfile", "--fresh", "--dry-run"}
+    assert flags == {"-h", "--help", "--debug", "--run", "--ranks", "--hostfile", "--elastic", "--fresh", "--dry-run"}
 
 
 @pytest.mark.parametrize("command", sorted(COMMANDS))

@@ -7,6 +7,7 @@ EXAMPLE = """examples:
   sret-scale train sret_t data.train_folder=shards/train data.test_folder=shards/val
   sret-scale train runs/sret_t/config.yaml optim.learning_rate=5e-4 --run runs/slower
   sret-scale train sret_t_1000 memory.schedule=binomial --hostfile hosts --dry-run
+  sret-scale train sret_t_1000 --hostfile hosts --elastic 2:8
 
 The same command continues a run that was stopped or killed. Exit status: 0 finished, 85 stopped by a signal after
 saving, 2 bad input, 1 failed, 3 no progress, 128 + n ended by signal n before it could save."""
@@ -20,6 +21,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ranks", type=int, help="ranks on this machine (default: its GPUs, or 2 on CPU)")
     parser.add_argument("--hostfile", type=Path, help="nodes to run on, in deepspeed's format (NAME slots=N a line)")
     parser.add_argument(
+        "--elastic",
+        metavar="MIN:MAX",
+        help="use so many hosts of the hostfile as can be reached, and go on with the rest when one is lost",
+    )
+    parser.add_argument(
         "--fresh", action="store_true", help="delete the checkpoints and metrics of an earlier run first"
     )
     parser.add_argument(
@@ -30,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Returns the run's exit status."""
     from sret_scale.train.config import from_yaml, override
+    from sret_scale.train.elastic import Elastic, start_elastic
     from sret_scale.train.node.hostfile import hosts_of
     from sret_scale.train.recipes import recipe
     from sret_scale.train.start import start_run
@@ -41,6 +48,8 @@ def run(args: argparse.Namespace) -> int:
     folder = args.run or (file.parent if is_of_run else Path("runs") / file.stem)
     if not is_file and args.dry_run:
         print(f"recipe: {recipe(args.recipe).about}")
-    return start_run(
-        config, folder, num_ranks=args.ranks, hosts=hosts_of(args.hostfile), is_fresh=args.fresh, dry_run=args.dry_run
-    )
+    hosts = hosts_of(args.hostfile)
+    if args.elastic is not None:
+        elastic = Elastic.parse(args.elastic)
+        return start_elastic(config, folder, hosts, elastic, is_fresh=args.fresh, dry_run=args.dry_run)
+    return start_run(config, folder, num_ranks=args.ranks, hosts=hosts, is_fresh=args.fresh, dry_run=args.dry_run)

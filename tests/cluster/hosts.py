@@ -91,6 +91,11 @@ class Hosts:
         """Takes a host's link down: no packet says that it is gone."""
         self._run("ip", "link", "set", f"sret-{index + 1}", "down")
 
+    def join(self, index: int) -> None:
+        """Brings a cut host back, and waits until it answers."""
+        self._run("ip", "link", "set", f"sret-{index + 1}", "up")
+        self._wait_for_ssh(self.addresses[index])
+
     def processes_of(self, index: int) -> list[int]:
         """Processes in the host's network namespace, its sshd included."""
         output = subprocess.run(
