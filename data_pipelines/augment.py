@@ -1,4 +1,4 @@
-"""Augmentation of a batch on its device: RandAugment, colour jitter, erasing, mixup and cutmix of torchvision.
+"""Augmentation of a batch on its device: RandAugment, 3-Augment, colour jitter, erasing, mixup, cutmix of torchvision.
 
 Everything is a pure function of the batch and one seed. torchvision draws from torch's global generators, so they
 are forked and seeded for the length of a call. Shapes: B batch, C channels (or classes), H height, W width.
@@ -6,6 +6,7 @@ are forked and seeded for the length of a call. Shapes: B batch, C channels (or 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,14 +19,16 @@ from data_pipelines.vision import v2
 class AugmentConfig:
     """Which augmentations a batch gets. Zero switches one off.
 
-    `randaugment_ops` operations of `randaugment_magnitude` (of 0 to 30) a sample; `color_jitter` is the strength of
-    brightness, contrast and saturation; `erase_rate` the share of samples with an erased box; `mixup_alpha` and
-    `cutmix_alpha` the parameters of the beta distribution, `mix_rate` the share of batches that are mixed,
-    `cutmix_rate` the share of cutmix among these where both are on.
+    `randaugment_ops` operations of `randaugment_magnitude` (of 0 to 30) a sample; `three_augment_rate` is the share of
+    samples that get one of 3-Augment's operations (see `three_augment`); `color_jitter` the strength of brightness,
+    contrast and saturation; `erase_rate` the share of samples with an erased box; `mixup_alpha` and `cutmix_alpha` the
+    parameters of the beta distribution, `mix_rate` the share of batches that are mixed, `cutmix_rate` the share of
+    cutmix among these where both are on.
     """
 
     randaugment_ops: int = 2
     randaugment_magnitude: int = 9
+    three_augment_rate: float = 0.0
     color_jitter: float = 0.0
     erase_rate: float = 0.25
     mixup_alpha: float = 0.8
@@ -34,7 +37,7 @@ class AugmentConfig:
     cutmix_rate: float = 0.5
 
     def __post_init__(self) -> None:
-        for name in ("erase_rate", "mix_rate", "cutmix_rate"):
+        for name in ("three_augment_rate", "erase_rate", "mix_rate", "cutmix_rate"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"augment.{name}: expected a share between 0 and 1, got {getattr(self, name)!r}")
         for name in ("randaugment_ops", "color_jitter", "mixup_alpha", "cutmix_alpha"):
@@ -42,6 +45,20 @@ class AugmentConfig:
                 raise ValueError(f"augment.{name}: expected 0 or more, got {getattr(self, name)!r}")
         if not 0 <= self.randaugment_magnitude <= 30:
             raise ValueError(f"augment.randaugment_magnitude: expected 0 to 30, got {self.randaugment_magnitude!r}")
+
+
+# Pixels to each side that the blur of 3-Augment looks at: three deviations at its strongest.
+_BLUR_REACH = 6
+
+
+def three_augment() -> Any:
+    """3-Augment of DeiT III (arXiv 2204.07118, section 3.2): grey, solarised or blurred, a third of the samples each.
+
+    Strengths are those of its code: solarised above half, blurred by a Gaussian of 0.1 to 2 pixels' deviation. Colour
+    jitter follows, as there; crop and flip belong to the data.
+    """
+    blur = v2.GaussianBlur(kernel_size=2 * _BLUR_REACH + 1, sigma=(0.1, 2.0))
+    return v2.RandomChoice([v2.Grayscale(num_output_channels=3), v2.RandomSolarize(threshold=128, p=1.0), blur])
 
 
 class BatchAugment:
@@ -57,6 +74,8 @@ class BatchAugment:
         if config.randaugment_ops:
             randaugment = v2.RandAugment(num_ops=config.randaugment_ops, magnitude=config.randaugment_magnitude)
             self._sample_transforms.append(randaugment)
+        if config.three_augment_rate:
+            self._sample_transforms.append(v2.RandomApply([three_augment()], p=config.three_augment_rate))
         if config.color_jitter:
             self._sample_transforms.append(v2.ColorJitter(*[config.color_jitter] * 3))
         self._erase = v2.RandomErasing(p=config.erase_rate, value="random") if config.erase_rate else None

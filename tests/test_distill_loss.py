@@ -41,6 +41,28 @@ def test_mixture_equals_its_twin(
     assert loss.item() == pytest.approx(expected, rel=2e-5, abs=2e-6)
 
 
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10_000), batch=st.integers(1, 5), classes=st.integers(2, 9), num_mixed=st.integers(0, 2))
+def test_bce_equals_its_twin_and_the_expressions_in_deit(seed: int, batch: int, classes: int, num_mixed: int) -> None:
+    student, teacher, _ = random_batch(seed, batch, classes)
+    target = F.one_hot(teacher.argmax(-1), classes).float()
+    if num_mixed:
+        target = 0.3 * target + 0.7 * target.roll(1, 0)
+    loss = distillation_loss(student, None, target, DistillConfig(hard_loss="bce"))
+    assert loss.item() == pytest.approx(twin.bce_loss(student.tolist(), target.tolist()), rel=1e-5)
+    # engine.py of DeiT III rounds the targets up, main.py takes torch's criterion.
+    published = torch.nn.BCEWithLogitsLoss()(student, target.gt(0.0).type(target.dtype))
+    torch.testing.assert_close(loss, published)
+
+
+def test_bce_is_the_hard_part_of_the_mixture_too() -> None:
+    student, teacher, target = random_batch(7)
+    config = DistillConfig(hard_loss="bce", hard_weight=0.25)
+    soft = distillation_loss(student, teacher, target, DistillConfig())
+    bce = distillation_loss(student, None, target, config)
+    torch.testing.assert_close(distillation_loss(student, teacher, target, config), 0.75 * soft + 0.25 * bce)
+
+
 def test_without_a_teacher_the_loss_is_the_hard_one() -> None:
     student, _, target = random_batch(0)
     loss = distillation_loss(student, None, target, DistillConfig(label_smoothing=0.1))
@@ -115,9 +137,15 @@ def test_schedules_move_linearly_and_stop_at_the_end() -> None:
         ("label_smoothing", 1.0),
         ("teacher_micro_batch_size", 0),
         ("teacher_target", "sfot"),
+        ("hard_loss", "bec"),
         ("teacher_precision", "fp8"),
     ],
 )
 def test_wrong_value_names_the_field(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=rf"distill\.{field}: expected"):
         DistillConfig(**{field: value})  # type: ignore[arg-type]
+
+
+def test_bce_refuses_smoothed_labels() -> None:
+    with pytest.raises(ValueError, match=r"distill\.label_smoothing: expected 0 with distill\.hard_loss=bce"):
+        DistillConfig(hard_loss="bce", label_smoothing=0.1)

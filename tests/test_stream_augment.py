@@ -27,6 +27,7 @@ def test_nothing_switched_on_changes_nothing() -> None:
     [
         {},
         {"randaugment_ops": 2},
+        {"three_augment_rate": 1.0},
         {"color_jitter": 0.4},
         {"erase_rate": 1.0},
         {"mixup_alpha": 0.8},
@@ -47,6 +48,33 @@ def test_the_seed_decides_everything(change: dict[str, float]) -> None:
     assert unit_BCHW.min() >= 0 and unit_BCHW.max() <= 1
     assert torch.allclose(target_BC.sum(1), torch.ones(6)) and target_BC.dtype == torch.float32
     assert not torch.equal(unit_BCHW, IMAGES_BCHW.float() / 255)
+
+
+def test_three_augment_greys_solarises_or_blurs_a_third_each() -> None:
+    augment = BatchAugment(replace(OFF, three_augment_rate=1.0), 5)
+    plain_BCHW = IMAGES_BCHW.float() / 255
+    grey = solarised = blurred = 0
+    for seed in range(50):
+        unit_BCHW, _ = augment(IMAGES_BCHW, LABELS_B, seed=seed)
+        for plain_CHW, unit_CHW in zip(plain_BCHW, unit_BCHW, strict=True):
+            inverted_CHW = torch.where(plain_CHW >= 128 / 255, 1 - plain_CHW, plain_CHW)
+            if torch.equal(unit_CHW[0], unit_CHW[1]) and torch.equal(unit_CHW[0], unit_CHW[2]):
+                grey += 1
+            elif torch.allclose(unit_CHW, inverted_CHW, atol=1e-6):
+                solarised += 1
+            else:
+                blurred += 1
+                assert float(unit_CHW.std()) <= float(plain_CHW.std())
+                assert float(unit_CHW.mean()) == pytest.approx(float(plain_CHW.mean()), abs=0.06)
+    assert all(75 <= count <= 125 for count in (grey, solarised, blurred))
+
+
+def test_three_augment_happens_at_the_declared_rate() -> None:
+    augment = BatchAugment(replace(OFF, three_augment_rate=0.25), 5)
+    plain_BCHW = IMAGES_BCHW.float() / 255
+    batches = [augment(IMAGES_BCHW, LABELS_B, seed=seed)[0] for seed in range(50)]
+    num_changed = sum(int((batch != plain_BCHW).flatten(1).any(1).sum()) for batch in batches)
+    assert 45 <= num_changed <= 105
 
 
 def test_mixup_mixes_targets_as_pixels() -> None:

@@ -34,6 +34,15 @@ def hard_loss(student_logits_BC: Tensor, target_BC: Tensor, label_smoothing: flo
     return F.cross_entropy(student_logits_BC.float(), target_BC.float(), label_smoothing=label_smoothing)
 
 
+def bce_loss(student_logits_BC: Tensor, target_BC: Tensor) -> Tensor:
+    """-1 / (B C) * sum_bc [y_bc log s_bc + (1 - y_bc) log(1 - s_bc)], with s = sigmoid and y = 1 where target > 0.
+
+    DeiT III (arXiv 2204.07118, section 3.1, after arXiv 2110.00476, section 4.2) asks about each class by itself. Its
+    code rounds every target above 0 up to 1, so that both classes of an image mixed by mixup or cutmix are present.
+    """
+    return F.binary_cross_entropy_with_logits(student_logits_BC.float(), (target_BC > 0).float())
+
+
 def teacher_class_loss(student_logits_BC: Tensor, teacher_log_probs_BC: Tensor) -> Tensor:
     """-1 / B * sum_b log q_b,argmax(teacher_b): DeiT's hard distillation (arXiv 2012.12877, equation 3)."""
     return F.cross_entropy(student_logits_BC.float(), teacher_log_probs_BC.argmax(dim=-1))
@@ -50,7 +59,7 @@ def distillation_loss(
     """
     with torch.autocast(student_logits_BC.device.type, enabled=False):
         if teacher_log_probs_BC is None:
-            return hard_loss(student_logits_BC, target_BC, config.label_smoothing)
+            return ground_truth_loss(student_logits_BC, target_BC, config)
         if config.teacher_target == "hard":
             loss = teacher_class_loss(student_logits_BC, teacher_log_probs_BC)
         else:
@@ -59,5 +68,12 @@ def distillation_loss(
                 loss = loss / student_logits_BC.shape[-1]
         if config.hard_weight == 0:
             return loss
-        hard = hard_loss(student_logits_BC, target_BC, config.label_smoothing)
+        hard = ground_truth_loss(student_logits_BC, target_BC, config)
         return (1 - config.hard_weight) * loss + config.hard_weight * hard
+
+
+def ground_truth_loss(student_logits_BC: Tensor, target_BC: Tensor, config: DistillConfig) -> Tensor:
+    """The loss against the labels that the configuration names."""
+    if config.hard_loss == "bce":
+        return bce_loss(student_logits_BC, target_BC)
+    return hard_loss(student_logits_BC, target_BC, config.label_smoothing)

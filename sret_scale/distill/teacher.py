@@ -88,6 +88,11 @@ class OnlineTeacher:
             "precision": self.precision,
         }
 
+    @property
+    def module(self) -> nn.Module:
+        """The frozen network."""
+        return self._module
+
     def compile(self) -> None:
         """Compile the network, apart from the student."""
         assert not self._is_sharded, "the gathering of weights cannot be compiled"

@@ -31,3 +31,26 @@ def hard_loss(student: Rows, target: Rows, label_smoothing: float) -> float:
             smoothed = (1 - label_smoothing) * y_c + label_smoothing / len(target_row)
             total -= smoothed * math.log(q_c)
     return total / len(student)
+
+
+def bce_loss(student: Rows, target: Rows) -> float:
+    """Mean over images and classes of the cross-entropy between "present" and "absent"."""
+    terms = []
+    for student_row, target_row in zip(student, target, strict=True):
+        for score, share in zip(student_row, target_row, strict=True):
+            present = 1 / (1 + math.exp(-score))
+            terms.append(-math.log(present if share > 0 else 1 - present))
+    return sum(terms) / len(terms)
+
+
+def feature_loss(student: Rows, teacher: Rows, projection: Rows) -> float:
+    """Batch mean of one minus the cosine between the student's features and the teacher's projected ones."""
+    total = 0.0
+    for student_row, teacher_row in zip(student, teacher, strict=True):
+        projected = [
+            sum(value * row[column] for value, row in zip(teacher_row, projection, strict=True))
+            for column in range(len(student_row))
+        ]
+        dot = sum(a * b for a, b in zip(student_row, projected, strict=True))
+        total += 1 - dot / (math.hypot(*student_row) * math.hypot(*projected))
+    return total / len(student)
