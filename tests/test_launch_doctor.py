@@ -9,14 +9,30 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from sret_scale.commands import doctor
-from sret_scale.train.node.checks import check_apex, check_folder, check_versions
+from sret_scale.train.node.checks import Finding, check_apex, check_folder, check_versions
+from sret_scale.train.node.inputs import check_teacher
 from sret_scale.train.node.measured import Probe, judge
 from sret_scale.train.node.sbatch import BatchOptions, batch_file
 
 
-def probe(rank: int, *, host: str = "a", torch: str = "2.13.0", clock_s: float = 5.0, rate: float = 1e12) -> Probe:
+def two_classes() -> tuple[nn.Module, tuple[float, ...], tuple[float, ...], int]:
+    """A teacher, as `module:` takes it."""
+    network = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2))
+    return network, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 8
+
+
+def probe(
+    rank: int,
+    *,
+    host: str = "a",
+    torch: str = "2.13.0",
+    clock_s: float = 5.0,
+    rate: float = 1e12,
+    findings: tuple[Finding, ...] = (),
+) -> Probe:
     return Probe(
         rank=rank,
         host=host,
@@ -25,11 +41,12 @@ def probe(rank: int, *, host: str = "a", torch: str = "2.13.0", clock_s: float =
         clock_s=clock_s,
         matmul_per_s=rate,
         all_reduce_bytes_per_s=1e9,
+        findings=findings,
     )
 
 
 def states(probes: list[Probe]) -> dict[str, str]:
-    return {finding.name: finding.state for finding in judge(probes)}
+    return {finding.name: finding.state for finding in judge(probes, here="a")}
 
 
 def test_healthy_ranks_are_ok() -> None:
@@ -40,7 +57,7 @@ def test_slow_device_late_clock_and_other_torch_are_named() -> None:
     probes = [probe(0), probe(1), probe(2, host="b", rate=0.8e12, clock_s=9.0, torch="2.12.0")]
     found = states(probes)
     assert (found["slow device"], found["clocks"], found["same torch"]) == ("warn", "warn", "fail")
-    assert any("rank 2 on b: 80%" in finding.text for finding in judge(probes))
+    assert any("rank 2 on b: 80%" in finding.text for finding in judge(probes, here="a"))
 
 
 @pytest.mark.parametrize(
@@ -89,6 +106,28 @@ def test_doctor_measures_two_ranks_and_names_missing_shards(
     output = capfd.readouterr().out
     assert "FAIL  shards" in output and "2 ranks on 1 hosts met" in output and "all-reduce" in output
     assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_what_is_wrong_on_another_node_is_said_with_its_name() -> None:
+    fine, bad = Finding(name="disk", state="ok", text="enough"), Finding(name="disk", state="fail", text="full")
+    probes = [probe(0, findings=(bad,)), probe(1, host="b", findings=(fine, bad))]
+    said = [finding.text for finding in judge(probes, here="a") if finding.name == "disk"]
+    assert said == ["b: full"]
+
+
+def test_teacher_is_loaded_for_the_classes_of_the_shards() -> None:
+    spec = "module:tests.test_launch_doctor:two_classes"
+    assert check_teacher(spec, 2) == Finding(name="teacher", state="ok", text=f"{spec} answers for 2 classes")
+    wrong = check_teacher(spec, 3)
+    assert wrong.state == "fail" and "3" in wrong.text
+    assert check_teacher("module:tests.nowhere:nothing", 2).state == "fail"
+
+
+def test_teacher_without_shards_is_refused(tmp_path: Path) -> None:
+    parser = argparse.ArgumentParser()
+    doctor.add_arguments(parser)
+    with pytest.raises(ValueError, match="--teacher needs --shards"):
+        doctor.run(parser.parse_args(["--folder", str(tmp_path), "--teacher", "run:x"]))
 
 
 def options(**changes: object) -> BatchOptions:

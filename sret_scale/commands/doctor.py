@@ -2,8 +2,9 @@
 
 import argparse
 import json
+import socket
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,12 +22,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ranks", type=int, help="ranks on this machine (default: its GPUs, or 2 on CPU)")
     parser.add_argument("--folder", type=Path, default=Path("runs"), help="where runs are written, shared by all nodes")
     parser.add_argument("--shards", type=Path, action="append", default=[], help="a shard folder to check; may repeat")
+    parser.add_argument("--teacher", help="a teacher to load on every node, for the classes of the first --shards")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print one line a check; 1 if one failed."""
     from sret_scale.train.node.checks import check_machine
+    from sret_scale.train.node.inputs import check_shards
 
+    if args.teacher and not args.shards:
+        raise ValueError("--teacher needs --shards, whose classes it must have")
     failed = 0
     for finding in (*check_machine(args.folder), *check_shards(args.shards), *check_ranks(args)):
         print(finding.line(), flush=True)
@@ -35,23 +40,8 @@ def run(args: argparse.Namespace) -> int:
     return int(failed > 0)
 
 
-def check_shards(folders: Sequence[Path]) -> "Iterator[Finding]":
-    """The shard folders are complete: manifest, index, and every tar with its size."""
-    from data_pipelines.index import open_shards
-    from sret_scale.train.node.checks import Finding
-
-    for folder in folders:
-        try:
-            shards = open_shards(folder)
-        except (ValueError, OSError) as error:
-            yield Finding(name="shards", state="fail", text=str(error), advice="sret-scale shards verify says more")
-            continue
-        text = f"{folder}: {shards.num_samples:,} samples in {shards.num_shards} shards, {shards.num_classes} classes"
-        yield Finding(name="shards", state="ok", text=text)
-
-
 def check_ranks(args: argparse.Namespace) -> "Iterator[Finding]":
-    """Starts ranks as a run would, which measure and meet each other."""
+    """Starts ranks as a run would, which measure and meet each other; one on every node also checks that node."""
     from sret_scale.train.launcher import launch
     from sret_scale.train.node.checks import Finding
     from sret_scale.train.node.hostfile import hosts_of
@@ -61,7 +51,9 @@ def check_ranks(args: argparse.Namespace) -> "Iterator[Finding]":
     with tempfile.TemporaryDirectory(prefix="doctor-", dir=args.folder) as temporary:
         folder = Path(temporary).resolve()
         config = folder / "config.yaml"
-        config.touch()
+        shards = [str(shards.resolve()) for shards in args.shards]
+        request = {"folder": str(args.folder.resolve()), "shards": shards, "teacher": args.teacher}
+        config.write_text(json.dumps(request), encoding="utf-8")
         module = "sret_scale.train.node.probe"
         try:
             status = launch(folder, config, num_ranks=args.ranks, hosts=hosts_of(args.hostfile), module=module)
@@ -71,5 +63,5 @@ def check_ranks(args: argparse.Namespace) -> "Iterator[Finding]":
         if status != 0:
             yield Finding(name="start", state="fail", text="the ranks did not finish; the reason is above")
             return
-        probes = [Probe(**json.loads(path.read_text())) for path in sorted(folder.glob("probe-*.json"))]
-    yield from judge(probes)
+        probes = [Probe.from_json(path.read_text()) for path in sorted(folder.glob("probe-*.json"))]
+    yield from judge(probes, here=socket.gethostname())

@@ -1,8 +1,9 @@
 """What the ranks of `sret-scale doctor` measured, and what it says about the nodes together."""
 
+import json
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sret_scale.train.node.checks import Finding
 
@@ -21,10 +22,24 @@ class Probe:
     """Floating-point operations a second of a square matrix product, the best of several."""
     all_reduce_bytes_per_s: float
     """Bytes of the reduced tensor a second; 0 with one rank."""
+    findings: tuple[Finding, ...] = ()
+    """The checks of its node, from the first rank of each."""
+
+    @classmethod
+    def from_json(cls, text: str) -> "Probe":
+        """The probe that a rank wrote as the JSON of its fields."""
+        content = json.loads(text)
+        content["findings"] = tuple(Finding(**finding) for finding in content["findings"])
+        return cls(**content)
 
 
-def judge(probes: Sequence[Probe]) -> Iterator[Finding]:
-    """What the measurements of all ranks say together."""
+def judge(probes: Sequence[Probe], here: str) -> Iterator[Finding]:
+    """What the ranks say together; of the checks of nodes other than `here` what is wrong, with the node's name."""
+    for probe in probes:
+        for finding in probe.findings:
+            # A teacher is loaded by the ranks alone, also here.
+            if finding.name == "teacher" or (finding.state != "ok" and probe.host != here):
+                yield replace(finding, text=f"{probe.host}: {finding.text}")
     hosts = sorted({probe.host for probe in probes})
     yield Finding(name="start", state="ok", text=f"{len(probes)} ranks on {len(hosts)} hosts met")
     versions = sorted({probe.torch for probe in probes})

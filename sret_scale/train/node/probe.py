@@ -7,13 +7,18 @@ import json
 import socket
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from data_pipelines.index import open_shards
 from sret_scale.train.distributed import Ranks, barrier, leave, ranks_from_environment, sum_over_ranks
 from sret_scale.train.engine import start_communication
+from sret_scale.train.node.checks import Finding, check_machine
+from sret_scale.train.node.inputs import check_shards, check_teacher
 from sret_scale.train.node.measured import Probe
 
 
@@ -48,8 +53,18 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def main(folder: Path) -> None:
-    """Writes this rank's Probe into the folder."""
+def check_node(request: Mapping[str, Any]) -> tuple[Finding, ...]:
+    """The checks of this machine, and of what a run on it would read."""
+    findings = [*check_machine(Path(request["folder"])), *check_shards([Path(path) for path in request["shards"]])]
+    if request["teacher"] and all(finding.state != "fail" for finding in findings):
+        num_classes = open_shards(Path(request["shards"][0])).num_classes
+        findings.append(check_teacher(request["teacher"], num_classes))
+    return tuple(findings)
+
+
+def main(config: Path) -> None:
+    """Writes this rank's Probe into the folder of `config`, the JSON that says what to check."""
+    folder = config.parent
     ranks = ranks_from_environment()
     start_communication(ranks)
     bandwidth = all_reduce_rate(ranks) if ranks.world_size > 1 else 0.0
@@ -63,6 +78,7 @@ def main(folder: Path) -> None:
         clock_s=clock_s,
         matmul_per_s=matmul_rate(ranks.device),
         all_reduce_bytes_per_s=bandwidth,
+        findings=check_node(json.loads(config.read_text(encoding="utf-8"))) if ranks.local_rank == 0 else (),
     )
     (folder / f"probe-{ranks.rank:05d}.json").write_text(json.dumps(asdict(probe)), encoding="utf-8")
     barrier()
@@ -72,4 +88,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]).parent)
+    main(Path(sys.argv[1]))
