@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sret_scale.model.config import StageConfig
+from sret_scale.model.depth import Place
 
 NUM_DEPTH_FEATURES = 16
 
@@ -31,7 +32,7 @@ class NormPerLoop(nn.Module):
         super().__init__()
         self.delta = nn.Parameter(torch.zeros(stage.num_loops, 2, 2, stage.width))
 
-    def deltas(self, loop: int) -> LoopDeltas:
+    def deltas(self, loop: int, place: Place | None = None) -> LoopDeltas:
         return LoopDeltas(norms=self.delta[loop])
 
 
@@ -46,12 +47,21 @@ class NormByDepth(nn.Module):
     def __init__(self, stage: StageConfig) -> None:
         super().__init__()
         self.delta = nn.Parameter(torch.zeros(NUM_DEPTH_FEATURES, 4 * stage.width))
-        coordinate = torch.arange(stage.num_loops) / max(stage.num_loops - 1, 1)
-        angles = math.pi * coordinate[:, None] * torch.arange(NUM_DEPTH_FEATURES)
-        self.register_buffer("features", angles.cos(), persistent=False)
+        self.register_buffer("features", depth_features(stage.num_loops), persistent=False)
 
-    def deltas(self, loop: int) -> LoopDeltas:
-        return LoopDeltas(norms=(self.features[loop] @ self.delta).view(2, 2, -1))
+    def deltas(self, loop: int, place: Place | None = None) -> LoopDeltas:
+        features = self.features[loop]
+        if place is not None and place.num_loops != len(self.features):
+            features = depth_features(place.num_loops)[place.position].to(self.features)
+        elif place is not None:
+            features = self.features[place.position]
+        return LoopDeltas(norms=(features @ self.delta).view(2, 2, -1))
+
+
+def depth_features(num_loops: int) -> Tensor:
+    """(num_loops, P) cosines of the depth coordinate of every loop."""
+    coordinate = torch.arange(num_loops) / max(num_loops - 1, 1)
+    return (math.pi * coordinate[:, None] * torch.arange(NUM_DEPTH_FEATURES)).cos()
 
 
 class LowRankPerLoop(nn.Module):
@@ -64,7 +74,7 @@ class LowRankPerLoop(nn.Module):
         self.up_qkv = nn.Parameter(torch.zeros(loops, 3 * width, rank))
         self.up_fc1 = nn.Parameter(torch.zeros(loops, stage.hidden_width, rank))
 
-    def deltas(self, loop: int) -> LoopDeltas:
+    def deltas(self, loop: int, place: Place | None = None) -> LoopDeltas:
         return LoopDeltas(qkv=self.up_qkv[loop] @ self.down[loop, 0], fc1=self.up_fc1[loop] @ self.down[loop, 1])
 
 
@@ -80,7 +90,7 @@ class InputInjection(nn.Module):
         self.gain = nn.Parameter(torch.zeros(stage.num_loops, stage.width))
         self.gate = nn.Linear(stage.width, stage.width) if stage.conditioning == "input_gated" else None
 
-    def deltas(self, loop: int) -> LoopDeltas:
+    def deltas(self, loop: int, place: Place | None = None) -> LoopDeltas:
         return LoopDeltas()
 
     def forward(self, x_BND: Tensor, input_BND: Tensor, loop: int) -> Tensor:

@@ -4,8 +4,27 @@ Everything here is a pure function of a config; the modules in `layers` and `sta
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from sret_scale.model.config import PUBLISHED_LOOPS, BranchScheme, Skip, SReTConfig, StageConfig
+
+
+class ResidualConstants(NamedTuple):
+    """What is fixed in `stream * alpha * x + multiplier * beta * f(x)`."""
+
+    multiplier: float
+    stream: float
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a use stands in a stage that runs other than all its loops (`plan`): the `position` of its loop among the
+    `num_loops` that run, and the residual constants of a stage of so many loops."""
+
+    position: int
+    num_loops: int
+    block: ResidualConstants
+    projection: ResidualConstants
 
 
 @dataclass(frozen=True)
@@ -17,6 +36,12 @@ class Slot:
     projection: int | None
     groups: int
     permuted: bool
+    place: Place | None = None
+
+    @property
+    def position(self) -> int:
+        """The loop's number among those that run."""
+        return self.loop if self.place is None else self.place.position
 
 
 @dataclass(frozen=True)
@@ -135,6 +160,15 @@ def post_norm(stage: StageConfig) -> tuple[float, float] | None:
         return None
     exponent = 0.25 if stage.norm_placement == "deepnorm" else 0.5
     return (2 * stage.num_applications) ** exponent, (8 * stage.num_applications) ** -exponent
+
+
+def residual_constants(stage: StageConfig) -> tuple[ResidualConstants, ResidualConstants]:
+    """Those of the residuals in the blocks and in the projections."""
+    stream, branch = post_norm(stage) or (1.0, 1.0)
+    block, projection = branch_scales(stage)
+    return ResidualConstants(block.multiplier * branch, stream), ResidualConstants(
+        projection.multiplier * branch, stream
+    )
 
 
 def drop_path_rates(config: SReTConfig) -> tuple[tuple[float, ...], ...]:

@@ -14,7 +14,15 @@ from torch import Tensor, nn
 from sret_scale.model import fused, plain
 from sret_scale.model.conditioning import LoopDeltas, conditioning
 from sret_scale.model.config import StageConfig
-from sret_scale.model.depth import BranchScale, branch_scales, post_norm, resolved_skip
+from sret_scale.model.depth import (
+    BranchScale,
+    Place,
+    ResidualConstants,
+    branch_scales,
+    post_norm,
+    residual_constants,
+    resolved_skip,
+)
 from sret_scale.model.fused import NORM_EPS
 
 Affine = tuple[Tensor, Tensor]
@@ -33,26 +41,30 @@ class LearnableResidual(nn.Module):
     Where the norm follows the residual (`depth.post_norm`), both terms have a constant factor and `norm` is applied.
     """
 
-    def __init__(self, stage: StageConfig, scale: BranchScale) -> None:
+    def __init__(self, stage: StageConfig, scale: BranchScale, constants: ResidualConstants) -> None:
         super().__init__()
-        stream, branch = post_norm(stage) or (1.0, 1.0)
-        self.multiplier = scale.multiplier * branch
-        self.stream_constant = stream
+        self.multiplier, self.stream_constant = constants
         self.alpha = None if resolved_skip(stage) == "frozen" else nn.Parameter(torch.ones(1))
         # None once it is folded into the layer before it (`inference.folded`).
         self.beta: nn.Parameter | None = nn.Parameter(
             torch.full((stage.width if scale.per_channel else 1,), scale.init)
         )
 
-    def coefficients(self, x_BND: Tensor, mask: Tensor | None, draw: Draw | None) -> dict[str, Tensor | None]:
-        """Keyword arguments of the operations: alpha, gain_R, and the masks of stochastic depth and dropout in one."""
+    def coefficients(
+        self, x_BND: Tensor, mask: Tensor | None, draw: Draw | None, constants: ResidualConstants | None = None
+    ) -> dict[str, Tensor | None]:
+        """Keyword arguments of the operations: alpha, gain_R, and the masks of stochastic depth and dropout in one.
+
+        constants: those of another number of loops than the stage was built with.
+        """
         alpha: Tensor | None = self.alpha
-        if self.stream_constant != 1.0:
-            constant = x_BND.new_full((1,), self.stream_constant)
+        multiplier, stream = constants or (self.multiplier, self.stream_constant)
+        if stream != 1.0:
+            constant = x_BND.new_full((1,), stream)
             alpha = constant if alpha is None else alpha * constant
         if draw is not None:
             mask = draw(x_BND.shape) if mask is None else mask * draw(x_BND.shape)
-        gain_R = None if self.beta is None else self.beta * self.multiplier
+        gain_R = None if self.beta is None else self.beta * multiplier
         return {"alpha": alpha, "gain_R": gain_R, "mask": mask}
 
 
@@ -112,39 +124,61 @@ class Block(nn.Module):
     def __init__(self, stage: StageConfig) -> None:
         super().__init__()
         scale, _ = branch_scales(stage)
+        constants, _ = residual_constants(stage)
         self.norms_after = post_norm(stage) is not None
         self.norm1 = nn.LayerNorm(stage.width, eps=NORM_EPS)
         self.attention = Attention(stage)
-        self.residual1 = LearnableResidual(stage, scale)
+        self.residual1 = LearnableResidual(stage, scale, constants)
         self.norm2 = nn.LayerNorm(stage.width, eps=NORM_EPS)
         self.feed_forward = FeedForward(stage, stage.hidden_width)
-        self.residual2 = LearnableResidual(stage, scale)
+        self.residual2 = LearnableResidual(stage, scale, constants)
         self.conditioning = conditioning(stage)
 
     def forward(
-        self, x_BND: Tensor, loop: int, groups: int, masks: Tensor | None = None, draw: Draw | None = None
+        self,
+        x_BND: Tensor,
+        loop: int,
+        groups: int,
+        masks: Tensor | None = None,
+        draw: Draw | None = None,
+        place: Place | None = None,
     ) -> Tensor:
-        """The stream after one use of the block; masks (2, B, 1, 1) scales both branches of each sample."""
+        """The stream after one use of the block; masks (2, B, 1, 1) scales both branches of each sample.
+
+        place: where the loop stands, in a stage that runs other than all its loops.
+        """
         mask1, mask2 = (None, None) if masks is None else masks
-        deltas = LoopDeltas() if self.conditioning is None else self.conditioning.deltas(loop)
+        constants = None if place is None else place.block
+        deltas = self._deltas(loop, place)
         norm1, norm2 = self._norms(deltas)
         attention = self.attention
-        qkv = _shifted(attention.qkv, deltas.qkv)
-        before = None if self.norms_after else norm1
-        qkv_BNC = F.linear(x_BND, *qkv) if before is None else operations().norm_linear(x_BND, *before, *qkv)
+        qkv_BNC = self._qkv(x_BND, norm1, deltas)
         x_BND = operations().project_residual(
             x_BND,
             attention.mix(qkv_BNC, groups),
             attention.out.weight,
             attention.out.bias,
-            **self.residual1.coefficients(x_BND, mask1, draw),
+            **self.residual1.coefficients(x_BND, mask1, draw, constants),
         )
         if self.norms_after:
             x_BND = F.layer_norm(x_BND, x_BND.shape[-1:], *norm1, NORM_EPS)
         fc1 = _shifted(self.feed_forward.fc1, deltas.fc1)
         before = None if self.norms_after else norm2
-        x_BND = self.feed_forward.residual(x_BND, before, fc1, self.residual2.coefficients(x_BND, mask2, draw), draw)
+        coefficients = self.residual2.coefficients(x_BND, mask2, draw, constants)
+        x_BND = self.feed_forward.residual(x_BND, before, fc1, coefficients, draw)
         return F.layer_norm(x_BND, x_BND.shape[-1:], *norm2, NORM_EPS) if self.norms_after else x_BND
+
+    def qkv(self, x_BND: Tensor, loop: int, place: Place | None = None) -> Tensor:
+        """(B, N, 3D) queries, keys and values of one use, for whoever looks at its attention."""
+        deltas = self._deltas(loop, place)
+        return self._qkv(x_BND, self._norms(deltas)[0], deltas)
+
+    def _deltas(self, loop: int, place: Place | None) -> LoopDeltas:
+        return LoopDeltas() if self.conditioning is None else self.conditioning.deltas(loop, place)
+
+    def _qkv(self, x_BND: Tensor, norm1: Affine, deltas: LoopDeltas) -> Tensor:
+        qkv = _shifted(self.attention.qkv, deltas.qkv)
+        return F.linear(x_BND, *qkv) if self.norms_after else operations().norm_linear(x_BND, *norm1, *qkv)
 
     def _norms(self, deltas: LoopDeltas) -> tuple[Affine, Affine]:
         norms: tuple[Affine, Affine] = ((self.norm1.weight, self.norm1.bias), (self.norm2.weight, self.norm2.bias))
@@ -161,15 +195,18 @@ class NonLinearProjection(nn.Module):
     def __init__(self, stage: StageConfig) -> None:
         super().__init__()
         _, scale = branch_scales(stage)
+        _, constants = residual_constants(stage)
         self.norms_after = post_norm(stage) is not None
         self.norm = nn.LayerNorm(stage.width, eps=NORM_EPS)
         self.feed_forward = FeedForward(stage, stage.projection_hidden_width)
-        self.residual = LearnableResidual(stage, scale)
+        self.residual = LearnableResidual(stage, scale, constants)
 
-    def forward(self, x_BND: Tensor, draw: Draw | None = None) -> Tensor:
+    def forward(self, x_BND: Tensor, draw: Draw | None = None, place: Place | None = None) -> Tensor:
+        constants = None if place is None else place.projection
         fc1 = (self.feed_forward.fc1.weight, self.feed_forward.fc1.bias)
         before = None if self.norms_after else (self.norm.weight, self.norm.bias)
-        x_BND = self.feed_forward.residual(x_BND, before, fc1, self.residual.coefficients(x_BND, None, draw), draw)
+        coefficients = self.residual.coefficients(x_BND, None, draw, constants)
+        x_BND = self.feed_forward.residual(x_BND, before, fc1, coefficients, draw)
         return self.norm(x_BND) if self.norms_after else x_BND
 
 

@@ -38,10 +38,15 @@ class TokenOrder:
 
     def move_to(self, target: int | None) -> tuple[Tensor, Tensor] | None:
         """(gather, its inverse) that bring the tokens from the current order to the target; None if they are there."""
-        if target == self.current:
+        move = self.way(self.current, target)
+        self.current = target
+        return move
+
+    def way(self, before: int | None, target: int | None) -> tuple[Tensor, Tensor] | None:
+        """(gather, its inverse) from one order to another; None if they are the same."""
+        if target == before:
             return None
         assert self.permutations is not None and self.inverses is not None
-        before, self.current = self.current, target
         if before is None:
             return self.permutations[target], self.inverses[target]
         if target is None:

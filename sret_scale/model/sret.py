@@ -5,9 +5,10 @@ checkpoints. Shape letters as in `layers`.
 """
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from einops import rearrange
@@ -19,6 +20,7 @@ from sret_scale.model.depth import resolved_scheme, resolved_skip
 from sret_scale.model.fused import NORM_EPS
 from sret_scale.model.layers import pooling
 from sret_scale.model.noise import Dropout, Noise
+from sret_scale.model.plan import DepthPlan
 from sret_scale.model.stage import Stage
 from sret_scale.model.stem import Stem
 
@@ -32,6 +34,11 @@ _KINDS: dict[str, ParameterKind] = {
     "norm": "norm",
     "head": "head",
 }
+
+
+def on_grid(x_BND: Tensor) -> Tensor:
+    """(B, D, H, W) tokens of a square grid."""
+    return rearrange(x_BND, "b (h w) c -> b c h w", h=math.isqrt(x_BND.shape[1]))
 
 
 @dataclass(frozen=True)
@@ -58,9 +65,19 @@ class SReT(nn.Module):
         self.head = nn.Linear(widths[-1], config.num_classes)
         nn.init.trunc_normal_(self.position, std=0.02)
 
-    def forward(self, images_BCHW: Tensor, noise: Noise | None = None) -> Tensor:
-        """(B, num_classes) scores of normalised images of the configured size."""
-        return self.forward_head(self.forward_features(images_BCHW, noise))
+    def forward(
+        self, images_BCHW: Tensor, noise: Noise | None = None, plans: Sequence[DepthPlan] | None = None
+    ) -> Tensor:
+        """(B, num_classes) scores of normalised images of the configured size.
+
+        With `plans` (K, B, num_classes): for each plan in turn the scores at its supervised loop counts, then those at
+        its full depth. The plans share one pass of the stem.
+        """
+        if plans is None:
+            return self.forward_head(self.forward_features(images_BCHW, noise))
+        stem_BDHW = self.forward_stem(images_BCHW, noise)
+        outputs = (output for plan in plans for output in self._planned_outputs(stem_BDHW, noise, plan))
+        return torch.stack([self.forward_head(output_BDHW) for output_BDHW in outputs])
 
     def forward_features(self, images_BCHW: Tensor, noise: Noise | None = None) -> Tensor:
         """(B, D, H, W) tokens of the last stage on their grid."""
@@ -69,6 +86,31 @@ class SReT(nn.Module):
 
     def stage_outputs(self, images_BCHW: Tensor, noise: Noise | None = None) -> Iterator[Tensor]:
         """(B, D, H, W) tokens of each stage on their grid, as they are computed."""
+        x_BDHW = self.forward_stem(images_BCHW, noise)
+        for index, stage in enumerate(self.stages):
+            x_BND = self.stage_input(x_BDHW, index)
+            x_BDHW = on_grid(stage(x_BND, noise))
+            yield x_BDHW
+
+    def _planned_outputs(self, x_BDHW: Tensor, noise: Noise | None, plan: DepthPlan) -> Iterator[Tensor]:
+        """(B, D, H, W) tokens of the last stage at the plan's supervised loop counts and at its end."""
+        for index, stage in enumerate(self.stages):
+            is_last = index == len(self.stages) - 1
+            counts = plan.supervised if is_last else ()
+            for x_BND in cast(Stage, stage).outputs(self.stage_input(x_BDHW, index), noise, plan, counts):
+                x_BDHW = on_grid(x_BND)
+                if is_last:
+                    yield x_BDHW
+
+    def stage_input(self, x_BDHW: Tensor, index: int) -> Tensor:
+        """(B, N, D) tokens that a stage takes, from the grid that the stem or the stage before left."""
+        if index:
+            x_BDHW = self.pools[index - 1](x_BDHW)
+        # The residual stream is fp32 even where a convolution under autocast gave bf16.
+        return rearrange(x_BDHW, "b c h w -> b (h w) c").to(self.position.dtype).contiguous()
+
+    def forward_stem(self, images_BCHW: Tensor, noise: Noise | None = None) -> Tensor:
+        """(B, D, H, W) first tokens on their grid, position added."""
         size, channels = self.config.image_size, self.config.in_channels
         if tuple(images_BCHW.shape[1:]) != (channels, size, size):
             raise ValueError(
@@ -77,14 +119,7 @@ class SReT(nn.Module):
         x_BCHW = self.stem(images_BCHW) + self.position
         if self.training and noise is not None and self.config.dropout:
             x_BCHW = x_BCHW * Dropout(self.config.dropout, (noise.sample_seed,)).masks(x_BCHW)(x_BCHW.shape)
-        for index, stage in enumerate(self.stages):
-            if index:
-                x_BCHW = self.pools[index - 1](x_BCHW)
-            grid = x_BCHW.shape[-1]
-            # The residual stream is fp32 even where a convolution under autocast gave bf16.
-            x_BND = rearrange(x_BCHW, "b c h w -> b (h w) c").to(self.position.dtype).contiguous()
-            x_BCHW = rearrange(stage(x_BND, noise), "b (h w) c -> b c h w", h=grid)
-            yield x_BCHW
+        return x_BCHW
 
     def forward_head(self, x_BDHW: Tensor, pre_logits: bool = False) -> Tensor:
         """(B, num_classes) scores of the last stage's tokens: average, norm, linear; (B, D) if pre_logits."""

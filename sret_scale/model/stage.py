@@ -5,9 +5,10 @@ graph) replaces `Stage.run_chain` from outside; the stage knows nothing of it.
 """
 
 import contextlib
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from sret_scale.model.depth import Slot, application_slots, drop_path_rates, num
 from sret_scale.model.layers import Block, NonLinearProjection
 from sret_scale.model.noise import Dropout, Noise, PermutationSource, drop_path_masks
 from sret_scale.model.permutation import TokenOrder, reorder_tokens
+from sret_scale.model.plan import DepthPlan, planned_rates, planned_slots
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,10 +28,12 @@ class Application:
 
     Everything random was drawn when the chain was built, so calling it again on the same input gives the same bits.
     gather, scatter: (N,) relative order of the tokens and its inverse, or None to leave them as they lie.
+    token_order: which of the stage's permutations the tokens are in afterwards, None for the image's own order.
     masks: (2, B, 1, 1) factors of both branches per sample (stochastic depth).
     autocast: the mode of the pass that built the chain; a re-run in the backward pass enters it again. The weight
         cache is off: with it, gradients of many uses of a weight are summed in bf16 (20 % error at 1000 uses against
         0.5 %).
+    is_detached: the gradient goes back through its skip alone (`run_detached`).
     injected: the state is (B, 2N, D), the stream before the stage's input, which the block adds (`conditioning`).
     """
 
@@ -38,29 +42,53 @@ class Application:
     slot: Slot
     gather: Tensor | None
     scatter: Tensor | None
+    token_order: int | None
     masks: Tensor | None
     autocast: Callable[[], contextlib.AbstractContextManager[object]]
     injected: bool
+    is_detached: bool
     dropout: Dropout | None
 
     def __call__(self, x_BND: Tensor) -> Tensor:
         with self.autocast():
-            if not self.injected:
-                return self._transform(self._reordered(x_BND))
-            x_BND, input_BND = map(self._reordered, x_BND.chunk(2, dim=1))
-            injection = cast(InputInjection, self.block.conditioning)
-            x_BND = self._transform(injection(x_BND, input_BND, self.slot.loop))
-            return torch.cat([x_BND, input_BND], dim=1)
+            x_BND, *carried = self.block_inputs(x_BND)
+            x_BND = self._transform(x_BND)
+            return torch.cat([x_BND, *carried], dim=1) if carried else x_BND
 
-    def _reordered(self, x_BND: Tensor) -> Tensor:
+    def block_inputs(self, x_BND: Tensor) -> list[Tensor]:
+        """What the block gets: the stream in the order in which it is sliced; then the stage's input, if it is carried."""
+        if not self.injected:
+            return [self.reordered(x_BND)]
+        x_BND, input_BND = map(self.reordered, x_BND.chunk(2, dim=1))
+        injection = cast(InputInjection, self.block.conditioning)
+        return [injection(x_BND, input_BND, self.slot.loop), input_BND]
+
+    def skipped(self, x_BND: Tensor) -> Tensor:
+        """What the skip alone carries through the application, in the order in which it leaves the tokens.
+
+        Its coefficients get no gradient. ValueError where norms follow the residuals, which leaves no skip.
+        """
+        if self.block.norms_after:
+            raise ValueError("a block with norms after its residuals has no skip")
+        residuals = [self.block.residual1, self.block.residual2]
+        if self.projection is not None:
+            residuals.append(self.projection.residual)
+        parts = [self.reordered(part) for part in (x_BND.chunk(2, dim=1) if self.injected else (x_BND,))]
+        for residual in residuals:
+            if residual.alpha is not None:
+                parts[0] = parts[0] * residual.alpha.detach()
+        return torch.cat(parts, dim=1) if self.injected else parts[0]
+
+    def reordered(self, x_BND: Tensor) -> Tensor:
+        """The tokens in the order in which the application slices and leaves them."""
         if self.gather is None or self.scatter is None:
             return x_BND
         return reorder_tokens(x_BND, self.gather, self.scatter)
 
     def _transform(self, x_BND: Tensor) -> Tensor:
         draw = None if self.dropout is None else self.dropout.masks(x_BND)
-        x_BND = self.block(x_BND, self.slot.loop, self.slot.groups, self.masks, draw)
-        return x_BND if self.projection is None else self.projection(x_BND, draw)
+        x_BND = self.block(x_BND, self.slot.loop, self.slot.groups, self.masks, draw, self.slot.place)
+        return x_BND if self.projection is None else self.projection(x_BND, draw, self.slot.place)
 
     def parameters(self) -> tuple[nn.Parameter, ...]:
         """Every parameter that a call reads."""
@@ -81,6 +109,7 @@ class Stage(nn.Module):
     def __init__(self, config: SReTConfig, index: int) -> None:
         super().__init__()
         stage = config.stages[index]
+        self.config = config
         self.index = index
         self.slots = application_slots(config, index)
         self.dropout = config.dropout
@@ -91,26 +120,42 @@ class Stage(nn.Module):
         self.permutations: Callable[..., Tensor] = PermutationSource(config, index)
         self.run_chain: Callable[[Sequence[Application], Tensor], Tensor] = run_in_turn
 
-    def forward(self, x_BND: Tensor, noise: Noise | None = None) -> Tensor:
+    def forward(self, x_BND: Tensor, noise: Noise | None = None, plan: DepthPlan | None = None) -> Tensor:
         """The stream after all applications, tokens in their first order. It stays fp32 under autocast."""
-        order = TokenOrder(self._draw_permutations(x_BND, noise))
-        applications = self.chain(x_BND, order, noise)
-        if self.injected:
-            x_BND = self.run_chain(applications, torch.cat([x_BND, x_BND], dim=1)).chunk(2, dim=1)[0]
-        else:
-            x_BND = self.run_chain(applications, x_BND)
-        back = order.move_to(None)
-        return x_BND if back is None else reorder_tokens(x_BND, *back)
+        *_, x_BND = self.outputs(x_BND, noise, plan)
+        return x_BND
 
-    def chain(self, x_BND: Tensor, order: TokenOrder, noise: Noise | None) -> list[Application]:
+    def outputs(
+        self, x_BND: Tensor, noise: Noise | None = None, plan: DepthPlan | None = None, counts: Sequence[int] = ()
+    ) -> Iterator[Tensor]:
+        """The stream after each of these numbers of loops of the last block, and at last after all applications."""
+        slots = self.slots if plan is None else planned_slots(self.config, plan, self.index)
+        order = TokenOrder(self._draw_permutations(slots, x_BND, noise))
+        applications = self.chain(slots, x_BND, order, noise, plan)
+        state = torch.cat([x_BND, x_BND], dim=1) if self.injected else x_BND
+        done = 0
+        for end in [*(cut_after(slots, count) for count in counts), len(slots)]:
+            for is_detached, part in itertools.groupby(applications[done:end], lambda one: one.is_detached):
+                state = (run_detached if is_detached else self.run_chain)(list(part), state)
+            done = end
+            out_BND = state.chunk(2, dim=1)[0] if self.injected else state
+            back = order.way(applications[end - 1].token_order, None)
+            yield out_BND if back is None else reorder_tokens(out_BND, *back)
+
+    def chain(
+        self,
+        slots: Sequence[Slot],
+        x_BND: Tensor,
+        order: TokenOrder,
+        noise: Noise | None,
+        plan: DepthPlan | None = None,
+    ) -> list[Application]:
         """The applications of one forward pass of this batch; moves `order` along to the order they end in."""
-        masks = None
-        if self.training and noise is not None and any(self.drop_path_rates):
-            rates = torch.tensor(self.drop_path_rates, device=x_BND.device)
-            masks = drop_path_masks(rates, x_BND.shape[0], noise, self.index)
+        masks = self._draw_masks(x_BND, noise, plan)
+        num_detached = 0 if plan is None else plan.stages[self.index].num_detached
         autocast = uncached_autocast(x_BND.device.type)
         applications, num_permuted = [], 0
-        for position, slot in enumerate(self.slots):
+        for index, slot in enumerate(slots):
             move = None
             if slot.permuted:
                 move, num_permuted = order.move_to(num_permuted), num_permuted + 1
@@ -126,19 +171,59 @@ class Stage(nn.Module):
                     slot=slot,
                     gather=gather,
                     scatter=scatter,
-                    masks=None if masks is None else masks[position],
+                    token_order=order.current,
+                    masks=None if masks is None else masks[index],
                     autocast=autocast,
                     injected=self.injected,
-                    dropout=Dropout(self.dropout, (noise.sample_seed, self.index, position))
+                    is_detached=slot.position < num_detached,
+                    dropout=Dropout(self.dropout, (noise.sample_seed, self.index, index))
                     if self.training and noise is not None and self.dropout
                     else None,
                 )
             )
         return applications
 
-    def _draw_permutations(self, x_BND: Tensor, noise: Noise | None) -> Tensor | None:
-        count = sum(slot.permuted for slot in self.slots)
+    def _draw_permutations(self, slots: Sequence[Slot], x_BND: Tensor, noise: Noise | None) -> Tensor | None:
+        count = sum(slot.permuted for slot in slots)
         return self.permutations(noise, count, x_BND.shape[1], x_BND.device) if count else None
+
+    def _draw_masks(self, x_BND: Tensor, noise: Noise | None, plan: DepthPlan | None) -> Tensor | None:
+        rates = self.drop_path_rates if plan is None else planned_rates(self.config, plan, self.index)
+        if not self.training or noise is None or not any(rates):
+            return None
+        return drop_path_masks(torch.tensor(rates, device=x_BND.device), x_BND.shape[0], noise, self.index)
+
+
+def cut_after(slots: Sequence[Slot], num_loops: int) -> int:
+    """How many applications have run when the last block has done `num_loops` of its loops."""
+    last_block = max(slot.block for slot in slots)
+    return 1 + next(i for i, slot in enumerate(slots) if (slot.block, slot.position) == (last_block, num_loops - 1))
+
+
+def run_detached(applications: Sequence[Application], x_BND: Tensor) -> Tensor:
+    """The stream after the applications; the gradient goes back through their skips alone: x + stop_gradient(f(x)).
+
+    Nothing is kept for the backward pass, and parameters get no gradient.
+    """
+    with torch.no_grad():
+        y_BND = run_in_turn(applications, x_BND)
+    if not torch.is_grad_enabled():
+        return y_BND
+    for application in applications:
+        x_BND = application.skipped(x_BND)
+    return _WithValue.apply(x_BND, y_BND)  # type: ignore[no-untyped-call]
+
+
+class _WithValue(torch.autograd.Function):
+    """Another tensor's value, with the gradient of this one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
 
 
 def uncached_autocast(device_type: str) -> Callable[[], contextlib.AbstractContextManager[object]]:
