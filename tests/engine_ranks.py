@@ -3,6 +3,7 @@
 Every ZeRO stage trains the same ten steps, straight and with a save and a load after five, on one and the same start.
 """
 
+import functools
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,8 @@ from sret_scale.train.distributed import (
     Ranks,
     average_buffers,
     differentiable_sum,
+    from_rank,
+    gather_parts,
     leave,
     ranks_from_environment,
     sum_over_ranks,
@@ -25,6 +28,7 @@ from sret_scale.train.distributed import (
 from sret_scale.train.ds_config import load_ds_config
 from sret_scale.train.engine import Engine, start_communication
 from sret_scale.train.optim import WeightAverage, build_optimizer, set_rates
+from sret_scale.train.snapshot import Snapshot
 from tests.tiny import TINY_MODEL
 
 DS_CONFIGS = ("zero0", "zero1", "zero2", "zero3", "zero1_autocast")
@@ -69,12 +73,18 @@ def train(engine: Engine, average: WeightAverage, steps: range, ranks: Ranks) ->
         average.update(engine.local_weights(), 16)
 
 
-def state(engine: Engine, average: WeightAverage) -> dict[str, dict[str, torch.Tensor]]:
-    return {
-        "weights": engine.weights(),
-        "optimizer": engine.optimizer_state(),
-        "ema": engine.assemble(average.averages),
-    }
+def state(engine: Engine, average: WeightAverage, ranks: Ranks) -> dict[str, dict[str, torch.Tensor]]:
+    """What a checkpoint would hold, on every rank."""
+    snapshot = Snapshot(is_main=ranks.is_main)
+    snapshot.take(
+        [
+            *engine.pieces("weights", engine.local_weights()),
+            *engine.optimizer_pieces(),
+            *engine.pieces("ema", average.averages),
+        ]
+    )
+    # By pickle, through the object broadcast: it is the test that needs the whole state everywhere, not the product.
+    return from_rank(snapshot.whole(functools.partial(gather_parts, group=None)))
 
 
 def main(folder: Path) -> None:
@@ -84,9 +94,9 @@ def main(folder: Path) -> None:
         engine = make_engine(name)
         average = WeightAverage(engine.local_weights(), 100)
         train(engine, average, range(STEPS // 2), ranks)
-        half, updates = state(engine, average), average.num_updates
+        half, updates = state(engine, average, ranks), average.num_updates
         train(engine, average, range(STEPS // 2, STEPS), ranks)
-        straight = state(engine, average)
+        straight = state(engine, average, ranks)
         resumed = make_engine(name)
         resumed.load_weights(half["weights"])
         resumed.load_optimizer_state(half["optimizer"])
@@ -94,7 +104,7 @@ def main(folder: Path) -> None:
         average.averages, average.num_updates = resumed.partition(half["ema"]), updates
         train(resumed, average, range(STEPS // 2, STEPS), ranks)
         norms = {"grad_norm": torch.tensor([engine.grad_norm(), resumed.grad_norm()])}
-        again = state(resumed, average)
+        again = state(resumed, average, ranks)
         if ranks.is_main:
             for label, sets in (("straight", straight), ("resumed", again)):
                 for what, tensors in sets.items():

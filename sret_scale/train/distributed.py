@@ -11,6 +11,9 @@ import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional
 
+Group = dist.ProcessGroup | None
+"""A process group, or the job's own one."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Ranks:
@@ -126,12 +129,27 @@ def max_over_ranks(value: float, device: torch.device) -> float:
     return float(result)
 
 
-def from_rank(value: Any, rank: int = 0) -> Any:
+def from_rank(value: Any, rank: int = 0, *, group: Group = None) -> Any:
     """One rank's `value` (any small picklable object of our own making) on every rank."""
     box = [value]
     if dist.is_initialized():
-        dist.broadcast_object_list(box, src=rank)
+        dist.broadcast_object_list(box, src=rank, group=group)
     return box[0]
+
+
+def new_cpu_group() -> Group:
+    """A second group of all ranks, for CPU tensors and another thread than the training's; every rank must call it."""
+    return dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT) if dist.is_initialized() else None
+
+
+def gather_parts(part: torch.Tensor, *, group: Group) -> list[torch.Tensor]:
+    """On rank 0 the equally large parts of all ranks in order, elsewhere nothing; every rank must call it."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [part]
+    is_main = dist.get_rank() == 0
+    parts = [torch.empty_like(part) for _ in range(dist.get_world_size())] if is_main else []
+    dist.gather(part, parts or None, dst=0, group=group)
+    return parts
 
 
 def whole_from_parts(part: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ from typing import Any, cast
 import deepspeed
 import torch
 from deepspeed.utils import (
-    safe_get_full_optimizer_state,
+    safe_get_local_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
     safe_set_local_fp32_param,
@@ -29,6 +29,7 @@ from sret_scale.train.distributed import (
     whole_from_parts,
 )
 from sret_scale.train.ds_config import zero_stage_of
+from sret_scale.train.snapshot import Field, Piece
 
 ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -153,28 +154,51 @@ class Engine:
             elif self.zero_stage:
                 safe_set_full_fp32_param(parameter, parts[name])
 
-    @torch.no_grad()
-    def optimizer_state(self) -> dict[str, Tensor]:
-        """Adam's moments as `exp_avg.NAME`, `exp_avg_sq.NAME` (fp32, whole) and `step`; all ranks must call it.
+    def pieces(self, set_name: str, local: Mapping[str, Tensor]) -> Iterator[Piece]:
+        """What this rank has of tensors like those of `local_weights`, for a snapshot."""
+        shapes = {name: getattr(value, "ds_shape", None) for name, value in self.model.named_parameters()}
+        for name, value in local.items():
+            shape = shapes.get(name)
+            entry = Field(set_name=set_name, name=name, shape=shape or value.shape)
+            yield Piece(values=value, is_part=shape is not None, fields=(entry,))
 
-        Empty before the first step.
-        """
-        steps = [entry["step"] for entry in self._optimizer_entries().values() if "step" in entry]
+    def optimizer_pieces(self) -> Iterator[Piece]:
+        """What this rank has of the moments, as `MOMENT.NAME`, and of `step`; nothing before the first step."""
+        entries = self._optimizer_entries()
+        steps = [entry["step"] for entry in entries.values() if "step" in entry]
         if not steps:
-            return {}
-        state: dict[str, Tensor] = {"step": torch.as_tensor(steps[0], dtype=torch.float32).reshape(()).cpu().clone()}
-        self._link_moments()
+            return
+        step = torch.as_tensor(steps[0], dtype=torch.float32).reshape(())
+        yield Piece(values=step, is_part=False, fields=(Field(set_name="optimizer", name="step", shape=step.shape),))
+        if self.zero_stage in (1, 2):
+            yield from self._flat_moments(entries)
+            return
         for name, parameter in self._trained_parameters():
             for moment in ADAM_MOMENTS:
-                if self.zero_stage:
-                    state[f"{moment}.{name}"] = safe_get_full_optimizer_state(parameter, moment)
+                if self.zero_stage == 3:
+                    values = safe_get_local_optimizer_state(parameter, moment)
                 else:
-                    state[f"{moment}.{name}"] = self._client_optimizer.state[parameter][moment].clone()
-        return state
+                    values = entries[parameter][moment]
+                shape = getattr(parameter, "ds_shape", parameter.shape)
+                entry = Field(set_name="optimizer", name=f"{moment}.{name}", shape=shape)
+                yield Piece(values=values, is_part=self.zero_stage == 3, fields=(entry,))
+
+    def _flat_moments(self, entries: Mapping[Any, Mapping[str, Tensor]]) -> Iterator[Piece]:
+        # ZeRO 1 and 2 lay the parameters of a group end to end and cut the whole into equal parts.
+        names = {parameter: name for name, parameter in self._trained_parameters()}
+        for index, owner in enumerate(self._optimizer.single_partition_of_fp32_groups):
+            parameters = self._optimizer.round_robin_bit16_groups[index]
+            starts = self._optimizer.round_robin_bit16_offsets[index]
+            for moment in ADAM_MOMENTS:
+                fields = tuple(
+                    Field(set_name="optimizer", name=f"{moment}.{names[value]}", shape=value.shape, start=start)
+                    for value, start in zip(parameters, starts, strict=True)
+                )
+                yield Piece(values=entries[owner][moment], is_part=True, fields=fields)
 
     @torch.no_grad()
     def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
-        """Set Adam's moments and step; the inverse of `optimizer_state`, at any world size and ZeRO stage."""
+        """Set Adam's moments and step from the whole tensors of `optimizer_pieces`, at any world size and stage."""
         if not state:
             return
         self._create_optimizer_entries(state["step"])

@@ -72,11 +72,13 @@ def train(config: RunConfig, folder: RunFolder, ranks: Ranks) -> bool:
                 save(run, clock)
                 logged = dataclasses.replace(clock, time_s=time.monotonic() - started)
             if is_stopping and not is_last:
+                run.writer.wait()
                 run.progress.say(f"stopped by a signal at {clock.images:,} images, saved; the same command continues")
                 return False
         if not evaluate_and_log(run, clock, stop, both=True):
             return False
         log_memory(run, clock)
+        run.watchdog.progress(clock.step, "saving")
     return True
 
 
@@ -101,7 +103,7 @@ def optimizer_step(run: Run, step: Step, clock: Clock, stop: StopFlag) -> tuple[
     run.watchdog.progress(clock.step, "in a collective")
     # All ranks must agree before the update: a loss that is not a number on one of them would spread to all.
     shared = torch.zeros(1 + ranks.world_size, device=ranks.device)
-    shared[0], shared[1 + ranks.rank] = float(stop.is_set), losses
+    shared[0], shared[1 + ranks.rank] = float(stop.is_set or run.writer.has_failed), losses
     num_stopping, *rank_losses = sum_over_ranks(shared).tolist()
     for rank, rank_loss in enumerate(rank_losses):
         if not math.isfinite(rank_loss):

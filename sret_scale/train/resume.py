@@ -1,10 +1,7 @@
 """Saves a run and takes it up again: what has to be kept so that it continues with the same bits."""
 
-from typing import Any
-
 from data_pipelines.loader import LoaderState
-from sret_scale.distill import StoredTeacher
-from sret_scale.train.checkpoint import newest_valid, prune_checkpoints, read_state, read_tensors, save_checkpoint
+from sret_scale.train.checkpoint import newest_valid, read_state, read_tensors
 from sret_scale.train.config import to_plain
 from sret_scale.train.distributed import from_rank
 from sret_scale.train.load import check_architecture
@@ -12,31 +9,20 @@ from sret_scale.train.run import Clock, Run
 
 
 def save(run: Run, clock: Clock) -> None:
-    """A checkpoint of everything that decides how the run goes on."""
-    tensors = {"weights": run.engine.weights(), "optimizer": run.engine.optimizer_state()}
+    """Begin a checkpoint of everything that decides how the run goes on, as it is now; all ranks must call it."""
+    pieces = [*run.engine.pieces("weights", run.engine.local_weights()), *run.engine.optimizer_pieces()]
     if run.average:
-        tensors["ema"] = run.engine.assemble(run.average.averages)
-    if run.ranks.is_main:
-        state = {
-            "images": clock.images,
-            "time_s": clock.time_s,
-            "loader": clock.loader.to_json(),
-            "ema_updates": run.average.num_updates if run.average else 0,
-            "is_evaluated": clock.is_evaluated,
-            "model": to_plain(run.config.model),
-            "teacher": describe_teacher(run),
-        }
-        save_checkpoint(run.folder.checkpoints, step=clock.step, tensors=tensors, state=state)
-        prune_checkpoints(run.folder.checkpoints, run.config.train.keep_checkpoints)
-
-
-def describe_teacher(run: Run) -> dict[str, Any] | None:
-    """What decides on a live teacher's answers, its weights' hash included. A store of labels proves itself."""
-    if run.teacher is None or isinstance(run.teacher, StoredTeacher):
-        return None
-    if run.config.distill.teacher_placement == "sharded":
-        return {"spec": run.config.distill.teacher}
-    return run.teacher.describe()
+        pieces += run.engine.pieces("ema", run.average.averages)
+    state = {
+        "images": clock.images,
+        "time_s": clock.time_s,
+        "loader": clock.loader.to_json(),
+        "ema_updates": run.average.num_updates if run.average else 0,
+        "is_evaluated": clock.is_evaluated,
+        "model": to_plain(run.config.model),
+        "teacher": run.teacher_identity,
+    }
+    run.writer.start(pieces, step=clock.step, state=state)
 
 
 def restore(run: Run) -> Clock:
@@ -46,9 +32,9 @@ def restore(run: Run) -> Clock:
         return Clock()
     state = read_state(checkpoint)
     check_architecture(run.config.model, state["model"], str(checkpoint))
-    if state["teacher"] != describe_teacher(run):
+    if state["teacher"] != run.teacher_identity:
         raise ValueError(
-            f"{checkpoint} learned from another teacher: {state['teacher']}, now it is {describe_teacher(run)}; "
+            f"{checkpoint} learned from another teacher: {state['teacher']}, now it is {run.teacher_identity}; "
             "give it the teacher of the interrupted run, or start over with --fresh"
         )
     run.engine.load_weights(read_tensors(checkpoint, "weights"))

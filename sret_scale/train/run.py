@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -23,6 +24,7 @@ from sret_scale.train.optim import WeightAverage, build_optimizer
 from sret_scale.train.progress import RunProgress
 from sret_scale.train.run_folder import MetricsLog, NoMetrics, RunFolder
 from sret_scale.train.watchdog import Watchdog
+from sret_scale.train.writer import CheckpointWriter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,11 +52,13 @@ class Run:
     engine: Engine
     average: WeightAverage | None
     teacher: Teacher | StoredTeacher | None
+    teacher_identity: dict[str, Any] | None
     predicted_activation_bytes: int
     eval_model: SReT
     metrics: MetricsLog | NoMetrics
     progress: RunProgress
     watchdog: Watchdog
+    writer: CheckpointWriter
 
 
 def set_up(config: RunConfig, folder: RunFolder, ranks: Ranks, stack: contextlib.ExitStack) -> Run:
@@ -75,6 +79,36 @@ def set_up(config: RunConfig, folder: RunFolder, ranks: Ranks, stack: contextlib
         micro_batch_size=config.train.micro_batch_size,
         grad_accum_steps=accumulation,
     )
+    engine, activation_bytes = set_up_engine(config, ranks, accumulation)
+    horizon = config.optim.ema_horizon_images
+    teacher = set_up_teacher(config, ranks, shards)
+    metrics: MetricsLog | NoMetrics = NoMetrics()
+    if ranks.is_main:
+        metrics = MetricsLog(folder.metrics, tensorboard=config.train.tensorboard)
+    return Run(
+        config=config,
+        folder=folder,
+        ranks=ranks,
+        loader=loader,
+        test_shards=open_data(config.data.test_folder, config.data),
+        augment=BatchAugment(config.augment, config.model.num_classes),
+        engine=engine,
+        average=WeightAverage(engine.local_weights(), horizon) if horizon else None,
+        teacher=teacher,
+        teacher_identity=identity_of(teacher, config),
+        predicted_activation_bytes=activation_bytes,
+        eval_model=SReT(config.model).to(ranks.device).eval(),
+        metrics=stack.enter_context(metrics),  # type: ignore[arg-type]  # mypy joins the two kinds to object
+        watchdog=watchdog,
+        writer=stack.enter_context(CheckpointWriter(folder.checkpoints, ranks, keep=config.train.keep_checkpoints)),
+        progress=stack.enter_context(
+            RunProgress(folder.path.name, total_images=config.train.total_images, is_shown=ranks.is_main)
+        ),
+    )
+
+
+def set_up_engine(config: RunConfig, ranks: Ranks, accumulation: int) -> tuple[Engine, int]:
+    """(the model under DeepSpeed, with its optimiser and recomputation; bytes that its activations are said to take)"""
     torch.manual_seed(config.train.seed)
     model = over_all_ranks(SReT(config.model).to(ranks.device))
     ds_config = load_ds_config(config.engine.ds_config)
@@ -94,28 +128,7 @@ def set_up(config: RunConfig, folder: RunFolder, ranks: Ranks, stack: contextlib
         grad_accum_steps=accumulation,
         z3_leaf_modules=(Stage,),
     )
-    horizon = config.optim.ema_horizon_images
-    metrics: MetricsLog | NoMetrics = NoMetrics()
-    if ranks.is_main:
-        metrics = MetricsLog(folder.metrics, tensorboard=config.train.tensorboard)
-    return Run(
-        config=config,
-        folder=folder,
-        ranks=ranks,
-        loader=loader,
-        test_shards=open_data(config.data.test_folder, config.data),
-        augment=BatchAugment(config.augment, config.model.num_classes),
-        engine=engine,
-        average=WeightAverage(engine.local_weights(), horizon) if horizon else None,
-        teacher=set_up_teacher(config, ranks, shards),
-        predicted_activation_bytes=activation_bytes,
-        eval_model=SReT(config.model).to(ranks.device).eval(),
-        metrics=stack.enter_context(metrics),  # type: ignore[arg-type]  # mypy joins the two kinds to object
-        watchdog=watchdog,
-        progress=stack.enter_context(
-            RunProgress(folder.path.name, total_images=config.train.total_images, is_shown=ranks.is_main)
-        ),
-    )
+    return engine, activation_bytes
 
 
 def over_all_ranks(model: SReT) -> SReT:
@@ -152,3 +165,12 @@ def set_up_teacher(config: RunConfig, ranks: Ranks, shards: ShardSet) -> Teacher
         compiled=config.distill.teacher_compile,
         shard=shard_frozen if config.distill.teacher_placement == "sharded" else None,
     )
+
+
+def identity_of(teacher: Teacher | StoredTeacher | None, config: RunConfig) -> dict[str, Any] | None:
+    """What decides on a live teacher's answers, its weights' hash included. A store of labels proves itself."""
+    if teacher is None or isinstance(teacher, StoredTeacher):
+        return None
+    if config.distill.teacher_placement == "sharded":
+        return {"spec": config.distill.teacher}
+    return teacher.describe()
