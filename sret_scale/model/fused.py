@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sret_scale.model.products import input_gradient, linear, weight_gradient
+
 NORM_EPS = 1e-6
 
 Grads = tuple[Tensor | None, ...]
@@ -140,7 +142,7 @@ def _layer_norm(x: Tensor, norm: Tensor, norm_bias: Tensor) -> tuple[Tensor, Ten
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
-    return F.linear(x.to(dtype), weight.to(dtype), bias.to(dtype))
+    return linear(x.to(dtype), weight.to(dtype), bias.to(dtype))
 
 
 def _residual(
@@ -169,11 +171,11 @@ def _projection_backward(
         grad = grad * mask
     summed = grad.flatten(0, 1).sum(dim=0)
     grad = grad.to(dtype)
-    product = _weight_gradient(grad, a.to(dtype), weight.dtype)
+    product = weight_gradient(grad, a.to(dtype)).to(weight.dtype)
     if gain is None:
-        return grad @ weight.to(dtype), product, summed, None
+        return input_gradient(grad, weight.to(dtype)), product, summed, None
     grad_gain = (product * weight).sum(dim=1) + summed * bias
-    grad_a = grad @ (gain[:, None] * weight).to(dtype)
+    grad_a = input_gradient(grad, (gain[:, None] * weight).to(dtype))
     return (
         grad_a,
         product * gain[:, None],
@@ -188,16 +190,12 @@ def _norm_linear_backward(
     """Gradients of x, norm, norm_bias, weight and bias of a linear layer of a LayerNorm."""
     normed, mean, rstd = _layer_norm(x, norm, norm_bias)
     grad_bias = grad.flatten(0, 1).sum(dim=0, dtype=weight.dtype)
-    grad_weight = _weight_gradient(grad, normed.to(dtype), weight.dtype)
-    grad_normed = (grad @ weight.to(dtype)).to(x.dtype)
+    grad_weight = weight_gradient(grad, normed.to(dtype)).to(weight.dtype)
+    grad_normed = input_gradient(grad, weight.to(dtype)).to(x.dtype)
     grads = torch.ops.aten.native_layer_norm_backward(
         grad_normed, x, norm.shape, mean, rstd, norm, norm_bias, [True, True, True]
     )
     return *grads, grad_weight, grad_bias
-
-
-def _weight_gradient(grad_BNF: Tensor, input_BND: Tensor, dtype: torch.dtype) -> Tensor:
-    return (grad_BNF.flatten(0, 1).t() @ input_BND.flatten(0, 1)).to(dtype)
 
 
 def _alpha_gradient(grad: Tensor, x: Tensor | None, alpha: Tensor | None) -> Tensor | None:

@@ -22,7 +22,10 @@ class PlainSReT(nn.Module):
 
     def forward(self, images_BCHW: Tensor, noise: Noise | None = None) -> Tensor:
         model = self.model
-        x_BCHW = model.stem(images_BCHW) + model.position
+        x_BCHW = images_BCHW
+        for conv, norm in zip(model.stem.convs, model.stem.norms, strict=True):
+            x_BCHW = F.relu(norm(conv(x_BCHW)))
+        x_BCHW = x_BCHW + model.position
         for index in range(len(model.stages)):
             if index:
                 x_BCHW = model.pools[index - 1](x_BCHW)
