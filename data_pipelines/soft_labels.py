@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -78,13 +79,17 @@ def coverage_sums(log_probs_BC: Tensor, records: Records, labels_B: Tensor) -> d
     """Sums over the batch of what a store reports: how much of the teacher its records keep.
 
     `mass` is the probability of the kept classes, `kl` that of the teacher from its record (nats), `entropy` the
-    teacher's (nats), `top1_agreement` the number of images whose label the teacher names. `views` counts the rows.
+    teacher's (nats), `top1_agreement` the number of images whose label the teacher names, `gradient_cosine` the cosine
+    between the gradients that the record and the whole answer give to the logits of an untrained student, which finds
+    all classes equally likely. `views` counts the rows.
     """
     device = log_probs_BC.device
     log_p_BC = log_probs_BC.double()
     p_BC = log_p_BC.exp()
     # Below the smallest fp32 number a stored probability is 0, where the logarithm would be infinite.
-    log_q_BC = decode_records(records, p_BC.shape[1], device).double().clamp_min(1e-45).log()
+    q_BC = decode_records(records, p_BC.shape[1], device).double()
+    log_q_BC = q_BC.clamp_min(1e-45).log()
+    gradients = (1 / p_BC.shape[1] - p_BC, 1 / p_BC.shape[1] - q_BC)
     ids_BK = torch.from_numpy(records["ids"].astype(np.int64)).to(device)
     return {
         "views": float(len(records)),
@@ -92,6 +97,7 @@ def coverage_sums(log_probs_BC: Tensor, records: Records, labels_B: Tensor) -> d
         "kl": float((p_BC * (log_p_BC - log_q_BC)).sum()),
         "entropy": float(-(p_BC * log_p_BC).sum()),
         "top1_agreement": float((ids_BK[:, 0] == labels_B.to(device)).sum()),
+        "gradient_cosine": float(F.cosine_similarity(*gradients).sum()),
     }
 
 
@@ -99,6 +105,7 @@ def describe_coverage(coverage: Mapping[str, float]) -> str:
     """One line for people about the means of these sums."""
     return (
         f"{coverage['mass']:.1%} of the mass kept, KL {coverage['kl']:.4f} of entropy {coverage['entropy']:.3f} nats, "
+        f"cosine to the full gradient {coverage['gradient_cosine']:.4f}, "
         f"top-1 is the label for {coverage['top1_agreement']:.1%}"
     )
 

@@ -166,7 +166,8 @@ def test_run_with_other_views_is_refused(store: Path, shards: ShardSet, change: 
 
 
 def test_fewer_views_than_there_are_is_fine(store: Path, shards: ShardSet) -> None:
-    open_for_training(store, shards, data=replace(DATA, num_views=2))
+    opened = open_for_training(store, shards, data=replace(DATA, num_views=2))
+    assert opened.store.plan.num_views == 3
 
 
 def test_labels_of_other_shards_or_classes_are_refused(store: Path, tmp_path: Path) -> None:
@@ -182,7 +183,7 @@ def test_teacher_on_mixed_images_is_refused_and_mixed_labels_are_not(store: Path
     mixing = replace(PLAIN, mixup_alpha=0.8)
     with pytest.raises(ValueError, match=r"set distill\.teacher_input=view"):
         open_for_training(store, shards, augment=mixing)
-    open_for_training(store, shards, augment=mixing, teacher_input="view")
+    assert open_for_training(store, shards, augment=mixing, teacher_input="view").store.folder == store
 
 
 def test_every_flipped_bit_and_every_cut_is_noticed_before_training(store: Path, shards: ShardSet) -> None:

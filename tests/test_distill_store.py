@@ -1,6 +1,7 @@
 """Soft labels on disk: what a record keeps, and files that notice every change."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from data_pipelines.soft_labels import (
     record_views,
     render_file,
 )
+from sret_scale.distill import soft_loss
 from tests.reference import soft_labels as twin
 
 
@@ -53,6 +55,34 @@ def test_record_keeps_views_and_the_largest_probabilities(
     # A rounded logarithm is off by 2^-11 of itself, so a probability by p |ln p| 2^-11, and 2^-11 more when scaled.
     expected = torch.tensor(twin.keep_largest(log_probs.exp().tolist(), top_k))
     torch.testing.assert_close(probs, expected, atol=1.2e-3, rtol=0)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    classes=st.integers(2, 60),
+    sharpness=st.floats(0.1, 8),
+    student=st.floats(0, 5),
+    seed=st.integers(0, 999),
+    data=st.data(),
+)
+def test_loss_moves_by_the_kl_of_the_record_and_at_most_the_bound(
+    classes: int, sharpness: float, student: float, seed: int, data: st.DataObject
+) -> None:
+    """L(p) - L(q) = KL(p || q) - sum over the rest of (p - u) ln s, which is at most sqrt(2 r KL) range(ln s) / 2."""
+    top_k = data.draw(st.integers(1, classes))
+    log_p = random_log_probs(1, classes, sharpness, seed)
+    records = encode_records(log_p, views_of(1), top_k)
+    q = decode_records(records, classes)
+    log_s = random_log_probs(1, classes, student, seed + 1000)
+    difference = float(soft_loss(log_s, log_p) - soft_loss(log_s, q.log()))
+    sums = coverage_sums(log_p, records, torch.zeros(1, dtype=torch.int64))
+    kept = set(records["ids"][0].tolist())
+    left = [float(log_s[0, c]) for c in range(classes) if c not in kept] or [0.0]
+    spread = max(left) - min(left)
+    bound = (2 * max(0.0, 1 - sums["mass"]) * max(0.0, sums["kl"])) ** 0.5 * spread / 2
+    # What rounding to half precision moves among the kept classes.
+    rounding = 2**-10 * (1 + math.log(classes)) * (1 + float(log_s.max() - log_s.min()))
+    assert abs(difference - sums["kl"]) <= bound + rounding
 
 
 def test_bytes_of_a_record_are_those_of_the_format_page() -> None:
