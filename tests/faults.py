@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from sret_scale.train.checkpoint import (
     CheckpointError,
     list_checkpoints,
@@ -28,6 +30,7 @@ from sret_scale.train.checkpoint import (
     verify_checkpoint,
 )
 from tests.runs import Process, complete_lines, digest, digest_of, metrics_bytes, rank_processes, wait_for_images
+from tests.save_once import save
 from tests.tiny import ROOT, sret_scale, tiny_config, tiny_shards, write_config
 
 SAVING_CALLS = "openat,write,pwrite64,ftruncate,fsync,rename,mkdir,unlinkat,rmdir"
@@ -72,22 +75,49 @@ class Point:
     """True from the making of the temporary folder to its last name: an error there must be reported."""
 
 
-def saving_calls(folder: Path) -> list[Point]:
+class Saver:
+    """A process that saves on request, each time in a fork of itself, under strace."""
+
+    def __enter__(self) -> "Saver":
+        command = [sys.executable, "-m", "tests.save_once"]
+        self._server = subprocess.Popen(
+            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._server.communicate()
+
+    def save(self, folder: Path, step: int, *options: str) -> tuple[int, str]:
+        """(exit status of a save of `step`, what `strace OPTIONS` saw of it)."""
+        assert self._server.stdin and self._server.stdout
+        trace = folder.parent / "trace.txt"
+        self._server.stdin.write(f"{folder} {step}\n")
+        self._server.stdin.flush()
+        child = psutil.Process(int(self._server.stdout.readline()))
+        while child.status() != psutil.STATUS_STOPPED:
+            time.sleep(0.001)
+        strace = subprocess.Popen(
+            ["strace", "-f", "-y", "-o", str(trace), *options, "-p", str(child.pid)],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert strace.stderr and "attached" in (line := strace.stderr.readline()), line
+        child.send_signal(signal.SIGCONT)
+        status = int(self._server.stdout.readline())
+        strace.communicate()
+        return status, trace.read_text()
+
+
+def saving_calls(saver: Saver, folder: Path) -> list[Point]:
     """Every call of one save that touches the checkpoints."""
-    trace = folder.parent / "trace.txt"
-    run = subprocess.run(
-        ["strace", "-f", "-y", "-o", str(trace), "-e", f"trace={SAVING_CALLS}", *save_command(folder, 2)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
+    status, trace = saver.save(folder, 2, "-e", f"trace={SAVING_CALLS}")
+    assert status == 0, trace
     # strace counts the calls of each thread by itself.
     calls: Counter[tuple[str, str]] = Counter()
     points = []
     is_commit = False
-    for line in trace.read_text().splitlines():
+    for line in trace.splitlines():
         match = re.match(r"(\d+)\s+(\w+)\(", line)
         if match:
             calls[thread_and_name := match.groups()] += 1
@@ -97,10 +127,6 @@ def saving_calls(folder: Path) -> list[Point]:
             is_commit &= match.group(2) != "rename"
     assert sum(point.is_commit for point in points) > 10
     return points
-
-
-def save_command(folder: Path, step: int) -> list[str]:
-    return [sys.executable, "-m", "tests.save_once", str(folder), str(step)]
 
 
 def state_of(folder: Path) -> int:
@@ -115,25 +141,26 @@ def state_of(folder: Path) -> int:
 def crashes_while_saving(work: Path, chance: random.Random, most: int | None, fault: str) -> Outcome:
     """A kill (`signal=KILL`) or an error (`error=EIO`) at every file-system call of one save, or at `most` of them."""
     first = work / "first"
-    assert subprocess.run(save_command(first, 1), cwd=ROOT, check=False).returncode == 0
+    save(first, 1)
     # What an earlier crash left, so that cleaning it up is among the calls.
     (first / ".writing-step-000000000").mkdir()
     (first / ".writing-step-000000000" / "state.json").write_text("{")
     counted = work / "counted"  # the same path each time, because the number of calls depends on nothing else
     shutil.copytree(first, counted)
-    points = saving_calls(counted)
-    num_points = len(points)
-    if most is not None:
-        points = chance.sample(points, min(most, num_points))
-    survived = 0
-    for point in points:
-        shutil.rmtree(counted)
-        shutil.copytree(first, counted)
-        return_code = interrupted_save(counted, point, fault)
-        if "error" not in fault or point.is_commit:
-            assert return_code != 0, f"{point} failed, and the save did not say so"
-        # A save that reports success must be the newest state; a failed one may have got that far.
-        survived += state_of(counted) in ((2,) if return_code == 0 else (1, 2))
+    with Saver() as saver:
+        points = saving_calls(saver, counted)
+        num_points = len(points)
+        if most is not None:
+            points = chance.sample(points, min(most, num_points))
+        survived = 0
+        for point in points:
+            shutil.rmtree(counted)
+            shutil.copytree(first, counted)
+            status = interrupted_save(saver, counted, point, fault)
+            if "error" not in fault or point.is_commit:
+                assert status != 0, f"{point} failed, and the save did not say so"
+            # A save that reports success must be the newest state; a failed one may have got that far.
+            survived += state_of(counted) in ((2,) if status == 0 else (1, 2))
     shutil.rmtree(counted)
     shutil.rmtree(first)
     return Outcome(
@@ -144,20 +171,14 @@ def crashes_while_saving(work: Path, chance: random.Random, most: int | None, fa
     )
 
 
-def interrupted_save(folder: Path, point: Point, fault: str) -> int:
+def interrupted_save(saver: Saver, folder: Path, point: Point, fault: str) -> int:
     """The exit status of a save of step 2 with the fault at that point."""
-    trace = folder.parent / "injected.txt"
     inject = ("-e", f"trace={SAVING_CALLS}", "-e", f"inject={point.name}:{fault}:when={point.number}")
-    run = subprocess.run(
-        ["strace", "-f", "-y", "-o", str(trace), *inject, *save_command(folder, 2)],
-        cwd=ROOT,
-        capture_output=True,
-        check=False,
-    )
+    status, trace = saver.save(folder, 2, *inject)
     if "error" in fault:
-        injected = [line for line in trace.read_text().splitlines() if "(INJECTED)" in line]
+        injected = [line for line in trace.splitlines() if "(INJECTED)" in line]
         assert any(str(folder) in line for line in injected), f"{point} was not reached: {injected}"
-    return run.returncode
+    return status
 
 
 def mutations(work: Path, chance: random.Random, count: int) -> Outcome:
@@ -166,7 +187,7 @@ def mutations(work: Path, chance: random.Random, count: int) -> Outcome:
     for _ in range(count):
         folder = work / "mutated"
         for step in (1, 2):
-            subprocess_free_save(folder, step)
+            save(folder, step, keep=2)
         target = chance.choice(sorted(list_checkpoints(folder)[0].iterdir()))
         content = bytearray(target.read_bytes())
         kind = chance.choice(("flip", "cut", "delete"))
@@ -183,16 +204,6 @@ def mutations(work: Path, chance: random.Random, count: int) -> Outcome:
             found += state_of(folder) == 1
         shutil.rmtree(folder)
     return Outcome(fault="mutations of the newest checkpoint", num_tried=count, num_survived=found)
-
-
-def subprocess_free_save(folder: Path, step: int) -> None:
-    """As tests.save_once, in this process, keeping both."""
-    import torch
-
-    from sret_scale.train.checkpoint import save_checkpoint
-
-    tensors = {"weights": {"a": torch.full((64, 64), float(step))}}
-    save_checkpoint(folder, step=step, tensors=tensors, state={"images": step})
 
 
 def kills(work: Path, chance: random.Random, count: int) -> Outcome:
