@@ -33,7 +33,7 @@ class ChangedFileError(OSError):
 class Download(Protocol):
     """Writes a remote file to `target`, which exists with `num_bytes`; raises OSError unless all of it arrived."""
 
-    def __call__(self, name: str, target: Path, *, num_bytes: int, sha256: str) -> None: ...
+    def __call__(self, name: str, target: Path, *, num_bytes: int, file_hash: str) -> None: ...
 
 
 class ShardCache:
@@ -78,7 +78,7 @@ class ShardCache:
                 )
             time.sleep(0.02)
         try:
-            self._download(entry.file, part, num_bytes=entry.bytes, sha256=entry.sha256)
+            self._download(entry.file, part, num_bytes=entry.bytes, file_hash=entry.hash)
             with self._room():
                 part.rename(path)
         except BaseException:

@@ -4,7 +4,6 @@ fsspec speaks the protocols. What a server can do wrong is a range that fails (r
 stalls (a timeout, then retried), is short (retried), or is not there (not retried: FileNotFoundError).
 """
 
-import hashlib
 import logging
 import os
 from pathlib import Path
@@ -14,6 +13,7 @@ import fsspec
 import stamina
 
 from data_pipelines.cache import ChangedFileError, UnavailableError
+from data_pipelines.hashes import FileHash, hash_name_of
 
 logger = logging.getLogger(__name__)
 
@@ -60,12 +60,12 @@ class RemoteFolder:
                     raise UnavailableError(f"{reason} (given up after {self._attempts} attempts)") from error
         raise AssertionError("a retry loop ends by returning or raising")
 
-    def download(self, name: str, target: Path, *, num_bytes: int, sha256: str) -> None:
+    def download(self, name: str, target: Path, *, num_bytes: int, file_hash: str) -> None:
         """Writes file `name` to `target`, which must exist with `num_bytes`, and waits until it is on the disk.
 
         Raises ChangedFileError when the file has other bytes than those of the manifest.
         """
-        digest = hashlib.sha256()
+        digest = FileHash(hash_name_of(file_hash))
         with target.open("r+b") as file:
             for start in range(0, num_bytes, _CHUNK_BYTES):
                 data = self.read(name, start, min(start + _CHUNK_BYTES, num_bytes))
@@ -73,8 +73,8 @@ class RemoteFolder:
                 file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        if digest.hexdigest() != sha256:
-            raise ChangedFileError(f"{self.url}/{name}: has changed: sha256 is not that of the manifest")
+        if str(digest) != file_hash:
+            raise ChangedFileError(f"{self.url}/{name}: has changed: its hash is not that of the manifest")
 
 
 class _ShortReadError(OSError):

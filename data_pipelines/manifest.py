@@ -4,7 +4,8 @@
 
 `sha256` is the hash of the manifest's own bytes with its 64 digits replaced by zeros, so that one flipped bit anywhere
 is seen. `fingerprint` identifies the content: it changes when any byte of a shard or any class name changes, and not
-when files are renamed or moved. docs/shards.md describes every field.
+when files are renamed or moved. docs/shards.md describes every field. Version 1 knew only SHA-256 as the hash of a tar;
+it is read, not written.
 """
 
 import hashlib
@@ -15,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 FORMAT = "sret_scale shards"
-VERSION = 1
+VERSION = 2
+_READABLE = (1, 2)
 MANIFEST_NAME = "manifest.json"
 INDEX_NAME = "index.npz"
 _NO_HASH = "0" * 64
@@ -23,11 +25,14 @@ _NO_HASH = "0" * 64
 
 @dataclass(frozen=True, kw_only=True)
 class ShardEntry:
-    """One tar of the set. `end` is where its last sample ends; what follows is the end-of-archive marker."""
+    """One tar of the set. `end` is where its last sample ends; what follows is the end-of-archive marker.
+
+    `hash` is that of the whole file, as `data_pipelines.hashes` writes it.
+    """
 
     file: str
     bytes: int
-    sha256: str
+    hash: str
     end: int
     num_samples: int
     class_counts: list[int]
@@ -50,11 +55,12 @@ class Manifest:
         return sum(shard.num_samples for shard in self.shards)
 
 
-def content_fingerprint(shards: Sequence[ShardEntry], class_names: Sequence[str]) -> str:
+def content_fingerprint(shards: Sequence[ShardEntry], class_names: Sequence[str], version: int = VERSION) -> str:
     """SHA-256 (hex) of the shards' hashes in order and of the class names."""
-    digest = hashlib.sha256(f"{FORMAT} {VERSION}\n".encode())
+    digest = hashlib.sha256(f"{FORMAT} {version}\n".encode())
     for shard in shards:
-        digest.update(f"{shard.sha256} {shard.bytes} {shard.num_samples}\n".encode())
+        tar_hash = shard.hash.removeprefix("sha256:") if version == 1 else shard.hash
+        digest.update(f"{tar_hash} {shard.bytes} {shard.num_samples}\n".encode())
     digest.update(json.dumps(list(class_names)).encode())
     return digest.hexdigest()
 
@@ -89,11 +95,14 @@ def read_manifest(folder: Path) -> Manifest:
     data = path.read_bytes()
     try:
         fields = json.loads(data)
-        version = (fields["format"], fields["version"])
+        form, version = fields["format"], fields["version"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not a shard manifest or a damaged one ({error}); write the shards again") from error
-    if version != (FORMAT, VERSION):
-        raise ValueError(f"{path}: expected format {(FORMAT, VERSION)}, got {version}; use the version that wrote it")
+    if form != FORMAT or version not in _READABLE:
+        raise ValueError(
+            f"{path}: expected format {FORMAT!r} of version {' or '.join(map(str, _READABLE))}, got {form!r} of version"
+            f" {version}; use the version of sret-scale that wrote it"
+        )
     body = data[: -len(_seal(_NO_HASH))]
     digest = hashlib.sha256(body + _seal(_NO_HASH)).hexdigest()
     if data != body + _seal(digest):
@@ -103,10 +112,18 @@ def read_manifest(folder: Path) -> Manifest:
         fingerprint=fields["fingerprint"],
         index_bytes=fields["index_bytes"],
         index_sha256=fields["index_sha256"],
-        shards=[ShardEntry(**shard) for shard in fields["shards"]],
+        shards=[_shard_entry(shard, version) for shard in fields["shards"]],
         num_rejected=fields["num_rejected"],
         writer=fields["writer"],
     )
-    if content_fingerprint(manifest.shards, manifest.class_names) != manifest.fingerprint:
+    if content_fingerprint(manifest.shards, manifest.class_names, version) != manifest.fingerprint:
         raise ValueError(f"{path}: the fingerprint does not belong to the shards listed in it; write it again")
     return manifest
+
+
+def _shard_entry(fields: dict[str, Any], version: int) -> ShardEntry:
+    if version == 1:
+        fields = {name: value for name, value in fields.items() if name != "sha256"} | {
+            "hash": f"sha256:{fields['sha256']}"
+        }
+    return ShardEntry(**fields)

@@ -1,12 +1,11 @@
 """Reads a whole shard set and reports everything that is wrong with it, by shard, key, offset and reason.
 
-    per shard, in parallel: size -> SHA-256 -> checksums of each sample -> tar structure -> labels -> decode each image
+    per shard, in parallel: size -> hash -> checksums of each sample -> tar structure -> labels -> decode each image
 
 The index has a checksum of each image and one of what frames it (headers, label, padding), so that one flipped bit is
 found and named wherever it is.
 """
 
-import hashlib
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_pipelines.hashes import hash_bytes, hash_name_of
 from data_pipelines.index import ShardSet, open_shards
 from data_pipelines.processes import Progress, run_jobs
 from data_pipelines.tar.records import frame_crc
@@ -114,7 +114,7 @@ class _Checker:
         if size != self._entry.bytes:
             self._report_size(size)
         self._check_records()
-        same = hashlib.sha256(self._data).hexdigest() == self._entry.sha256
+        same = hash_bytes(self._data, hash_name_of(self._entry.hash)) == self._entry.hash
         if not same and not self.findings:
             self._report(None, self._entry.end, "the end of the shard has changed")
         self._check_structure()

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data_pipelines.hashes import DEFAULT_HASH, HASH_NAMES, hash_name_of
 from data_pipelines.index import WORK_FOLDER
 from data_pipelines.manifest import MANIFEST_NAME, Manifest, read_manifest
 from data_pipelines.processes import Progress
@@ -32,7 +33,10 @@ _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @dataclass(frozen=True, kw_only=True)
 class WriteConfig:
-    """What shards are made of and how. `seed` None keeps the source's order; `shard_samples` beats `shard_bytes`."""
+    """What shards are made of and how. `seed` None keeps the source's order; `shard_samples` beats `shard_bytes`.
+
+    `hash_name` is how the manifest knows the tars again (`data_pipelines.hashes`).
+    """
 
     kind: str
     source: Path
@@ -41,15 +45,22 @@ class WriteConfig:
     shard_bytes: int = DEFAULT_SHARD_BYTES
     shard_samples: int | None = None
     options: ImageOptions = field(default_factory=ImageOptions)
+    hash_name: str = DEFAULT_HASH
 
     def __post_init__(self) -> None:
         source_kind(self.kind)
         if self.shard_bytes < 1 or (self.shard_samples is not None and self.shard_samples < 1):
             raise ValueError("shard_bytes and shard_samples: expected 1 or more")
+        if self.hash_name not in HASH_NAMES:
+            raise ValueError(f"hash {self.hash_name!r}: expected one of {', '.join(HASH_NAMES)}")
 
     def record(self) -> dict[str, Any]:
-        """The arguments as the manifest keeps them: no paths of this machine, so that equal sets are equal bytes."""
+        """The arguments as the manifest keeps them: no paths of this machine, so that equal sets are equal bytes.
+
+        The hash is not among them, as it changes no image and stands beside each tar.
+        """
         fields = asdict(self)
+        del fields["hash_name"]
         return {**fields, "source": self.source.resolve().name}
 
 
@@ -92,9 +103,19 @@ def _write(
     on_progress: Callable[[Progress], None],
 ) -> None:
     work = target / WORK_FOLDER
+    # Nothing is made before the source was listed: a wrong argument must not leave an empty target behind. Nodes that
+    # begin together list together, and the first one's plan holds.
+    plan = None if (work / PLAN_NAME).exists() else _new_plan(config, target, list_samples)
     work.mkdir(parents=True, exist_ok=True)
     with claim(work / "plan.lock", wait=True):
-        plan = _planned(config, target, list_samples)
+        if (target / MANIFEST_NAME).exists():
+            # Another node has finished the set while this one listed the source.
+            return
+        if (work / PLAN_NAME).exists():
+            plan = _plan_there(config, target)
+        else:
+            plan = plan or _new_plan(config, target, list_samples)
+            save_plan(plan, work)
     write_missing(
         plan,
         target,
@@ -120,31 +141,41 @@ def _load_complete(target: Path, index: int) -> DoneShard:
     return shard
 
 
-def _planned(config: WriteConfig, target: Path, list_samples: Callable[[], Listing] | None) -> Plan:
-    """The plan that is in the target already, or a new one."""
+def _plan_there(config: WriteConfig, target: Path) -> Plan:
+    """The plan that is in the target already. Raises ValueError when it was made with other arguments."""
     work = target / WORK_FOLDER
-    arguments = {**config.record(), "source": str(config.source.resolve())}
-    if (work / PLAN_NAME).exists():
-        plan = load_plan(work)
-        if plan.arguments != arguments:
-            changed = sorted(name for name in arguments if plan.arguments.get(name) != arguments[name])
-            raise ValueError(
-                f"{target}: holds a half-finished shard set made with another {', '.join(changed)}; repeat those,"
-                f" choose another target, or delete {work}"
-            )
-        return plan
+    plan, arguments = load_plan(work), _plan_arguments(config)
+    if plan.arguments != arguments:
+        changed = sorted(name for name in arguments if plan.arguments.get(name) != arguments[name])
+        raise ValueError(
+            f"{target}: holds a half-finished shard set made with another {', '.join(changed)}; repeat those,"
+            f" choose another target, or delete {work}"
+        )
+    return plan
+
+
+def _plan_arguments(config: WriteConfig) -> dict[str, Any]:
+    return {**config.record(), "source": str(config.source.resolve()), "hash_name": config.hash_name}
+
+
+def _new_plan(config: WriteConfig, target: Path, list_samples: Callable[[], Listing] | None) -> Plan:
+    """The plan of the source. Raises ValueError when the target holds tars that belong to no plan."""
     strangers = sorted(path.name for path in target.glob("*.tar"))
-    if strangers:
+    # Looked for after the tars, so that those of another node that has just planned are not taken for strangers.
+    has_owner = (target / WORK_FOLDER / PLAN_NAME).exists() or (target / MANIFEST_NAME).exists()
+    if strangers and not has_owner:
         raise ValueError(f"{target}: already holds {strangers[0]} of something else; choose an empty target")
     if list_samples is not None:
         listing = list_samples()
     else:
         listing = source_kind(config.kind).list_samples(config.source, config.split)
-    plan = make_plan(
-        listing, arguments, seed=config.seed, shard_bytes=config.shard_bytes, shard_samples=config.shard_samples
+    return make_plan(
+        listing,
+        _plan_arguments(config),
+        seed=config.seed,
+        shard_bytes=config.shard_bytes,
+        shard_samples=config.shard_samples,
     )
-    save_plan(plan, work)
-    return plan
 
 
 def _already_complete(config: WriteConfig, target: Path) -> Manifest:
@@ -156,6 +187,9 @@ def _already_complete(config: WriteConfig, target: Path) -> Manifest:
         raise ValueError(
             f"{target}: holds a complete shard set made with another {', '.join(changed)}; choose another target"
         )
+    weak = config.hash_name == "sha256" and any(hash_name_of(shard.hash) != "sha256" for shard in manifest.shards)
+    if weak:
+        raise ValueError(f"{target}: holds a complete shard set made with another hash; choose another target")
     _remove_work(target)
     return manifest
 

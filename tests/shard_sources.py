@@ -95,3 +95,16 @@ def make_parquet(folder: Path, num_images: int = 7) -> Path:
         table = pa.table({"image": rows, "label": pa.array(labels, pa.int64())}).replace_schema_metadata(metadata)
         parquet.write_table(table, folder / f"train-{number:05d}-of-00002.parquet", row_group_size=3)
     return folder
+
+
+def members_of(folder: Path, ending: str) -> dict[str, bytes]:
+    """The members with this ending by key, as Python's tarfile reads them."""
+    found = {}
+    for path in sorted(folder.glob("*.tar")):
+        with tarfile.open(path) as tar:
+            for info in tar:
+                if info.name.endswith(f".{ending}"):
+                    file = tar.extractfile(info)
+                    assert file is not None
+                    found[info.name.removesuffix(f".{ending}")] = file.read()
+    return found

@@ -1,15 +1,21 @@
 """Opening shard sets: what is missing, cut off, changed or of another set is refused with what to do."""
 
+import hashlib
+import json
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import xxhash
 
 from data_pipelines.index import COLUMNS, open_shards, render_index
 from data_pipelines.manifest import Manifest, ShardEntry, content_fingerprint, read_manifest, render_manifest
+from data_pipelines.verify import verify_shards
 from data_pipelines.write import WriteConfig, write_shards
+from sret_scale.cli import main
 
 SAMPLE = Path(__file__).parent.parent / "data_pipelines" / "sample" / "fashion_mnist"
 
@@ -111,7 +117,7 @@ def test_a_million_samples_open_in_under_a_second(tmp_path: Path) -> None:
         entry = ShardEntry(
             file=name,
             bytes=per_shard * 1024 + 1024,
-            sha256="0" * 64,
+            hash="xxh3_128:" + "0" * 32,
             end=per_shard * 1024,
             num_samples=per_shard,
             class_counts=counts,
@@ -139,12 +145,54 @@ def test_a_million_samples_open_in_under_a_second(tmp_path: Path) -> None:
     assert min(times_s) < 1.0
 
 
+def test_sets_of_version_1_are_read(folder: Path) -> None:
+    manifest = read_manifest(folder)
+    hashes = [hashlib.sha256((folder / shard.file).read_bytes()).hexdigest() for shard in manifest.shards]
+    lines = [f"{tar} {shard.bytes} {shard.num_samples}\n" for tar, shard in zip(hashes, manifest.shards, strict=True)]
+    content = "sret_scale shards 1\n" + "".join(lines) + json.dumps(manifest.class_names)
+    text = render_manifest(replace(manifest, fingerprint=hashlib.sha256(content.encode()).hexdigest())).decode()
+    text = text.replace('"version": 2', '"version": 1')
+    for shard, tar in zip(manifest.shards, hashes, strict=True):
+        text = text.replace(f'"hash": "{shard.hash}"', f'"sha256": "{tar}"')
+    body = text[: text.rindex('"sha256"')]
+    zeros = f'"sha256": "{"0" * 64}"\n}}\n'
+    seal = hashlib.sha256((body + zeros).encode()).hexdigest()
+    (folder / "manifest.json").write_text(body + zeros.replace("0" * 64, seal))
+    shards = open_shards(folder)
+    assert shards.manifest.shards[0].hash == f"sha256:{hashes[0]}" and shards.fingerprint != manifest.fingerprint
+    assert verify_shards(folder, decode=False) == []
+    # The set is complete, whatever its hashes, and is left as it is.
+    write_shards(WriteConfig(kind="idx", source=SAMPLE, split="test", shard_samples=700), folder)
+    assert read_manifest(folder).fingerprint == shards.fingerprint
+
+
+def test_another_version_is_refused(folder: Path) -> None:
+    path = folder / "manifest.json"
+    path.write_bytes(path.read_bytes().replace(b'"version": 2', b'"version": 3'))
+    with pytest.raises(ValueError, match=r"expected format 'sret_scale shards' of version 1 or 2, got .* of version 3"):
+        open_shards(folder)
+
+
+def test_the_hash_of_the_tars_can_be_chosen(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["shards", "write", "idx", str(SAMPLE), str(tmp_path / "strong"), "--split", "test"]
+    assert main([*command, "--shard-samples", "700", "--workers", "1", "--hash", "sha256"]) == 0
+    tar = (tmp_path / "strong" / "shard-000000.tar").read_bytes()
+    assert tar == (folder / "shard-000000.tar").read_bytes()
+    strong, fast = read_manifest(tmp_path / "strong"), read_manifest(folder)
+    assert strong.shards[0].hash == f"sha256:{hashlib.sha256(tar).hexdigest()}"
+    assert fast.shards[0].hash == f"xxh3_128:{xxhash.xxh3_128(tar).hexdigest()}"
+    assert verify_shards(tmp_path / "strong", decode=False) == []
+    with pytest.raises(ValueError, match="made with another hash; choose another target"):
+        write_shards(
+            WriteConfig(kind="idx", source=SAMPLE, split="test", shard_samples=700, hash_name="sha256"), folder
+        )
+    with pytest.raises(ValueError, match="hash 'md5': expected one of xxh3_128, sha256"):
+        WriteConfig(kind="idx", source=SAMPLE, hash_name="md5")
+
+
 def _write_set(folder: Path, manifest: Manifest, index: bytes) -> None:
     """Index and manifest that belong together, whatever the index says."""
-    import dataclasses
-    import hashlib
-
     (folder / "index.npz").write_bytes(index)
     digest = hashlib.sha256(index).hexdigest()
-    changed = dataclasses.replace(manifest, index_bytes=len(index), index_sha256=digest)
+    changed = replace(manifest, index_bytes=len(index), index_sha256=digest)
     (folder / "manifest.json").write_bytes(render_manifest(changed))

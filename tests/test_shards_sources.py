@@ -1,10 +1,14 @@
 """Every kind of source gives the same images and labels that went into it."""
 
+import json
 import os
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +19,17 @@ from data_pipelines.sources.kinds import KINDS
 from data_pipelines.verify import verify_shards
 from data_pipelines.write import WriteConfig, write_shards
 from sret_scale.commands.shards import write as write_command
-from tests.shard_sources import IMAGENET_LIKE, encoded, jpeg, make_ilsvrc, make_parquet, make_tar, make_tree, pixels
+from tests.shard_sources import (
+    IMAGENET_LIKE,
+    encoded,
+    jpeg,
+    make_ilsvrc,
+    make_parquet,
+    make_tar,
+    make_tree,
+    members_of,
+    pixels,
+)
 
 
 def written(tmp_path: Path, kind: str, source: Path, split: str | None = None, **options: int | None) -> ShardSet:
@@ -77,9 +91,34 @@ def test_parquet(tmp_path: Path) -> None:
         assert image(shards, index) == jpeg(10 * number + row) and shards.label[index] == row % 3
 
 
+def test_a_shuffled_write_reads_each_row_group_once_and_once_more_a_shard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pyarrow.parquet as parquet
+
+    num_reads = Counter[str]()
+    whole = parquet.ParquetFile.read_row_group
+
+    def counted(file: Any, group: int, columns: list[str]) -> Any:
+        num_reads["groups"] += 1
+        return whole(file, group, columns=columns)
+
+    monkeypatch.setattr(parquet.ParquetFile, "read_row_group", counted)
+    source = make_parquet(tmp_path / "source", 60)
+    shards = written(tmp_path, "parquet", source, shard_samples=25)
+    num_groups = 2 * 20
+    assert num_groups <= num_reads["groups"] <= num_groups + shards.num_shards - 1
+    # Each shard mixes row groups that lie far apart, and their images.
+    rows = [(int(key[6:11]), int(key[-6:])) for key in list(shards.keys)[:25]]
+    assert len({(file, row // 3) for file, row in rows}) >= 8 and rows != sorted(rows)
+    assert sum(abs(b[1] - a[1]) == 1 for a, b in pairwise(rows)) < 8
+    assert {file for file, _ in rows} == {0, 1}
+
+
 def test_shards_written_again_keep_images_labels_and_keys(tmp_path: Path) -> None:
     first = written(tmp_path, "folder", make_tree(tmp_path / "tree"), shard_samples=5)
     second = written(tmp_path, "tars", first.folder, seed=7, shard_samples=9)
+    assert members_of(second.folder, "json") == members_of(first.folder, "json")
     order = {key: index for index, key in enumerate(first.keys)}
     assert second.class_names == first.class_names and sorted(second.keys) == sorted(first.keys)
     assert list(second.keys) != list(first.keys)
@@ -97,10 +136,15 @@ def test_tars_of_others(tmp_path: Path) -> None:
         "x/y.PNG": encoded(pixels(2), "PNG"),
         "x/y.cls": b"0",
         "x/y.txt": b"",
+        "x/y.json": b'{"licence": "CC BY",  "tags": [1, 2]}',
     }
     make_tar(source / "some-0.tar", files)
     (source / "classes.txt").write_text("cat\ndog\nfish\n")
     shards = written(tmp_path, "tars", source, seed=None)
+    # Metadata of others stays as it is; where there is none, ours says class and origin.
+    metadata = members_of(shards.folder, "json")
+    assert metadata["x/y"] == files["x/y.json"]
+    assert json.loads(metadata["a%20b"]) == {"class": "dog", "source": "some-0.tar/a b.jpg"}
     assert list(shards.keys) == ["a%20b", "x/y"]
     assert shards.label.tolist() == [1, 0] and shards.class_names == ["cat", "dog", "fish"]
 
@@ -158,6 +202,7 @@ def test_sources_that_are_not_there(tmp_path: Path, kind: str, split: str | None
     source.mkdir()
     with pytest.raises((ValueError, OSError), match=message):
         write_shards(WriteConfig(kind=kind, source=source, split=split), tmp_path / "target")
+    assert not (tmp_path / "target").exists()
 
 
 def idx_file(values: np.ndarray) -> bytes:
@@ -235,6 +280,7 @@ def test_trees_that_are_not_sound(tmp_path: Path, damage: Callable[[Path], None]
     damage(tree)
     with pytest.raises((ValueError, OSError), match=message):
         write_shards(WriteConfig(kind="folder", source=tree), tmp_path / "target")
+    assert not (tmp_path / "target").exists()
 
 
 def test_links_to_images_are_followed(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from data_pipelines.upkeep.sidecars import write_sidecars
 from data_pipelines.verify import verify_shards
 from data_pipelines.write import WriteConfig, write_shards
 from sret_scale.cli import main
-from tests.shard_sources import encoded, jpeg, make_tar, make_tree, pixels
+from tests.shard_sources import encoded, jpeg, make_tar, make_tree, members_of, pixels
 from tests.test_shards_write import UNCLOSED
 
 
@@ -116,6 +116,10 @@ def test_repair_leaves_out_what_is_bad(folder: Path, tmp_path: Path) -> None:
     before = open_shards(folder)
     kept = [key for row, key in enumerate(before.keys) if row not in (2, 11)]
     assert list(open_shards(tmp_path / "good").keys) == kept
+    # The metadata still says where each image once came from.
+    metadata = members_of(tmp_path / "good", "json")
+    assert metadata == {key: text for key, text in members_of(folder, "json").items() if key in kept}
+    assert json.loads(metadata[kept[0]])["source"] == f"{kept[0]}.JPEG"
 
 
 def test_repair_takes_good_copies(folder: Path, original: Path, tmp_path: Path) -> None:

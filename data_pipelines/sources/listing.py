@@ -4,10 +4,10 @@ A listing is what a plan is made of. It names files and offsets only, so that wo
 the same bytes from it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,11 +15,26 @@ from numpy.typing import NDArray
 from data_pipelines.strings import PackedStrings
 
 
+class ListedImage(NamedTuple):
+    """One row of a listing, in plain values."""
+
+    path: str
+    offset: int
+    length: int
+    label: int
+    key: str
+    name: str
+    metadata_offset: int
+    metadata_length: int
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Listing:
     """N images. Image i is `length[i]` bytes at `offset[i]` of the file `paths[path_of[i]]` (for the kind's reader).
 
-    `keys` are unique and fit for a tar; `names` say where an image comes from, for people.
+    `keys` are unique and fit for a tar; `names` say where an image comes from, for people. A source that has metadata
+    of its own says where in the same file it lies; length 0 is none. `unit_of`, where there is one, numbers what can
+    only be read as a whole: a row group of a Parquet file.
     """
 
     class_names: list[str]
@@ -30,9 +45,25 @@ class Listing:
     label: NDArray[np.int32]
     keys: PackedStrings
     names: PackedStrings
+    metadata_offset: NDArray[np.int64] | None = None
+    metadata_length: NDArray[np.int64] | None = None
+    unit_of: NDArray[np.int32] | None = None
 
     def __len__(self) -> int:
         return len(self.offset)
+
+    def images(self, start: int, stop: int) -> Iterator[ListedImage]:
+        """Images `start` to before `stop`."""
+        none = [0] * (stop - start)
+        places = (None if part is None else part[start:stop] for part in (self.metadata_offset, self.metadata_length))
+        columns = (
+            (self.paths[number] for number in self.path_of[start:stop].tolist()),
+            *(part[start:stop].tolist() for part in (self.offset, self.length, self.label)),
+            self.keys.part(start, stop),
+            self.names.part(start, stop),
+            *(none if place is None else place.tolist() for place in places),
+        )
+        return map(ListedImage, *columns)
 
 
 class Reader(Protocol):

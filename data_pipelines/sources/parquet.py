@@ -3,8 +3,8 @@
     image: struct<bytes: binary, path: string>  or  binary        label: int64
 
 The names of the files say the split (train-00000-of-00294.parquet); class names come from the metadata that the
-`datasets` library writes. Only pyarrow can find an image inside its row group, so a shuffled write of a large set reads
-each row group many times: write with the order kept, then shuffle by writing the tars again (docs/shards.md).
+`datasets` library writes. Only pyarrow can find an image inside its row group, so row groups are the units by which a
+plan shuffles, and a reader keeps those of the shard that it is at.
 """
 
 import json
@@ -17,8 +17,8 @@ import numpy as np
 from data_pipelines.sources.listing import Listing, check_labels
 from data_pipelines.strings import pack_strings
 
-# Row groups kept by a reader: one for each place where an ordered reader can be, and a few more for small sets.
-_KEPT_GROUPS = 4
+# Row groups kept by a reader, in bytes: more than a shard holds.
+_KEPT_BYTES = 512 * 2**20
 
 
 def _pyarrow() -> Any:
@@ -48,6 +48,8 @@ def list_samples(folder: Path, split: str | None) -> Listing:
         sum(file.metadata.row_group(group).total_byte_size for group in range(file.num_row_groups)) // max(count, 1)
         for file, count in zip(files, counts, strict=True)
     ]
+    # Row groups are numbered through all files.
+    group_sizes = [size for file in files for size in _group_sizes(file)]
     rows = np.concatenate([np.arange(count, dtype=np.int64) for count in counts])
     path_of = np.repeat(np.arange(len(paths), dtype=np.int32), counts)
     stems = [path.stem.replace(".", "_") for path in paths]
@@ -61,6 +63,7 @@ def list_samples(folder: Path, split: str | None) -> Listing:
         label=label,
         keys=pack_strings(f"{stems[number]}-{row:06d}" for number, row in pairs),
         names=pack_strings(f"{paths[number].name}[{row}]" for number, row in pairs),
+        unit_of=np.repeat(np.arange(len(group_sizes), dtype=np.int32), group_sizes),
     )
 
 
@@ -71,12 +74,12 @@ class ParquetReader:
         self._files: dict[str, Any] = {}
         self._starts: dict[str, Any] = {}
         self._groups: OrderedDict[tuple[str, int], Any] = OrderedDict()
+        self._kept_bytes = 0
 
     def read(self, path: str, offset: int, length: int) -> bytes:
         if path not in self._files:
             file = self._files[path] = _open(Path(path))
-            sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-            self._starts[path] = np.cumsum([0, *sizes])
+            self._starts[path] = np.cumsum([0, *_group_sizes(file)])
         starts = self._starts[path]
         group = int(np.searchsorted(starts, offset, side="right")) - 1
         value = self._images(path, group)[offset - int(starts[group])].as_py()
@@ -88,14 +91,17 @@ class ParquetReader:
     def _images(self, path: str, group: int) -> Any:
         place = (path, group)
         if place not in self._groups:
-            if len(self._groups) == _KEPT_GROUPS:
-                self._groups.popitem(last=False)
-            self._groups[place] = self._files[path].read_row_group(group, columns=["image"]).column("image")
+            images = self._files[path].read_row_group(group, columns=["image"]).column("image")
+            self._kept_bytes += images.nbytes
+            while self._groups and self._kept_bytes > _KEPT_BYTES:
+                self._kept_bytes -= self._groups.popitem(last=False)[1].nbytes
+            self._groups[place] = images
         self._groups.move_to_end(place)
         return self._groups[place]
 
     def close(self) -> None:
         self._groups.clear()
+        self._kept_bytes = 0
         for file in self._files.values():
             file.close()
         self._files.clear()
@@ -111,6 +117,11 @@ def _open(path: Path) -> Any:
     if "image" not in names or "label" not in names:
         raise ValueError(f"{path}: expected the columns image and label, got {', '.join(names)}")
     return file
+
+
+def _group_sizes(file: Any) -> list[int]:
+    """Images in each row group."""
+    return [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
 
 
 def _labels(path: Path, file: Any) -> Any:

@@ -1,7 +1,7 @@
 """Existing webdataset shards, ours or others': a folder of tars, each sample an image member and a `.cls` label.
 
 Images are read where they lie in the tars. Of shards with a manifest the class names are kept; otherwise `classes.txt`
-in the folder, one name a line, gives them, or else the labels are their own names.
+in the folder, one name a line, gives them, or else the labels are their own names. A `.json` member is kept as it is.
 """
 
 from collections.abc import Sequence
@@ -27,6 +27,7 @@ def list_samples(folder: Path, split: str | None) -> Listing:
     path_of: list[int] = []
     keys: list[str] = []
     images: list[Member] = []
+    metadata: list[Member | None] = []
     labels: list[int] = []
     for number, path in enumerate(paths):
         with mapped(path) as data:
@@ -35,6 +36,7 @@ def list_samples(folder: Path, split: str | None) -> Listing:
                     path_of.append(number)
                     keys.append(sample.key)
                     images.append(image_member(sample))
+                    metadata.append(sample.members.get("json"))
                     labels.append(label_of(sample, data))
             except TarError as error:
                 raise ValueError(f"{path}: at offset {error.offset}: {error.reason}") from error
@@ -50,6 +52,8 @@ def list_samples(folder: Path, split: str | None) -> Listing:
         label=label,
         keys=pack_strings(key if is_safe_key(key) else safe_key(key) for key in keys),
         names=pack_strings(f"{paths[number].name}/{image.name}" for number, image in zip(path_of, images, strict=True)),
+        metadata_offset=np.array([part.offset if part else 0 for part in metadata], np.int64),
+        metadata_length=np.array([part.size if part else 0 for part in metadata], np.int64),
     )
 
 

@@ -6,13 +6,10 @@
 Ordinary POSIX tar with fixed time, owner and mode, as webdataset reads it.
 """
 
-import json
 import re
 import tarfile
 import zlib
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 from urllib.parse import quote
 
 BLOCK = tarfile.BLOCKSIZE
@@ -69,12 +66,12 @@ def member(name: str, data: bytes) -> bytes:
     return _header(name, len(data)) + data + _padding(len(data))
 
 
-def make_record(key: str, extension: str, image: bytes, label: int, metadata: Mapping[str, Any] | None) -> Record:
-    """The record of one sample. `metadata` None leaves the .json member out."""
+def make_record(key: str, extension: str, image: bytes, label: int, metadata: bytes | None) -> Record:
+    """The record of one sample. `metadata` is the text of the .json member; None leaves it out."""
     before = _header(f"{key}.{extension}", len(image))
     after = _padding(len(image)) + member(f"{key}.cls", str(label).encode())
     if metadata is not None:
-        after += member(f"{key}.json", json.dumps(metadata, sort_keys=True).encode())
+        after += member(f"{key}.json", metadata)
     return Record(
         before=before, image=image, after=after, image_crc=zlib.crc32(image), frame_crc=frame_crc(before, after)
     )

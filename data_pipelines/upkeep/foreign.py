@@ -3,13 +3,13 @@
 *.tar, in parallel -> strict scan, checksums, image headers -> index.npz, manifest.json
 """
 
-import hashlib
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from data_pipelines.hashes import DEFAULT_HASH, hash_bytes
 from data_pipelines.index import WORK_FOLDER
 from data_pipelines.manifest import MANIFEST_NAME, Manifest
 from data_pipelines.processes import Progress, run_jobs
@@ -95,8 +95,14 @@ def _read_shard(name: str, data: memoryview) -> DoneShard:
             record_offset=sample.start,
             frame_crc=frame_crc(data[sample.start : member.offset], data[member.offset + member.size : end]),
         )
-    digest = hashlib.sha256(data).hexdigest()
-    return DoneShard(file=name, bytes=len(data), sha256=digest, end=_end(samples), columns=rows.columns(), rejected=[])
+    return DoneShard(
+        file=name,
+        bytes=len(data),
+        hash=hash_bytes(data, DEFAULT_HASH),
+        end=_end(samples),
+        columns=rows.columns(),
+        rejected=[],
+    )
 
 
 def _end(samples: Sequence[TarSample]) -> int:

@@ -3,6 +3,7 @@
 verify -> rows that are bad -> same key in the copy? take it, else leave it out -> write in the old order
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +11,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipelines.hashes import hash_name_of
 from data_pipelines.index import ShardSet, open_shards
 from data_pipelines.manifest import Manifest
 from data_pipelines.processes import Progress
 from data_pipelines.sources.listing import Listing
 from data_pipelines.strings import pack_strings
+from data_pipelines.tar.records import END_OF_ARCHIVE
+from data_pipelines.tar.scan import scan_samples
 from data_pipelines.verify import judge_shards
 from data_pipelines.write import WriteConfig, write_shards
 from data_pipelines.writing.prepare import ImageOptions
@@ -54,7 +58,12 @@ def repair_shards(
     if not len(rows):
         raise ValueError(f"{folder}: all samples are bad; write the shards again from their source")
     config = WriteConfig(
-        kind="tars", source=Path(folder), seed=None, shard_samples=shard_samples, options=ImageOptions()
+        kind="tars",
+        source=Path(folder),
+        seed=None,
+        shard_samples=shard_samples,
+        options=ImageOptions(),
+        hash_name=hash_name_of(shards.manifest.shards[0].hash),
     )
     manifest = write_shards(
         config,
@@ -104,6 +113,8 @@ def _listing(
             offset[place] = spare.offset[spare_row]
         paths += [str((spare.folder / name).resolve()) for name in spare.shard_names]
     keys = [shards.key(row) for row in rows.tolist()]
+    sets = [(shards, row) if row not in replacements else (spare, replacements[row]) for row in rows.tolist()]
+    places = np.array([_metadata_place(from_set, row) for from_set, row in sets if from_set is not None], np.int64)
     return Listing(
         class_names=shards.class_names,
         paths=pack_strings(paths),
@@ -113,4 +124,19 @@ def _listing(
         label=shards.label[rows],
         keys=pack_strings(keys),
         names=pack_strings(keys),
+        metadata_offset=places[:, 0],
+        metadata_length=places[:, 1],
     )
+
+
+def _metadata_place(shards: ShardSet, row: int) -> tuple[int, int]:
+    """Offset and length of the .json member of a good sample; (0, 0) without one."""
+    number = int(shards.shard_of[row])
+    entry = shards.manifest.shards[number]
+    is_last = row + 1 == shards.num_samples or int(shards.shard_of[row + 1]) != number
+    start, end = int(shards.record_offset[row]), entry.end if is_last else int(shards.record_offset[row + 1])
+    with (shards.folder / entry.file).open("rb") as file:
+        record = os.pread(file.fileno(), end - start, start)
+    [sample] = scan_samples(memoryview(record + END_OF_ARCHIVE))
+    member = sample.members.get("json")
+    return (start + member.offset, member.size) if member else (0, 0)

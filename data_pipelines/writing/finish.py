@@ -53,7 +53,7 @@ def _entry(shard: DoneShard, num_classes: int) -> ShardEntry:
     return ShardEntry(
         file=shard.file,
         bytes=shard.bytes,
-        sha256=shard.sha256,
+        hash=shard.hash,
         end=shard.end,
         num_samples=shard.num_samples,
         class_counts=counts.tolist(),

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from data_pipelines.columns import parse_columns, render_columns
 from data_pipelines.files import replacing
-from data_pipelines.keyed import keyed_permutation
+from data_pipelines.keyed import keyed_permutation, keyed_words
 from data_pipelines.sources.listing import Listing
 from data_pipelines.strings import PackedStrings, pack_strings
 from data_pipelines.tar.records import BLOCK
@@ -27,6 +27,9 @@ PLAN_NAME = "plan.npz"
 
 # Headers and small members of a sample beside its image: three headers, label, metadata.
 _RECORD_OVERHEAD_BYTES = 5 * BLOCK
+
+# The columns of a listing that are arrays of one value an image; the last ones not every source has.
+_ARRAYS = ("path_of", "offset", "length", "label", "metadata_offset", "metadata_length", "unit_of")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -51,18 +54,35 @@ def make_plan(
     """The plan of `listing`, shuffled by `seed` (None keeps the order of the source).
 
     Shards have equal counts of at most `shard_samples` images if that is given, else equal bytes of about
-    `shard_bytes` or less (by the sizes in the source).
+    `shard_bytes` or less (by the sizes in the source). A source that is read by units is shuffled by these, and then
+    inside each shard: so U units in S shards are read at most U + S times, not once for almost every image.
     """
     _check_keys(listing)
-    num_samples = len(listing)
-    if seed is not None:
-        # By the content of the listing, so that two splits of one length are not shuffled alike.
-        listing = _reordered(listing, keyed_permutation(num_samples, "write", seed, listing_digest(listing)))
+    if seed is None:
+        starts = _cut(listing.length, shard_bytes, shard_samples)
+        return Plan(listing=listing, starts=starts, arguments=dict(arguments))
+    # By the content of the listing, so that two splits of one length are not shuffled alike.
+    key = ("write", seed, listing_digest(listing))
+    if listing.unit_of is None:
+        order = keyed_permutation(len(listing), *key)
+        starts = _cut(listing.length[order], shard_bytes, shard_samples)
+    else:
+        rank = keyed_permutation(int(listing.unit_of.max()) + 1, *key, "units")
+        order = np.argsort(rank[listing.unit_of], kind="stable")
+        starts = _cut(listing.length[order], shard_bytes, shard_samples)
+        shard_of = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
+        order = order[np.lexsort((keyed_words(len(order), *key), shard_of))]
+    return Plan(listing=_reordered(listing, order), starts=starts, arguments=dict(arguments))
+
+
+def _cut(length: NDArray[np.int64], shard_bytes: int, shard_samples: int | None) -> NDArray[np.int64]:
+    """Where shards begin, and at last where the last one ends, for images of these bytes."""
+    num_samples = len(length)
     if shard_samples:
         weights = np.ones(num_samples, np.int64)
         num_shards = -(-num_samples // shard_samples)
     else:
-        weights = -(-listing.length // BLOCK) * BLOCK + _RECORD_OVERHEAD_BYTES
+        weights = -(-length // BLOCK) * BLOCK + _RECORD_OVERHEAD_BYTES
         num_shards = -(-int(weights.sum()) // shard_bytes)
     before = np.cumsum(weights) - weights
     if num_shards <= num_samples:
@@ -70,8 +90,7 @@ def make_plan(
     else:
         # Images are larger than shards should be; and the product above could overflow.
         shard_of = before // shard_bytes
-    starts = np.concatenate([[0], np.flatnonzero(np.diff(shard_of)) + 1, [num_samples]]).astype(np.int64)
-    return Plan(listing=listing, starts=starts, arguments=dict(arguments))
+    return np.concatenate([[0], np.flatnonzero(np.diff(shard_of)) + 1, [num_samples]]).astype(np.int64)
 
 
 def listing_digest(listing: Listing) -> str:
@@ -89,7 +108,7 @@ def save_plan(plan: Plan, work_folder: Path) -> None:
     columns: dict[str, NDArray[Any]] = {
         "head": np.frombuffer(json.dumps(head).encode(), np.uint8),
         "starts": plan.starts,
-        **{name: getattr(listing, name) for name in ("path_of", "offset", "length", "label")},
+        **{name: getattr(listing, name) for name in _ARRAYS if getattr(listing, name) is not None},
     }
     for name in ("paths", "keys", "names"):
         packed: PackedStrings = getattr(listing, name)
@@ -105,7 +124,7 @@ def load_plan(work_folder: Path) -> Plan:
     parts: dict[str, Any] = {
         name: PackedStrings(columns[f"{name}_ends"], columns[f"{name}_blob"]) for name in ("paths", "keys", "names")
     }
-    parts |= {name: columns[name] for name in ("path_of", "offset", "length", "label")}
+    parts |= {name: columns.get(name) for name in _ARRAYS}
     listing = Listing(class_names=head["class_names"], **parts)
     return Plan(listing=listing, starts=columns["starts"], arguments=head["arguments"])
 
@@ -125,7 +144,8 @@ def _check_keys(listing: Listing) -> None:
 
 
 def _reordered(listing: Listing, order: NDArray[np.int64]) -> Listing:
-    parts: dict[str, Any] = {name: getattr(listing, name)[order] for name in ("path_of", "offset", "length", "label")}
+    arrays = {name: getattr(listing, name) for name in _ARRAYS}
+    parts: dict[str, Any] = {name: array[order] for name, array in arrays.items() if array is not None}
     for name in ("keys", "names"):
         texts = list(getattr(listing, name))
         parts[name] = pack_strings(texts[index] for index in order.tolist())

@@ -25,11 +25,11 @@ class Rejected:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DoneShard:
-    """A complete shard: its file, where its last record ends (bytes), its rows of the index, what was left out."""
+    """A complete shard: file and hash, where its last record ends (bytes), its rows of the index, what was left out."""
 
     file: str
     bytes: int
-    sha256: str
+    hash: str
     end: int
     columns: dict[str, NDArray[Any]]
     rejected: list[Rejected]
@@ -68,7 +68,7 @@ def done_path(folder: Path, index: int) -> Path:
 
 def save_done(folder: Path, index: int, done: DoneShard) -> None:
     """Writes the done-marker of a shard."""
-    head = {"file": done.file, "bytes": done.bytes, "sha256": done.sha256, "end": done.end}
+    head = {"file": done.file, "bytes": done.bytes, "hash": done.hash, "end": done.end}
     text = json.dumps({**head, "rejected": [asdict(item) for item in done.rejected]})
     with replacing(done_path(folder, index)) as file:
         file.write(render_columns({"head": np.frombuffer(text.encode(), np.uint8), **done.columns}))

@@ -6,12 +6,15 @@ The same plan gives the same bytes, so that it does not matter who writes a shar
 """
 
 import hashlib
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from data_pipelines.files import replacing
+from data_pipelines.files import PartsWriter, replacing
+from data_pipelines.hashes import FileHash
 from data_pipelines.index import WORK_FOLDER
-from data_pipelines.sources.listing import Reader
+from data_pipelines.sources.listing import ListedImage, Reader
 from data_pipelines.tar.records import END_OF_ARCHIVE, make_record
 from data_pipelines.writing.image_header import BadImageError, ImageHeader
 from data_pipelines.writing.plan import Plan
@@ -37,25 +40,30 @@ def write_shard(plan: Plan, index: int, folder: Path, *, options: ImageOptions, 
 
     Raises ValueError for a bad image under the policy "fail", OSError when the disk is full or a source unreadable.
     """
-    listing = plan.listing
+    class_names = plan.listing.class_names
     rejected: list[Rejected] = []
     with replacing(folder / shard_file(index), folder / WORK_FOLDER) as file:
-        writer = _Writer(file)
-        for row in range(int(plan.starts[index]), int(plan.starts[index + 1])):
-            path = listing.paths[int(listing.path_of[row])]
-            image = reader.read(path, int(listing.offset[row]), int(listing.length[row]))
-            key, name, label = listing.keys[row], listing.names[row], int(listing.label[row])
+        writer = _Writer(file, FileHash(plan.arguments["hash_name"]))
+        for listed in plan.listing.images(int(plan.starts[index]), int(plan.starts[index + 1])):
+            image = reader.read(listed.path, listed.offset, listed.length)
             try:
                 stored, header = prepare_image(image, options)
             except BadImageError as error:
-                rejected.append(Rejected(key=key, name=name, reason=str(error)))
+                rejected.append(Rejected(key=listed.key, name=listed.name, reason=str(error)))
                 _apply_policy(rejected[-1], image, options, folder)
                 continue
-            metadata = {"class": listing.class_names[label], "source": name} if options.metadata else None
-            writer.add(key, stored, header, label, metadata)
+            metadata = _metadata(listed, class_names, reader) if options.metadata else None
+            writer.add(listed, stored, header, metadata)
         done = writer.finish(shard_file(index), rejected)
     save_done(folder, index, done)
     return done
+
+
+def _metadata(listed: ListedImage, class_names: Sequence[str], reader: Reader) -> bytes:
+    """The text of the .json member: that of the source as it is, or else class and origin."""
+    if listed.metadata_length:
+        return reader.read(listed.path, listed.metadata_offset, listed.metadata_length)
+    return json.dumps({"class": class_names[listed.label], "source": listed.name}).encode()
 
 
 def _apply_policy(bad: Rejected, image: bytes, options: ImageOptions, folder: Path) -> None:
@@ -78,41 +86,40 @@ def _apply_policy(bad: Rejected, image: bytes, options: ImageOptions, folder: Pa
 class _Writer:
     """Writes records to a file, and keeps their rows and the hash of the whole."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
+    def __init__(self, file: BinaryIO, file_hash: FileHash) -> None:
+        self._file = PartsWriter(file)
         self._rows = RowTable()
-        self._digest = hashlib.sha256()
-        self._position = 0
+        self._hash = file_hash
 
-    def add(self, key: str, image: bytes, header: ImageHeader, label: int, metadata: dict[str, str] | None) -> None:
-        record = make_record(key, header.extension, image, label, metadata)
+    def add(self, listed: ListedImage, image: bytes, header: ImageHeader, metadata: bytes | None) -> None:
+        record = make_record(listed.key, header.extension, image, listed.label, metadata)
+        position = self._file.position
         self._rows.add(
-            key,
-            offset=self._position + len(record.before),
+            listed.key,
+            offset=position + len(record.before),
             length=len(image),
-            label=label,
+            label=listed.label,
             crc=record.image_crc,
             width=header.width,
             height=header.height,
-            record_offset=self._position,
+            record_offset=position,
             frame_crc=record.frame_crc,
         )
-        for part in (record.before, record.image, record.after):
-            self._put(part)
+        self._put(record.before, record.image, record.after)
 
     def finish(self, name: str, rejected: list[Rejected]) -> DoneShard:
-        end = self._position
+        end = self._file.position
         self._put(END_OF_ARCHIVE)
         return DoneShard(
             file=name,
-            bytes=self._position,
-            sha256=self._digest.hexdigest(),
+            bytes=self._file.position,
+            hash=str(self._hash),
             end=end,
             columns=self._rows.columns(),
             rejected=rejected,
         )
 
-    def _put(self, data: bytes) -> None:
-        self._file.write(data)
-        self._digest.update(data)
-        self._position += len(data)
+    def _put(self, *parts: bytes) -> None:
+        self._file.write(*parts)
+        for part in parts:
+            self._hash.update(part)

@@ -7,6 +7,9 @@ from pathlib import Path
 # As in `data_pipelines.sources.kinds`, which imports too much for --help.
 KINDS = ("folder", "idx", "ilsvrc", "parquet", "tars")
 
+# As in `data_pipelines.hashes`, which imports xxhash.
+HASH_NAMES = ("xxh3_128", "sha256")
+
 EXAMPLE = """example:
   sret-scale shards write idx data_pipelines/sample/fashion_mnist shards/fashion/train --split train
 The same command continues a run that was interrupted. Several nodes with a common TARGET share the work."""
@@ -32,6 +35,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-bad-rate", type=float, default=0.01, help="stop when more than this share is bad (default: 0.01)"
     )
     parser.add_argument("--check", default="header", help="check of an image: header or decode (default: header)")
+    parser.add_argument(
+        "--hash",
+        choices=HASH_NAMES,
+        default="xxh3_128",
+        help="how the manifest knows the tars again: xxh3_128, which finds accidents (default), or sha256, which is"
+        " slower and withstands forgers",
+    )
     parser.add_argument("--resize", type=int, help="reduce images with a longer short side to it, in pixels")
     parser.add_argument("--quality", type=int, default=95, help="JPEG quality of reduced images (default: 95)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
@@ -65,6 +75,7 @@ def run(args: argparse.Namespace) -> None:
             quality=args.quality,
             metadata=not args.no_metadata,
         ),
+        hash_name=args.hash,
     )
     with progress_bar("writing") as on_progress:
         manifest = write_shards(
