@@ -1,7 +1,8 @@
 """`sret-scale labels`: everything about stored soft labels. One module an action, found by its name."""
 
 import argparse
-import importlib
+
+from sret_scale.commands.actions import add_actions, run_action
 
 EXAMPLE = "example: sret-scale labels info labels/vit"
 
@@ -15,21 +16,7 @@ ACTIONS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """One sub-command for each action."""
-    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
-    for name, text in ACTIONS.items():
-        module = importlib.import_module(f"sret_scale.commands.labels.{name}")
-        action = actions.add_parser(
-            name,
-            help=text,
-            description=text,
-            epilog=module.EXAMPLE,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        module.add_arguments(action)
-        action.set_defaults(run_action=module.run)
+    add_actions(parser, __name__, ACTIONS)
 
 
-def run(args: argparse.Namespace) -> int | None:
-    """Run the action that was asked for."""
-    status: int | None = args.run_action(args)
-    return status
+run = run_action

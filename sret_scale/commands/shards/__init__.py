@@ -1,7 +1,8 @@
 """`sret-scale shards`: everything about shards on disk. One module an action, found by its name."""
 
 import argparse
-import importlib
+
+from sret_scale.commands.actions import add_actions, run_action
 
 EXAMPLE = "example: sret-scale shards info shards/fashion/train"
 
@@ -13,6 +14,7 @@ ACTIONS = {
     "head": "draw the first images with their labels",
     "index": "index and manifest for webdataset tars that someone else wrote",
     "repair": "a new set without the bad samples of another, or with good copies of them",
+    "bench": "measure how fast a set is read here, and what the loader reaches",
     "sidecars": "the small files by which wids, timm, open_clip and DALI open the shards",
     "trace": "the keys of the samples that a rank reads in training, in order, one a line",
 }
@@ -20,21 +22,7 @@ ACTIONS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """One sub-command for each action."""
-    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
-    for name, text in ACTIONS.items():
-        module = importlib.import_module(f"sret_scale.commands.shards.{name}")
-        action = actions.add_parser(
-            name,
-            help=text,
-            description=text,
-            epilog=module.EXAMPLE,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        module.add_arguments(action)
-        action.set_defaults(run_action=module.run)
+    add_actions(parser, __name__, ACTIONS)
 
 
-def run(args: argparse.Namespace) -> int | None:
-    """Run the action that was asked for."""
-    status: int | None = args.run_action(args)
-    return status
+run = run_action
