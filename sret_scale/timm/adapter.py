@@ -13,6 +13,7 @@ from sret_scale.memory import MemoryConfig, apply_recomputation
 from sret_scale.model import PRESETS, Noise, SReT, preset
 from sret_scale.model.adapt import resized_position
 from sret_scale.model.official import from_published, published_names
+from sret_scale.model.plan import DepthPlan
 from sret_scale.timm.door import import_timm
 
 
@@ -48,12 +49,14 @@ class TimmSReT(SReT):
         self.num_classes = num_classes
         self.reset_classifier(num_classes, global_pool)
 
-    def forward(self, images_BCHW: Tensor, noise: Noise | None = None) -> Tensor:
-        """(B, C) scores; in training a noise is drawn where none is given."""
+    def forward(
+        self, images_BCHW: Tensor, noise: Noise | None = None, plans: Sequence[DepthPlan] | None = None
+    ) -> Tensor:
+        """As of SReT; in training a noise is drawn where none is given."""
         if noise is None and self.training:
             seeds = torch.randint(2**62, (2,)).tolist()
             noise = Noise(permutation_seed=seeds[0], sample_seed=seeds[1])
-        return super().forward(images_BCHW, noise)
+        return super().forward(images_BCHW, noise, plans)
 
     def forward_intermediates(
         self,

@@ -24,6 +24,7 @@ from data_pipelines.loader import DataConfig
 from sret_scale.distill import DistillConfig
 from sret_scale.memory import MemoryConfig
 from sret_scale.model import SReTConfig, preset
+from sret_scale.train.telemetry.config import TelemetryConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +116,7 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
 
 
 def grad_accum_steps(config: TrainConfig, world_size: int) -> int:
@@ -300,7 +302,7 @@ CHANGEABLE = (
     *("train.keep_checkpoints", "train.log_interval_steps", "train.hang_timeout_s", "train.tensorboard"),
     *("data.workers", "data.prefetch_batches", "data.cache_folder", "data.cache_gib", "data.fetch_threads"),
     *("data.fetch_ahead_steps", "data.stall_s", "data.fetch_attempts", "data.quarantine_file", "data.max_bad_rate"),
-    *("memory", "engine.ds_config", "distill.teacher_micro_batch_size"),
+    *("memory", "engine.ds_config", "distill.teacher_micro_batch_size", "telemetry"),
 )
 
 

@@ -49,6 +49,7 @@ def train(config: RunConfig, folder: RunFolder, ranks: Ranks) -> bool:
             before, step = clock, next(steps)
             run.watchdog.progress(clock.step, "computing")
             numbers, is_stopping = optimizer_step(run, step, clock, stop)
+            log_telemetry(run, clock)
             clock = Clock(
                 step=before.step + 1,
                 images=before.images + run.loader.global_batch_size,
@@ -108,6 +109,8 @@ def optimizer_step(run: Run, step: Step, clock: Clock, stop: StopFlag) -> tuple[
     for rank, rank_loss in enumerate(rank_losses):
         if not math.isfinite(rank_loss):
             raise diverged(run, step, clock, f"the loss of rank {rank} is {rank_loss}", rank)
+    if run.telemetry:
+        run.telemetry.before_update()
     run.engine.step()
     if not math.isfinite(run.engine.grad_norm()):
         raise diverged(run, step, clock, f"the gradient norm is {run.engine.grad_norm()}", 0)
@@ -137,9 +140,19 @@ def micro_batch_loss(run: Run, batch: Batch, clock: Clock, micro_step: int) -> T
     if config.model.permutation == "random":
         # The reference's way draws from the global generator: here too, a function of the step.
         torch.manual_seed(derived_seed("global", *here))
-    logits_BC = run.engine.forward(normalise(unit_BCHW, config.train.image_mean, config.train.image_std), noise)
     settings = config.distill.at(clock.images / config.train.total_images)
-    return distillation_loss(logits_BC, teacher_log_probs_BC, target_BC, settings)
+    images_BCHW = normalise(unit_BCHW, config.train.image_mean, config.train.image_std)
+
+    def loss_of(logits_BC: Tensor, part: slice = slice(None)) -> Tensor:
+        known_BC = None if teacher_log_probs_BC is None else teacher_log_probs_BC[part]
+        return distillation_loss(logits_BC, known_BC, target_BC[part], settings)
+
+    if run.telemetry and micro_step == 0 and run.telemetry.is_due(clock.step):
+        run.telemetry.look(images_BCHW, loss_of, noise)
+    loss = loss_of(run.engine.forward(images_BCHW, noise))
+    if run.features:
+        loss = loss + settings.feature_weight * run.features.loss()
+    return loss
 
 
 def derived_seed(purpose: str, *numbers: int) -> int:
@@ -189,6 +202,15 @@ def evaluate_and_log(run: Run, clock: Clock, stop: StopFlag, *, both: bool) -> b
             f"{result.num_samples:,} test images)"
         )
     return True
+
+
+def log_telemetry(run: Run, clock: Clock) -> None:
+    """What was read off the step that began at `clock`, if it was looked at; new alarms are said aloud too."""
+    record = run.telemetry.after_update() if run.telemetry else None
+    if run.telemetry and record is not None:
+        log(run, clock, "telemetry", record)
+        for sentence in run.telemetry.unsaid(record["alarms"]):
+            run.progress.say(f"{run.folder.path.name}: step {clock.step}: {sentence}")
 
 
 def log_memory(run: Run, clock: Clock) -> None:

@@ -11,7 +11,15 @@ from data_pipelines.augment import BatchAugment
 from data_pipelines.index import ShardSet
 from data_pipelines.loader import LoaderState, TrainLoader
 from data_pipelines.remote import open_data, open_training_data
-from sret_scale.distill import StoredTeacher, Teacher, build_teacher, open_stored_teacher, stored_labels
+from sret_scale.distill import (
+    FeatureMatch,
+    OnlineTeacher,
+    StoredTeacher,
+    Teacher,
+    build_teacher,
+    open_stored_teacher,
+    stored_labels,
+)
 from sret_scale.memory import prepare_memory
 from sret_scale.model import SReT, Stage
 from sret_scale.model.stem import SyncBatchNorm
@@ -23,6 +31,7 @@ from sret_scale.train.load import load_teacher_run
 from sret_scale.train.optim import WeightAverage, build_optimizer
 from sret_scale.train.progress import RunProgress
 from sret_scale.train.run_folder import MetricsLog, NoMetrics, RunFolder
+from sret_scale.train.telemetry import Telemetry, telemetry_of
 from sret_scale.train.watchdog import Watchdog
 from sret_scale.train.writer import CheckpointWriter
 
@@ -53,9 +62,11 @@ class Run:
     average: WeightAverage | None
     teacher: Teacher | StoredTeacher | None
     teacher_identity: dict[str, Any] | None
+    features: FeatureMatch | None
     predicted_activation_bytes: int
     eval_model: SReT
     metrics: MetricsLog | NoMetrics
+    telemetry: Telemetry | None
     progress: RunProgress
     watchdog: Watchdog
     writer: CheckpointWriter
@@ -96,15 +107,24 @@ def set_up(config: RunConfig, folder: RunFolder, ranks: Ranks, stack: contextlib
         average=WeightAverage(engine.local_weights(), horizon) if horizon else None,
         teacher=teacher,
         teacher_identity=identity_of(teacher, config),
+        features=match_features(config, engine.model, teacher),
         predicted_activation_bytes=activation_bytes,
         eval_model=SReT(config.model).to(ranks.device).eval(),
         metrics=stack.enter_context(metrics),  # type: ignore[arg-type]  # mypy joins the two kinds to object
+        telemetry=set_up_telemetry(config, engine, ranks),
         watchdog=watchdog,
         writer=stack.enter_context(CheckpointWriter(folder.checkpoints, ranks, keep=config.train.keep_checkpoints)),
         progress=stack.enter_context(
             RunProgress(folder.path.name, total_images=config.train.total_images, is_shown=ranks.is_main)
         ),
     )
+
+
+def set_up_telemetry(config: RunConfig, engine: Engine, ranks: Ranks) -> Telemetry | None:
+    """What looks at the health of the model's depth on rank 0."""
+    precision = precision_of(load_ds_config(config.engine.ds_config))
+    assert isinstance(engine.model, SReT)
+    return telemetry_of(engine.model, config.telemetry, precision, is_main=ranks.is_main, zero_stage=engine.zero_stage)
 
 
 def set_up_engine(config: RunConfig, ranks: Ranks, accumulation: int) -> tuple[Engine, int]:
@@ -165,6 +185,16 @@ def set_up_teacher(config: RunConfig, ranks: Ranks, shards: ShardSet) -> Teacher
         compiled=config.distill.teacher_compile,
         shard=shard_frozen if config.distill.teacher_placement == "sharded" else None,
     )
+
+
+def match_features(
+    config: RunConfig, student: torch.nn.Module, teacher: Teacher | StoredTeacher | None
+) -> FeatureMatch | None:
+    """What compares the features of student and teacher, where the configuration asks for it."""
+    if not config.distill.matches_features:
+        return None
+    assert isinstance(teacher, OnlineTeacher)
+    return FeatureMatch(student, teacher.module, num_classes=config.model.num_classes, teacher_name=teacher.spec)
 
 
 def identity_of(teacher: Teacher | StoredTeacher | None, config: RunConfig) -> dict[str, Any] | None:

@@ -112,9 +112,18 @@ class MetricsLog:
         self._stream.flush()
         if self._events:
             prefix = f"{kind}/{values['weights']}" if "weights" in values else kind
-            for name, value in values.items():
-                if isinstance(value, int | float) and name != "images":
+            for name, value in scalars(values):
+                if name != "images":
                     self._events.add_scalar(f"{prefix}/{name}", value, values["images"])
+
+
+def scalars(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """The numbers of nested mappings, under names such as `classes/tied/norm`; lists are left out."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from ((f"{name}/{inner}", number) for inner, number in scalars(value))
+        elif isinstance(value, int | float):
+            yield name, value
 
 
 def _tensorboard_writer(folder: Path) -> Any:

@@ -1,0 +1,204 @@
+"""Sends a few images through a model, one application at a time, forward and back, and reads off every use of a block.
+
+The model's parameters, buffers, gradients and random state are left as they were. Shapes: B batch, N tokens, D width.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from sret_scale.model import Application, Noise, SReT, Stage
+from sret_scale.train.telemetry.statistics import attention_entropy, rank_ratio, rms, token_cosine
+
+FORWARD = ("rms", "branch_ratio", "step_ratio", "token_cosine", "rank_ratio", "attention_entropy", "max_abs")
+BACKWARD = ("gradient_norm", "gradient_cosine")
+
+
+@dataclass
+class BlockUses:
+    """What was read off each use of one block: a list of scalars by name, in the order of the loops."""
+
+    stage: int
+    block: int
+    coefficients: dict[str, float]
+    values: dict[str, list[float]] = field(default_factory=dict)
+    gradient_agreement: float = math.nan
+
+
+def probe(
+    model: SReT, images_BCHW: Tensor, loss_of: Callable[[Tensor], Tensor], noise: Noise, precision: str
+) -> list[BlockUses]:
+    """Reads off all loops of all blocks, with the step's permutations and without stochastic depth or batch moments.
+
+    loss_of: the loss of the (B, C) scores. precision: "bf16" for autocast, as in training.
+    """
+    walk = _Walk()
+    autocast = torch.autocast(images_BCHW.device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+    devices = [images_BCHW.device] if images_BCHW.is_cuda else []
+    with _walked(model, walk), torch.random.fork_rng(devices), torch.enable_grad(), autocast:
+        features_BD = model.forward_head(model.forward_features(images_BCHW, noise), pre_logits=True)
+        # The head's weights, not its module: whoever watches its calls (feature distillation) means the training's.
+        loss = loss_of(F.linear(features_BD, model.head.weight, model.head.bias))
+        # Asking for one gradient leaves all accumulated ones, and DeepSpeed's hooks on them, alone.
+        torch.autograd.grad(loss, model.position)
+    return walk.blocks()
+
+
+@contextlib.contextmanager
+def _walked(model: SReT, walk: "_Walk") -> Iterator[None]:
+    """The model in evaluation mode with its chains run by `walk`; as it was, afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    stages = [cast(Stage, stage) for stage in model.stages]
+    chains = [stage.run_chain for stage in stages]
+    try:
+        model.eval()
+        for index, stage in enumerate(stages):
+            stage.run_chain = partial(_WalkFunction.apply, walk, index)
+        yield
+    finally:
+        for stage, chain in zip(stages, chains, strict=True):
+            stage.run_chain = chain
+        for module, was_training in modes.items():
+            module.training = was_training
+
+
+class _Walk:
+    """The notes of one probe."""
+
+    def __init__(self) -> None:
+        self.uses: dict[tuple[int, int], list[dict[str, Tensor]]] = {}
+        self.modules: dict[tuple[int, int], Application] = {}
+        self.agreement: dict[tuple[int, int], _Agreement] = {}
+
+    def forward(self, stage: int, applications: Sequence[Application], x_BND: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The chain's output, and the input of each application."""
+        inputs = []
+        for application in applications:
+            inputs.append(x_BND)
+            y_BND = application(x_BND)
+            place = stage, application.slot.block
+            self.uses.setdefault(place, []).append(_look(application, x_BND, y_BND))
+            self.modules[place] = application
+            x_BND = y_BND
+        return x_BND, inputs
+
+    def backward(
+        self, stage: int, applications: Sequence[Application], inputs: list[Tensor], grad_BND: Tensor
+    ) -> Tensor:
+        """The gradient of the chain's input."""
+        for application in reversed(applications):
+            leaf = inputs.pop().detach().requires_grad_()
+            weights = _block_weights(application.block)
+            with torch.enable_grad():
+                y_BND = application(leaf)
+            grad_BND, *gradients = torch.autograd.grad(y_BND, [leaf, *weights], grad_BND)
+            place = stage, application.slot.block
+            gradient = torch.cat([value.flatten() for value in gradients])
+            later = self.agreement.setdefault(place, _Agreement())
+            self.uses[place][application.slot.position].update(later.add(gradient))
+        return grad_BND
+
+    def blocks(self) -> list[BlockUses]:
+        """The notes as numbers."""
+        found = []
+        for place, uses in self.uses.items():
+            table = torch.stack([torch.stack([use[name] for name in (*FORWARD, *BACKWARD)]).float() for use in uses])
+            columns = zip((*FORWARD, *BACKWARD), table.t().tolist(), strict=True)
+            block = BlockUses(*place, _coefficients(self.modules[place]), dict(columns))
+            block.gradient_agreement = self.agreement[place].mean_cosine()
+            found.append(block)
+        return found
+
+
+class _Agreement:
+    """Cosines between the gradients of a block's uses, which come last use first, without keeping them all."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.unit_sum: Tensor | None = None
+        self.later: Tensor | None = None
+
+    def add(self, gradient: Tensor) -> dict[str, Tensor]:
+        """The gradient's norm, and its cosine to the one of the next use."""
+        norm = gradient.norm()
+        unit = gradient / norm
+        cosine = norm.new_tensor(math.nan) if self.later is None else torch.dot(unit, self.later)
+        self.unit_sum = unit if self.unit_sum is None else self.unit_sum + unit
+        self.later, self.count = unit, self.count + 1
+        return {"gradient_norm": norm, "gradient_cosine": cosine}
+
+    def mean_cosine(self) -> float:
+        """Over all pairs of uses: the squared norm of the sum of unit vectors is the sum over all pairs."""
+        assert self.unit_sum is not None
+        pairs = self.count * (self.count - 1)
+        return (float(self.unit_sum.square().sum()) - self.count) / pairs if pairs else math.nan
+
+
+class _WalkFunction(torch.autograd.Function):
+    """A chain that is run, and run back, by a walk."""
+
+    @staticmethod
+    def forward(ctx: Any, walk: _Walk, stage: int, applications: Sequence[Application], x_BND: Tensor) -> Tensor:
+        y_BND, inputs = walk.forward(stage, applications, x_BND)
+        ctx.state = walk, stage, applications, inputs
+        return y_BND
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BND: Tensor) -> tuple[None, None, None, Tensor]:
+        walk, stage, applications, inputs = ctx.state
+        return None, None, None, walk.backward(stage, applications, inputs, grad_BND)
+
+
+def _block_weights(block: nn.Module) -> list[nn.Parameter]:
+    """The parameters that every use of the block reads: conditioning belongs to single loops."""
+    return [value for name, value in block.named_parameters() if not name.startswith("conditioning.")]
+
+
+def _look(application: Application, x_BND: Tensor, y_BND: Tensor) -> dict[str, Tensor]:
+    """The FORWARD statistics of one use."""
+    slot, block = application.slot, application.block
+    skip_BND = application.reordered(_stream(application, x_BND))
+    out_BND = _stream(application, y_BND)
+    with application.autocast():
+        qkv_BNC = block.qkv(application.block_inputs(x_BND)[0], slot.loop, slot.place)
+    added = rms(out_BND).new_tensor(math.nan)
+    if not block.norms_after:
+        kept_BND = _stream(application, application.skipped(x_BND))
+        added = rms(out_BND - kept_BND) / rms(kept_BND)
+    return {
+        "rms": rms(out_BND),
+        "branch_ratio": added,
+        "step_ratio": rms(out_BND - skip_BND) / rms(out_BND),
+        "token_cosine": token_cosine(out_BND),
+        "rank_ratio": rank_ratio(out_BND),
+        "attention_entropy": attention_entropy(qkv_BNC, slot.groups, block.attention.num_heads),
+        "max_abs": torch.maximum(out_BND.abs().max().float(), qkv_BNC.abs().max().float()),
+    }
+
+
+def _stream(application: Application, state_BND: Tensor) -> Tensor:
+    return state_BND.chunk(2, dim=1)[0] if application.injected else state_BND
+
+
+def _coefficients(application: Application) -> dict[str, float]:
+    """alpha and beta (multiplier included; means over the channels) of the block's residuals and of the projection."""
+    slot, found = application.slot, {}
+    residuals = {"1": application.block.residual1, "2": application.block.residual2}
+    if application.projection is not None:
+        residuals["_projection"] = application.projection.residual
+    for name, residual in residuals.items():
+        constants = None if slot.place is None else (slot.place.projection if "_" in name else slot.place.block)
+        multiplier, stream = constants or (residual.multiplier, residual.stream_constant)
+        found[f"alpha{name}"] = stream * (1.0 if residual.alpha is None else float(residual.alpha.detach()))
+        assert residual.beta is not None
+        found[f"beta{name}"] = multiplier * float(residual.beta.detach().mean())
+    return found

@@ -1,0 +1,27 @@
+"""One rank of tests of depth and telemetry in training: `python -m tests.depth_ranks FOLDER RUN...`.
+
+Trains the run folders `FOLDER/RUN` (each with a config.yaml) one after another to their ends, in one process.
+"""
+
+import sys
+from pathlib import Path
+
+from sret_scale.train.config import from_yaml
+from sret_scale.train.distributed import leave, ranks_from_environment
+from sret_scale.train.engine import start_communication
+from sret_scale.train.loop import train
+from sret_scale.train.run_folder import RunFolder
+
+
+def main() -> None:
+    folder, *runs = sys.argv[1:]
+    ranks = ranks_from_environment()
+    start_communication(ranks)
+    for run in runs:
+        path = Path(folder) / run
+        assert train(from_yaml(path / "config.yaml"), RunFolder(path), ranks)
+    leave()
+
+
+if __name__ == "__main__":
+    main()
