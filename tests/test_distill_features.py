@@ -1,5 +1,7 @@
 """The cosine loss on features: its value, its projection, and what it is refused with."""
 
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,10 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from data_pipelines.augment import AugmentConfig, BatchAugment
+from data_pipelines.batches import Batch
 from sret_scale.distill import DistillConfig, FeatureMatch, build_teacher
 from sret_scale.distill.features import classifier_of, feature_loss, semi_orthogonal
+from sret_scale.distill.networks import Network
 from sret_scale.distill.teacher import OnlineTeacher
+from sret_scale.model import SReT
+from sret_scale.train.config import RunConfig, TrainConfig
+from sret_scale.train.loop import micro_batch_loss
+from sret_scale.train.run import Clock, match_features
 from tests.reference import losses as twin
+from tests.tiny import TINY_MODEL
 
 
 def random_features(seed: int, batch: int, width: int) -> torch.Tensor:
@@ -70,6 +80,7 @@ def test_match_compares_what_both_classifiers_saw_over_all_micro_batches() -> No
     for seed in (0, 1):
         unit = torch.rand(5, 3, 2, 2, generator=torch.Generator().manual_seed(seed))
         teacher(unit)
+        student(unit[:2])
         student(unit)
         loss = match.loss()
         expected = feature_loss(body(unit), network[:3]((unit - 0.5) / 0.5), semi_orthogonal(9, 4))
@@ -126,3 +137,40 @@ def test_what_has_no_features_is_refused(name: str, change: dict[str, Any], mess
 def test_weight_moves_linearly() -> None:
     config = DistillConfig(teacher="run:teacher", feature_weight=1.0, feature_weight_end=0.0)
     assert [config.at(ratio).feature_weight for ratio in (0.0, 0.25, 1.0, 2.0)] == [1.0, 0.75, 0.0, 0.0]
+
+
+def test_a_step_of_training_adds_the_weighted_features_to_the_loss() -> None:
+    config = RunConfig(
+        model=TINY_MODEL,
+        augment=AugmentConfig(randaugment_ops=0, erase_rate=0.0, mixup_alpha=0.0, cutmix_alpha=0.0),
+        distill=DistillConfig(teacher="module:x:y", feature_weight=2.0, feature_weight_end=0.0),
+        train=TrainConfig(total_images=100),
+    )
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 28 * 28, 40), nn.Linear(40, 10))
+    parts = Network(module=network, mean=(0.5,) * 3, std=(0.5,) * 3, image_size=28)
+    teacher = OnlineTeacher("x", parts, device=torch.device("cpu"), micro_batch_size=2, precision="fp32")
+    student = SReT(TINY_MODEL)
+    batch = Batch(
+        images=torch.randint(0, 256, (3, 3, 28, 28), dtype=torch.uint8),
+        labels=torch.tensor([0, 1, 2]),
+        indices=torch.arange(3),
+        valid=torch.ones(3, dtype=torch.bool),
+        views=torch.zeros(3, 5, dtype=torch.int32),
+        view_numbers=torch.zeros(3, dtype=torch.int32),
+    )
+    run: Any = SimpleNamespace(
+        config=config,
+        ranks=SimpleNamespace(rank=0, device=torch.device("cpu")),
+        augment=BatchAugment(config.augment, 10),
+        teacher=teacher,
+        engine=SimpleNamespace(forward=student.eval()),
+        features=match_features(config, student, teacher),
+        telemetry=None,
+    )
+    start, middle, end = (float(micro_batch_loss(run, batch, Clock(images=images), 0)) for images in (0, 50, 100))
+    assert start - middle == pytest.approx(middle - end, rel=1e-3)
+    assert 0.5 < start - end < 3.5
+    plain = replace(config, distill=DistillConfig(teacher="module:x:y"))
+    assert match_features(plain, student, teacher) is None
+    run.config, run.features = plain, None
+    assert float(micro_batch_loss(run, batch, Clock(images=0), 0)) == pytest.approx(end, rel=1e-6)

@@ -5,11 +5,12 @@ from sret_scale.distill.features import FeatureMatch
 from sret_scale.distill.loss import distillation_loss, hard_loss, soft_loss
 from sret_scale.distill.spec import stored_labels
 from sret_scale.distill.stored import StoredTeacher, open_stored_teacher, student_batch
-from sret_scale.distill.teacher import Teacher, build_teacher
+from sret_scale.distill.teacher import OnlineTeacher, Teacher, build_teacher
 
 __all__ = [
     "DistillConfig",
     "FeatureMatch",
+    "OnlineTeacher",
     "StoredTeacher",
     "Teacher",
     "build_teacher",

@@ -47,24 +47,27 @@ def classifier_of(module: nn.Module, num_classes: int, name: str) -> nn.Linear:
 
 
 class FeatureMatch:
-    """Watches both classifiers; `loss()` compares what they saw since it was last called."""
+    """Watches both classifiers; `loss()` compares what they saw of the last batch."""
 
     def __init__(self, student: nn.Module, teacher: nn.Module, *, num_classes: int, teacher_name: str) -> None:
-        classifiers = (
-            classifier_of(student, num_classes, "the student"),
-            classifier_of(teacher, num_classes, f"teacher {teacher_name!r}"),
-        )
-        self._seen: tuple[list[Tensor], list[Tensor]] = ([], [])
-        for classifier, seen in zip(classifiers, self._seen, strict=True):
-            # Several calls are the micro-batches of one batch, in their order.
-            classifier.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0]))
-        device = classifiers[0].weight.device
-        self._projection_ED = semi_orthogonal(classifiers[1].in_features, classifiers[0].in_features).to(device)
+        ours = classifier_of(student, num_classes, "the student")
+        theirs = classifier_of(teacher, num_classes, f"teacher {teacher_name!r}")
+        self._student_BD: Tensor | None = None
+        # Of the micro-batches of one batch, in their order.
+        self._teacher_parts: list[Tensor] = []
+        ours.register_forward_pre_hook(self._see_student)
+        theirs.register_forward_pre_hook(lambda _, inputs: self._teacher_parts.append(inputs[0]))
+        self._projection_ED = semi_orthogonal(theirs.in_features, ours.in_features).to(ours.weight.device)
+
+    def _see_student(self, _: nn.Module, inputs: tuple[Tensor]) -> None:
+        # The last pass counts: telemetry may look at a part of the batch before the step's own pass.
+        self._student_BD = inputs[0]
 
     def loss(self) -> Tensor:
-        """The mean over the batch that student and teacher have just been given."""
+        """The mean over the batch that the teacher, and after it the student, have just been given."""
+        assert self._student_BD is not None, "the student was not asked"
         # Concatenated outside inference mode: autograd refuses to save an inference tensor.
-        student_BD, teacher_BE = (torch.cat(seen) for seen in self._seen)
-        for seen in self._seen:
-            seen.clear()
-        return feature_loss(student_BD, teacher_BE, self._projection_ED)
+        loss = feature_loss(self._student_BD, torch.cat(self._teacher_parts), self._projection_ED)
+        self._student_BD = None
+        self._teacher_parts.clear()
+        return loss
