@@ -167,10 +167,10 @@ def test_a_step_of_training_adds_the_weighted_features_to_the_loss() -> None:
         features=match_features(config, student, teacher),
         telemetry=None,
     )
-    start, middle, end = (float(micro_batch_loss(run, batch, Clock(images=images), 0)) for images in (0, 50, 100))
+    start, middle, end = (micro_batch_loss(run, batch, Clock(images=images), 0).item() for images in (0, 50, 100))
     assert start - middle == pytest.approx(middle - end, rel=1e-3)
     assert 0.5 < start - end < 3.5
     plain = replace(config, distill=DistillConfig(teacher="module:x:y"))
     assert match_features(plain, student, teacher) is None
     run.config, run.features = plain, None
-    assert float(micro_batch_loss(run, batch, Clock(images=0), 0)) == pytest.approx(end, rel=1e-6)
+    assert micro_batch_loss(run, batch, Clock(images=0), 0).item() == pytest.approx(end, rel=1e-6)
