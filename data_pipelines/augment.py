@@ -115,5 +115,10 @@ class BatchAugment:
 
 def normalise(unit_BCHW: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Pixels in [0, 1] to (unit - mean) / std per channel."""
+    return normalise_(unit_BCHW.clone(), mean, std)
+
+
+def normalise_(unit_BCHW: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """The same in the memory of `unit_BCHW`: on a CPU, fresh memory costs as much as the arithmetic."""
     mean_C11, std_C11 = (unit_BCHW.new_tensor(values).view(-1, 1, 1) for values in (mean, std))
-    return (unit_BCHW - mean_C11).div_(std_C11)
+    return unit_BCHW.sub_(mean_C11).div_(std_C11)

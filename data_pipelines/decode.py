@@ -16,8 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from data_pipelines import roi
-from data_pipelines.config import MAX_PIXELS
-from data_pipelines.view import View
+from data_pipelines.config import MAX_PIXELS, DataConfig
+from data_pipelines.view import View, box_pixels
 
 # Formats by name, so that no bytes reach Pillow's decoders that start other programs (EPS) or are rarely exercised.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
@@ -40,22 +40,24 @@ def decode_rgb(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Tensor:
     return torch.from_numpy(pixels_HWC).permute(2, 0, 1)
 
 
-def decode_box(data: bytes, draw: Callable[[int, int], View], *, max_pixels: int = MAX_PIXELS) -> tuple[Tensor, View]:
-    """The pixels of a view's box, as cutting it from `decode_rgb(data)` gives them but often faster; and the view.
+def decode_view(
+    data: bytes, draw: Callable[[int, int], View], config: DataConfig, image_size: int
+) -> tuple[Tensor, View]:
+    """The pixels of a `resized` view, as `box_pixels` of the box in `decode_rgb(data)` gives them; and the view.
 
     `draw(height, width)` gives the view of an image of that size. Raises DecodeError as decode_rgb does.
     """
     if simplejpeg.is_jpeg(data):
-        size = _jpeg_size(data, max_pixels)
+        size = _jpeg_size(data, config.max_pixels)
         if size is not None:
             view = draw(*size)
-            pixels_HWC = roi.decode_box(data, *view[:4])
-            if pixels_HWC is not None:
-                return torch.from_numpy(pixels_HWC).permute(2, 0, 1), view
-    image_CHW = decode_rgb(data, max_pixels=max_pixels)
+            pixels_CHW = roi.decode_view(data, view, image_size, config.interpolation)
+            if pixels_CHW is not None:
+                return torch.from_numpy(pixels_CHW), view
+    image_CHW = decode_rgb(data, max_pixels=config.max_pixels)
     view = draw(*image_CHW.shape[1:])
-    top, left, height, width, _ = view
-    return image_CHW[:, top : top + height, left : left + width], view
+    top, left, height, width, flip = view
+    return box_pixels(image_CHW[:, top : top + height, left : left + width], flip, config, image_size), view
 
 
 def _decode_jpeg(data: bytes, max_pixels: int) -> NDArray[np.uint8] | None:

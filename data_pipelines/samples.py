@@ -6,12 +6,12 @@ from typing import Protocol
 from torch import Tensor
 
 from data_pipelines.config import DataConfig
-from data_pipelines.decode import DecodeError, decode_box, decode_rgb
+from data_pipelines.decode import DecodeError, decode_rgb, decode_view
 from data_pipelines.index import ShardSet
 from data_pipelines.keyed import keyed_words
 from data_pipelines.quarantine import Quarantine
 from data_pipelines.reader import BadSampleError, ShardReader
-from data_pipelines.view import View, box_pixels, centre_pixels, draw_view, training_pixels, view_number
+from data_pipelines.view import View, centre_pixels, draw_view, training_pixels, view_number
 
 # Substitutes that are tried for one bad sample before the run stops.
 _MAX_SUBSTITUTES = 16
@@ -93,8 +93,7 @@ class TrainingSamples:
         data = self._reader.read(index)
         try:
             if config.crop == "resized":
-                box_CHW, view = decode_box(data, draw, max_pixels=config.max_pixels)
-                pixels_CHW = box_pixels(box_CHW, view[4], config, self._image_size)
+                pixels_CHW, view = decode_view(data, draw, config, self._image_size)
             else:
                 image_CHW = decode_rgb(data, max_pixels=config.max_pixels)
                 view = draw(*image_CHW.shape[1:])

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from data_pipelines.augment import AugmentConfig, BatchAugment, normalise
+from data_pipelines.augment import AugmentConfig, BatchAugment, normalise, normalise_
 
 OFF = AugmentConfig(randaugment_ops=0, erase_rate=0.0, mixup_alpha=0.0, cutmix_alpha=0.0)
 IMAGES_BCHW = torch.randint(0, 256, (6, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -119,6 +119,9 @@ def test_normalise() -> None:
     unit_BCHW = torch.rand(2, 3, 4, 4)
     got_BCHW = normalise(unit_BCHW, (0.5, 0.4, 0.3), (0.2, 0.25, 0.5))
     assert torch.allclose(got_BCHW[:, 1], (unit_BCHW[:, 1] - 0.4) / 0.25)
+    in_place_BCHW = unit_BCHW.clone()
+    assert normalise_(in_place_BCHW, (0.5, 0.4, 0.3), (0.2, 0.25, 0.5)) is in_place_BCHW
+    assert torch.equal(in_place_BCHW, got_BCHW)
 
 
 def test_impossible_settings_are_named() -> None:

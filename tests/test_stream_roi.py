@@ -1,4 +1,4 @@
-"""Decoding a box gives the bits of decoding the whole image, with the optional library and without it."""
+"""Views have the bits of decoding the whole image and resizing by torch, with the optional library and without it."""
 
 import io
 from collections.abc import Iterator
@@ -9,20 +9,27 @@ import numpy as np
 import pytest
 import simplejpeg
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from data_pipelines import roi
 from data_pipelines.config import DataConfig
-from data_pipelines.decode import DecodeError, decode_box, decode_rgb
-from data_pipelines.view import View, draw_view
+from data_pipelines.decode import DecodeError, decode_rgb, decode_view
+from data_pipelines.view import View, box_pixels, draw_view
 from tests.stream_shards import encoded, jpeg, smooth_image
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+@pytest.fixture(scope="module", params=["cc", "cc -DROI_PLAIN"])
+def library(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[None]:
     """The library, built for this test alone; skips where there is no compiler or no libjpeg-turbo."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(roi, "LIBRARY", tmp_path_factory.mktemp("roi") / "_roi_decode.so")
+        patch.setenv("CC", request.param)
+        if request.param != "cc":
+            # The tests themselves check it; starting a process for it takes seconds.
+            run = roi._run
+            patch.setattr(roi, "_run", lambda command: None if "check" in command else run(command))
         roi._library.cache_clear()
         try:
             roi.build()
@@ -41,24 +48,64 @@ def _jpeg(pixels: np.ndarray[Any, Any], subsampling: str, *, is_progressive: boo
     return encoded(pixels, "JPEG", subsampling={"444": 0, "422": 1, "420": 2}[subsampling], **options)
 
 
+def _expected(data: bytes, view: View, size: int, interpolation: str) -> torch.Tensor:
+    top, left, height, width, flip = view
+    config = DataConfig(interpolation=interpolation)  # type: ignore[arg-type]
+    return box_pixels(decode_rgb(data)[:, top : top + height, left : left + width], flip, config, size)
+
+
 @pytest.mark.parametrize("is_progressive", [False, True])
 @pytest.mark.parametrize("subsampling", ["444", "422", "420", "440", "411", "grey"])
 @pytest.mark.usefixtures("library")
-def test_a_box_has_the_bits_of_the_whole_image(subsampling: str, is_progressive: bool) -> None:
+def test_a_view_has_the_bits_of_the_whole_image_resized(subsampling: str, is_progressive: bool) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (61, 83, 3), dtype=np.uint8)
     for pixels in (smooth_image(119, 150, 1), noise, noise[:9, :11]):
         data = _jpeg(pixels, subsampling, is_progressive=is_progressive)
-        whole_CHW = decode_rgb(data)
-        for index in range(40):
-            top, left, height, width, _ = draw_view(DataConfig(), *pixels.shape[:2], seed=0, number=0, index=index)
-            box_HWC = roi.decode_box(data, top, left, height, width)
-            assert box_HWC is not None
-            expected_CHW = whole_CHW[:, top : top + height, left : left + width]
-            assert torch.equal(torch.from_numpy(box_HWC).permute(2, 0, 1), expected_CHW)
+        for index in range(12):
+            view = draw_view(DataConfig(), *pixels.shape[:2], seed=0, number=0, index=index)
+            size, interpolation = (7, 32, 50)[index % 3], ("bilinear", "bicubic")[index % 2]
+            got_CHW = roi.decode_view(data, view, size, interpolation)
+            assert got_CHW is not None
+            assert torch.equal(torch.from_numpy(got_CHW), _expected(data, view, size, interpolation))
+
+
+@given(
+    height=st.integers(1, 300),
+    width=st.integers(1, 300),
+    size=st.integers(1, 130),
+    interpolation=st.sampled_from(["bilinear", "bicubic"]),
+    quality=st.integers(5, 100),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=50, deadline=None)
+@pytest.mark.usefixtures("library")
+def test_any_size_and_quality_has_the_same_bits(
+    height: int, width: int, size: int, interpolation: str, quality: int, seed: int
+) -> None:
+    noise = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    data = encoded(noise, "JPEG", quality=quality, optimize=bool(seed % 2))
+    view = draw_view(DataConfig(crop_scale=(0.01, 1.0)), height, width, seed=seed, number=0, index=0)
+    got_CHW = roi.decode_view(data, view, size, interpolation)
+    assert got_CHW is not None
+    assert torch.equal(torch.from_numpy(got_CHW), _expected(data, view, size, interpolation))
+
+
+@given(places=st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), min_size=1, max_size=4))
+@settings(max_examples=50, deadline=None)
+@pytest.mark.usefixtures("library")
+def test_damaged_bytes_give_pixels_or_nothing(places: list[tuple[int, int]]) -> None:
+    data = bytearray(jpeg(smooth_image(60, 80, 0)))
+    for place, value in places:
+        data[place % (len(data) - 2)] = value
+    pixels_CHW = roi.decode_view(bytes(data), (20, 20, 30, 30, 0), 16, "bilinear")
+    assert pixels_CHW is None or pixels_CHW.shape == (3, 16, 16)
+
+
+CONFIG = DataConfig()
 
 
 def _draw(height: int, width: int) -> View:
-    return draw_view(DataConfig(), height, width, seed=0, number=0, index=3)
+    return draw_view(CONFIG, height, width, seed=0, number=0, index=3)
 
 
 @pytest.mark.usefixtures("library")
@@ -67,26 +114,37 @@ def test_what_the_library_leaves_is_decoded_whole() -> None:
     Image.fromarray(smooth_image(40, 50, 0)).convert("CMYK").save(stream, "JPEG")
     with_tail = jpeg(smooth_image(40, 50, 0)) + b"tail"
     for data in (stream.getvalue(), with_tail, encoded(smooth_image(40, 50, 0), "PNG")):
-        box_CHW, view = decode_box(data, _draw)
-        top, left, height, width, _ = view
-        assert torch.equal(box_CHW, decode_rgb(data)[:, top : top + height, left : left + width])
+        pixels_CHW, view = decode_view(data, _draw, CONFIG, 24)
+        assert torch.equal(pixels_CHW, _expected(data, view, 24, "bicubic"))
 
 
 @pytest.mark.usefixtures("library")
 def test_a_cut_image_is_refused_wherever_the_box_lies() -> None:
     data = jpeg(smooth_image(400, 50, 0))[:-100]
     with pytest.raises(DecodeError, match="truncated"):
-        decode_box(data, lambda height, width: (0, 0, 8, 8, 0))
+        decode_view(data, lambda height, width: (0, 0, 8, 8, 0), CONFIG, 8)
+    # An end of image in the middle is too few bits, which the library must notice itself.
+    cut = data[: len(data) // 2] + b"\xff\xd9"
+    assert roi.decode_view(cut, (300, 0, 50, 50, 0), 8, "bilinear") is None
 
 
 def test_without_the_library_the_pixels_are_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(roi, "LIBRARY", tmp_path / "absent.so")
     roi._library.cache_clear()
     data = jpeg(smooth_image(40, 50, 0))
-    assert roi.decode_box(data, 0, 0, 8, 8) is None
-    box_CHW, (top, left, height, width, _) = decode_box(data, _draw)
-    assert torch.equal(box_CHW, decode_rgb(data)[:, top : top + height, left : left + width])
+    assert roi.decode_view(data, (0, 0, 8, 8, 0), 8, "bilinear") is None
+    pixels_CHW, view = decode_view(data, _draw, CONFIG, 24)
+    assert torch.equal(pixels_CHW, _expected(data, view, 24, "bicubic"))
     roi._library.cache_clear()
+
+
+@pytest.mark.usefixtures("library")
+def test_a_library_with_other_pixels_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The build ends with a check: here by another view than the one that is asked for."""
+    right = roi._view
+    monkeypatch.setattr(roi, "_view", lambda library, data, view, *rest: right(library, data, (0, *view[1:]), *rest))
+    with pytest.raises(ValueError, match="its pixels are not those of simplejpeg and torch"):
+        roi.check(roi.LIBRARY)
 
 
 def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data_pipelines.augment import normalise
+from data_pipelines.augment import normalise_
 from data_pipelines.index import ShardSet
 from data_pipelines.loader import evaluation_batches
 from sret_scale.train.config import RunConfig
@@ -55,7 +55,7 @@ def evaluate(
         unit_BCHW = batch.images.to(ranks.device).float() / 255
         # Around the model alone: in inference mode the loader would make batches that nobody may write to.
         with torch.inference_mode(), autocast:
-            logits_BC = model(normalise(unit_BCHW, config.train.image_mean, config.train.image_std)).float()
+            logits_BC = model(normalise_(unit_BCHW, config.train.image_mean, config.train.image_std)).float()
         totals += count(logits_BC, batch.labels.to(ranks.device), batch.valid.to(ranks.device))
         if sum_over_ranks(torch.tensor(float(must_stop()), device=ranks.device)) > 0:
             return None

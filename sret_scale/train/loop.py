@@ -14,11 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipelines.augment import normalise
+from data_pipelines.augment import normalise_
 from data_pipelines.loader import Batch, Step
 from sret_scale.distill import distillation_loss, student_batch
 from sret_scale.model import Noise
+from sret_scale.model.plan import DepthPlan
 from sret_scale.train.config import RunConfig
+from sret_scale.train.depth import depth_plans, weighted_loss
 from sret_scale.train.distributed import Ranks, average_buffers, from_rank, max_over_ranks, sum_over_ranks
 from sret_scale.train.evaluate import evaluate
 from sret_scale.train.optim import peak_rate, schedule_factor, set_rates
@@ -141,7 +143,7 @@ def micro_batch_loss(run: Run, batch: Batch, clock: Clock, micro_step: int) -> T
         # The reference's way draws from the global generator: here too, a function of the step.
         torch.manual_seed(derived_seed("global", *here))
     settings = config.distill.at(clock.images / config.train.total_images)
-    images_BCHW = normalise(unit_BCHW, config.train.image_mean, config.train.image_std)
+    images_BCHW = normalise_(unit_BCHW, config.train.image_mean, config.train.image_std)
 
     def loss_of(logits_BC: Tensor, part: slice = slice(None)) -> Tensor:
         known_BC = None if teacher_log_probs_BC is None else teacher_log_probs_BC[part]
@@ -149,10 +151,21 @@ def micro_batch_loss(run: Run, batch: Batch, clock: Clock, micro_step: int) -> T
 
     if run.telemetry and micro_step == 0 and run.telemetry.is_due(clock.step):
         run.telemetry.look(images_BCHW, loss_of, noise)
-    loss = loss_of(run.engine.forward(images_BCHW, noise))
+    plans = plans_of(config, clock)
+    if plans is None:
+        loss = loss_of(run.engine.forward(images_BCHW, noise))
+    else:
+        scores_KBC = run.engine.forward(images_BCHW, noise, plans)
+        loss = weighted_loss(config.depth, plans, [loss_of(scores_BC) for scores_BC in scores_KBC])
     if run.features:
         loss = loss + settings.feature_weight * run.features.loss()
     return loss
+
+
+def plans_of(config: RunConfig, clock: Clock) -> tuple[DepthPlan, ...] | None:
+    """The depth of a step: the same on every rank, in every micro-step and after a restart."""
+    progress = clock.images / (config.depth.growth_images or config.train.total_images)
+    return depth_plans(config.depth, config.model, seed=config.train.seed, step=clock.step, progress=progress)
 
 
 def derived_seed(purpose: str, *numbers: int) -> int:
