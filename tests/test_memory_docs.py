@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from sret_scale.cli import main
 
@@ -31,12 +32,25 @@ def test_plan_prints_a_table_and_json_and_draws(capsys: pytest.CaptureFixture[st
     assert len(plan["schedules"]) == 3
 
 
+def test_plan_makes_room_for_a_teacher(capsys: pytest.CaptureFixture[str]) -> None:
+    plans = []
+    for teacher in ([], ["--teacher", "timm:resnet18"]):
+        assert main([*SMALL, "--memory", "auto", "--device", "cpu", "--micro-batch", "8", "--json", *teacher]) == 0
+        plans.append(json.loads(capsys.readouterr().out))
+    assert plans[0]["teacher"] == 0 < plans[1]["teacher"]
+    assert plans[1]["total_bytes"] - plans[0]["total_bytes"] == plans[1]["teacher"]
+    assert plans[0]["budget_bytes"] > 2**30
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for what a machine without a GPU says")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--memory", "1MiB", "--micro-batch", "8"], "next cheaper choice"),
         (["--memory", "lots"], "expected a number of bytes"),
         (["--micro-batch", "0"], "expected a whole number"),
+        (["--memory", "auto"], "--memory auto: no GPU is here"),
+        (["--teacher", "timm:resnet1"], "did you mean"),
         (["--zero-stage", "4"], "zero stage: expected 0, 1, 2 or 3"),
         (["--world-size", "0"], "world size: expected at least 1"),
     ],

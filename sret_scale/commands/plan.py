@@ -8,16 +8,24 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from sret_scale.memory import Plan
 
-EXAMPLE = "example: sret-scale plan sret_t_108 --memory 10GiB --micro-batch auto --precision bf16 --draw plan.png"
+EXAMPLE = """examples:
+  sret-scale plan sret_t_108 --memory 10GiB --micro-batch auto --precision bf16 --draw plan.png
+  sret-scale plan sret_t_1000 --memory 80GiB --teacher timm:regnety_160.deit_in1k"""
+
+TEACHER_MICRO_BATCH = 64
+"""Images a teacher answers at once where the student's micro-batch is still to be chosen."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The model and the machine."""
     parser.add_argument("preset", help="name of a model, for example sret_t_108; an unknown name lists all")
     parser.add_argument(
-        "--memory", default="80GiB", help="bytes of one device, for example 80GiB (default: %(default)s)"
+        "--memory",
+        default="80GiB",
+        help="bytes of one device, for example 80GiB, or auto: what is free here (default: %(default)s)",
     )
-    parser.add_argument("--reserve", default="1GiB", help="of these, for context and teacher (default: %(default)s)")
+    parser.add_argument("--reserve", default="1GiB", help="of these, for the device's context (default: %(default)s)")
+    parser.add_argument("--teacher", help="a live teacher beside the student, as distill.teacher (no weights needed)")
     parser.add_argument(
         "--micro-batch", default="auto", help="images per rank and step, or auto (default: %(default)s)"
     )
@@ -42,9 +50,12 @@ def run(args: argparse.Namespace) -> None:
     from sret_scale.model import preset
 
     overrides = {} if args.image_size is None else {"image_size": args.image_size}
-    budget_bytes, reserved_bytes = parse_bytes(args.memory), parse_bytes(args.reserve)
+    budget_bytes = free_bytes(args.device) if args.memory == "auto" else parse_bytes(args.memory)
     micro_batch_size = None if args.micro_batch == "auto" else _positive(args.micro_batch)
-    batches = BatchSearch(preset(args.preset, **overrides), args.precision, DEVICES[args.device])
+    config = preset(args.preset, **overrides)
+    batches = BatchSearch(config, args.precision, DEVICES[args.device])
+    beside = teacher_of(args, config.num_classes, micro_batch_size or TEACHER_MICRO_BATCH)
+    reserved_bytes = parse_bytes(args.reserve) + beside
     plan = plan_for(
         batches,
         budget_bytes=budget_bytes,
@@ -55,14 +66,47 @@ def run(args: argparse.Namespace) -> None:
     )
     largest = batches.largest(budget_bytes - reserved_bytes - plan.state.total)
     if args.json:
-        print(json.dumps({"preset": args.preset, **plan.to_json(), "largest_micro_batch": largest}, indent=2))
+        record = {"preset": args.preset, **plan.to_json(), "teacher": beside, "largest_micro_batch": largest}
+        print(json.dumps(record, indent=2))
     else:
-        print(table(args.preset, plan, largest))
+        print(table(args.preset, plan, largest, beside))
     if args.draw:
         draw_schedules(plan.schedules, args.draw, title=f"{args.preset}: forward and backward pass of one micro-batch")
 
 
-def table(name: str, plan: "Plan", largest: int) -> str:
+def free_bytes(device: str) -> int:
+    """Bytes that are free now on the fullest GPU of this machine, or on a machine without one in its memory.
+
+    Raises ValueError for GPUs where there is none.
+    """
+    import psutil
+    import torch
+
+    if device == "cpu":
+        return int(psutil.virtual_memory().available)
+    count = torch.cuda.device_count()
+    if not count:
+        raise ValueError("--memory auto: no GPU is here; give its size, such as --memory 80GiB, or --device cpu")
+    return min(torch.cuda.mem_get_info(index)[0] for index in range(count))
+
+
+def teacher_of(args: argparse.Namespace, num_classes: int, micro_batch_size: int) -> int:
+    """Bytes of the live teacher that was asked for."""
+    from sret_scale.distill.footprint import teacher_bytes
+    from sret_scale.train.load import untrained_teacher_run
+
+    if args.teacher is None:
+        return 0
+    return teacher_bytes(
+        args.teacher,
+        num_classes=num_classes,
+        micro_batch_size=micro_batch_size,
+        precision=args.precision,
+        untrained_run=untrained_teacher_run,
+    ).total
+
+
+def table(name: str, plan: "Plan", largest: int, teacher: int) -> str:
     """The plan as aligned lines of text."""
     from sret_scale.memory.ledger import account
     from sret_scale.memory.state import format_bytes
@@ -72,7 +116,8 @@ def table(name: str, plan: "Plan", largest: int) -> str:
         "gradients": plan.state.gradients,
         "optimizer state": plan.state.optimizer,
         "buckets": plan.state.buckets,
-        "reserved": plan.reserved,
+        "teacher": teacher,
+        "reserved": plan.reserved - teacher,
         "activations": plan.activations,
         "total": plan.total_bytes,
         "budget": plan.budget_bytes,

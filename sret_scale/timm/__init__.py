@@ -4,8 +4,8 @@ timm is an optional extra (`pip install sret-scale[timm]`) and importing it take
 """
 
 from sret_scale.timm.adapter import TimmSReT, register_presets
-from sret_scale.timm.door import create_model, import_timm, preprocessing
+from sret_scale.timm.door import create_architecture, create_model, import_timm, preprocessing
 
 register_presets()
 
-__all__ = ["TimmSReT", "create_model", "import_timm", "preprocessing", "register_presets"]
+__all__ = ["TimmSReT", "create_architecture", "create_model", "import_timm", "preprocessing", "register_presets"]

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from torch import nn
 
@@ -29,9 +30,7 @@ def create_model(name: str, *, num_classes: int, checkpoint: Path | None) -> nn.
     The file is read without running code from it. ValueError for an unknown name, or weights that do not fit.
     """
     timm = import_timm()
-    if not timm.is_model(name):
-        found = difflib.get_close_matches(name, timm.list_models(), n=3)
-        raise ValueError(f"timm has no model {name!r}" + (f"; did you mean {' or '.join(found)}?" if found else ""))
+    _check_name(timm, name)
     if checkpoint is None:
         return _published_model(timm, name)
     model: nn.Module = timm.create_model(name, num_classes=num_classes)
@@ -42,6 +41,25 @@ def create_model(name: str, *, num_classes: int, checkpoint: Path | None) -> nn.
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{checkpoint} does not fit {name} with {num_classes} classes: {reason}") from error
     return model
+
+
+def create_architecture(name: str, *, num_classes: int | None = None) -> nn.Module:
+    """A timm classifier on the meta device, without weights; `None` keeps the number of classes of its published ones.
+
+    ValueError for an unknown name.
+    """
+    timm = import_timm()
+    _check_name(timm, name)
+    classes = {} if num_classes is None else {"num_classes": num_classes}
+    with torch.device("meta"):
+        model: nn.Module = timm.create_model(name, pretrained=False, **classes)
+    return model
+
+
+def _check_name(timm: ModuleType, name: str) -> None:
+    if not timm.is_model(name):
+        found = difflib.get_close_matches(name, timm.list_models(), n=3)
+        raise ValueError(f"timm has no model {name!r}" + (f"; did you mean {' or '.join(found)}?" if found else ""))
 
 
 def _read_weights(timm: ModuleType, checkpoint: Path) -> Any:

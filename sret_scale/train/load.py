@@ -1,12 +1,18 @@
 """Reads a finished or running run back: its configuration and a model with the weights of its newest checkpoint."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from sret_scale.model import SReT, SReTConfig
+from sret_scale.model.adapt import adapted_state
+from sret_scale.model.files import load_model as load_native
+from sret_scale.model.files import load_published
+from sret_scale.model.official import from_published
 from sret_scale.train.checkpoint import newest_valid, read_state, read_tensors
 from sret_scale.train.config import RunConfig, build, differences_of, from_yaml, to_plain
 from sret_scale.train.run_folder import RunFolder
@@ -41,11 +47,64 @@ def load_model(run: Path, weights: WeightsKind | None, report: Callable[[str], N
     return model.eval(), kind, int(state["step"])
 
 
+# What may differ between a model and the weights that it starts from: none of these has weights of its own, besides
+# the position tensor, which is interpolated.
+_FREE_IN_FINE_TUNING = ("image_size", "drop_path", "dropout", "permutation", "permutation_seed", "group_fit", "groups")
+
+
+def initial_state(source: str, config: SReTConfig) -> dict[str, Tensor]:
+    """The state dict for `config` of `run:FOLDER` or of a file, its position tensor interpolated to the image size.
+
+    A file ending in .safetensors is native, any other in the published layout (no code in it is run). Raises ValueError
+    or OSError where there is none, or where it is of another architecture.
+    """
+    kind, _, path = source.partition(":")
+    if kind == "run" and path:
+        model, _, _ = load_model(Path(path), None, print)
+    elif source.endswith(".safetensors"):
+        model = load_native(Path(source))
+    else:
+        model = published_model(Path(source), config)
+    changed = [
+        line
+        for line in differences_of(to_plain(model.config), to_plain(config))
+        if not any(name in line.partition(":")[0].split(".") for name in _FREE_IN_FINE_TUNING)
+    ]
+    if changed:
+        raise ValueError(
+            f"train.initial_weights={source}: of another architecture: {'; '.join(changed[:4])} (there -> model); "
+            "only image size, slicing and regularisation may differ"
+        )
+    return adapted_state(model.state_dict(), model.config, config, SReT(config).state_dict())
+
+
+def published_model(file: Path, config: SReTConfig) -> SReT:
+    """The published weights of a file in a model of `config`, at the image size that they were trained at."""
+    published = load_published(file)
+    side = published["pos_embed"].shape[-1] if "pos_embed" in published else config.grids[0]
+    image_size = side * config.image_size // config.grids[0]
+    before = replace(config, image_size=image_size, group_fit="nearest")
+    model = SReT(before)
+    try:
+        model.load_state_dict(from_published(before, published))
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise ValueError(f"train.initial_weights={file}: does not fit the model: {reason}") from error
+    return model
+
+
 def load_teacher_run(run: Path) -> tuple[nn.Module, tuple[float, ...], tuple[float, ...], int]:
     """(model, mean, std, image size) of a run, as sret_scale.distill takes a teacher."""
     config = load_config(run)
     model, _, _ = load_model(run, None, print)
     return model, config.train.image_mean, config.train.image_std, config.model.image_size
+
+
+def untrained_teacher_run(run: Path) -> tuple[SReT, int]:
+    """(model without weights on the meta device, image size) of a run folder."""
+    config = load_config(run)
+    with torch.device("meta"):
+        return SReT(config.model), config.model.image_size
 
 
 def check_architecture(expected: SReTConfig, saved: object, where: str) -> None:

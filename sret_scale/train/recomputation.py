@@ -1,0 +1,41 @@
+"""Sets a model's recomputation as a run's configuration asks, with room for the teacher that lives beside it."""
+
+from sret_scale.distill.footprint import TeacherBytes, teacher_bytes
+from sret_scale.memory import prepare_memory
+from sret_scale.model import SReT
+from sret_scale.train.config import RunConfig
+from sret_scale.train.ds_config import load_ds_config, precision_of, zero_stage_of
+from sret_scale.train.load import untrained_teacher_run
+
+
+def set_up_recomputation(model: SReT, config: RunConfig, world_size: int) -> int:
+    """Applies `config.memory` to `model`, and returns the predicted peak of activation bytes.
+
+    Raises ValueError where a budget cannot be kept, before anything is set.
+    """
+    ds_config = load_ds_config(config.engine.ds_config)
+    return prepare_memory(
+        model,
+        config.memory,
+        micro_batch_size=config.train.micro_batch_size,
+        precision=precision_of(ds_config),
+        world_size=world_size,
+        zero_stage=zero_stage_of(ds_config),
+        reserved_bytes=_bytes_beside(config, world_size) if config.memory.budget_bytes is not None else 0,
+    )
+
+
+def _bytes_beside(config: RunConfig, world_size: int) -> int:
+    """What the live teacher takes of a rank. `auto` is counted as fp32, the larger of what it may mean."""
+    distill = config.distill
+    if distill.teacher is None:
+        return 0
+    found: TeacherBytes = teacher_bytes(
+        distill.teacher,
+        num_classes=config.model.num_classes,
+        micro_batch_size=distill.teacher_micro_batch_size or config.train.micro_batch_size,
+        precision=distill.teacher_precision,
+        untrained_run=untrained_teacher_run,
+    )
+    is_cut = distill.teacher_placement == "sharded"
+    return found.forward + (-(-found.weights // world_size) if is_cut else found.weights)
