@@ -28,6 +28,10 @@ FAKE_INTERPRETER = """#!/bin/sh
 case "$*" in
 -V) echo "Python 3.11.0" ;;
 "-c import pip") ;;
+"-m data_pipelines.roi")
+    [ ! -e "$FAKE/no_compiler" ] || { printf 'first\nnot built: no compiler\n' >&2; exit 1; }
+    echo "library" >>"$FAKE/log"
+    ;;
 -c*metadata*) cat "$FAKE/torch" ;;
 "-m pip install "*)
     echo "pip $*" >>"$FAKE/log"
@@ -114,6 +118,7 @@ def expected_calls(project: Path, extra: str = "") -> list[str]:
         f"{pip}setuptools=={pins['setuptools']} wheel=={pins['wheel']}",
         f"{pip}torch=={pins['torch']}",
         f"{pip}--no-build-isolation -e {project}{extra}",
+        "library",
     ]
 
 
@@ -123,8 +128,16 @@ def test_first_start_installs_in_order_and_the_second_nothing(copy: Path, tools:
     assert first.returncode == 0, first.stderr
     assert taken_log(fake) == [f"venv {project}/.venv", *expected_calls(project)]
     assert first.stdout.splitlines()[-1] == f"ready: {project}/.venv/bin/python"
+    assert "faster decoding of JPEG: built" in first.stdout.splitlines()
     second = run(copy, "setup", cwd=project, path=str(tools))
     assert (second.returncode, second.stdout, taken_log(fake)) == (0, f"ready: {project}/.venv/bin/python\n", [])
+
+
+def test_without_a_compiler_set_up_says_so_in_a_line_and_goes_on(copy: Path, tools: Path, fake: Path) -> None:
+    (fake / "no_compiler").touch()
+    result = run(copy, "setup", cwd=copy.parent, path=str(tools))
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.splitlines()[-2:] == ["not built: no compiler", f"ready: {copy.parent}/.venv/bin/python"]
 
 
 def test_test_setup_adds_its_extra_and_holds_the_core(copy: Path, tools: Path, fake: Path) -> None:
@@ -179,7 +192,7 @@ def test_step_says_that_it_begins_also_off_a_terminal(copy: Path, tools: Path, f
             if line.startswith("torch==2.13.0 ..."):
                 (fake / "hold").unlink()
     assert process.returncode == 0
-    names = [re.sub(r" +\d+ s$| \.\.\.$", "", line) for line in seen[:-1]]
+    names = [re.sub(r" +\d+ s$| \.\.\.$", "", line) for line in seen[:-2]]
     assert names[::2] == names[1::2]
     assert names[::2] == [
         "virtual environment (.venv)",
