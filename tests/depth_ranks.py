@@ -1,11 +1,14 @@
 """One rank of tests of depth and telemetry in training: `python -m tests.depth_ranks FOLDER RUN...`.
 
-Trains the run folders `FOLDER/RUN` (each with a config.yaml) one after another to their ends, in one process.
+Trains the run folders `FOLDER/RUN` (each with a config.yaml) one after another to their ends, in one process. `RUN@N`
+deletes the checkpoints of a run after step N instead, as if it had been killed before it came further.
 """
 
+import shutil
 import sys
 from pathlib import Path
 
+from sret_scale.train.checkpoint import list_checkpoints
 from sret_scale.train.config import from_yaml
 from sret_scale.train.distributed import leave, ranks_from_environment
 from sret_scale.train.engine import start_communication
@@ -13,11 +16,22 @@ from sret_scale.train.loop import train
 from sret_scale.train.run_folder import RunFolder
 
 
+def forget(folder: RunFolder, step: int) -> None:
+    for checkpoint in list_checkpoints(folder.checkpoints):
+        if checkpoint.name > f"step-{step:09d}":
+            shutil.rmtree(checkpoint)
+
+
 def main() -> None:
     folder, *runs = sys.argv[1:]
     ranks = ranks_from_environment()
     start_communication(ranks)
     for run in runs:
+        run, _, step = run.partition("@")
+        if step:
+            if ranks.is_main:
+                forget(RunFolder(Path(folder) / run), int(step))
+            continue
         path = Path(folder) / run
         assert train(from_yaml(path / "config.yaml"), RunFolder(path), ranks)
     leave()

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from sret_scale.memory.config import MemoryConfig, schedule_for
 from sret_scale.memory.recompute import Chained, run_chain
-from sret_scale.memory.schedule import Schedule
+from sret_scale.memory.schedule import Schedule, shortened
 
 
 def apply_recomputation(model: nn.Module, config: MemoryConfig) -> None:
@@ -18,7 +18,10 @@ def apply_recomputation(model: nn.Module, config: MemoryConfig) -> None:
 
 
 def apply_schedules(model: nn.Module, schedules: Sequence[Schedule], config: MemoryConfig) -> None:
-    """Makes each stage of `model.stages` run its own schedule; the other settings are those of `config`."""
+    """Makes each stage of `model.stages` run its own schedule; the other settings are those of `config`.
+
+    A stage that runs fewer applications than its schedule has takes the shortened one (`schedule.shortened`).
+    """
     for stage, schedule in zip(_stages(model), schedules, strict=True):
         stage.run_chain = partial(_run_scheduled, config, schedule)
 
@@ -32,4 +35,6 @@ def _run_configured(config: MemoryConfig, applications: Sequence[Chained], x: Te
 
 
 def _run_scheduled(config: MemoryConfig, schedule: Schedule, applications: Sequence[Chained], x: Tensor) -> Tensor:
+    if schedule.num_applications != len(applications):
+        schedule = shortened(schedule, len(applications))
     return run_chain(applications, x, schedule, is_checked=config.is_checked, is_offloaded=config.is_offloaded)

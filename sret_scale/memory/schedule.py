@@ -40,12 +40,16 @@ class Action(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """What a chain does in its forward and in its backward pass. Hashed by identity: the constructors are cached."""
+    """What a chain does in its forward and in its backward pass. Hashed by identity: the constructors are cached.
+
+    shape: (slots, leaf, num_taped) of `binomial`, with which it makes schedules of other lengths too; None of others.
+    """
 
     name: str
     num_applications: int
     forward: tuple[Action, ...]
     backward: tuple[Action, ...]
+    shape: tuple[int, int, int] | None = None
 
 
 def grow(
@@ -111,7 +115,21 @@ def binomial(num_applications: int, slots: int, leaf: int = 1, num_taped: int = 
         return tail if is_before_tail and count > 0 else None
 
     name = f"binomial({slots}" + f", leaf={leaf}" * (leaf > 1) + f", taped={num_taped}" * (num_taped > 0) + ")"
-    return grow(name, num_applications, split, room=slots, is_last_taped=num_taped > 0)
+    schedule = grow(name, num_applications, split, room=slots, is_last_taped=num_taped > 0)
+    return replace(schedule, shape=(slots, leaf, num_taped))
+
+
+@lru_cache(maxsize=4096)
+def shortened(schedule: Schedule, num_applications: int) -> Schedule:
+    """The schedule of a shorter chain that holds no more than `schedule` does: as many slots, leaves and taped ones."""
+    if schedule.shape is None or not 1 <= num_applications <= schedule.num_applications:
+        raise ValueError(
+            f"schedule {schedule.name} of {schedule.num_applications} applications cannot be made one of "
+            f"{num_applications}"
+        )
+    slots, leaf, num_taped = schedule.shape
+    num_taped = min(num_taped, num_applications)
+    return binomial(num_applications, slots, min(leaf, max(1, num_applications - num_taped)), num_taped)
 
 
 @lru_cache(maxsize=64)

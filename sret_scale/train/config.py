@@ -24,6 +24,7 @@ from data_pipelines.loader import DataConfig
 from sret_scale.distill import DistillConfig
 from sret_scale.memory import MemoryConfig
 from sret_scale.model import SReTConfig, preset
+from sret_scale.train.depth import DepthConfig
 from sret_scale.train.telemetry.config import TelemetryConfig
 
 
@@ -113,6 +114,7 @@ class RunConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
+    depth: DepthConfig = field(default_factory=DepthConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

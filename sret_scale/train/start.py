@@ -12,6 +12,7 @@ from sret_scale.distill.spec import parse_teacher
 from sret_scale.memory import prepare_memory
 from sret_scale.model import SReT, describe
 from sret_scale.train.config import RunConfig, from_yaml, grad_accum_steps, split_differences, to_yaml
+from sret_scale.train.depth import check_depth
 from sret_scale.train.ds_config import load_ds_config, precision_of, zero_stage_of
 from sret_scale.train.launcher import launch
 from sret_scale.train.node.hostfile import Host
@@ -77,6 +78,13 @@ def check_run(config: RunConfig, world_size: int) -> None:
             world_size=world_size,
             zero_stage=zero_stage_of(ds_config),
         )
+    check_depth(
+        config.depth,
+        config.model,
+        schedule=config.memory.schedule,
+        zero_stage=zero_stage_of(load_ds_config(config.engine.ds_config)),
+        has_features=config.distill.matches_features,
+    )
     check_data(config, world_size)
     if train.total_images < train.global_batch_size:
         raise ValueError(
