@@ -1,4 +1,4 @@
-"""A reader of shard sets written from docs/shards.md alone, using nothing of data_pipelines: the page must be enough."""
+"""A reader of shard sets written from docs/shards.md alone, with nothing of data_pipelines: the page must be enough."""
 
 import hashlib
 import io
