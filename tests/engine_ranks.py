@@ -99,7 +99,7 @@ def main(folder: Path) -> None:
         straight = state(engine, average, ranks)
         resumed = make_engine(name)
         resumed.load_weights(half["weights"])
-        resumed.load_optimizer_state(half["optimizer"])
+        resumed.load_optimizer_state(half["optimizer"], {})
         average = WeightAverage(resumed.local_weights(), 100)
         average.averages, average.num_updates = resumed.partition(half["ema"]), updates
         train(resumed, average, range(STEPS // 2, STEPS), ranks)
@@ -126,7 +126,7 @@ def save_sync_batch_norm(folder: Path, ranks: Ranks) -> None:
     outputs.square().sum().backward()
     gradients = {name: sum_over_ranks(value.grad) for name, value in stem.named_parameters() if value.grad is not None}
     save_file(
-        {"outputs": outputs.detach(), **gradients, **dict(stem.named_buffers())},
+        {"outputs": outputs.detach().contiguous(), **gradients, **dict(stem.named_buffers())},
         folder / f"stem.{ranks.rank}.safetensors",
     )
 

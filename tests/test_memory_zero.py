@@ -37,4 +37,8 @@ def test_zero_stages_agree(folder: Path, ds_config: str) -> None:
         if name.endswith("qkv.bias"):
             # Likewise that of the keys: a softmax does not see what is added to all its inputs.
             value, got[name] = (torch.stack(tensor.chunk(3)[::2]) for tensor in (value, got[name]))
-        torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-5, msg=name)
+        pair = [got[name], value]
+        if name.endswith("qkv.bias"):
+            # A key's bias adds the same to all scores of a query, which softmax removes: again a gradient of 0.
+            pair = [tensor.view(3, -1)[[0, 2]] for tensor in pair]
+        torch.testing.assert_close(*pair, rtol=1e-4, atol=1e-5, msg=name)

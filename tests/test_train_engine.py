@@ -80,7 +80,7 @@ def test_every_zero_stage_is_the_plain_loop(folder: Path, ds_config: str) -> Non
         if name.endswith("qkv.bias"):
             # A key's bias adds the same to all scores of a query, which softmax removes: again a gradient of 0.
             difference = difference.view(3, -1)[[0, 2]]
-        assert float(difference.max()) <= 2e-5 + 1e-4 * float(value.abs().max()), name
+        assert float(difference.max()) <= 5e-5 + 1e-4 * float(value.abs().max()), name
     norms = load_file(folder / f"{ds_config}.norms.safetensors")["grad_norm"]
     torch.testing.assert_close(norms, torch.tensor([norm, norm]), rtol=1e-3, atol=0)
 

@@ -1,15 +1,25 @@
 """Schedules, parameter groups and the moving average, against their plain twins."""
 
+import importlib
 import math
+import types
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sret_scale.model import SReT
-from sret_scale.train.config import OptimConfig
-from sret_scale.train.optim import WeightAverage, build_optimizer, peak_rate, schedule_factor, set_rates
+from sret_scale.model import ParameterTag, SReT
+from sret_scale.train.config import ClassConfig, OptimConfig
+from sret_scale.train.optim import (
+    WeightAverage,
+    build_optimizer,
+    check_optimizer,
+    peak_rate,
+    schedule_factor,
+    set_rates,
+)
 from tests.tiny import TINY_MODEL
 
 
@@ -43,7 +53,9 @@ def test_schedule_is_the_cosine_of_the_publication() -> None:
 
 def test_every_trained_parameter_is_in_one_group_and_vectors_do_not_decay() -> None:
     model = SReT(TINY_MODEL)
-    optimizer = build_optimizer(model, model.parameter_tags(), OptimConfig(weight_decay=0.3, residual_rate_ratio=0.1))
+    optimizer = build_optimizer(
+        model, model.parameter_tags(), OptimConfig(weight_decay=0.3, residual=ClassConfig(rate_ratio=0.1))
+    )
     grouped = [id(value) for group in optimizer.param_groups for value in group["params"]]
     assert sorted(grouped) == sorted(id(value) for value in model.parameters() if value.requires_grad)
     set_rates(optimizer.param_groups, 2.0)
@@ -68,3 +80,84 @@ def test_average_is_a_mean_while_young_and_then_exponential() -> None:
             assert average.averages["x"][0] == pytest.approx((1 + 4 + 9 + 16) / 4)
     torch.testing.assert_close(average.averages["x"], expected)
     assert average.averages["count"] == 12
+
+
+def test_linear_then_root_has_no_jump_and_goes_on_with_the_root() -> None:
+    def rate(batch: int) -> float:
+        return peak_rate(OptimConfig(learning_rate=1e-3, reference_batch_size=512), batch)
+
+    assert rate(1024) == pytest.approx(2e-3)
+    assert rate(2048) == pytest.approx(4e-3)
+    assert rate(2049) == pytest.approx(4e-3, rel=1e-3)
+    assert rate(8192) == pytest.approx(8e-3)
+
+
+def test_a_class_has_its_own_rate_eps_decay_and_bound() -> None:
+    model = SReT(TINY_MODEL)
+    own = ClassConfig(rate_ratio=0.5, eps=1e-4, weight_decay=0.0, clip_norm=2.0)
+    optimizer = build_optimizer(model, model.parameter_tags(), OptimConfig(weight_decay=0.3, projection=own))
+    for group in optimizer.param_groups:
+        expected = (0.5, 1e-4, 2.0) if group["kind"] == "projection" else (1.0, 1e-8, None)
+        assert (group["rate_ratio"], group["eps"], group["clip_norm"]) == expected
+        assert group["weight_decay"] in ((0.0,) if group["kind"] == "projection" else (0.0, 0.3))
+
+
+def test_layer_decay_is_timms_where_every_block_is_used_once() -> None:
+    timm_optim = pytest.importorskip("timm.optim")
+    adapter = importlib.import_module("sret_scale.timm")
+    # Without projections: timm's patterns number those as if each had a block of its own.
+    stages = tuple(replace(stage, num_blocks=2, num_loops=1, projections="none") for stage in TINY_MODEL.stages)
+    model = SReT(replace(TINY_MODEL, stages=stages))
+    model.group_matcher = types.MethodType(adapter.TimmSReT.group_matcher, model)
+    theirs: dict[int, float] = {}
+    for group in timm_optim.param_groups_layer_decay(model, weight_decay=0.1, layer_decay=0.5):
+        theirs |= {id(value): group["lr_scale"] for value in group["params"]}
+    ours = build_optimizer(model, model.parameter_tags(), OptimConfig(layer_decay=0.5))
+    for group in ours.param_groups:
+        for value in group["params"]:
+            assert group["rate_ratio"] == pytest.approx(theirs[id(value)])
+
+
+def test_a_block_and_all_its_loops_are_one_layer() -> None:
+    model = SReT(TINY_MODEL)
+    layers = {name: tag.layer for name, tag in model.parameter_tags().items()}
+    assert {layer for name, layer in layers.items() if name.startswith("stages.0.")} == {1}
+    assert (layers["position"], layers["stem.convs.0.weight"], layers["pools.0.weight"]) == (0, 0, 2)
+    assert {layer for name, layer in layers.items() if name.startswith("stages.1.")} == {3} == {layers["norm.bias"]}
+    assert {tag.num_layers for tag in model.parameter_tags().values()} == {layers["head.bias"] + 1} == {5}
+
+
+def test_muon_is_refused_where_zero_cuts_matrices() -> None:
+    check_optimizer(OptimConfig(optimizer="muon"), 0)
+    check_optimizer(OptimConfig(optimizer="lamb"), 3)
+    with pytest.raises(ValueError, match="optimizer=muon does not work at ZeRO stage 1: it needs whole matrices"):
+        check_optimizer(OptimConfig(optimizer="muon"), 1)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"layer_decay": 0.0}, "optim.layer_decay: expected above 0 and at most 1, got 0.0"),
+        ({"tied": ClassConfig(clip_norm=0.0)}, "optim.tied.clip_norm: expected above 0, got 0.0"),
+        ({"residual": ClassConfig(rate_ratio=-1.0)}, "optim.residual.rate_ratio: expected 0 or more, got -1.0"),
+    ],
+)
+def test_a_bad_class_is_named(values: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        OptimConfig(**values)  # type: ignore[arg-type]  # the point
+
+
+def test_a_parameter_without_gradient_stays_as_it_is() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    tags = {name: ParameterTag("tied", decay=True) for name, _ in model.named_parameters()}
+    optimizer = build_optimizer(model, tags, OptimConfig(weight_decay=0.5, learning_rate=0.1))
+    twin = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    twin.load_state_dict(model.state_dict())
+    plain = torch.optim.AdamW(twin.parameters(), lr=0.1, weight_decay=0.5)
+    for used in ((0, 1), (0,), (0, 1), (1,), (0, 1)):
+        for network, rule in ((model, optimizer), (twin, plain)):
+            rule.zero_grad()
+            sum(network[index](torch.ones(1, 2)).square().sum() for index in used).backward()
+            rule.step()
+    for got, expected in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(got, expected)

@@ -16,11 +16,13 @@ from torch import Tensor, nn
 
 from sret_scale.model.adapt import adapted_state
 from sret_scale.model.config import SReTConfig
-from sret_scale.model.depth import resolved_scheme, resolved_skip
+from sret_scale.model.depth import application_slots, resolved_scheme, resolved_skip
 from sret_scale.model.fused import NORM_EPS
 from sret_scale.model.layers import pooling
 from sret_scale.model.noise import Dropout, Noise
+from sret_scale.model.padding import padded_state, unpadded_config
 from sret_scale.model.plan import DepthPlan
+from sret_scale.model.sizes import stored_sizes
 from sret_scale.model.stage import Stage
 from sret_scale.model.stem import Stem
 
@@ -43,27 +45,38 @@ def on_grid(x_BND: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ParameterTag:
-    """What an optimiser has to know of a parameter: its class, whether weights decay, and a factor of the rate."""
+    """What an optimiser has to know of a parameter: its class, whether weights decay, and a factor of the rate.
+
+    layer, num_layers: its place for rates that fall with the distance from the head. Stem and position are layer 0; each
+        block with its projections is one, however often it is applied, and each pooling; the norm before the head goes
+        with the last block; the head is the last.
+    """
 
     kind: ParameterKind
     decay: bool
     lr_scale: float = 1.0
+    layer: int = 0
+    num_layers: int = 1
 
 
 class SReT(nn.Module):
     """Images to class scores. In training pass a `Noise`; without one a pass is deterministic (no stochastic depth)."""
 
     def __init__(self, config: SReTConfig) -> None:
+        # Drawn in published sizes, so that a padded model starts as the one that it stores.
+        drawn = SReT(unpadded_config(config)).state_dict() if config.padded else None
         super().__init__()
         self.config = config
-        widths = [stage.width for stage in config.stages]
+        widths = [stored_sizes(config, index).width for index in range(len(config.stages))]
         self.stem = Stem(config)
         self.position = nn.Parameter(torch.empty(1, widths[0], config.grids[0], config.grids[0]))
         self.stages = nn.ModuleList(Stage(config, index) for index in range(len(widths)))
         self.pools = nn.ModuleList(pooling(*pair) for pair in itertools.pairwise(widths))
-        self.norm = nn.LayerNorm(widths[-1], eps=NORM_EPS)
-        self.head = nn.Linear(widths[-1], config.num_classes)
+        self.norm = nn.LayerNorm(config.stages[-1].width, eps=NORM_EPS)
+        self.head = nn.Linear(config.stages[-1].width, config.num_classes)
         nn.init.trunc_normal_(self.position, std=0.02)
+        if drawn is not None:
+            self.load_state_dict(padded_state(config, drawn, self.state_dict()))
 
     def forward(
         self, images_BCHW: Tensor, noise: Noise | None = None, plans: Sequence[DepthPlan] | None = None
@@ -90,7 +103,7 @@ class SReT(nn.Module):
         for index, stage in enumerate(self.stages):
             x_BND = self.stage_input(x_BDHW, index)
             x_BDHW = on_grid(stage(x_BND, noise))
-            yield x_BDHW
+            yield x_BDHW[:, : self.config.stages[index].width]
 
     def _planned_outputs(self, x_BDHW: Tensor, noise: Noise | None, plan: DepthPlan) -> Iterator[Tensor]:
         """(B, D, H, W) tokens of the last stage at the plan's supervised loop counts and at its end."""
@@ -123,7 +136,7 @@ class SReT(nn.Module):
 
     def forward_head(self, x_BDHW: Tensor, pre_logits: bool = False) -> Tensor:
         """(B, num_classes) scores of the last stage's tokens: average, norm, linear; (B, D) if pre_logits."""
-        x_BD = self.norm(x_BDHW.mean(dim=(2, 3)))
+        x_BD = self.norm(x_BDHW.mean(dim=(2, 3))[:, : self.norm.normalized_shape[0]])
         return x_BD if pre_logits else self.head(x_BD)
 
     def with_loops(self, num_loops: int | Sequence[int]) -> "SReT":
@@ -153,9 +166,10 @@ class SReT(nn.Module):
     def parameter_tags(self) -> dict[str, ParameterTag]:
         """A tag for every parameter by name. As in DeiT, vectors and the position tensor do not decay, nor
         does conditioning, which starts at zero and would be pulled back to the tied model."""
-        return {name: self._tag(name, parameter) for name, parameter in self.named_parameters()}
+        layers = layer_numbers(self.config)
+        return {name: self._tag(name, parameter, layers) for name, parameter in self.named_parameters()}
 
-    def _tag(self, name: str, parameter: nn.Parameter) -> ParameterTag:
+    def _tag(self, name: str, parameter: nn.Parameter, layers: dict[str, int]) -> ParameterTag:
         parts = name.split(".")
         lr_scale = 1.0
         kind = _KINDS.get(parts[0], "tied")
@@ -170,5 +184,27 @@ class SReT(nn.Module):
                 if parts[-1] == "alpha" and resolved_skip(stage) == "slow":
                     lr_scale = 1.0 / stage.num_applications
         return ParameterTag(
-            kind, decay=parameter.ndim > 1 and kind not in ("position", "conditioning"), lr_scale=lr_scale
+            kind,
+            decay=parameter.ndim > 1 and kind not in ("position", "conditioning"),
+            lr_scale=lr_scale,
+            layer=next(layers[prefix] for prefix in itertools.accumulate(parts, "{}.{}".format) if prefix in layers),
+            num_layers=layers["head"] + 1,
         )
+
+
+def layer_numbers(config: SReTConfig) -> dict[str, int]:
+    """The layer (see ParameterTag) of every part of the model, by the beginning of its parameters' names."""
+    layers, last = {"stem": 0, "position": 0}, 0
+    for index, stage in enumerate(config.stages):
+        if index:
+            last += 1
+            layers[f"pools.{index - 1}"] = last
+        for block in range(stage.num_blocks):
+            layers[f"stages.{index}.blocks.{block}"] = last + 1 + block
+        for slot in application_slots(config, index):
+            # One that blocks share goes with the last of them.
+            if slot.projection is not None:
+                name = f"stages.{index}.projections.{slot.projection}"
+                layers[name] = max(layers.get(name, 0), last + 1 + slot.block)
+        last += stage.num_blocks
+    return {**layers, "norm": last, "head": last + 1}

@@ -27,16 +27,38 @@ from sret_scale.model import SReTConfig, preset
 from sret_scale.train.depth import DepthConfig
 from sret_scale.train.telemetry.config import TelemetryConfig
 
+ParameterClass = Literal["tied", "projection", "residual", "stem_head"]
+"""Parameters whose gradients differ in size, and grow differently with depth: blocks that are applied many times; the
+projections and conditioning of single loops; residual coefficients; everything outside the stages."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassConfig:
+    """How one class of parameters departs from the rest; what is None is as for all."""
+
+    rate_ratio: float = 1.0
+    """Its rate relative to the run's."""
+    eps: float | None = None
+    weight_decay: float | None = None
+    """For those of its parameters that decay at all."""
+    clip_norm: float | None = None
+    """Clips the class by its own norm, and leaves it out of the norm that gradient_clipping of the ds_config bounds."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW with a cosine schedule after a linear warm-up; rates are per optimizer step, horizons in images."""
+    """An update rule, a cosine schedule after a linear warm-up; rates are per optimizer step, horizons in images."""
 
+    optimizer: Literal["adamw", "lamb", "muon"] = "adamw"
+    """`muon` is an experiment: the matrices of the tied blocks by Muon, the rest by AdamW."""
     learning_rate: float = 1e-3
     """Peak rate at `reference_batch_size`."""
     reference_batch_size: int = 512
-    batch_scaling: Literal["none", "linear", "sqrt"] = "linear"
-    """How the peak rate follows global_batch_size / reference_batch_size (linear: SReT, DeiT)."""
+    batch_scaling: Literal["none", "linear", "sqrt", "linear_then_sqrt"] = "linear_then_sqrt"
+    """How the peak rate follows global_batch_size / reference_batch_size (linear: SReT, DeiT). `linear_then_sqrt` goes
+    on with the root beyond a batch of 2048."""
+    layer_decay: float = 1.0
+    """Factor of the rate per layer from the head to the stem; a block is one layer, however often it is applied."""
     final_rate_ratio: float = 0.01
     """The cosine ends at this part of the peak rate."""
     warmup_images: int = 0
@@ -44,18 +66,31 @@ class OptimConfig:
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
-    residual_rate_ratio: float = 1.0
-    """Rate of the residual coefficients relative to the others: they are multiplied once per application."""
+    tied: ClassConfig = field(default_factory=ClassConfig)
+    projection: ClassConfig = field(default_factory=ClassConfig)
+    residual: ClassConfig = field(default_factory=ClassConfig)
+    stem_head: ClassConfig = field(default_factory=ClassConfig)
     ema_horizon_images: int = 0
     """Images over which the average of the weights forgets to 1/e; 0 keeps no average."""
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "reference_batch_size", "eps"):
             _require(getattr(self, name) > 0, f"optim.{name}", "above 0", getattr(self, name))
-        for name in ("final_rate_ratio", "warmup_images", "weight_decay", "residual_rate_ratio", "ema_horizon_images"):
+        for name in ("final_rate_ratio", "warmup_images", "weight_decay", "ema_horizon_images"):
             _require(getattr(self, name) >= 0, f"optim.{name}", "0 or more", getattr(self, name))
         for name in ("beta1", "beta2"):
             _require(0 <= getattr(self, name) < 1, f"optim.{name}", "0 or more and less than 1", getattr(self, name))
+        _require(0 < self.layer_decay <= 1, "optim.layer_decay", "above 0 and at most 1", self.layer_decay)
+        for group in typing.get_args(ParameterClass):
+            self._check_class(f"optim.{group}", getattr(self, group))
+
+    def _check_class(self, path: str, group: ClassConfig) -> None:
+        for name in ("rate_ratio", "weight_decay"):
+            value = getattr(group, name)
+            _require(value is None or value >= 0, f"{path}.{name}", "0 or more", value)
+        for name in ("eps", "clip_norm"):
+            value = getattr(group, name)
+            _require(value is None or value > 0, f"{path}.{name}", "above 0", value)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -146,6 +146,12 @@ def zero_stage_of(ds_config: Mapping[str, Any]) -> int:
     return int(ds_config.get("zero_optimization", {}).get("stage", 0))
 
 
+def is_offloaded(ds_config: Mapping[str, Any]) -> bool:
+    """True where the optimiser's state lives in host memory."""
+    place = ds_config.get("zero_optimization", {}).get("offload_optimizer", {})
+    return bool(place) and place.get("device", "none") != "none"
+
+
 def precision_of(ds_config: Mapping[str, Any]) -> Literal["bf16", "fp32"]:
     """What matrix products are computed in; parameters are fp32 in both."""
     return "bf16" if ds_config.get("torch_autocast", {}).get("enabled") else "fp32"

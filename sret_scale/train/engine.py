@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import deepspeed
 import torch
+from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from deepspeed.utils import (
     safe_get_local_optimizer_state,
     safe_set_full_fp32_param,
@@ -21,17 +22,21 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
+from sret_scale.train.clip import GradientNorms, clip_factors, measure, scale_gradients
 from sret_scale.train.distributed import (
     Ranks,
     join_ranks,
     ranks_from_environment,
     saved_buffers,
+    sum_over_ranks,
     whole_from_parts,
 )
-from sret_scale.train.ds_config import zero_stage_of
+from sret_scale.train.ds_config import is_offloaded, zero_stage_of
+from sret_scale.train.parts import gradient_chunks, layout_of
 from sret_scale.train.snapshot import Field, Piece
+from sret_scale.train.update import MOMENTS, Optimizer, Rule
 
-ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
+ADAM_MOMENTS = MOMENTS["adamw"]
 
 
 def start_communication(ranks: Ranks) -> None:
@@ -51,12 +56,16 @@ class Engine:
 
     `model` is trained in place and keeps fp32 parameters. `ds_config` is a dict of ds_configs/; the batch is added
     here, because it belongs to the run and not to the way of computing.
+
+    A parameter that received no gradient in a whole accumulation window, on any rank, stays as it is: values, moments
+    and count of updates, at every ZeRO stage (`last_norms.unused` names them). So whoever drops parts of the model for
+    a step only has to leave them out of the forward pass, alike on all ranks.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: Optimizer,
         ds_config: Mapping[str, Any],
         *,
         micro_batch_size: int,
@@ -65,22 +74,46 @@ class Engine:
     ) -> None:
         self.zero_stage = zero_stage_of(ds_config)
         self.model = model
+        self.last_norms = GradientNorms(by_class={"none": math.nan}, unused=frozenset())
+        """Of the last accumulation window, before clipping."""
         self._client_optimizer = optimizer
-        self._grad_norm = math.nan
-        self._rank = ranks_from_environment().rank
+        self._is_offloaded = is_offloaded(ds_config)
+        self._clip_norm = float(ds_config["gradient_clipping"])
+        ranks = ranks_from_environment()
+        self._rank, self._world_size = ranks.rank, ranks.world_size
         self._device = next(model.parameters()).device
         if self.zero_stage == 3 and z3_leaf_modules:
             # A stage's recomputation is one autograd function: its parameters must be gathered as one.
             set_z3_leaf_modules(model, list(z3_leaf_modules))
+        if Optimizer not in ZERO_SUPPORTED_OPTIMIZERS:
+            # DeepSpeed warns of what it does not know; tests/test_train_update.py holds this one at every stage.
+            ZERO_SUPPORTED_OPTIMIZERS.append(Optimizer)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
             config={
                 **ds_config,
+                **self._without_clipping(ds_config),
                 "train_micro_batch_size_per_gpu": micro_batch_size,
                 "gradient_accumulation_steps": grad_accum_steps,
             },
         )
+        names = {value: name for name, value in model.named_parameters()}
+        optimizer.layout = layout_of(self.zero_stage, self._optimizer, names, rank=self._rank)
+        optimizer.is_cut = self.zero_stage > 0
+        if optimizer.is_cut:
+            optimizer.sum_over_ranks = lambda values: sum_over_ranks(values.to(self._device)).to(values.device)
+        self._rule_of: dict[str, Rule] = {name: group["rule"] for group in self.param_groups for name in group["names"]}
+        self._used: set[str] = set()
+        for name, parameter in self._trained_parameters():
+            parameter.register_post_accumulate_grad_hook(lambda _, name=name: self._used.add(name))  # type: ignore[no-untyped-call]
+
+    def _without_clipping(self, ds_config: Mapping[str, Any]) -> dict[str, Any]:
+        """Overrides that leave norms and clipping to us: DeepSpeed knows one norm, of all parameters."""
+        changed: dict[str, Any] = {"gradient_clipping": 0.0}
+        if self.zero_stage in (1, 2) and not self._is_offloaded:
+            changed["zero_optimization"] = {**ds_config["zero_optimization"], "compute_grad_norm": False}
+        return changed
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output, under the precision of the ds_config."""
@@ -90,20 +123,43 @@ class Engine:
         """Accumulate the gradients of one micro-batch's mean loss."""
         self._engine.backward(loss)
 
-    def step(self) -> None:
-        """Count one micro-step; at the end of an accumulation window clip and update."""
-        is_update = self._engine.is_gradient_accumulation_boundary()
-        if is_update and self.zero_stage == 0:
-            # DeepSpeed clips here without telling the norm.
-            gradients = [value.grad for value in self.model.parameters() if value.grad is not None]
-            self._grad_norm = float(nn.utils.get_total_norm(gradients))
-        self._engine.step()
-        if is_update and self.zero_stage:
-            self._grad_norm = float(self._engine.get_global_grad_norm())
+    def step(self, *, is_rejected: bool = False) -> bool:
+        """Count one micro-step; at the end of an accumulation window clip and update. All ranks must call it.
+
+        An update with a gradient that is not finite, or that the caller rejects (on all ranks), is left out: weights,
+        moments and counts stay as they are, bit for bit. False where that happened.
+        """
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()
+            return True
+        optimizer = self._client_optimizer
+        chunks = gradient_chunks(self.zero_stage, self._optimizer, optimizer.layout, self._is_offloaded)
+        self.last_norms = measure(
+            chunks,
+            optimizer.layout,
+            self.param_groups,
+            used=self._used,
+            num_copies=1 if self.zero_stage else self._world_size,
+            loss_scale=1.0,
+            device=self._device,
+        )
+        is_updated = self.last_norms.is_finite and not is_rejected
+        if is_updated:
+            factors = clip_factors(self.last_norms, self.param_groups, common_bound=self._clip_norm)
+            scale_gradients(chunks, optimizer.layout, self.param_groups, factors)
+        with optimizer.holding(self.last_norms.unused, everything=not is_updated):
+            self._engine.step()
+        self._used.clear()
+        return is_updated
 
     def grad_norm(self) -> float:
-        """L2 norm of the last update's gradient over all parameters, before clipping."""
-        return self._grad_norm
+        """L2 norm of the last window's gradient over all parameters, before clipping."""
+        return self.last_norms.total
+
+    @property
+    def missed_updates(self) -> dict[str, int]:
+        """How many updates left a parameter alone because it took no part, where there were any: part of the state."""
+        return self._client_optimizer.missed
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -174,7 +230,7 @@ class Engine:
             yield from self._flat_moments(entries)
             return
         for name, parameter in self._trained_parameters():
-            for moment in ADAM_MOMENTS:
+            for moment in self._moments(name):
                 if self.zero_stage == 3:
                     values = safe_get_local_optimizer_state(parameter, moment)
                 else:
@@ -197,14 +253,15 @@ class Engine:
                 yield Piece(values=entries[owner][moment], is_part=True, fields=fields)
 
     @torch.no_grad()
-    def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
-        """Set Adam's moments and step from the whole tensors of `optimizer_pieces`, at any world size and stage."""
+    def load_optimizer_state(self, state: Mapping[str, Tensor], missed_updates: Mapping[str, int]) -> None:
+        """Set moments and step from the whole tensors of `optimizer_pieces`, at any world size and stage."""
+        self._client_optimizer.missed = dict(missed_updates)
         if not state:
             return
         self._create_optimizer_entries(state["step"])
         self._link_moments()
         for name, parameter in self._trained_parameters():
-            for moment in ADAM_MOMENTS:
+            for moment in self._moments(name):
                 value = state[f"{moment}.{name}"].to(parameter.device)
                 if self.zero_stage == 3:
                     safe_set_local_optimizer_state(parameter, self._own_part(parameter, value), moment)
@@ -212,6 +269,9 @@ class Engine:
                     safe_set_full_optimizer_state(parameter, value, moment)
                 else:
                     self._client_optimizer.state[parameter][moment].copy_(value)
+
+    def _moments(self, name: str) -> tuple[str, ...]:
+        return MOMENTS[self._rule_of[name]]
 
     def _trained_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         return ((name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad)
@@ -224,14 +284,9 @@ class Engine:
     def _create_optimizer_entries(self, step: Tensor) -> None:
         """Zero moments at `step`, shaped as DeepSpeed keeps them: it makes them only in the first update."""
         entries = self._optimizer_entries()
-        if self.zero_stage == 0:
-            owners: list[Tensor] = [parameter for _, parameter in self._trained_parameters()]
-        elif self.zero_stage == 3:
-            owners = list(self._optimizer.fp32_partitioned_groups_flat)
-        else:
-            owners = list(self._optimizer.single_partition_of_fp32_groups)
-        for owner in owners:
-            entries[owner] = {"step": step.clone(), **{moment: torch.zeros_like(owner) for moment in ADAM_MOMENTS}}
+        for owner, parts in self._client_optimizer.layout.items():
+            moments = ADAM_MOMENTS if self.zero_stage else self._moments(parts[0].name)
+            entries[owner] = {"step": step.clone(), **{moment: torch.zeros_like(owner) for moment in moments}}
 
     def _link_moments(self) -> None:
         # DeepSpeed 0.19.8 links moments to parameters after the first parameter group's first update, when the other

@@ -1,4 +1,4 @@
-"""The optimiser, its schedule and the moving average of the weights; all of them count images."""
+"""Parameter groups, the learning-rate schedule and the moving average of the weights; all of them count images."""
 
 import math
 from collections.abc import Mapping
@@ -7,13 +7,37 @@ import torch
 from torch import Tensor, nn
 
 from sret_scale.model import ParameterTag
-from sret_scale.train.config import OptimConfig
+from sret_scale.model.sret import ParameterKind
+from sret_scale.train.config import ClassConfig, OptimConfig, ParameterClass
+from sret_scale.train.parts import layout_of
+from sret_scale.train.update import Optimizer, Rule
+
+CLASS_OF_KIND: dict[ParameterKind, ParameterClass] = {
+    "tied": "tied",
+    "projection": "projection",
+    "conditioning": "projection",
+    "residual": "residual",
+    "stem": "stem_head",
+    "pool": "stem_head",
+    "position": "stem_head",
+    "norm": "stem_head",
+    "head": "stem_head",
+}
+
+LINEAR_BATCH_LIMIT = 2048
 
 
 def peak_rate(config: OptimConfig, global_batch_size: int) -> float:
-    """The peak learning rate at this batch: rate * batch / reference (`linear`), its root (`sqrt`), or the rate."""
+    """The peak learning rate at this batch, by the rule `batch_scaling`.
+
+    `linear`: rate * batch / reference; `sqrt`: its root; `linear_then_sqrt`: linear up to a batch of 2048, from where
+    the rate grows with the root of the batch, without a jump.
+    """
     ratio = global_batch_size / config.reference_batch_size
-    return config.learning_rate * {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[config.batch_scaling]
+    linear = min(global_batch_size, LINEAR_BATCH_LIMIT) / config.reference_batch_size
+    beyond = math.sqrt(max(1.0, global_batch_size / LINEAR_BATCH_LIMIT))
+    factors = {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio), "linear_then_sqrt": linear * beyond}
+    return config.learning_rate * factors[config.batch_scaling]
 
 
 def schedule_factor(images: int, *, total_images: int, warmup_images: int, final_ratio: float) -> float:
@@ -28,30 +52,62 @@ def schedule_factor(images: int, *, total_images: int, warmup_images: int, final
     return final_ratio + (1 - final_ratio) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def build_optimizer(model: nn.Module, tags: Mapping[str, ParameterTag], config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW with one parameter group for each (kind, decay, rate) of `tags`, in a fixed order.
+def build_optimizer(model: nn.Module, tags: Mapping[str, ParameterTag], config: OptimConfig) -> Optimizer:
+    """An optimiser with one parameter group for each (class, decay, rate, rule) of `tags`, in a fixed order.
 
-    Each group has `rate_ratio`, its rate relative to the run's: see `set_rates`.
+    Each group has `rate_ratio`, its rate relative to the run's (see `set_rates`), `kind`, the class, and its
+    `clip_norm`.
     """
-    groups: dict[tuple[str, bool, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[ParameterClass, float, float, Rule], dict[str, nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            tag = tags[name]
-            groups.setdefault((tag.kind, tag.decay, tag.lr_scale), []).append(parameter)
-    return torch.optim.AdamW(
+            key = _group_of(tags[name], parameter, config)
+            groups.setdefault(key, {})[name] = parameter
+    optimizer = Optimizer(
         [
             {
-                "params": parameters,
+                "params": list(members.values()),
+                "names": list(members),
                 "kind": kind,
-                "weight_decay": config.weight_decay if decay else 0.0,
-                "rate_ratio": lr_scale * (config.residual_rate_ratio if kind == "residual" else 1.0),
+                "rule": rule,
+                "weight_decay": decay,
+                "rate_ratio": ratio,
+                "eps": getattr(config, kind).eps or config.eps,
+                "clip_norm": getattr(config, kind).clip_norm,
             }
-            for (kind, decay, lr_scale), parameters in sorted(groups.items())
+            for (kind, decay, ratio, rule), members in sorted(groups.items())
         ],
-        lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
-        eps=config.eps,
     )
+    # What an engine replaces where it cuts parameters.
+    optimizer.layout = layout_of(0, optimizer, {value: name for name, value in model.named_parameters()}, rank=0)
+    set_rates(optimizer.param_groups, config.learning_rate)
+    return optimizer
+
+
+def _group_of(
+    tag: ParameterTag, parameter: nn.Parameter, config: OptimConfig
+) -> tuple[ParameterClass, float, float, Rule]:
+    kind = CLASS_OF_KIND[tag.kind]
+    chosen: ClassConfig = getattr(config, kind)
+    decay = 0.0
+    if tag.decay:
+        decay = config.weight_decay if chosen.weight_decay is None else chosen.weight_decay
+    depth = tag.num_layers - 1 - tag.layer
+    ratio = tag.lr_scale * chosen.rate_ratio * config.layer_decay**depth
+    rule: Rule = config.optimizer
+    if rule == "muon" and not (kind == "tied" and parameter.ndim == 2):
+        rule = "adamw"
+    return kind, decay, ratio, rule
+
+
+def check_optimizer(config: OptimConfig, zero_stage: int) -> None:
+    """Raise ValueError where ZeRO's cutting of parameters makes an update rule impossible."""
+    if config.optimizer == "muon" and zero_stage:
+        raise ValueError(
+            f"optim.optimizer=muon does not work at ZeRO stage {zero_stage}: it needs whole matrices, and there a rank "
+            "has flat parts of them; use engine.ds_config=zero0, or adamw or lamb"
+        )
 
 
 def set_rates(param_groups: list[dict[str, object]], rate: float) -> None:

@@ -17,6 +17,7 @@ def save(run: Run, clock: Clock) -> None:
         "images": clock.images,
         "time_s": clock.time_s,
         "loader": clock.loader.to_json(),
+        "missed_updates": dict(run.engine.missed_updates),
         "ema_updates": run.average.num_updates if run.average else 0,
         "is_evaluated": clock.is_evaluated,
         "model": to_plain(run.config.model),
@@ -38,7 +39,7 @@ def restore(run: Run) -> Clock:
             "give it the teacher of the interrupted run, or start over with --fresh"
         )
     run.engine.load_weights(read_tensors(checkpoint, "weights"))
-    run.engine.load_optimizer_state(read_tensors(checkpoint, "optimizer"))
+    run.engine.load_optimizer_state(read_tensors(checkpoint, "optimizer"), state.get("missed_updates", {}))
     if run.average:
         run.average.averages = run.engine.partition(read_tensors(checkpoint, "ema"))
         run.average.num_updates = state["ema_updates"]

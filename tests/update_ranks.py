@@ -1,0 +1,76 @@
+"""One rank of the tests of the update rules: `python -m tests.update_ranks OUT_FOLDER`, in an environment that says so.
+
+Trains the toy under every ZeRO stage and rule, straight and with a save and a load in the middle of the plan.
+"""
+
+import functools
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+from sret_scale.train.distributed import Ranks, from_rank, gather_parts, leave, ranks_from_environment
+from sret_scale.train.ds_config import load_ds_config
+from sret_scale.train.engine import Engine, start_communication
+from sret_scale.train.optim import build_optimizer, set_rates
+from sret_scale.train.snapshot import Snapshot
+from tests.update_toy import ACCUMULATION, BASE, BATCH, COMMON_BOUND, PLAN, STAGES, Toy, data, rate_at
+
+HALF = 4
+
+
+def make_engine(stage: int, rule: str) -> Engine:
+    model = Toy()
+    ds_config = load_ds_config(f"zero{stage}")
+    ds_config["gradient_clipping"] = COMMON_BOUND
+    if stage == 3:
+        ds_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    optimizer = build_optimizer(model, model.tags(), replace(BASE, optimizer=rule))
+    return Engine(model, optimizer, ds_config, micro_batch_size=BATCH, grad_accum_steps=ACCUMULATION)
+
+
+def train(engine: Engine, steps: range, rank: int) -> None:
+    for step in steps:
+        planned = PLAN[step]
+        set_rates(engine.param_groups, rate_at(step))
+        for micro_step in range(ACCUMULATION):
+            x, labels = data(step, micro_step, rank)
+            engine.backward(F.cross_entropy(engine.forward(x, planned.projections), labels))
+            is_updated = engine.step(is_rejected=planned.is_rejected)
+        assert is_updated is not planned.is_skipped, (step, engine.last_norms)
+        expected = {f"projections.{i}.{kind}" for i in {0, 1} - {*planned.projections} for kind in ("weight", "bias")}
+        assert engine.last_norms.unused == expected
+
+
+def state(engine: Engine, ranks: Ranks) -> dict[str, dict[str, torch.Tensor]]:
+    snapshot = Snapshot(is_main=ranks.is_main)
+    snapshot.take([*engine.pieces("weights", engine.local_weights()), *engine.optimizer_pieces()])
+    return from_rank(snapshot.whole(functools.partial(gather_parts, group=None)))
+
+
+def main(folder: Path) -> None:
+    ranks = ranks_from_environment()
+    start_communication(ranks)
+    for rule in ("adamw", "lamb", "muon"):
+        for stage in STAGES if rule != "muon" else (0,):
+            engine = make_engine(stage, rule)
+            train(engine, range(HALF), ranks.rank)
+            half, missed = state(engine, ranks), dict(engine.missed_updates)
+            train(engine, range(HALF, len(PLAN)), ranks.rank)
+            resumed = make_engine(stage, rule)
+            resumed.load_weights(half["weights"])
+            resumed.load_optimizer_state(half["optimizer"], missed)
+            train(resumed, range(HALF, len(PLAN)), ranks.rank)
+            for label, trained in (("straight", engine), ("resumed", resumed)):
+                sets = state(trained, ranks)
+                if ranks.is_main:
+                    flat = {f"{kind}/{name}": value for kind, values in sets.items() for name, value in values.items()}
+                    save_file(flat, folder / f"{rule}.{stage}.{label}.safetensors")
+    leave()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
