@@ -61,10 +61,15 @@ def digest_of(checkpoint: Path) -> dict[str, str]:
 
 def run_two_ranks(module: str, *arguments: str | Path) -> None:
     """`python -m MODULE ARGUMENTS` as two gloo ranks on this machine, without a launcher; both must end well."""
+    run_ranks(2, module, *arguments)
+
+
+def run_ranks(world_size: int, module: str, *arguments: str | Path, timeout_s: float = 300) -> None:
+    """The same for any number of ranks."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    shared = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    shared = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1"}
     ranks = [
         subprocess.Popen(
             [sys.executable, "-m", module, *map(str, arguments)],
@@ -74,7 +79,7 @@ def run_two_ranks(module: str, *arguments: str | Path) -> None:
             stdout=subprocess.DEVNULL,
             text=True,
         )
-        for rank in range(2)
+        for rank in range(world_size)
     ]
-    errors = [rank.communicate(timeout=300)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], errors[0][-3000:] + errors[1][-3000:]
+    errors = [rank.communicate(timeout=timeout_s)[1] for rank in ranks]
+    assert not any(rank.returncode for rank in ranks), "".join(error[-3000:] for error in errors)

@@ -1,21 +1,50 @@
-"""`sret-scale checkpoint`: which checkpoints a run has, and whether they are whole."""
+"""`sret-scale checkpoint`: which checkpoints a run has, whether they are whole, and DeepSpeed's layout of them."""
 
 import argparse
 from pathlib import Path
 
 EXAMPLE = """examples:
   sret-scale checkpoint info runs/demo/student
-  sret-scale checkpoint verify runs/demo/student"""
+  sret-scale checkpoint verify runs/demo/student
+  sret-scale checkpoint convert runs/demo/student --to universal    # for DeepSpeed's load_universal
+  sret-scale checkpoint convert runs/demo/student --from universal  # the next checkpoint of the run"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What to do, and with which run."""
-    parser.add_argument("action", choices=("info", "verify"), help="list what is there, or read and check every file")
+    parser.add_argument(
+        "action",
+        choices=("info", "verify", "convert"),
+        help="list what is there, read and check every file, or write and read DeepSpeed's universal layout",
+    )
     parser.add_argument("run", type=Path, help="folder of a run")
+    parser.add_argument("--to", type=Path, metavar="FOLDER", help="convert: export the newest checkpoint into it")
+    parser.add_argument(
+        "--from", dest="source", type=Path, metavar="FOLDER", help="convert: import it as the newest checkpoint"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Returns 1 when a checkpoint is damaged."""
+    if args.action == "convert":
+        return convert(args)
+    if args.to or args.source:
+        raise ValueError(f"--to and --from belong to `checkpoint convert`, not to `checkpoint {args.action}`")
+    return check(args)
+
+
+def convert(args: argparse.Namespace) -> int:
+    """Print where the converted checkpoint is."""
+    from sret_scale.train.convert import export_run, import_run
+
+    if (args.to is None) == (args.source is None):
+        raise ValueError("checkpoint convert takes one of --to FOLDER (export) and --from FOLDER (import)")
+    print(export_run(args.run, args.to) if args.to else import_run(args.run, args.source))
+    return 0
+
+
+def check(args: argparse.Namespace) -> int:
+    """One line for each checkpoint."""
     from sret_scale.train.checkpoint import CheckpointError, list_checkpoints, read_state, verify_checkpoint
     from sret_scale.train.run_folder import RunFolder
 
