@@ -12,10 +12,12 @@ from torch import Tensor
 
 from sret_scale.memory import MemoryConfig, apply_recomputation
 from sret_scale.model import Noise, SReT, SReTConfig, StageConfig
+from sret_scale.model.plan import DepthPlan, StageDepth
 from sret_scale.train.telemetry import Telemetry, TelemetryConfig, telemetry_of
 from sret_scale.train.telemetry.alarms import alarms, growth_per_loop
 from sret_scale.train.telemetry.probe import BACKWARD, FORWARD, BlockUses, probe
 from sret_scale.train.telemetry.statistics import attention_entropy, rank_ratio, token_cosine
+from sret_scale.train.telemetry.truncation import gradient_cosines
 
 STAGES = (
     StageConfig(width=8, num_heads=2, num_blocks=2, num_loops=3, groups=(4, 2), skip="learned"),
@@ -213,7 +215,38 @@ def test_an_alarm_is_said_once() -> None:
     assert telemetry.unsaid(first) == []
 
 
-def test_the_head_is_not_called_for_a_probe() -> None:
-    model = model_of()
-    model.head.register_forward_pre_hook(lambda *_: pytest.fail("whoever watches the head means the training"))
-    assert probe(model, IMAGES_BCHW, loss_of, NOISE, "fp32")
+def test_whoever_watches_the_head_sees_training_alone() -> None:
+    model, seen = model_of(), []
+    model.head.register_forward_pre_hook(lambda *_: seen.append(1))
+    telemetry = Telemetry(model, TelemetryConfig(), "fp32")
+    plan = DepthPlan((StageDepth((0, 1, 2), 1), StageDepth((0, 1), 1)))
+    telemetry.look(IMAGES_BCHW, lambda scores, part: F.cross_entropy(scores, LABELS_B[part]), NOISE, plan)
+    assert seen == []
+    model(IMAGES_BCHW, NOISE)
+    assert seen == [1]
+
+
+def test_truncation_is_measured_against_the_full_gradient() -> None:
+    model = model_of().eval()
+    kinds = {
+        "tied": [n for n, _ in model.named_parameters() if ".blocks.0." in n],
+        "head": ["head.weight", "head.bias"],
+    }
+    kinds["early"] = [n for n, _ in model.named_parameters() if n.startswith("stages.0.projections.0.")]
+    plan = DepthPlan((StageDepth((0, 1, 2), 1), StageDepth((0, 1), 1)))
+    cosines = gradient_cosines(model, IMAGES_BCHW, loss_of, NOISE, plan, kinds)
+    # The forward pass is the same, so what only sees its end has the same gradient; a detached projection has none.
+    assert cosines["head"] == pytest.approx(1.0) and math.isnan(cosines["early"])
+    assert 0 < cosines["tied"] < 0.9999
+    whole = DepthPlan((StageDepth((0, 1, 2)), StageDepth((0, 1))))
+    assert gradient_cosines(model, IMAGES_BCHW, loss_of, NOISE, whole, kinds)["tied"] == pytest.approx(1.0)
+    assert all(value.grad is None for value in model.parameters())
+
+
+def test_a_record_of_a_truncated_step_has_the_cosines() -> None:
+    telemetry = Telemetry(model_of(), TelemetryConfig(), "fp32")
+    plan = DepthPlan((StageDepth((0, 1, 2), 1), StageDepth((0, 1), 1)))
+    telemetry.look(IMAGES_BCHW, lambda scores, part: F.cross_entropy(scores, LABELS_B[part]), NOISE, plan)
+    telemetry.before_update()
+    record = telemetry.after_update()
+    assert record is not None and 0 < record["truncation"]["stem"] <= 1

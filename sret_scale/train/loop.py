@@ -149,9 +149,9 @@ def micro_batch_loss(run: Run, batch: Batch, clock: Clock, micro_step: int) -> T
         known_BC = None if teacher_log_probs_BC is None else teacher_log_probs_BC[part]
         return distillation_loss(logits_BC, known_BC, target_BC[part], settings)
 
-    if run.telemetry and micro_step == 0 and run.telemetry.is_due(clock.step):
-        run.telemetry.look(images_BCHW, loss_of, noise)
     plans = plans_of(config, clock)
+    if run.telemetry and micro_step == 0 and run.telemetry.is_due(clock.step):
+        run.telemetry.look(images_BCHW, loss_of, noise, plans[0] if plans else None)
     if plans is None:
         loss = loss_of(run.engine.forward(images_BCHW, noise))
     else:

@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -41,33 +40,43 @@ def probe(
     loss_of: the loss of the (B, C) scores. precision: "bf16" for autocast, as in training.
     """
     walk = _Walk()
-    autocast = torch.autocast(images_BCHW.device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
-    devices = [images_BCHW.device] if images_BCHW.is_cuda else []
-    with _walked(model, walk), torch.random.fork_rng(devices), torch.enable_grad(), autocast:
-        features_BD = model.forward_head(model.forward_features(images_BCHW, noise), pre_logits=True)
-        # The head's weights, not its module: whoever watches its calls (feature distillation) means the training's.
-        loss = loss_of(F.linear(features_BD, model.head.weight, model.head.bias))
+    with undisturbed(model, images_BCHW.device, precision), _walked(model, walk):
+        loss = loss_of(model(images_BCHW, noise))
         # Asking for one gradient leaves all accumulated ones, and DeepSpeed's hooks on them, alone.
         torch.autograd.grad(loss, model.position)
     return walk.blocks()
 
 
 @contextlib.contextmanager
-def _walked(model: SReT, walk: "_Walk") -> Iterator[None]:
-    """The model in evaluation mode with its chains run by `walk`; as it was, afterwards."""
+def undisturbed(model: SReT, device: torch.device, precision: str) -> Iterator[None]:
+    """The model in evaluation mode and the precision of training; modes and random state as they were, afterwards."""
     modes = {module: module.training for module in model.modules()}
+    # Whoever watches the calls of the head (feature distillation) means those of the training.
+    watchers = dict(model.head._forward_pre_hooks)
+    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+    try:
+        model.eval()
+        model.head._forward_pre_hooks.clear()
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad(), autocast:
+            yield
+    finally:
+        for module, was_training in modes.items():
+            module.training = was_training
+        model.head._forward_pre_hooks.update(watchers)
+
+
+@contextlib.contextmanager
+def _walked(model: SReT, walk: "_Walk") -> Iterator[None]:
+    """The model's chains run by `walk`."""
     stages = [cast(Stage, stage) for stage in model.stages]
     chains = [stage.run_chain for stage in stages]
     try:
-        model.eval()
         for index, stage in enumerate(stages):
             stage.run_chain = partial(_WalkFunction.apply, walk, index)
         yield
     finally:
         for stage, chain in zip(stages, chains, strict=True):
             stage.run_chain = chain
-        for module, was_training in modes.items():
-            module.training = was_training
 
 
 class _Walk:

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from sret_scale.model import Noise, SReT
 from sret_scale.model.depth import resolved_scheme
+from sret_scale.model.plan import DepthPlan
 from sret_scale.train.telemetry.alarms import alarms, growth_per_loop
 from sret_scale.train.telemetry.config import TelemetryConfig
-from sret_scale.train.telemetry.probe import BlockUses, probe
+from sret_scale.train.telemetry.probe import BlockUses, probe, undisturbed
+from sret_scale.train.telemetry.truncation import gradient_cosines
 
 MAX_LOOPS = 32
 """Loops of a block that a record has; deeper ones are thinned evenly. 1000 applications are then about 25 kB."""
@@ -36,18 +38,35 @@ class Telemetry:
         """Whether the update number `step` (the first is 0) is looked at."""
         return self._config.interval_steps > 0 and step % self._config.interval_steps == 0
 
-    def look(self, images_BCHW: Tensor, loss_of: Callable[[Tensor, slice], Tensor], noise: Noise) -> None:
-        """Probe the first images of a micro-batch; `loss_of` gives the loss of their scores and of that part of it."""
+    def look(
+        self,
+        images_BCHW: Tensor,
+        loss_of: Callable[[Tensor, slice], Tensor],
+        noise: Noise,
+        plan: DepthPlan | None = None,
+    ) -> None:
+        """Probe the first images of a micro-batch; `loss_of` gives the loss of their scores and of that part of it.
+
+        plan: the depth of the step. All loops are probed; of detached ones the gradient's error is measured.
+        """
         started = time.perf_counter()
         part = slice(0, self._config.num_images)
         images_BCHW = images_BCHW[part]
         blocks = probe(self._model, images_BCHW, lambda scores: loss_of(scores, part), noise, self._precision)
+        truncation = {}
+        if plan is not None and any(stage.num_detached for stage in plan.stages):
+            with undisturbed(self._model, images_BCHW.device, self._precision):
+                cosines = gradient_cosines(
+                    self._model, images_BCHW, lambda scores: loss_of(scores, part), noise, plan, self._kinds
+                )
+            truncation = {"truncation": {kind: _json_number(value) for kind, value in cosines.items()}}
         self._record = {
             "num_images": len(images_BCHW),
             "blocks": [_entry(block) for block in blocks],
             "summary": summary(blocks),
             "alarms": alarms(blocks, self._schemes, self._precision),
             "probe_s": round(time.perf_counter() - started, 4),
+            **truncation,
         }
 
     def before_update(self) -> None:
