@@ -1,12 +1,15 @@
 """Bad images under each policy, full disks, killed writers, several writers at once."""
 
+import contextlib
 import json
 import os
 import resource
 import signal
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -28,14 +31,19 @@ def animated() -> bytes:
     return encoded(pixels(1), "GIF", save_all=True, append_images=[pixels(2)])
 
 
-def enormous() -> bytes:
-    """A PNG whose header says 30,000 x 30,000."""
-    import struct
-    import zlib
-
-    chunks = (b"IHDR" + struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0), b"IDAT" + zlib.compress(bytes(100)))
+def png_of(width: int, height: int) -> bytes:
+    """A PNG whose header says that it is so large."""
+    chunks = (b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0), b"IDAT" + zlib.compress(bytes(100)))
     parts = [struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in chunks]
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def jpeg_of(width: int, height: int) -> bytes:
+    """A JPEG whose frame header (SOF0: length, precision, height, width) says that it is so large."""
+    data = bytearray(jpeg(1))
+    frame = data.index(b"\xff\xc0")
+    struct.pack_into(">HH", data, frame + 5, height, width)
+    return bytes(data)
 
 
 BAD = {
@@ -43,7 +51,10 @@ BAD = {
     "text.JPEG": (b"hello world, I am no image", "not an image"),
     "Thumbs.db": (b"\xd0\xcf\x11\xe0" + bytes(100), "not an image"),
     "headless.JPEG": (jpeg(1)[:10], "broken header|not an image"),
-    "enormous.png": (enormous(), "too large"),
+    "enormous.png": (png_of(30_000, 30_000), "too large"),
+    "vast.JPEG": (jpeg_of(30_000, 30_000), "too large: 30000 x 30000"),
+    "flat.png": (png_of(0, 20), "size 0 x 20|broken header|not an image"),
+    "thin.JPEG": (jpeg_of(24, 0), "size 24 x 0|broken header|not an image"),
     "animated.gif": (animated(), "animated: 2 frames"),
     "\u56fe" * 60: (b"a name of 540 letters as a key", "not an image"),
 }
@@ -177,8 +188,9 @@ def test_a_source_that_changes_after_the_plan_is_noticed(tmp_path: Path) -> None
         write_shards(config, tmp_path / "target")
 
 
-def _command(tree: Path, target: Path) -> list[str]:
-    arguments = ["shards", "write", "folder", str(tree), str(target), "--shard-samples", "10", "--workers", "2"]
+def _command(tree: Path, target: Path, shard_samples: int = 10) -> list[str]:
+    cut = ["--shard-samples", str(shard_samples)]
+    arguments = ["shards", "write", "folder", str(tree), str(target), *cut, "--workers", "2"]
     return [sys.executable, "-m", "sret_scale.cli", *arguments]
 
 
@@ -186,25 +198,43 @@ def _command(tree: Path, target: Path) -> list[str]:
 def test_killed_again_and_again_the_bytes_are_the_same(tmp_path: Path) -> None:
     tree = make_tree(tmp_path / "tree", 200)
     whole, target = tmp_path / "whole", tmp_path / "target"
-    write_shards(WriteConfig(kind="folder", source=tree, shard_samples=10), whole)
+    write_shards(WriteConfig(kind="folder", source=tree, shard_samples=3), whole)
     rng = np.random.default_rng(0)
     num_killed = 0
-    for _ in range(4):
-        process = subprocess.Popen(_command(tree, target), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    for turn in range(3):
+        command = _command(tree, target, shard_samples=3)
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         start = time.monotonic()
         while not list(target.glob("*.tar")) and process.poll() is None and time.monotonic() < start + 60:
             time.sleep(0.005)
         time.sleep(float(rng.uniform(0, 0.05)))
-        process.kill()
-        process.wait()
+        if turn % 2:
+            process.kill()
+            process.communicate()
+        else:
+            error = _kill_a_worker(process)
+            assert (target / "manifest.json").exists() or "error: a worker process was killed" in error
         if (target / "manifest.json").exists():
             break
         num_killed += 1
         with pytest.raises(FileNotFoundError, match="unfinished"):
             open_shards(target)
     assert num_killed
-    assert subprocess.run(_command(tree, target), capture_output=True).returncode == 0
+    assert subprocess.run(_command(tree, target, shard_samples=3), capture_output=True).returncode == 0
     assert_same_files(target, whole)
+
+
+def _kill_a_worker(process: "subprocess.Popen[str]") -> str:
+    """What the command says of it."""
+    import psutil
+
+    with contextlib.suppress(psutil.NoSuchProcess):
+        children = psutil.Process(process.pid).children()
+        # The first child only tracks what the others share.
+        workers = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+        if workers:
+            workers[-1].kill()
+    return process.communicate()[1]
 
 
 @pytest.mark.multi_process
