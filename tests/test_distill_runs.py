@@ -10,6 +10,10 @@ from torch import nn
 
 from data_pipelines.augment import AugmentConfig
 from sret_scale.cli import main
+from sret_scale.model import SReT, preset
+from sret_scale.model.files import save_model
+from sret_scale.model.official import to_published
+from sret_scale.train.load import initial_state, load_model
 from tests.tiny import ROOT, sret_scale, tiny_config, tiny_shards, write_config
 
 pytestmark = pytest.mark.multi_process
@@ -54,8 +58,14 @@ def losses(config: Path, name: str, *overrides: str) -> list[float]:
     return [line["loss"] for line in lines if line["kind"] == "train"]
 
 
-def test_run_with_stored_labels_has_the_losses_of_the_live_teacher(config: Path, store: Path) -> None:
-    live = losses(config, "live")
+@pytest.fixture(scope="module")
+def live(config: Path) -> list[float]:
+    return losses(config, "live")
+
+
+def test_run_with_stored_labels_has_the_losses_of_the_live_teacher(
+    config: Path, store: Path, live: list[float]
+) -> None:
     stored = losses(config, "stored", f"distill.teacher=labels:{store}")
     assert len(live) == 8 and stored == pytest.approx(live, abs=1e-3)
 
@@ -69,3 +79,47 @@ def test_store_of_other_views_stops_the_run_before_its_first_step(config: Path, 
     assert "Traceback" not in out + error
     metrics = run / "metrics.jsonl"
     assert not metrics.exists() or '"train"' not in metrics.read_text()
+
+
+def test_run_starts_from_the_weights_of_another_run(config: Path, live: list[float]) -> None:
+    run = config.parent / "live"
+    model = tiny_config(config.parent).model
+    state = initial_state(f"run:{run}", model)
+    assert torch.equal(state["head.weight"], load_model(run, "ema", print)[0].state_dict()["head.weight"])
+    larger = initial_state(f"run:{run}", replace(model, image_size=48, drop_path=0.0))
+    assert larger["position"].shape[-1] == 12 and torch.equal(larger["head.weight"], state["head.weight"])
+    frozen = ["optim.learning_rate=1e-12", "optim.weight_decay=0.0", "optim.ema_horizon_images=0"]
+    continued = losses(config, "continued", f"train.initial_weights=run:{run}", *frozen)
+    assert max(continued) < live[0]
+    weights = load_model(config.parent / "continued", "raw", print)[0].state_dict()
+    torch.testing.assert_close(weights["head.weight"], state["head.weight"], atol=1e-6, rtol=0)
+    torch.testing.assert_close(weights["position"], state["position"], atol=1e-6, rtol=0)
+
+
+def test_weights_of_another_architecture_or_none_are_refused_before_the_start(config: Path, tmp_path: Path) -> None:
+    model = tiny_config(config.parent).model
+    other = replace(model, stages=(model.stages[0], replace(model.stages[1], mlp_ratio=2.0)))
+    save_model(SReT(other), tmp_path / "other.safetensors")
+    arguments = ["train", str(config), "--run", str(tmp_path / "run"), "--ranks", "1"]
+    for source, message in (
+        (f"{tmp_path}/other.safetensors", "of another architecture: stages.1.mlp_ratio: 2.0 -> 4.0"),
+        (f"{tmp_path}/none.safetensors", "no file"),
+        (f"run:{tmp_path}/none", "is not a run folder"),
+        (f"{tmp_path}/other.pth", "no file"),
+    ):
+        with pytest.raises((ValueError, OSError), match=message):
+            main([*arguments, f"train.initial_weights={source}", "--debug"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_published_weights_are_interpolated_to_another_size(tmp_path: Path) -> None:
+    small = replace(preset("sret_t_no_slice"), num_classes=10)
+    small = replace(small, stages=tuple(replace(stage, num_blocks=1) for stage in small.stages))
+    model = SReT(small)
+    torch.save({"model": to_published(small, model.state_dict())}, tmp_path / "weights.pth")
+    state = initial_state(f"{tmp_path}/weights.pth", replace(small, image_size=384))
+    torch.testing.assert_close(state["position"], model.with_image_size(384).state_dict()["position"])
+    assert torch.equal(state["head.weight"], model.state_dict()["head.weight"])
+    deeper = replace(small, stages=tuple(replace(stage, num_blocks=2) for stage in small.stages))
+    with pytest.raises(ValueError, match=r"weights\.pth: does not fit the model: the keys do not fit"):
+        initial_state(f"{tmp_path}/weights.pth", deeper)

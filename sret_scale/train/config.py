@@ -106,6 +106,9 @@ class TrainConfig:
     """Duration, batch and bookkeeping of a run; the clock counts images."""
 
     seed: int = 0
+    initial_weights: str | None = None
+    """`run:FOLDER` (its moving average where it has one), or a file of weights, native or published; for fine-tuning,
+    also at another image size. None draws them from the seed."""
     total_images: int = 100_000
     global_batch_size: int = 128
     micro_batch_size: int = 64

@@ -86,6 +86,62 @@ def _fkd() -> RunConfig:
     )
 
 
+def _deit3() -> RunConfig:
+    base = _sret()
+    return replace(
+        base,
+        model=preset("sret_s", drop_path=0.05),
+        data=replace(base.data, num_repeats=3, eval_crop_rate=1.0),
+        augment=AugmentConfig(randaugment_ops=0, three_augment_rate=1.0, color_jitter=0.3, erase_rate=0.0),
+        distill=DistillConfig(hard_loss="bce"),
+        optim=replace(
+            base.optim,
+            optimizer="lamb",
+            learning_rate=4e-3,
+            batch_scaling="none",
+            final_rate_ratio=0.0025,
+            warmup_images=5 * IMAGENET_IMAGES,
+        ),
+        train=replace(base.train, total_images=800 * IMAGENET_IMAGES, global_batch_size=2048),
+    )
+
+
+def _fine_tuning(model: str, weights: str, *, rate: float, weight_decay: float, epochs: int) -> RunConfig:
+    """At a constant rate after the warm-up, which is what lower bounds equal to the rate make of their cosines."""
+    base = _sret()
+    return replace(
+        base,
+        model=preset(model),
+        data=replace(base.data, eval_crop_rate=1.0),
+        optim=replace(
+            base.optim,
+            learning_rate=rate,
+            batch_scaling="none",
+            final_rate_ratio=1.0,
+            warmup_images=5 * IMAGENET_IMAGES,
+            weight_decay=weight_decay,
+        ),
+        train=replace(
+            base.train,
+            initial_weights=weights,
+            total_images=epochs * IMAGENET_IMAGES,
+            global_batch_size=512,
+            micro_batch_size=32,
+            eval_interval_images=IMAGENET_IMAGES,
+        ),
+    )
+
+
+def _deit_fine_tuning(model: str) -> RunConfig:
+    config = _fine_tuning(model, "run:runs/sret_s_no_slice", rate=5e-6, weight_decay=1e-8, epochs=30)
+    return replace(config, data=replace(config.data, num_repeats=3))
+
+
+def _deit3_fine_tuning() -> RunConfig:
+    config = _fine_tuning("sret_s_384", "run:runs/deit3", rate=1e-5, weight_decay=0.1, epochs=20)
+    return replace(config, model=preset("sret_s_384", drop_path=0.0), augment=AugmentConfig(erase_rate=0.0))
+
+
 def _demo(model: str, *, total_images: int, learning_rate: float, micro_batch_size: int = 32) -> RunConfig:
     return RunConfig(
         model=preset(model),
@@ -130,6 +186,27 @@ RECIPES = {
         "image. Give the store with distill.teacher=labels:FOLDER, and data.num_views and data.view_seed as it was "
         "written. "
         "Published: SReT-LT 78.7 %.",
+    ),
+    "deit3": Recipe(
+        config=_deit3(),
+        about="DeiT III (arXiv 2204.07118; the command of its README_revenge.md for ViT-S): LAMB at 4e-3, batch 2048, "
+        "BCE, 3-Augment, 800 epochs of ImageNet; SReT's residual coefficients are in the place of LayerScale. "
+        "Published for its own ViT-S: 81.4 % top-1; none for SReT.",
+    ),
+    "finetune_384": Recipe(
+        config=_deit_fine_tuning("sret_s_no_slice_384"),
+        about="A trained model at 384 pixels, from train.initial_weights. SReT publishes results but no settings: "
+        "these are DeiT's (README_deit.md: 30 epochs, AdamW at 5e-6, weight decay 1e-8, batch 512). Published, "
+        "distilled and without slices: SReT-T 79.7 %, SReT-S 83.8 % top-1.",
+    ),
+    "finetune_512": Recipe(
+        config=_deit_fine_tuning("sret_s_no_slice_512"),
+        about="The same at 512 pixels. Published, distilled and without slices: SReT-S 84.3 % top-1; none for SReT-T.",
+    ),
+    "deit3_finetune_384": Recipe(
+        config=_deit3_fine_tuning(),
+        about="A model of `deit3` at 384 pixels (README_revenge.md for ViT-S: 20 epochs, AdamW at 1e-5, weight decay "
+        "0.1, batch 512, RandAugment, cross-entropy). Published for DeiT III's ViT-S: 83.4 % top-1; none for SReT.",
     ),
     "demo_teacher": Recipe(
         config=_demo("demo_teacher", total_images=40_000, learning_rate=2e-3),

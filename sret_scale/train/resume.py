@@ -4,7 +4,7 @@ from data_pipelines.loader import LoaderState
 from sret_scale.train.checkpoint import newest_valid, read_state, read_tensors
 from sret_scale.train.config import to_plain
 from sret_scale.train.distributed import from_rank
-from sret_scale.train.load import check_architecture
+from sret_scale.train.load import check_architecture, initial_state
 from sret_scale.train.run import Clock, Run
 
 
@@ -30,6 +30,8 @@ def restore(run: Run) -> Clock:
     """Load the newest whole checkpoint into the run, on whose choice all ranks agree; the start where there is none."""
     checkpoint = from_rank(newest_valid(run.folder.checkpoints, run.progress.say) if run.ranks.is_main else None)
     if checkpoint is None:
+        if run.config.train.initial_weights:
+            run.engine.load_weights(initial_state(run.config.train.initial_weights, run.config.model))
         return Clock()
     state = read_state(checkpoint)
     check_architecture(run.config.model, state["model"], str(checkpoint))
