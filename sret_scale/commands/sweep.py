@@ -4,45 +4,103 @@ import argparse
 from pathlib import Path
 
 EXAMPLE = """examples:
-  sret-scale sweep depth.yaml --dry-run
-  sret-scale sweep depth.yaml --folder runs/depth
+  sret-scale sweep depth.yaml --dry-run --measure --price-per-hour 2.5
+  sret-scale sweep depth.yaml --folder runs/depth --jobs 8
+  sret-scale sweep depth.yaml --slurm time=12:00:00,gpus=1,cpus=12 --jobs 16 > job.sh && sbatch job.sh
 
 A file: base: demo_control_20
         grid: {model.stages.1.num_loops: [2, 4, 8], train.seed: [0, 1, 2]}
-        match: equal_flops
+        match: equal_flops            (or equal_images, equal_parameters, equal_memory)
 
 The same command continues. Exit status: 0 finished, 85 stopped by a signal, 2 bad input, 1 a run failed."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where runs go and what is printed first; what they compute is the file's."""
     parser.add_argument("experiment", type=Path, help="YAML file with base, grid or runs, match and retries")
     parser.add_argument("--folder", type=Path, help="where the run folders go (default: runs/EXPERIMENT)")
-    parser.add_argument("--ranks", type=int, help="ranks of each run on this machine (default: its GPUs, or 2 on CPU)")
-    parser.add_argument("--hostfile", type=Path, help="nodes to run on, in deepspeed's format")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        help="runs at once: each on a GPU of its own (or --ranks of them), on its share of the CPU, or on a host",
+    )
+    parser.add_argument("--ranks", type=int, help="ranks of each run on this machine (default: as `train`, or 1 a job)")
+    parser.add_argument(
+        "--hostfile", type=Path, help="nodes, in deepspeed's format: each run on all, or with --jobs on one"
+    )
+    parser.add_argument(
+        "--slurm",
+        metavar="OPTIONS",
+        help="print the batch file of a job array, --jobs at once; options: time=,cpus=,gpus=,partition=,account=",
+    )
+    parser.add_argument("--array-task", action="store_true", help="run only the run of SLURM_ARRAY_TASK_ID")
     parser.add_argument("--dry-run", action="store_true", help="print the table of runs and what each costs only")
+    parser.add_argument("--measure", action="store_true", help="with --dry-run: measure a few steps here to tell times")
+    parser.add_argument(
+        "--speeds", type=Path, help="with --dry-run: times from a CSV with macs and images_per_s (a report's summary)"
+    )
+    parser.add_argument(
+        "--price-per-hour", type=float, help="with --dry-run: price of what one run takes, for the cost"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Returns the sweep's exit status."""
-    from sret_scale.lab.experiment import load_experiment
+    from sret_scale.lab.experiments.array_job import array_file, array_task
+    from sret_scale.lab.experiments.declared import load_experiment
+    from sret_scale.lab.experiments.pool import run_sweep
+    from sret_scale.lab.experiments.slots import host_slots, local_slots
+    from sret_scale.lab.experiments.view import SweepView
     from sret_scale.lab.report import write_report
     from sret_scale.lab.runs import is_run_folder
-    from sret_scale.lab.sweep import run_sweep, sweep_table
-    from sret_scale.train.config import RunConfig
     from sret_scale.train.node.hostfile import hosts_of
-    from sret_scale.train.start import start_run
+    from sret_scale.train.node.places import choose_nodes
 
-    experiment, planned = load_experiment(args.experiment)
-    if args.dry_run:
-        print(sweep_table(planned))
-        return 0
+    hosts = hosts_of(args.hostfile)
+    if hosts and args.ranks is not None:
+        raise ValueError("give --hostfile or --ranks, not both: the hostfile's slots are the ranks")
+    world_size = _ranks_of_a_run(args, [len(host.devices) for host in hosts]) or choose_nodes().world_size
+    experiment, planned = load_experiment(args.experiment, world_size)
     folder = args.folder or Path("runs") / args.experiment.stem
-
-    def start(config: RunConfig, path: Path) -> int:
-        return start_run(config, path, num_ranks=args.ranks, hosts=hosts_of(args.hostfile))
-
-    status = run_sweep(experiment, planned, folder, start=start, say=lambda text: print(text, flush=True))
-    started = [folder / run.name for run in planned if is_run_folder(folder / run.name)]
-    if started:
-        print(f"report: {write_report(started, folder / 'report.html').page}")
+    if args.dry_run:
+        print(_table(args, planned, world_size))
+        return 0
+    for name in ("measure", "speeds", "price_per_hour"):
+        if getattr(args, name):
+            raise ValueError(f"--{name.replace('_', '-')} belongs to --dry-run: add that, or leave it out")
+    if args.slurm is not None:
+        print(array_file(args.slurm, args.experiment, folder, num_runs=len(planned), jobs=args.jobs), end="")
+        return 0
+    if args.array_task:
+        planned = [planned[array_task(len(planned))]]
+    if hosts:
+        slots = host_slots(hosts, args.jobs, args.hostfile, folder / ".sweep")
+    else:
+        slots = local_slots(args.jobs, args.ranks)
+    with SweepView() as view:
+        status = run_sweep(planned, folder, slots, retries=experiment.retries, view=view)
+    if any(is_run_folder(folder / run.name) for run in planned) and not args.array_task:
+        print(f"report: {write_report([folder], folder / 'report.html').page}")
     return status
+
+
+def _ranks_of_a_run(args: argparse.Namespace, devices: list[int]) -> int | None:
+    """How many ranks each run will have; None where the machine alone tells."""
+    if devices:
+        return sum(devices) if args.jobs == 1 else devices[0]
+    return args.ranks or (1 if args.jobs > 1 else None)
+
+
+def _table(args: argparse.Namespace, planned: list, world_size: int) -> str:  # type: ignore[type-arg]
+    from sret_scale.lab.experiments.forecast import measure_speed, read_speed, sweep_table
+
+    if args.measure and args.speeds:
+        raise ValueError("give --measure or --speeds, not both")
+    speed = measure_speed(planned) if args.measure else read_speed(args.speeds) if args.speeds else None
+    if args.price_per_hour is not None:
+        if speed is None:
+            raise ValueError("--price-per-hour needs times: add --measure or --speeds")
+        if not 0 <= args.price_per_hour < float("inf"):
+            raise ValueError(f"--price-per-hour: expected 0 or more, got {args.price_per_hour}")
+    return sweep_table(planned, world_size=world_size, speed=speed, price_per_hour=args.price_per_hour)

@@ -40,7 +40,7 @@ def write_report(paths: Sequence[Path], page: Path, *, note: str = "") -> Report
     runs, left_out = load_runs(paths)
     summaries = [summarise(run) for run in runs]
     colours = run_colours(len(runs))
-    basic, depth = basic_figures(runs, summaries, colours), depth_figures(runs, summaries, colours)
+    basic, depth = basic_figures(runs, summaries, colours), depth_figures(runs, summaries)
     # Of many runs the depth curves are the answer; of a few the courses are.
     charts = depth + basic if len(runs) > MOST_TILES else basic + depth
     folder = page.with_name(f"{page.stem}_files")

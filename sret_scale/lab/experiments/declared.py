@@ -6,21 +6,22 @@
       model.stages.0.num_loops + model.stages.1.num_loops: [2, 4, [8, 12]]
       train.seed: [0, 1, 2]
     runs: [{model: sret_t_108}]        or a list of single runs, each with its fields
-    match: equal_images                or equal_flops: all train with the FLOPs of the base
+    match: equal_images                or equal_flops, equal_parameters, equal_memory, see `matching`
     retries: 1                         starts after a failure, for each run
 
-Fields joined by ` + ` vary together: one value for all, or a list with one each.
+Fields joined by ` + ` vary together: one value for all, or a list with one each. A base that is a file is looked for
+beside the experiment first, then in the working folder.
 """
 
 import itertools
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from sret_scale.model import describe
+from sret_scale.lab.experiments.matching import Match, counts, matched
 from sret_scale.train.config import RunConfig, build, from_yaml, override, parse_yaml
 from sret_scale.train.recipes import recipe
 
@@ -35,7 +36,7 @@ class Experiment:
     fixed: dict[str, Any] = field(default_factory=dict)
     grid: dict[str, list[Any]] = field(default_factory=dict)
     runs: list[dict[str, Any]] = field(default_factory=list)
-    match: Literal["equal_images", "equal_flops"] = "equal_images"
+    match: Match = "equal_images"
     retries: int = 1
 
     def __post_init__(self) -> None:
@@ -59,8 +60,11 @@ class PlannedRun:
     macs: int
 
 
-def load_experiment(file: Path) -> tuple[Experiment, list[PlannedRun]]:
-    """The experiment of a file and its runs, in order. ValueError names the field, or the run and the bound."""
+def load_experiment(file: Path, world_size: int = 1) -> tuple[Experiment, list[PlannedRun]]:
+    """The experiment of a file and its runs, in order. ValueError names the field, or the run and the bound.
+
+    The ranks of a run matter to equal_memory alone: they share the global batch and the optimiser's state.
+    """
     tree = parse_yaml(file.read_text(encoding="utf-8"), source=str(file))
     if not isinstance(tree, dict):
         raise ValueError(f"{file}: expected `base`, and `grid` or `runs`, got {type(tree).__name__}")
@@ -68,74 +72,45 @@ def load_experiment(file: Path) -> tuple[Experiment, list[PlannedRun]]:
         tree["fixed"] = tree.pop("set")
     try:
         experiment: Experiment = build(Experiment, tree)
-        return experiment, plan_runs(experiment)
+        return experiment, plan_runs(experiment, file.parent, world_size)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
 
 
-def plan_runs(experiment: Experiment) -> list[PlannedRun]:
+def plan_runs(experiment: Experiment, folder: Path = Path(), world_size: int = 1) -> list[PlannedRun]:
     """Every run with its configuration, matched to the base as the experiment asks, under a name of its own."""
-    path = Path(experiment.base)
-    base = from_yaml(path) if path.suffix in (".yaml", ".yml") else recipe(experiment.base).config
-    base = override(base, _assignments(experiment.fixed))
-    base_flops = _flops(base, describe(base.model)["macs"])
-    planned: list[PlannedRun] = []
+    base = override(_base(experiment.base, folder), _assignments(experiment.fixed))
+    planned: dict[str, PlannedRun] = {}
     for variation in _variations(experiment):
         name = _run_name(variation)
-        if name in {run.name for run in planned}:
+        if name in planned:
             raise ValueError(
                 f"two runs would be called {name!r}: they do not differ, or only in signs a name cannot have"
             )
         try:
-            planned.append(_planned(name, override(base, _assignments(variation)), experiment, base_flops))
+            config = override(base, _assignments(variation))
+            config = matched(config, base, experiment.match, varied=variation, world_size=world_size)
         except ValueError as error:
             raise ValueError(f"run {name}: {error}") from error
-    return planned
-
-
-def _planned(name: str, config: RunConfig, experiment: Experiment, base_flops: int) -> PlannedRun:
-    counts = describe(config.model)
-    if experiment.match == "equal_flops":
-        config = with_images(config, round(base_flops / counts["macs"]))
-    return PlannedRun(
-        name=name,
-        config=config,
-        applications=counts["applications"],
-        parameters=counts["parameters"],
-        macs=counts["macs"],
-    )
-
-
-def with_images(config: RunConfig, total_images: int) -> RunConfig:
-    """The same course over another number of images: warm-up, averaging, evaluations and checkpoints scale with it.
-
-    Raises ValueError where not even one global batch would be left.
-    """
-    if total_images < config.train.global_batch_size:
-        raise ValueError(
-            f"equal_flops leaves {total_images:,} images, less than one global batch of "
-            f"{config.train.global_batch_size}: give the base more images, or leave this depth out"
+        model = counts(config.model)
+        planned[name] = PlannedRun(
+            name=name,
+            config=config,
+            applications=model["applications"],
+            parameters=model["parameters"],
+            macs=model["macs"],
         )
-    ratio = total_images / config.train.total_images
-    return replace(
-        config,
-        train=replace(
-            config.train,
-            total_images=total_images,
-            eval_interval_images=round(config.train.eval_interval_images * ratio),
-            checkpoint_interval_images=round(config.train.checkpoint_interval_images * ratio),
-        ),
-        optim=replace(
-            config.optim,
-            warmup_images=round(config.optim.warmup_images * ratio),
-            ema_horizon_images=round(config.optim.ema_horizon_images * ratio),
-        ),
-    )
+    return list(planned.values())
 
 
-def _flops(config: RunConfig, macs: int) -> int:
-    """Multiply-adds of all forward passes of a run: proportional to its training FLOPs, whatever the factor."""
-    return macs * config.train.total_images
+def _base(name: str, folder: Path) -> RunConfig:
+    if not name.endswith((".yaml", ".yml")):
+        return recipe(name).config
+    beside = folder / name
+    file = beside if beside.exists() else Path(name)
+    if not file.exists():
+        raise ValueError(f"base: there is no {beside}" + ("" if beside == file else f", and no {file}"))
+    return from_yaml(file)
 
 
 def _variations(experiment: Experiment) -> list[dict[str, Any]]:
