@@ -15,7 +15,10 @@ saving, 2 bad input, 1 failed, 3 no progress, 128 + n ended by signal n before i
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Everything that decides what is computed is a config field; flags say only where and how to start."""
-    parser.add_argument("recipe", help="a recipe (sret, deit, fkd), a model preset (see `describe`), or a YAML file")
+    parser.add_argument(
+        "recipe",
+        help="a recipe (sret, deit, fkd, deit3, finetune_384, ...), a model preset (see `describe`), or a YAML file",
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="config fields to change")
     parser.add_argument("--run", type=Path, help="the run's folder (default: runs/RECIPE)")
     parser.add_argument("--ranks", type=int, help="ranks on this machine (default: its GPUs, or 2 on CPU)")
