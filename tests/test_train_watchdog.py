@@ -82,10 +82,15 @@ from sret_scale.train import watchdog
 def refuse(*_arguments):
     raise OSError(28, "No space left on device")
 
+def stand_still(*_arguments):
+    time.sleep(120)
+
+watchdog.REPORT_S = 1.0
+kind, *names = sys.argv[2:]
 with watchdog.Watchdog(Path(sys.argv[1]), rank=0, world_size=1, timeout_s=0.5) as dog:
     dog.progress(2, "computing")
-    for name in sys.argv[2:]:
-        setattr(watchdog, name, refuse)
+    for name in names:
+        setattr(watchdog, name, {"refuse": refuse, "stand_still": stand_still}[kind])
     time.sleep(60)
 """
 
@@ -93,7 +98,7 @@ with watchdog.Watchdog(Path(sys.argv[1]), rank=0, world_size=1, timeout_s=0.5) a
 @pytest.mark.parametrize("broken", [(), ("write_json",), ("write_json", "write_error")])
 def test_a_hang_ends_the_process_even_on_a_full_disk(tmp_path: Path, broken: tuple[str, ...]) -> None:
     run = subprocess.run(
-        [sys.executable, "-c", HANG, str(tmp_path), *broken],
+        [sys.executable, "-c", HANG, str(tmp_path), "refuse", *broken],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -104,10 +109,24 @@ def test_a_hang_ends_the_process_even_on_a_full_disk(tmp_path: Path, broken: tup
     assert ("heartbeat cannot be written: [Errno 28]" in run.stderr) == bool(broken)
     record = first_error(tmp_path)
     if "write_error" in broken:
-        assert record is None and 'File "<string>", line 13 in <module>' in run.stderr
+        assert record is None and 'File "<string>", line 18 in <module>' in run.stderr
         assert "rank 0: no progress for 0 s" in run.stderr and "is at step 2, computing" in run.stderr
     else:
         assert record is not None and "no progress for 0 s" in record.message and record.exit_code == EXIT_HANG
+
+
+def test_a_file_system_that_stands_still_does_not_stop_the_watchdog(tmp_path: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", HANG, str(tmp_path), "stand_still", "write_json", "write_error"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert run.returncode == EXIT_HANG, run.stderr
+    assert "no progress for 0 s (train.hang_timeout_s): the run folder does not answer" in run.stderr
+    assert 'File "<string>", line 18 in <module>' in run.stderr
 
 
 def test_a_clock_that_jumps_is_no_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,6 +29,8 @@ PHASES = ("starting", "evaluating", "saving", "waiting for data", "computing", "
 A rank that waits inside the backward pass for the gradients of another is still "computing", so of two ranks at one
 step the one that waits for data holds up the one that computes.
 """
+REPORT_S = 20.0
+"""How long the report of a hang may take; a run folder that does not answer by then is left without one."""
 START_SPREAD_S = 60.0
 """Ranks of one start begin within this time of each other, clocks of nodes included; an older file is of another."""
 
@@ -42,6 +44,8 @@ class Watchdog:
         self._interval_s = min(5.0, timeout_s / 10)
         self.progress(0, "starting")
         self._is_over = threading.Event()
+        # Apart, because a file system that stands still (a hard NFS mount) holds whoever writes to it for ever.
+        self._beater = threading.Thread(target=self._keep_beating, name="heartbeat", daemon=True)
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> "Watchdog":
@@ -51,6 +55,7 @@ class Watchdog:
                 file.unlink(missing_ok=True)
         self._beat()
         self._started_s = time.time()
+        self._beater.start()
         self._thread.start()
         return self
 
@@ -60,19 +65,23 @@ class Watchdog:
         self._is_over.set()
         # A file system that stands still must not hold up the end of the run.
         self._thread.join(timeout=10.0)
+        self._beater.join(timeout=10.0)
 
     def progress(self, step: int, phase: str) -> None:
         """This rank has come to `step` and now does `phase`, one of PHASES."""
         assert phase in PHASES, phase
         self._step, self._phase, self._since_s, self._moved_s = step, phase, time.time(), time.monotonic()
 
-    def _watch(self) -> None:
+    def _keep_beating(self) -> None:
         while not self._is_over.wait(self._interval_s):
             try:
                 self._beat()
             except OSError as error:
                 # A full disk or a stale mount may come back; until then the hang must still be seen.
                 print(f"rank {self._rank}: its heartbeat cannot be written: {error}", file=sys.stderr, flush=True)
+
+    def _watch(self) -> None:
+        while not self._is_over.wait(self._interval_s):
             if time.monotonic() - self._moved_s > self._timeout_s:
                 self._end()
 
@@ -89,6 +98,17 @@ class Watchdog:
     def _end(self) -> None:
         """Leave the stacks of all threads and the reason in the run folder, and end this process whatever happens."""
         message = f"no progress for {self._timeout_s:.0f} s (train.hang_timeout_s): "
+        reported = threading.Event()
+        reporter = threading.Thread(target=self._explain, args=(message, reported), name="hang report", daemon=True)
+        try:
+            reporter.start()
+            if not reported.wait(REPORT_S):
+                print(f"rank {self._rank}: {message}the run folder does not answer", file=sys.stderr, flush=True)
+                faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
+        finally:
+            os._exit(EXIT_HANG)
+
+    def _explain(self, message: str, reported: threading.Event) -> None:
         try:
             message += self._culprit()
             self._report(message)
@@ -97,7 +117,7 @@ class Watchdog:
             print(f"rank {self._rank}: {message}", file=sys.stderr, flush=True)
             faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
         finally:
-            os._exit(EXIT_HANG)
+            reported.set()
 
     def _report(self, message: str) -> None:
         stacks = self._run_folder / "logs" / f"stacks-{self._rank:05d}.txt"
