@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sret_scale.model.config import StageConfig
 from sret_scale.model.depth import Place
+from sret_scale.model.sizes import Sizes
 
 NUM_DEPTH_FEATURES = 16
 
@@ -28,7 +29,7 @@ class LoopDeltas:
 class NormPerLoop(nn.Module):
     """Scale and bias of both LayerNorms differ per loop."""
 
-    def __init__(self, stage: StageConfig) -> None:
+    def __init__(self, stage: StageConfig, sizes: Sizes) -> None:
         super().__init__()
         self.delta = nn.Parameter(torch.zeros(stage.num_loops, 2, 2, stage.width))
 
@@ -44,7 +45,7 @@ class NormByDepth(nn.Module):
 
     features: Tensor
 
-    def __init__(self, stage: StageConfig) -> None:
+    def __init__(self, stage: StageConfig, sizes: Sizes) -> None:
         super().__init__()
         self.delta = nn.Parameter(torch.zeros(NUM_DEPTH_FEATURES, 4 * stage.width))
         self.register_buffer("features", depth_features(stage.num_loops), persistent=False)
@@ -67,12 +68,12 @@ def depth_features(num_loops: int) -> Tensor:
 class LowRankPerLoop(nn.Module):
     """A matrix of rank R per loop is added to the qkv and the first feed-forward weights (as in LoRA, per loop)."""
 
-    def __init__(self, stage: StageConfig) -> None:
+    def __init__(self, stage: StageConfig, sizes: Sizes) -> None:
         super().__init__()
-        loops, width, rank = stage.num_loops, stage.width, stage.conditioning_rank
-        self.down = nn.Parameter(torch.randn(loops, 2, rank, width) * width**-0.5)
-        self.up_qkv = nn.Parameter(torch.zeros(loops, 3 * width, rank))
-        self.up_fc1 = nn.Parameter(torch.zeros(loops, stage.hidden_width, rank))
+        loops, rank = stage.num_loops, stage.conditioning_rank
+        self.down = nn.Parameter(torch.randn(loops, 2, rank, sizes.width) * stage.width**-0.5)
+        self.up_qkv = nn.Parameter(torch.zeros(loops, 3 * stage.num_heads * sizes.stored_head_width, rank))
+        self.up_fc1 = nn.Parameter(torch.zeros(loops, sizes.hidden_width, rank))
 
     def deltas(self, loop: int, place: Place | None = None) -> LoopDeltas:
         return LoopDeltas(qkv=self.up_qkv[loop] @ self.down[loop, 0], fc1=self.up_fc1[loop] @ self.down[loop, 1])
@@ -85,10 +86,10 @@ class InputInjection(nn.Module):
     state is (B, 2N, D), the stream before the input.
     """
 
-    def __init__(self, stage: StageConfig) -> None:
+    def __init__(self, stage: StageConfig, sizes: Sizes) -> None:
         super().__init__()
-        self.gain = nn.Parameter(torch.zeros(stage.num_loops, stage.width))
-        self.gate = nn.Linear(stage.width, stage.width) if stage.conditioning == "input_gated" else None
+        self.gain = nn.Parameter(torch.zeros(stage.num_loops, sizes.width))
+        self.gate = nn.Linear(sizes.width, sizes.width) if stage.conditioning == "input_gated" else None
 
     def deltas(self, loop: int, place: Place | None = None) -> LoopDeltas:
         return LoopDeltas()
@@ -104,7 +105,7 @@ class InputInjection(nn.Module):
 Conditioning = NormPerLoop | NormByDepth | LowRankPerLoop | InputInjection
 
 
-def conditioning(stage: StageConfig) -> Conditioning | None:
+def conditioning(stage: StageConfig, sizes: Sizes) -> Conditioning | None:
     """The module that a stage's config asks for, one per block."""
     if stage.conditioning == "none":
         return None
@@ -115,4 +116,4 @@ def conditioning(stage: StageConfig) -> Conditioning | None:
         "input_add": InputInjection,
         "input_gated": InputInjection,
     }
-    return kinds[stage.conditioning](stage)
+    return kinds[stage.conditioning](stage, sizes)

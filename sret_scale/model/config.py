@@ -108,6 +108,8 @@ class SReTConfig:
     group_fit: where a number of groups does not divide a stage's tokens, "exact" refuses the config and "nearest" takes
         the closest number that does (the larger of two).
     stem_norm: "batch" is published; "sync_batch" takes its moments over all ranks (see `stem.SyncBatchNorm`).
+    padded: store widths, heads and hidden sizes as multiples of 8 for a GPU's matrix units, with zeros that stay zero
+        (`padding`); what the model computes and its exported weights are the same.
     """
 
     stages: tuple[StageConfig, ...]
@@ -121,12 +123,15 @@ class SReTConfig:
     permutation: PermutationPolicy = "fixed"
     permutation_seed: int = 0
     group_fit: GroupFit = "exact"
+    padded: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stages", tuple(self.stages))
         object.__setattr__(self, "stem_strides", tuple(self.stem_strides))
         for name in ("image_size", "in_channels", "num_classes"):
             require_positive(name, getattr(self, name))
+        if not isinstance(self.padded, bool):
+            raise ValueError(f"padded must be true or false, got {self.padded!r}")
         if not self.stages:
             raise ValueError("a model needs at least one stage")
         if self.stages[0].width % 2:

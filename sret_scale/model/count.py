@@ -19,6 +19,8 @@ def describe(config: SReTConfig, image_size: int | None = None) -> dict[str, Any
     """JSON-ready counts for one image. `macs` counts all; `macs_published` leaves the head out, as the paper does."""
     if image_size is not None:
         config = replace(config, image_size=image_size)
+    # Padding is no part of a model: what is counted is what the published layout holds.
+    config = replace(config, padded=False)
     with torch.device("meta"):
         model = SReT(config)
     stages = [_stage_row(config, index, model) for index in range(len(config.stages))]

@@ -137,8 +137,12 @@ def _product_dtype(x: Tensor) -> torch.dtype:
 
 
 def _layer_norm(x: Tensor, norm: Tensor, norm_bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The output, and mean and reciprocal deviation."""
-    return torch.native_layer_norm(x, norm.shape, norm, norm_bias, NORM_EPS)
+    """The output, and mean and reciprocal deviation. Channels beyond the norm's are padding (`padding`)."""
+    width, stored = len(norm), x.shape[-1]
+    if width == stored:
+        return torch.native_layer_norm(x, norm.shape, norm, norm_bias, NORM_EPS)
+    normed, mean, rstd = torch.native_layer_norm(x[..., :width], norm.shape, norm, norm_bias, NORM_EPS)
+    return F.pad(normed, (0, stored - width)), mean, rstd
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
@@ -192,10 +196,13 @@ def _norm_linear_backward(
     grad_bias = grad.flatten(0, 1).sum(dim=0, dtype=weight.dtype)
     grad_weight = weight_gradient(grad, normed.to(dtype)).to(weight.dtype)
     grad_normed = input_gradient(grad, weight.to(dtype)).to(x.dtype)
-    grads = torch.ops.aten.native_layer_norm_backward(
+    padding = x.shape[-1] - len(norm)
+    if padding:
+        grad_normed, x = grad_normed[..., : len(norm)], x[..., : len(norm)]
+    grad_x, *grads = torch.ops.aten.native_layer_norm_backward(
         grad_normed, x, norm.shape, mean, rstd, norm, norm_bias, [True, True, True]
     )
-    return *grads, grad_weight, grad_bias
+    return F.pad(grad_x, (0, padding)) if padding else grad_x, *grads, grad_weight, grad_bias
 
 
 def _alpha_gradient(grad: Tensor, x: Tensor | None, alpha: Tensor | None) -> Tensor | None:

@@ -24,6 +24,7 @@ from sret_scale.model.depth import (
     resolved_skip,
 )
 from sret_scale.model.fused import NORM_EPS
+from sret_scale.model.sizes import Sizes
 
 Affine = tuple[Tensor, Tensor]
 # From a shape to the next dropout mask of a call (`noise.Dropout`).
@@ -41,14 +42,12 @@ class LearnableResidual(nn.Module):
     Where the norm follows the residual (`depth.post_norm`), both terms have a constant factor and `norm` is applied.
     """
 
-    def __init__(self, stage: StageConfig, scale: BranchScale, constants: ResidualConstants) -> None:
+    def __init__(self, stage: StageConfig, width: int, scale: BranchScale, constants: ResidualConstants) -> None:
         super().__init__()
         self.multiplier, self.stream_constant = constants
         self.alpha = None if resolved_skip(stage) == "frozen" else nn.Parameter(torch.ones(1))
         # None once it is folded into the layer before it (`inference.folded`).
-        self.beta: nn.Parameter | None = nn.Parameter(
-            torch.full((stage.width if scale.per_channel else 1,), scale.init)
-        )
+        self.beta: nn.Parameter | None = nn.Parameter(torch.full((width if scale.per_channel else 1,), scale.init))
 
     def coefficients(
         self, x_BND: Tensor, mask: Tensor | None, draw: Draw | None, constants: ResidualConstants | None = None
@@ -71,11 +70,13 @@ class LearnableResidual(nn.Module):
 class Attention(nn.Module):
     """Weights of multi-head self-attention inside equal, contiguous slices of the tokens (group self-attention)."""
 
-    def __init__(self, stage: StageConfig) -> None:
+    def __init__(self, stage: StageConfig, sizes: Sizes) -> None:
         super().__init__()
-        self.num_heads = stage.num_heads
-        self.qkv = nn.Linear(stage.width, 3 * stage.width)
-        self.out = nn.Linear(stage.width, stage.width)
+        self.num_heads, self.head_width = stage.num_heads, sizes.head_width
+        self.padding = sizes.stored_head_width - sizes.head_width
+        inner_width = stage.num_heads * sizes.stored_head_width
+        self.qkv = nn.Linear(sizes.width, 3 * inner_width)
+        self.out = nn.Linear(inner_width, sizes.width)
         self.inner_norm = nn.LayerNorm(stage.width, eps=NORM_EPS) if stage.norm_placement == "subln" else None
 
     def mix(self, qkv_BNC: Tensor, groups: int) -> Tensor:
@@ -83,19 +84,31 @@ class Attention(nn.Module):
         qkv = rearrange(qkv_BNC, "b (g l) (three h k) -> three (b g) h l k", g=groups, three=3, h=self.num_heads)
         # unbind, since the gradients of three indexings would be three full-size tensors of mostly zeros.
         query, key, value = qkv.unbind(0)
-        mixed = F.scaled_dot_product_attention(query, key, value)
-        mixed_BND = rearrange(mixed, "(b g) h l k -> b (g l) (h k)", g=groups)
-        return mixed_BND if self.inner_norm is None else self.inner_norm(mixed_BND)
+        mixed = F.scaled_dot_product_attention(query, key, value, scale=self.head_width**-0.5)
+        if self.inner_norm is None or not self.padding:
+            mixed_BND = rearrange(mixed, "(b g) h l k -> b (g l) (h k)", g=groups)
+            return mixed_BND if self.inner_norm is None else self.inner_norm(mixed_BND)
+        real_BND = rearrange(mixed[..., : self.head_width], "(b g) h l k -> b (g l) (h k)", g=groups)
+        heads = rearrange(self.inner_norm(real_BND), "b n (h k) -> b n h k", h=self.num_heads)
+        return F.pad(heads, (0, self.padding)).flatten(-2)
+
+    def unpadded(self, qkv_BNC: Tensor) -> Tensor:
+        """(B, N, 3D) of the channels that are real."""
+        if not self.padding:
+            return qkv_BNC
+        parts = rearrange(qkv_BNC, "b n (parts k) -> b n parts k", parts=3 * self.num_heads)
+        return parts[..., : self.head_width].flatten(-2)
 
 
 class FeedForward(nn.Module):
     """Weights of two linear layers with an exact GELU between them."""
 
-    def __init__(self, stage: StageConfig, hidden_width: int) -> None:
+    def __init__(self, width: int, hidden_width: int, inner_norm: nn.LayerNorm | None) -> None:
+        """Widths as stored; inner_norm is in front of the second layer."""
         super().__init__()
-        self.fc1 = nn.Linear(stage.width, hidden_width)
-        self.fc2 = nn.Linear(hidden_width, stage.width)
-        self.inner_norm = nn.LayerNorm(hidden_width, eps=NORM_EPS) if stage.norm_placement == "subln" else None
+        self.fc1 = nn.Linear(width, hidden_width)
+        self.fc2 = nn.Linear(hidden_width, width)
+        self.inner_norm = inner_norm
 
     def residual(
         self,
@@ -114,25 +127,25 @@ class FeedForward(nn.Module):
         if draw is not None:
             a_BNF = a_BNF * draw(a_BNF.shape)
         if self.inner_norm is not None:
-            a_BNF = self.inner_norm(a_BNF)
+            a_BNF = plain.layer_norm(a_BNF, self.inner_norm.weight, self.inner_norm.bias)
         return operations().project_residual(x_BND, a_BNF, *fc2, **coefficients)
 
 
 class Block(nn.Module):
     """The shared set of weights of a recursion: attention and feed-forward, each with norm and learnable residual."""
 
-    def __init__(self, stage: StageConfig) -> None:
+    def __init__(self, stage: StageConfig, sizes: Sizes) -> None:
         super().__init__()
         scale, _ = branch_scales(stage)
         constants, _ = residual_constants(stage)
         self.norms_after = post_norm(stage) is not None
         self.norm1 = nn.LayerNorm(stage.width, eps=NORM_EPS)
-        self.attention = Attention(stage)
-        self.residual1 = LearnableResidual(stage, scale, constants)
+        self.attention = Attention(stage, sizes)
+        self.residual1 = LearnableResidual(stage, sizes.width, scale, constants)
         self.norm2 = nn.LayerNorm(stage.width, eps=NORM_EPS)
-        self.feed_forward = FeedForward(stage, stage.hidden_width)
-        self.residual2 = LearnableResidual(stage, scale, constants)
-        self.conditioning = conditioning(stage)
+        self.feed_forward = FeedForward(sizes.width, sizes.hidden_width, _inner_norm(stage, stage.hidden_width))
+        self.residual2 = LearnableResidual(stage, sizes.width, scale, constants)
+        self.conditioning = conditioning(stage, sizes)
 
     def forward(
         self,
@@ -161,17 +174,17 @@ class Block(nn.Module):
             **self.residual1.coefficients(x_BND, mask1, draw, constants),
         )
         if self.norms_after:
-            x_BND = F.layer_norm(x_BND, x_BND.shape[-1:], *norm1, NORM_EPS)
+            x_BND = plain.layer_norm(x_BND, *norm1)
         fc1 = _shifted(self.feed_forward.fc1, deltas.fc1)
         before = None if self.norms_after else norm2
         coefficients = self.residual2.coefficients(x_BND, mask2, draw, constants)
         x_BND = self.feed_forward.residual(x_BND, before, fc1, coefficients, draw)
-        return F.layer_norm(x_BND, x_BND.shape[-1:], *norm2, NORM_EPS) if self.norms_after else x_BND
+        return plain.layer_norm(x_BND, *norm2) if self.norms_after else x_BND
 
     def qkv(self, x_BND: Tensor, loop: int, place: Place | None = None) -> Tensor:
         """(B, N, 3D) queries, keys and values of one use, for whoever looks at its attention."""
         deltas = self._deltas(loop, place)
-        return self._qkv(x_BND, self._norms(deltas)[0], deltas)
+        return self.attention.unpadded(self._qkv(x_BND, self._norms(deltas)[0], deltas))
 
     def _deltas(self, loop: int, place: Place | None) -> LoopDeltas:
         return LoopDeltas() if self.conditioning is None else self.conditioning.deltas(loop, place)
@@ -192,14 +205,15 @@ class Block(nn.Module):
 class NonLinearProjection(nn.Module):
     """The layer after each application, which keeps a recursion from collapsing (the paper's NLL, section 3.2)."""
 
-    def __init__(self, stage: StageConfig) -> None:
+    def __init__(self, stage: StageConfig, sizes: Sizes) -> None:
         super().__init__()
         _, scale = branch_scales(stage)
         _, constants = residual_constants(stage)
         self.norms_after = post_norm(stage) is not None
         self.norm = nn.LayerNorm(stage.width, eps=NORM_EPS)
-        self.feed_forward = FeedForward(stage, stage.projection_hidden_width)
-        self.residual = LearnableResidual(stage, scale, constants)
+        inner_norm = _inner_norm(stage, stage.projection_hidden_width)
+        self.feed_forward = FeedForward(sizes.width, sizes.projection_hidden_width, inner_norm)
+        self.residual = LearnableResidual(stage, sizes.width, scale, constants)
 
     def forward(self, x_BND: Tensor, draw: Draw | None = None, place: Place | None = None) -> Tensor:
         constants = None if place is None else place.projection
@@ -207,7 +221,11 @@ class NonLinearProjection(nn.Module):
         before = None if self.norms_after else (self.norm.weight, self.norm.bias)
         coefficients = self.residual.coefficients(x_BND, None, draw, constants)
         x_BND = self.feed_forward.residual(x_BND, before, fc1, coefficients, draw)
-        return self.norm(x_BND) if self.norms_after else x_BND
+        return plain.layer_norm(x_BND, self.norm.weight, self.norm.bias) if self.norms_after else x_BND
+
+
+def _inner_norm(stage: StageConfig, hidden_width: int) -> nn.LayerNorm | None:
+    return nn.LayerNorm(hidden_width, eps=NORM_EPS) if stage.norm_placement == "subln" else None
 
 
 def _shifted(layer: nn.Linear, delta: Tensor | None) -> Affine:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sret_scale.model.config import SReTConfig
 from sret_scale.model.depth import application_slots, resolved_scheme, resolved_skip
+from sret_scale.model.padding import padded_state, unpadded_config, unpadded_state
 from sret_scale.model.presets import PRESETS
 from sret_scale.model.sret import SReT
 
@@ -91,6 +92,8 @@ def require_published_layout(config: SReTConfig) -> None:
 def to_published(config: SReTConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The published state dict of ours: a shared block is listed once per loop, as the same tensors."""
     require_published_layout(config)
+    if config.padded:
+        state = unpadded_state(config, state, _meta_state(unpadded_config(config)))
     return {theirs: state[ours] for theirs, ours in published_names(config).items()}
 
 
@@ -111,7 +114,7 @@ def from_published(config: SReTConfig, published: dict[str, Tensor]) -> dict[str
             raise ValueError(f"{first[ours]} and {theirs} are one shared tensor in this model, but their values differ")
         state[ours] = value
         first.setdefault(ours, theirs)
-    return state
+    return padded_state(config, state, _meta_state(config)) if config.padded else state
 
 
 def recognised_config(published: dict[str, Tensor]) -> tuple[str, SReTConfig]:
@@ -142,9 +145,13 @@ def recognised_config(published: dict[str, Tensor]) -> tuple[str, SReTConfig]:
     )
 
 
-def _shapes(config: SReTConfig) -> dict[str, tuple[int, ...]]:
+def _meta_state(config: SReTConfig) -> dict[str, Tensor]:
     with torch.device("meta"):
-        state = SReT(config).state_dict()
+        return SReT(config).state_dict()
+
+
+def _shapes(config: SReTConfig) -> dict[str, tuple[int, ...]]:
+    state = _meta_state(config)
     # A frozen coefficient is no parameter of ours, so that config cannot be in the published layout.
     return {
         theirs: tuple(state[ours].shape) if ours in state else () for theirs, ours in published_names(config).items()

@@ -9,9 +9,17 @@ from torch import Tensor
 from sret_scale.model.fused import NORM_EPS
 
 
+def layer_norm(x_BND: Tensor, norm_D: Tensor, norm_bias_D: Tensor) -> Tensor:
+    """LayerNorm of the channels that the norm has; any others are padding and stay zero (`padding`)."""
+    padding = x_BND.shape[-1] - len(norm_D)
+    if not padding:
+        return F.layer_norm(x_BND, norm_D.shape, norm_D, norm_bias_D, NORM_EPS)
+    return F.pad(F.layer_norm(x_BND[..., : len(norm_D)], norm_D.shape, norm_D, norm_bias_D, NORM_EPS), (0, padding))
+
+
 def norm_linear(x_BND: Tensor, norm_D: Tensor, norm_bias_D: Tensor, weight_FD: Tensor, bias_F: Tensor) -> Tensor:
     """See `fused.norm_linear`."""
-    return F.linear(F.layer_norm(x_BND, norm_D.shape, norm_D, norm_bias_D, NORM_EPS), weight_FD, bias_F)
+    return F.linear(layer_norm(x_BND, norm_D, norm_bias_D), weight_FD, bias_F)
 
 
 def project_residual(

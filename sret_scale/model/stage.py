@@ -20,6 +20,7 @@ from sret_scale.model.layers import Block, NonLinearProjection
 from sret_scale.model.noise import Dropout, Noise, PermutationSource, drop_path_masks
 from sret_scale.model.permutation import TokenOrder, reorder_tokens
 from sret_scale.model.plan import DepthPlan, planned_rates, planned_slots
+from sret_scale.model.sizes import stored_sizes
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +57,7 @@ class Application:
             return torch.cat([x_BND, *carried], dim=1) if carried else x_BND
 
     def block_inputs(self, x_BND: Tensor) -> list[Tensor]:
-        """What the block gets: the stream in the order in which it is sliced; then the stage's input, if it is carried."""
+        """What the block gets: the stream as it is sliced, and the stage's input where that is carried along."""
         if not self.injected:
             return [self.reordered(x_BND)]
         x_BND, input_BND = map(self.reordered, x_BND.chunk(2, dim=1))
@@ -115,8 +116,9 @@ class Stage(nn.Module):
         self.dropout = config.dropout
         self.injected = stage.conditioning in ("input_add", "input_gated")
         self.drop_path_rates = [drop_path_rates(config)[index][slot.block] for slot in self.slots]
-        self.blocks = nn.ModuleList(Block(stage) for _ in range(stage.num_blocks))
-        self.projections = nn.ModuleList(NonLinearProjection(stage) for _ in range(num_projections(stage)))
+        sizes = stored_sizes(config, index)
+        self.blocks = nn.ModuleList(Block(stage, sizes) for _ in range(stage.num_blocks))
+        self.projections = nn.ModuleList(NonLinearProjection(stage, sizes) for _ in range(num_projections(stage)))
         self.permutations: Callable[..., Tensor] = PermutationSource(config, index)
         self.run_chain: Callable[[Sequence[Application], Tensor], Tensor] = run_in_turn
 

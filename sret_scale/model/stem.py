@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sret_scale.model.config import SReTConfig, StemNorm
+from sret_scale.model.sizes import stem_widths
 
 
 class Stem(nn.Module):
@@ -15,12 +16,14 @@ class Stem(nn.Module):
     def __init__(self, config: SReTConfig) -> None:
         super().__init__()
         width = config.stages[0].width
-        widths = (config.in_channels, width // 2, width, width)
+        widths, real_widths = (config.in_channels, *stem_widths(config)), (width // 2, width, width)
         self.convs = nn.ModuleList(
             nn.Conv2d(before, after, kernel_size=3, stride=stride, padding=1)
             for before, after, stride in zip(widths, widths[1:], config.stem_strides, strict=False)
         )
-        self.norms = nn.ModuleList(stem_norm(config.stem_norm, after) for after in widths[1:])
+        self.norms = nn.ModuleList(
+            stem_norm(config.stem_norm, *channels) for channels in zip(real_widths, widths[1:], strict=True)
+        )
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         # Channels last is faster in convolutions on every device, and is how a stage wants its tokens.
@@ -30,14 +33,29 @@ class Stem(nn.Module):
         return x_BCHW
 
 
-def stem_norm(kind: StemNorm, channels: int) -> nn.Module:
-    """BatchNorm (published), BatchNorm over all ranks, or a norm of each sample: groups of channels, or all of them."""
+def stem_norm(kind: StemNorm, channels: int, stored: int | None = None) -> nn.Module:
+    """BatchNorm (published), BatchNorm over all ranks, or a norm of each sample: groups of channels, or all of them.
+
+    Of `stored` channels (default: as many) only the first `channels` are real; what a BatchNorm makes of the others is
+    zero.
+    """
+    stored = channels if stored is None else stored
     if kind == "batch":
-        return nn.BatchNorm2d(channels)
+        return nn.BatchNorm2d(stored)
     if kind == "sync_batch":
-        return SyncBatchNorm(channels)
+        return SyncBatchNorm(stored)
     # Eight groups where that divides the channels; one group normalises a sample as a whole, as LayerNorm does.
-    return nn.GroupNorm(8 if kind == "group" and channels % 8 == 0 else 1, channels)
+    return PaddedGroupNorm(8 if kind == "group" and channels % 8 == 0 else 1, channels)
+
+
+class PaddedGroupNorm(nn.GroupNorm):
+    """GroupNorm of the first channels; those behind are padding, and come out as zeros."""
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        padding = x_BCHW.shape[1] - self.num_channels
+        if not padding:
+            return super().forward(x_BCHW)
+        return F.pad(super().forward(x_BCHW[:, : self.num_channels]), (0, 0, 0, 0, 0, padding))
 
 
 class SyncBatchNorm(nn.BatchNorm2d):

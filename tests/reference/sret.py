@@ -39,7 +39,7 @@ class PlainSReT(nn.Module):
     def run_stage(self, index: int, x_BND: Tensor, noise: Noise | None) -> Tensor:
         stage = self.model.stages[index]
         slots = application_slots(self.model.config, index)
-        permutations = stage._draw_permutations(x_BND, noise)
+        permutations = stage._draw_permutations(slots, x_BND, noise)
         num_permuted, input_BND = 0, x_BND
         for slot in slots:
             block = stage.blocks[slot.block]
