@@ -19,6 +19,7 @@ from data_pipelines.label_store import check_files, check_labels, open_labels
 from sret_scale.distill import DistillConfig, label_writer, open_stored_teacher
 from sret_scale.distill.label_verify import plan_teacher, verify_records
 from sret_scale.distill.label_writer import LabelJob, plan_labels, write_labels
+from sret_scale.distill.stored import changes_views
 from tests.distill_shards import DATA, NUM_CLASSES, NUM_SAMPLES, make_job, make_shards, teacher
 from tests.stream_shards import TarShards
 
@@ -184,6 +185,14 @@ def test_teacher_on_mixed_images_is_refused_and_mixed_labels_are_not(store: Path
     with pytest.raises(ValueError, match=r"set distill\.teacher_input=view"):
         open_for_training(store, shards, augment=mixing)
     assert open_for_training(store, shards, augment=mixing, teacher_input="view").store.folder == store
+
+
+@pytest.mark.parametrize(
+    "name", ["randaugment_ops", "three_augment_rate", "color_jitter", "erase_rate", "cutmix_alpha"]
+)
+def test_every_augmentation_counts_as_another_image(name: str) -> None:
+    assert not changes_views(PLAIN)
+    assert changes_views(replace(PLAIN, **{name: 1}))
 
 
 def test_every_flipped_bit_and_every_cut_is_noticed_before_training(store: Path, shards: ShardSet) -> None:

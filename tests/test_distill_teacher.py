@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sret_scale.distill import Teacher, build_teacher
+from sret_scale.distill import OnlineTeacher, Teacher, build_teacher
 from sret_scale.model import SReT, SReTConfig, StageConfig
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
@@ -123,6 +123,16 @@ def test_student_gets_gradients_and_the_teacher_stays_outside_of_it() -> None:
     logits = student.teacher(unit_batch())  # type: ignore[operator]
     loss = F.kl_div(student(torch.ones(5, 4)).log_softmax(-1), logits.softmax(-1), reduction="batchmean")
     assert torch.autograd.grad(loss, student.weight)[0].abs().sum() > 0
+
+
+def test_convolutions_compute_channels_last() -> None:
+    teacher = build(here("twelve_pixels"))
+    assert isinstance(teacher, OnlineTeacher) and isinstance(teacher.module, nn.Sequential)
+    convolution = teacher.module[0]
+    seen: list[Tensor] = []
+    convolution.register_forward_hook(lambda _, inputs, output: seen.extend((inputs[0], output)))
+    teacher(unit_batch())
+    assert all(tensor.is_contiguous(memory_format=torch.channels_last) for tensor in (*seen, convolution.weight))
 
 
 def test_description_identifies_weights_and_preprocessing() -> None:
