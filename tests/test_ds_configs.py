@@ -16,7 +16,16 @@ def write(folder: Path, config: object) -> Path:
 
 
 def test_bundled_files_are_the_documented_ones() -> None:
-    expected = ("zero0", "zero1", "zero1_autocast", "zero2", "zero2_offload", "zero3", "zero3_offload")
+    expected = (
+        "zero0",
+        "zero1",
+        "zero1_autocast",
+        "zero1_autocast_fp16",
+        "zero2",
+        "zero2_offload",
+        "zero3",
+        "zero3_offload",
+    )
     assert bundled_ds_configs() == expected
 
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.reference.update import trained
+from sret_scale.train.precision import GROWTH_STEPS, LossScale
+from tests.reference.update import trained, trained_fp32
 from tests.runs import run_two_ranks
-from tests.update_toy import STAGES
+from tests.update_toy import FP16_STAGES, FP16_STEPS, STAGES
 
 CASES = [(rule, stage) for rule in ("adamw", "lamb") for stage in STAGES] + [("muon", 0)]
 
@@ -40,3 +41,30 @@ def test_a_resume_among_left_out_updates_changes_no_bit(folder: Path, rule: str,
     resumed = load_file(folder / f"{rule}.{stage}.resumed.safetensors")
     assert straight.keys() == resumed.keys() and any(name.startswith("optimizer/exp_avg") for name in straight)
     assert [name for name in straight if not torch.equal(straight[name], resumed[name])] == []
+
+
+@pytest.mark.multi_process
+@pytest.mark.parametrize("stage", FP16_STAGES)
+def test_fp16_finds_its_loss_scale_alike_on_all_ranks_and_trains_as_fp32(folder: Path, stage: int) -> None:
+    ranks = [load_file(folder / f"fp16.{stage}.{rank}.safetensors") for rank in range(2)]
+    assert [name for name in ranks[0] if not torch.equal(ranks[0][name], ranks[1][name])] == []
+    num_overflows = int(ranks[0]["num_overflows"])
+    assert 0 < num_overflows < FP16_STEPS - 4
+    for name, value in trained_fp32(num_overflows).items():
+        torch.testing.assert_close(ranks[0][name], value, rtol=0.02, atol=2e-3, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_loss_scale_halves_at_once_and_doubles_after_a_while() -> None:
+    scale = LossScale(value=8.0)
+    scale.update(False)
+    assert scale.value == 4.0
+    for _ in range(GROWTH_STEPS - 1):
+        scale.update(True)
+    resumed = LossScale()
+    resumed.restore(scale.to_json())
+    assert resumed.value == 4.0
+    resumed.update(True)
+    assert (resumed.value, resumed.num_good) == (8.0, 0)
+    for _ in range(9):
+        resumed.update(False)
+    assert resumed.value == 1.0

@@ -12,12 +12,25 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
+from sret_scale.train.config import OptimConfig
 from sret_scale.train.distributed import Ranks, from_rank, gather_parts, leave, ranks_from_environment
 from sret_scale.train.ds_config import load_ds_config
 from sret_scale.train.engine import Engine, start_communication
 from sret_scale.train.optim import build_optimizer, set_rates
 from sret_scale.train.snapshot import Snapshot
-from tests.update_toy import ACCUMULATION, BASE, BATCH, COMMON_BOUND, PLAN, STAGES, Toy, data, rate_at
+from tests.update_toy import (
+    ACCUMULATION,
+    BASE,
+    BATCH,
+    COMMON_BOUND,
+    FP16_STAGES,
+    FP16_STEPS,
+    PLAN,
+    STAGES,
+    Toy,
+    data,
+    rate_at,
+)
 
 HALF = 4
 
@@ -51,6 +64,26 @@ def state(engine: Engine, ranks: Ranks) -> dict[str, dict[str, torch.Tensor]]:
     return from_rank(snapshot.whole(functools.partial(gather_parts, group=None)))
 
 
+def train_fp16(stage: int, ranks: Ranks) -> dict[str, torch.Tensor]:
+    """The toy under fp16 autocast with a loss scale that is far too large at first, and how often it overflowed."""
+    model = Toy()
+    ds_config = load_ds_config("zero1_autocast_fp16")
+    ds_config["zero_optimization"]["stage"] = stage
+    optimizer = build_optimizer(model, model.tags(), OptimConfig(learning_rate=0.01))
+    engine = Engine(model, optimizer, ds_config, micro_batch_size=BATCH, grad_accum_steps=1)
+    assert engine.loss_scale
+    engine.loss_scale.value = 2.0**21
+    num_overflows = 0
+    for step in range(FP16_STEPS):
+        x, labels = data(0, step, ranks.rank)
+        engine.backward(F.cross_entropy(engine.forward(x, (0, 1)).float(), labels))
+        is_updated = engine.step()
+        assert is_updated is not engine.has_overflowed
+        num_overflows += not is_updated
+    assert engine.loss_scale.value == 2.0 ** (21 - num_overflows)
+    return {**state(engine, ranks)["weights"], "num_overflows": torch.tensor(num_overflows)}
+
+
 def main(folder: Path) -> None:
     ranks = ranks_from_environment()
     start_communication(ranks)
@@ -69,6 +102,9 @@ def main(folder: Path) -> None:
                 if ranks.is_main:
                     flat = {f"{kind}/{name}": value for kind, values in sets.items() for name, value in values.items()}
                     save_file(flat, folder / f"{rule}.{stage}.{label}.safetensors")
+    for stage in FP16_STAGES:
+        trained = train_fp16(stage, ranks)
+        save_file(trained, folder / f"fp16.{stage}.{ranks.rank}.safetensors")
     leave()
 
 

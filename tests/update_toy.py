@@ -9,6 +9,7 @@ from sret_scale.model import ParameterTag
 from sret_scale.train.config import ClassConfig, OptimConfig
 
 STAGES = (0, 1, 2, 3)
+FP16_STAGES, FP16_STEPS = (0, 1, 3), 12
 ACCUMULATION, WORLD, BATCH, WIDTH = 2, 2, 3, 7
 BASE = OptimConfig(
     learning_rate=0.02,

@@ -18,7 +18,7 @@ from sret_scale.memory.costs import ApplicationCost, measure_application, size_b
 from sret_scale.memory.instrument import LiveBytes
 from sret_scale.model import Application, Noise, SReT, SReTConfig
 
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS = ("fp32", "bf16", "fp16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ def probe_step(config: SReTConfig, *, micro_batch_size: int, precision: str = "f
         shape = (micro_batch_size, config.in_channels, config.image_size, config.image_size)
         images, labels = torch.empty(shape), torch.zeros(micro_batch_size, dtype=torch.int64)
         probe = _Probe(model)
-        with probe.counter, torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        with probe.counter, torch.autocast("cpu", torch.bfloat16, enabled=precision != "fp32"):
             loss = F.cross_entropy(model(images, Noise(permutation_seed=0, sample_seed=0)).float(), labels)
             loss.backward()  # type: ignore[no-untyped-call]
         return probe.result()

@@ -119,6 +119,9 @@ class TrainConfig:
     """0 saves at the end and when the run is stopped only."""
     keep_checkpoints: int = 2
     log_interval_steps: int = 10
+    max_skipped_steps: int = 10
+    """So many updates in a row, left out for a loss or gradient that is not finite, end the run; fp16's search for its
+    loss scale does not count."""
     hang_timeout_s: float = 1200.0
     """A rank that comes no further for so long ends the run; more than the longest evaluation, save or compilation."""
     tensorboard: bool = False
@@ -130,7 +133,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in (
             *("total_images", "global_batch_size", "micro_batch_size", "keep_checkpoints", "log_interval_steps"),
-            "hang_timeout_s",
+            *("hang_timeout_s", "max_skipped_steps"),
         ):
             _require(getattr(self, name) > 0, f"train.{name}", "above 0", getattr(self, name))
         for name in ("seed", "eval_interval_images", "checkpoint_interval_images"):
@@ -340,6 +343,7 @@ def _assign(tree: dict[str, Any], key: str, value: Any) -> None:
 CHANGEABLE = (
     *("train.micro_batch_size", "train.eval_interval_images", "train.checkpoint_interval_images"),
     *("train.keep_checkpoints", "train.log_interval_steps", "train.hang_timeout_s", "train.tensorboard"),
+    "train.max_skipped_steps",
     *("data.workers", "data.prefetch_batches", "data.cache_folder", "data.cache_gib", "data.fetch_threads"),
     *("data.fetch_ahead_steps", "data.stall_s", "data.fetch_attempts", "data.quarantine_file", "data.max_bad_rate"),
     *("memory", "engine.ds_config", "distill.teacher_micro_batch_size", "telemetry"),

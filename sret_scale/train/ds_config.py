@@ -9,7 +9,9 @@ import importlib.resources
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
+
+from sret_scale.train.precision import Precision
 
 # The top-level keys of DeepSpeed 0.19.8 that a file here may set. Every other one is refused.
 ALLOWED_KEYS = frozenset(
@@ -39,6 +41,7 @@ ALLOWED_KEYS = frozenset(
 )
 # The parts of `data_types`; DeepSpeed 0.19.8 lets an unknown one pass. keep_in_fp32_modules speaks of bf16 parameters.
 DATA_TYPES = frozenset({"grad_accum_dtype", "param_dtype", "buffer_dtype"})
+AUTOCAST_DTYPES: dict[str, Precision] = {"bfloat16": "bf16", "float16": "fp16"}
 # Keys that DeepSpeed knows and this project keeps elsewhere -> where, or why not.
 REFUSED_KEYS = {
     "train_batch_size": "set train.global_batch_size in the run's configuration",
@@ -48,7 +51,7 @@ REFUSED_KEYS = {
     "scheduler": "the learning-rate schedule belongs to the run's configuration",
     "steps_per_print": "the run's telemetry prints progress",
     "bf16": "bf16 parameters damage the gradients of shared blocks; use torch_autocast, as in zero1_autocast",
-    "fp16": "fp16 is not supported; use torch_autocast with bfloat16, as in zero1_autocast",
+    "fp16": "fp16 parameters damage the gradients of shared blocks; use torch_autocast, as in zero1_autocast_fp16",
 }
 
 
@@ -113,6 +116,11 @@ def _check_precision(config: dict[str, Any], name: str) -> None:
             f"DeepSpeed config {name}: torch_autocast needs "
             "lower_precision_safe_modules: [] (gradients are reduced in fp32)"
         )
+    if autocast.get("enabled") and autocast.get("dtype") not in AUTOCAST_DTYPES:
+        raise ValueError(
+            f"DeepSpeed config {name}: torch_autocast needs dtype {' or '.join(AUTOCAST_DTYPES)}, got "
+            f"{autocast.get('dtype')!r}"
+        )
     kinds = config.get("data_types", {})
     if not isinstance(kinds, dict) or set(kinds) - DATA_TYPES:
         raise ValueError(
@@ -152,6 +160,9 @@ def is_offloaded(ds_config: Mapping[str, Any]) -> bool:
     return bool(place) and place.get("device", "none") != "none"
 
 
-def precision_of(ds_config: Mapping[str, Any]) -> Literal["bf16", "fp32"]:
-    """What matrix products are computed in; parameters are fp32 in both."""
-    return "bf16" if ds_config.get("torch_autocast", {}).get("enabled") else "fp32"
+def precision_of(ds_config: Mapping[str, Any]) -> Precision:
+    """What matrix products are computed in; parameters are fp32 in all."""
+    autocast = ds_config.get("torch_autocast", {})
+    if not autocast.get("enabled"):
+        return "fp32"
+    return AUTOCAST_DTYPES[autocast["dtype"]]

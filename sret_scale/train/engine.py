@@ -31,8 +31,9 @@ from sret_scale.train.distributed import (
     sum_over_ranks,
     whole_from_parts,
 )
-from sret_scale.train.ds_config import is_offloaded, zero_stage_of
+from sret_scale.train.ds_config import is_offloaded, precision_of, zero_stage_of
 from sret_scale.train.parts import gradient_chunks, layout_of
+from sret_scale.train.precision import LossScale
 from sret_scale.train.snapshot import Field, Piece
 from sret_scale.train.update import MOMENTS, Optimizer, Rule
 
@@ -76,6 +77,9 @@ class Engine:
         self.model = model
         self.last_norms = GradientNorms(by_class={"none": math.nan}, unused=frozenset())
         """Of the last accumulation window, before clipping."""
+        self.loss_scale = LossScale() if precision_of(ds_config) == "fp16" else None
+        self.has_overflowed = False
+        """True where the last update was left out only because the loss scale was too large."""
         self._client_optimizer = optimizer
         self._is_offloaded = is_offloaded(ds_config)
         self._clip_norm = float(ds_config["gradient_clipping"])
@@ -98,6 +102,11 @@ class Engine:
                 "gradient_accumulation_steps": grad_accum_steps,
             },
         )
+        if self.loss_scale:
+            # Ours is one for all groups and ranks; theirs are not.
+            self._engine.torch_autocast_z0_gradscaler = None
+            if self.zero_stage:
+                self._optimizer.torch_autocast_gradscaler = None
         names = {value: name for name, value in model.named_parameters()}
         optimizer.layout = layout_of(self.zero_stage, self._optimizer, names, rank=self._rank)
         optimizer.is_cut = self.zero_stage > 0
@@ -121,7 +130,7 @@ class Engine:
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradients of one micro-batch's mean loss."""
-        self._engine.backward(loss)
+        self._engine.backward(loss * self.loss_scale.value if self.loss_scale else loss)
 
     def step(self, *, is_rejected: bool = False) -> bool:
         """Count one micro-step; at the end of an accumulation window clip and update. All ranks must call it.
@@ -133,6 +142,7 @@ class Engine:
             self._engine.step()
             return True
         optimizer = self._client_optimizer
+        scale = self.loss_scale.value if self.loss_scale else 1.0
         chunks = gradient_chunks(self.zero_stage, self._optimizer, optimizer.layout, self._is_offloaded)
         self.last_norms = measure(
             chunks,
@@ -140,16 +150,20 @@ class Engine:
             self.param_groups,
             used=self._used,
             num_copies=1 if self.zero_stage else self._world_size,
-            loss_scale=1.0,
+            loss_scale=scale,
             device=self._device,
         )
         is_updated = self.last_norms.is_finite and not is_rejected
         if is_updated:
             factors = clip_factors(self.last_norms, self.param_groups, common_bound=self._clip_norm)
-            scale_gradients(chunks, optimizer.layout, self.param_groups, factors)
+            unscaled = {kind: factor / scale for kind, factor in factors.items()}
+            scale_gradients(chunks, optimizer.layout, self.param_groups, unscaled)
         with optimizer.holding(self.last_norms.unused, everything=not is_updated):
             self._engine.step()
         self._used.clear()
+        self.has_overflowed = scale > 1.0 and not is_rejected and not is_updated
+        if self.loss_scale and not is_rejected:
+            self.loss_scale.update(is_updated)
         return is_updated
 
     def grad_norm(self) -> float:

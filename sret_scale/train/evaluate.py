@@ -14,6 +14,7 @@ from data_pipelines.loader import evaluation_batches
 from sret_scale.train.config import RunConfig
 from sret_scale.train.distributed import Ranks, sum_over_ranks
 from sret_scale.train.ds_config import load_ds_config, precision_of
+from sret_scale.train.precision import autocast
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,7 @@ def evaluate(
     """
     assert not model.training
     ds_config = load_ds_config(config.engine.ds_config)
-    autocast = torch.autocast(ranks.device.type, dtype=torch.bfloat16, enabled=precision_of(ds_config) == "bf16")
+    precision = precision_of(ds_config)
     started = time.monotonic()
     totals = torch.zeros(4, dtype=torch.float64, device=ranks.device)
     for batch in evaluation_batches(
@@ -54,7 +55,7 @@ def evaluate(
     ):
         unit_BCHW = batch.images.to(ranks.device).float() / 255
         # Around the model alone: in inference mode the loader would make batches that nobody may write to.
-        with torch.inference_mode(), autocast:
+        with torch.inference_mode(), autocast(ranks.device.type, precision):
             logits_BC = model(normalise_(unit_BCHW, config.train.image_mean, config.train.image_std)).float()
         totals += count(logits_BC, batch.labels.to(ranks.device), batch.valid.to(ranks.device))
         if sum_over_ranks(torch.tensor(float(must_stop()), device=ranks.device)) > 0:

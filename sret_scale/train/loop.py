@@ -21,7 +21,8 @@ from sret_scale.model import Noise
 from sret_scale.model.plan import DepthPlan
 from sret_scale.train.config import RunConfig
 from sret_scale.train.depth import depth_plans, weighted_loss
-from sret_scale.train.distributed import Ranks, average_buffers, from_rank, max_over_ranks, sum_over_ranks
+from sret_scale.train.distributed import Ranks, average_buffers, max_over_ranks, saved_buffers, sum_over_ranks
+from sret_scale.train.divergence import LeftOut, left_out, require_progress
 from sret_scale.train.evaluate import evaluate
 from sret_scale.train.optim import peak_rate, schedule_factor, set_rates
 from sret_scale.train.resume import restore, save
@@ -30,8 +31,13 @@ from sret_scale.train.run_folder import RunFolder
 from sret_scale.train.stop import StopFlag
 
 
-class DivergedError(ArithmeticError):
-    """The loss or the gradient is not a number any more."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What came of a step: numbers to log, why its update was left out where it was, whether any rank must stop."""
+
+    numbers: dict[str, float]
+    left_out: LeftOut | None
+    is_stopping: bool
 
 
 def train(config: RunConfig, folder: RunFolder, ranks: Ranks) -> bool:
@@ -50,16 +56,20 @@ def train(config: RunConfig, folder: RunFolder, ranks: Ranks) -> bool:
             run.watchdog.progress(clock.step, "waiting for data")
             before, step = clock, next(steps)
             run.watchdog.progress(clock.step, "computing")
-            numbers, is_stopping = optimizer_step(run, step, clock, stop)
+            result = optimizer_step(run, step, clock, stop)
+            numbers, is_stopping = result.numbers, result.is_stopping
             log_telemetry(run, clock)
             clock = Clock(
                 step=before.step + 1,
                 images=before.images + run.loader.global_batch_size,
                 time_s=time.monotonic() - started,
                 loader=step.next_state,
+                skipped_steps=before.skipped_steps + 1 if result.left_out else 0,
             )
+            if result.left_out:
+                clock = note_left_out(run, clock, result.left_out)
             is_last = clock.images >= config.train.total_images
-            if clock.step % config.train.log_interval_steps == 0 or is_last or is_stopping:
+            if not result.left_out and (clock.step % config.train.log_interval_steps == 0 or is_last or is_stopping):
                 rate = (clock.images - logged.images) / (clock.time_s - logged.time_s)
                 log(run, clock, "train", {**numbers, "images_per_s": rate})
                 logged = clock
@@ -85,8 +95,12 @@ def train(config: RunConfig, folder: RunFolder, ranks: Ranks) -> bool:
     return True
 
 
-def optimizer_step(run: Run, step: Step, clock: Clock, stop: StopFlag) -> tuple[dict[str, float], bool]:
-    """One update on the global batch of `step`: (loss, rate and gradient norm to log, whether any rank must stop)."""
+def optimizer_step(run: Run, step: Step, clock: Clock, stop: StopFlag) -> StepResult:
+    """One update on the global batch of `step`.
+
+    Where a loss or the gradient is not finite, on any rank, it is left out on all: weights, optimiser, moving average
+    and BatchNorm's statistics stay as they were, bit for bit.
+    """
     config, ranks = run.config, run.ranks
     optim, total_images = config.optim, config.train.total_images
     rate = peak_rate(optim, run.loader.global_batch_size) * schedule_factor(
@@ -96,6 +110,7 @@ def optimizer_step(run: Run, step: Step, clock: Clock, stop: StopFlag) -> tuple[
         final_ratio=optim.final_rate_ratio,
     )
     set_rates(run.engine.param_groups, rate)
+    statistics = {name: value.clone() for name, value in saved_buffers(run.engine.model).items()}
     losses = torch.zeros((), device=ranks.device)
     for micro_step, batch in enumerate(step.micro_batches):
         loss = micro_batch_loss(run, batch, clock, micro_step)
@@ -108,19 +123,30 @@ def optimizer_step(run: Run, step: Step, clock: Clock, stop: StopFlag) -> tuple[
     shared = torch.zeros(1 + ranks.world_size, device=ranks.device)
     shared[0], shared[1 + ranks.rank] = float(stop.is_set or run.writer.has_failed), losses
     num_stopping, *rank_losses = sum_over_ranks(shared).tolist()
-    for rank, rank_loss in enumerate(rank_losses):
-        if not math.isfinite(rank_loss):
-            raise diverged(run, step, clock, f"the loss of rank {rank} is {rank_loss}", rank)
     if run.telemetry:
         run.telemetry.before_update()
-    run.engine.step()
-    if not math.isfinite(run.engine.grad_norm()):
-        raise diverged(run, step, clock, f"the gradient norm is {run.engine.grad_norm()}", 0)
-    average_buffers(run.engine.model)
-    if run.average:
-        run.average.update(run.engine.local_weights(), run.loader.global_batch_size)
-    mean_loss = sum(rank_losses) / ranks.world_size
-    return {"loss": mean_loss, "lr": rate, "grad_norm": run.engine.grad_norm()}, num_stopping > 0
+    what = None
+    if run.engine.step(is_rejected=not all(map(math.isfinite, rank_losses))):
+        average_buffers(run.engine.model)
+        if run.average:
+            run.average.update(run.engine.local_weights(), run.loader.global_batch_size)
+    else:
+        for name, value in saved_buffers(run.engine.model).items():
+            value.copy_(statistics[name])
+        norms, is_overflow = run.engine.last_norms, run.engine.has_overflowed
+        what = left_out(step, run.train_shards, rank_losses=rank_losses, norms=norms, is_overflow=is_overflow)
+    numbers = {"loss": sum(rank_losses) / ranks.world_size, "lr": rate, "grad_norm": run.engine.grad_norm()}
+    return StepResult(numbers=numbers, left_out=what, is_stopping=num_stopping > 0)
+
+
+def note_left_out(run: Run, clock: Clock, what: LeftOut) -> Clock:
+    """Log an update that was left out; DivergedError after too many in a row. The clock, without fp16's own ones."""
+    log(run, clock, "skipped", {"reason": what.reason, "is_overflow": what.is_overflow, "samples": what.samples})
+    if what.is_overflow:
+        return dataclasses.replace(clock, skipped_steps=0)
+    run.progress.say(f"{run.folder.path.name}: update {clock.step:,} left out: {what.reason}")
+    require_progress(clock.skipped_steps, run.config.train.max_skipped_steps, what, images=clock.images)
+    return clock
 
 
 def micro_batch_loss(run: Run, batch: Batch, clock: Clock, micro_step: int) -> Tensor:
@@ -172,15 +198,6 @@ def derived_seed(purpose: str, *numbers: int) -> int:
     """A 63-bit seed that is a function of its arguments."""
     entropy = [int.from_bytes(purpose.encode(), "little"), *numbers]
     return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)
-
-
-def diverged(run: Run, step: Step, clock: Clock, what: str, rank: int) -> DivergedError:
-    """The error that ends a run before the bad update is saved; it names where, and the samples of `rank`."""
-    samples = from_rank([index for batch in step.micro_batches for index in batch.indices.tolist()], rank)
-    return DivergedError(
-        f"{what} at step {clock.step + 1} ({clock.images:,} images seen; samples of rank {rank}: {samples[:8]}...). "
-        "Nothing of this step was saved. Lower optim.learning_rate, or choose another branch scheme"
-    )
 
 
 def is_due(before: Clock, after: Clock, interval_images: int) -> bool:

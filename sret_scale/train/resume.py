@@ -17,6 +17,8 @@ def save(run: Run, clock: Clock) -> None:
         "images": clock.images,
         "time_s": clock.time_s,
         "loader": clock.loader.to_json(),
+        "skipped_steps": clock.skipped_steps,
+        "loss_scale": run.engine.loss_scale.to_json() if run.engine.loss_scale else None,
         "missed_updates": dict(run.engine.missed_updates),
         "ema_updates": run.average.num_updates if run.average else 0,
         "is_evaluated": clock.is_evaluated,
@@ -42,6 +44,8 @@ def restore(run: Run) -> Clock:
         )
     run.engine.load_weights(read_tensors(checkpoint, "weights"))
     run.engine.load_optimizer_state(read_tensors(checkpoint, "optimizer"), state.get("missed_updates", {}))
+    if run.engine.loss_scale and state.get("loss_scale"):
+        run.engine.loss_scale.restore(state["loss_scale"])
     if run.average:
         run.average.averages = run.engine.partition(read_tensors(checkpoint, "ema"))
         run.average.num_updates = state["ema_updates"]
@@ -50,6 +54,7 @@ def restore(run: Run) -> Clock:
         images=state["images"],
         time_s=state["time_s"],
         is_evaluated=state["is_evaluated"],
+        skipped_steps=state.get("skipped_steps", 0),
         loader=LoaderState.from_json(state["loader"]),
     )
     run.progress.continue_from(clock.images)

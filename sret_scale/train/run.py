@@ -45,6 +45,8 @@ class Clock:
     time_s: float = 0.0
     is_evaluated: bool = True
     """False when a signal came before an evaluation that was due here."""
+    skipped_steps: int = 0
+    """Updates in a row, up to here, that were left out."""
     loader: LoaderState = field(default_factory=LoaderState)
 
 
@@ -56,6 +58,7 @@ class Run:
     folder: RunFolder
     ranks: Ranks
     loader: TrainLoader
+    train_shards: ShardSet
     test_shards: ShardSet
     augment: BatchAugment
     engine: Engine
@@ -101,6 +104,7 @@ def set_up(config: RunConfig, folder: RunFolder, ranks: Ranks, stack: contextlib
         folder=folder,
         ranks=ranks,
         loader=loader,
+        train_shards=shards,
         test_shards=open_data(config.data.test_folder, config.data),
         augment=BatchAugment(config.augment, config.model.num_classes),
         engine=engine,

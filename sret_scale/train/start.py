@@ -17,6 +17,7 @@ from sret_scale.train.ds_config import load_ds_config, precision_of, zero_stage_
 from sret_scale.train.launcher import launch
 from sret_scale.train.node.hostfile import Host
 from sret_scale.train.node.places import choose_nodes
+from sret_scale.train.optim import check_optimizer
 from sret_scale.train.run_folder import EXIT_FINISHED, RunFolder, environment, read_status, write_json, write_text
 
 
@@ -67,6 +68,7 @@ def check_run(config: RunConfig, world_size: int) -> None:
     train = config.train
     grad_accum_steps(train, world_size)
     ds_config = load_ds_config(config.engine.ds_config)
+    check_optimizer(config.optim, zero_stage_of(ds_config))
     if config.memory.budget_bytes is not None:
         with torch.device("meta"):
             model = SReT(config.model)

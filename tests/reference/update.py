@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sret_scale.train.config import ClassConfig
 from sret_scale.train.optim import CLASS_OF_KIND
-from tests.update_toy import ACCUMULATION, BASE, COMMON_BOUND, PLAN, WORLD, Toy, data, rate_at
+from tests.update_toy import ACCUMULATION, BASE, COMMON_BOUND, FP16_STEPS, PLAN, WORLD, Toy, data, rate_at
 
 
 class Lamb(torch.optim.Optimizer):
@@ -68,6 +68,22 @@ def clip(groups: list[dict[str, object]]) -> None:
         by_bound.setdefault(key, []).extend(group["params"])  # type: ignore[call-overload]
     for (_, bound), parameters in by_bound.items():
         nn.utils.clip_grad_norm_(parameters, bound)
+
+
+def trained_fp32(num_left_out: int) -> dict[str, Tensor]:
+    """The toy's parameters after the steps of the fp16 test, in fp32, the first ones left out."""
+    model = Toy()
+    optimizer = torch.optim.AdamW(
+        [{"params": [value], "weight_decay": 0.05 if value.ndim > 1 else 0.0} for value in model.parameters()], lr=0.01
+    )
+    for step in range(num_left_out, FP16_STEPS):
+        optimizer.zero_grad()
+        for rank in range(WORLD):
+            x, labels = data(0, step, rank)
+            (F.cross_entropy(model(x, (0, 1)), labels) / WORLD).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    return {name: value.detach() for name, value in model.named_parameters()}
 
 
 def trained(rule: str) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from sret_scale.model import Application, Noise, SReT, Stage
+from sret_scale.train.precision import Precision, autocast
 from sret_scale.train.telemetry.statistics import attention_entropy, rank_ratio, rms, token_cosine
 
 FORWARD = ("rms", "branch_ratio", "step_ratio", "token_cosine", "rank_ratio", "attention_entropy", "max_abs")
@@ -33,11 +34,11 @@ class BlockUses:
 
 
 def probe(
-    model: SReT, images_BCHW: Tensor, loss_of: Callable[[Tensor], Tensor], noise: Noise, precision: str
+    model: SReT, images_BCHW: Tensor, loss_of: Callable[[Tensor], Tensor], noise: Noise, precision: Precision
 ) -> list[BlockUses]:
     """Reads off all loops of all blocks, with the step's permutations and without stochastic depth or batch moments.
 
-    loss_of: the loss of the (B, C) scores. precision: "bf16" for autocast, as in training.
+    loss_of: the loss of the (B, C) scores. precision: as in training.
     """
     walk = _Walk()
     with undisturbed(model, images_BCHW.device, precision), _walked(model, walk):
@@ -48,16 +49,16 @@ def probe(
 
 
 @contextlib.contextmanager
-def undisturbed(model: SReT, device: torch.device, precision: str) -> Iterator[None]:
+def undisturbed(model: SReT, device: torch.device, precision: Precision) -> Iterator[None]:
     """The model in evaluation mode and the precision of training; modes and random state as they were, afterwards."""
     modes = {module: module.training for module in model.modules()}
     # Whoever watches the calls of the head (feature distillation) means those of the training.
     watchers = dict(model.head._forward_pre_hooks)
-    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
     try:
         model.eval()
         model.head._forward_pre_hooks.clear()
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad(), autocast:
+        forked = torch.random.fork_rng([device] if device.type == "cuda" else [])
+        with forked, torch.enable_grad(), autocast(device.type, precision):
             yield
     finally:
         for module, was_training in modes.items():
