@@ -4,15 +4,20 @@ Threads are enough, because reading, decoding and resizing release the interpret
 fourth of the bytes of float pixels, in pinned memory where there is a GPU to copy them to.
 """
 
-from concurrent.futures import Future, ThreadPoolExecutor
+import time
+from collections.abc import Mapping
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from data_pipelines.order import Indices
-from data_pipelines.samples import SampleSource
+from data_pipelines.samples import Sample, SampleSource
+from data_pipelines.waiting import warn_of_stall
 
 # Samples that a thread decodes before it takes the next piece of work.
 _SAMPLES_PER_TASK = 8
@@ -33,55 +38,74 @@ class Batch:
     view_numbers: Tensor  # int32 (B,) which view of its sample a row shows
 
 
+def empty_batch(indices_B: Indices, image_size: int) -> Batch:
+    """A batch of zeros for the samples `indices_B`."""
+    num_rows, pin_memory = len(indices_B), torch.cuda.is_available()
+    return Batch(
+        images=torch.zeros(num_rows, 3, image_size, image_size, dtype=torch.uint8, pin_memory=pin_memory),
+        labels=torch.zeros(num_rows, dtype=torch.int64, pin_memory=pin_memory),
+        indices=torch.from_numpy(indices_B.copy()),
+        valid=torch.from_numpy(indices_B != PADDING),
+        views=torch.zeros(num_rows, 5, dtype=torch.int32),
+        view_numbers=torch.zeros(num_rows, dtype=torch.int32),
+    )
+
+
+def fill_row(columns: Mapping[str, NDArray[Any]], row: int, sample: Sample) -> None:
+    """Writes a sample into one row of a batch, given by its columns as arrays."""
+    columns["images"][row] = sample.pixels.numpy()
+    columns["labels"][row], columns["indices"][row] = sample.label, sample.index
+    columns["views"][row], columns["view_numbers"][row] = sample.view, sample.view_number
+
+
 class PendingBatch:
     """A batch that is being filled."""
 
-    def __init__(self, batch: Batch, tasks: list[Future[None]]) -> None:
+    def __init__(self, batch: Batch, tasks: list[Future[None]], *, stall_s: float, in_progress: object) -> None:
         self._batch, self._tasks = batch, tasks
+        self._stall_s, self._in_progress = stall_s, in_progress
 
     def result(self) -> Batch:
-        """Waits until all rows are filled. Raises here what a thread raised."""
-        for task in self._tasks:
-            task.result()
-        return self._batch
+        """Waits until all rows are filled, and says every `stall_s` for what. Raises here what a thread raised."""
+        start = time.monotonic()
+        while True:
+            finished, unfinished = wait(self._tasks, timeout=self._stall_s, return_when=FIRST_EXCEPTION)
+            for task in finished:
+                task.result()
+            if not unfinished:
+                return self._batch
+            warn_of_stall(time.monotonic() - start, self._in_progress)
 
 
 class BatchFiller:
-    """Fills batches from `source` in `num_threads` threads. Leaving the `with` cancels what has not begun and waits."""
+    """Fills batches from `source` in `num_threads` threads. Leaving the `with` cancels what has not begun and waits.
 
-    def __init__(self, source: SampleSource, *, image_size: int, num_threads: int) -> None:
-        self._source = source
+    `in_progress`, as text, is what a wait of more than `stall_s` is reported with.
+    """
+
+    def __init__(
+        self, source: SampleSource, *, image_size: int, num_threads: int, stall_s: float, in_progress: object
+    ) -> None:
+        self._source, self._stall_s, self._in_progress = source, stall_s, in_progress
         self._image_size = image_size
         self._executor = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
-        self._pin_memory = torch.cuda.is_available()
 
     def submit(self, epoch: int, indices_B: Indices, repeats_B: Indices) -> PendingBatch:
         """Begins a batch of the samples `indices_B` of `epoch`, each in its `repeats_B`-th view."""
-        num_rows = len(indices_B)
-        size = self._image_size
-        batch = Batch(
-            images=torch.zeros(num_rows, 3, size, size, dtype=torch.uint8, pin_memory=self._pin_memory),
-            labels=torch.zeros(num_rows, dtype=torch.int64, pin_memory=self._pin_memory),
-            indices=torch.from_numpy(indices_B.copy()),
-            valid=torch.from_numpy(indices_B != PADDING),
-            views=torch.zeros(num_rows, 5, dtype=torch.int32),
-            view_numbers=torch.zeros(num_rows, dtype=torch.int32),
-        )
-        starts = range(0, num_rows, _SAMPLES_PER_TASK)
+        batch = empty_batch(indices_B, self._image_size)
+        starts = range(0, len(indices_B), _SAMPLES_PER_TASK)
         tasks = [self._executor.submit(self._fill, batch, epoch, repeats_B, start) for start in starts]
-        return PendingBatch(batch, tasks)
+        return PendingBatch(batch, tasks, stall_s=self._stall_s, in_progress=self._in_progress)
 
     def _fill(self, batch: Batch, epoch: int, repeats_B: Indices, start: int) -> None:
         # Through numpy, because writing one number into a tensor costs microseconds.
-        labels_B, indices_B, numbers_B = batch.labels.numpy(), batch.indices.numpy(), batch.view_numbers.numpy()
-        views_B5 = batch.views.numpy()
-        for row in range(start, min(start + _SAMPLES_PER_TASK, len(indices_B))):
-            if indices_B[row] == PADDING:
-                continue
-            sample = self._source(epoch, int(indices_B[row]), int(repeats_B[row]))
-            batch.images[row] = sample.pixels
-            labels_B[row], indices_B[row], numbers_B[row] = sample.label, sample.index, sample.view_number
-            views_B5[row] = sample.view
+        columns = {
+            name: getattr(batch, name).numpy() for name in ("images", "labels", "indices", "view_numbers", "views")
+        }
+        for row in range(start, min(start + _SAMPLES_PER_TASK, len(repeats_B))):
+            index = int(columns["indices"][row])
+            if index != PADDING:
+                fill_row(columns, row, self._source(epoch, index, int(repeats_B[row])))
 
     def __enter__(self) -> "BatchFiller":
         return self

@@ -1,5 +1,6 @@
 """The settings of the data room, in one frozen dataclass."""
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -31,8 +32,12 @@ class DataConfig:
     block_window: int = 8192
     # Views of each sample in an epoch, all in one global batch (repeated augmentation).
     num_repeats: int = 1
-    # Decoding threads of one rank, and micro batches that they may be ahead.
+    # A transform of your own for each view, as module:function (data_pipelines/transform.py says how it is called).
+    transform: str | None = None
+    # Decoding threads of one rank (or processes, for a transform that holds the interpreter lock), and micro batches
+    # that they may be ahead.
     workers: int = 2
+    worker_kind: Literal["threads", "processes"] = "threads"
     prefetch_batches: int = 4
     crop: Literal["resized", "padded", "centre"] = "resized"
     crop_scale: tuple[float, float] = (0.08, 1.0)
@@ -69,6 +74,8 @@ class DataConfig:
             f"none, or {1 + len(self.mixture_folders)} above 0",
             self.mixture_weights,
         )
+        is_name = self.transform is None or re.fullmatch(r"[\w.]+:\w+", self.transform) is not None
+        _require(is_name, "transform", "module:function, or null", self.transform)
         _require(self.workers >= 1, "workers", "at least 1", self.workers)
         _require(self.prefetch_batches >= 1, "prefetch_batches", "at least 1", self.prefetch_batches)
         _require(self.block_window >= 1, "block_window", "at least 1", self.block_window)
@@ -94,6 +101,7 @@ CHOICES = {
     "order": ("full", "block", "sequential"),
     "last": ("drop", "pad"),
     "remote_reads": ("shards", "ranges"),
+    "worker_kind": ("threads", "processes"),
     "crop": ("resized", "padded", "centre"),
     "interpolation": ("bilinear", "bicubic"),
 }

@@ -4,14 +4,14 @@
       -> bytes, checked                     reader.py
       -> uint8 RGB                          decode.py
       -> view: crop, resize, flip           view.py, pure per sample
-      -> row of a uint8 batch               batches.py: threads fill it ahead of its use
+      -> row of a uint8 batch               batches.py: threads (worker_batches.py: processes) fill it ahead of its use
 
 The state is a position, so a run continues on any number of ranks, and every rank gets the same number of batches.
 """
 
 import json
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
@@ -21,11 +21,13 @@ import numpy as np
 from data_pipelines.batches import PADDING, Batch, BatchFiller, PendingBatch
 from data_pipelines.config import DataConfig
 from data_pipelines.index import ShardSet
+from data_pipelines.mixture import MixedShardSet
 from data_pipelines.order import Indices, Order, advance, rank_positions, steps_per_epoch
 from data_pipelines.quarantine import Quarantine
-from data_pipelines.reader import ShardReader
-from data_pipelines.remote import Prefetcher, cache_of
+from data_pipelines.reader import BadSampleError, ShardReader
+from data_pipelines.remote import Prefetcher, bytes_by_cache, cache_of
 from data_pipelines.samples import EvaluationSamples, TrainingSamples
+from data_pipelines.worker_batches import BadSamples, PendingSharedBatch, ProcessBatchFiller
 
 __all__ = ["Batch", "DataConfig", "LoaderState", "Step", "TrainLoader", "evaluation_batches"]
 
@@ -59,6 +61,30 @@ class Step:
 
     micro_batches: list[Batch]
     next_state: LoaderState
+
+
+@dataclass(frozen=True)
+class TrainingSource:
+    """What makes the training samples of a run; can be sent to a worker process, which calls it."""
+
+    shards: ShardSet
+    config: DataConfig
+    image_size: int
+    seed: int
+
+    def over(self, reader: ShardReader, on_bad_sample: Callable[[int, BadSampleError], None]) -> TrainingSamples:
+        return TrainingSamples(
+            reader,
+            self.shards,
+            self.config,
+            image_size=self.image_size,
+            seed=self.seed,
+            on_bad_sample=on_bad_sample,
+        )
+
+    def __call__(self, bad_samples: BadSamples) -> TrainingSamples:
+        """The samples of a worker process, whose end closes its files."""
+        return self.over(ShardReader(self.shards), lambda epoch, error: bad_samples.append((epoch, error)))
 
 
 class TrainLoader:
@@ -105,21 +131,10 @@ class TrainLoader:
         return self._steps(state)
 
     def _steps(self, state: LoaderState) -> Generator[Step]:
-        upcoming: deque[tuple[list[PendingBatch], LoaderState]] = deque()
+        upcoming: deque[tuple[list[PendingBatch | PendingSharedBatch], LoaderState]] = deque()
         with ExitStack() as stack:
-            reader = stack.enter_context(ShardReader(self._shards))
             fetch_ahead = self._fetch_ahead(state, stack)
-            source = TrainingSamples(
-                reader,
-                self._shards,
-                self._config,
-                image_size=self._image_size,
-                seed=self.order.seed,
-                quarantine=self._quarantine,
-            )
-            filler = stack.enter_context(
-                BatchFiller(source, image_size=self._image_size, num_threads=self._config.workers)
-            )
+            filler = self._filler(stack)
             while True:
                 while (len(upcoming) - 1) * self._grad_accum_steps < self._config.prefetch_batches:
                     epoch, positions, state = self._next_positions(state)
@@ -129,23 +144,54 @@ class TrainLoader:
                 pending, next_state = upcoming.popleft()
                 yield Step(micro_batches=[batch.result() for batch in pending], next_state=next_state)
 
+    def _filler(self, stack: ExitStack) -> BatchFiller | ProcessBatchFiller:
+        """Threads or processes, which leaving `stack` ends."""
+        source = TrainingSource(self._shards, self._config, self._image_size, self.order.seed)
+        size, workers, stall_s = self._image_size, self._config.workers, self._config.stall_s
+        if self._config.worker_kind == "processes":
+            processes = ProcessBatchFiller(
+                source, image_size=size, num_workers=workers, stall_s=stall_s, on_bad_sample=self._quarantine.add
+            )
+            return stack.enter_context(processes)
+        reader = stack.enter_context(ShardReader(self._shards))
+        threads = BatchFiller(
+            source.over(reader, self._quarantine.add),
+            image_size=size,
+            num_threads=workers,
+            stall_s=stall_s,
+            in_progress=reader.in_progress,
+        )
+        return stack.enter_context(threads)
+
     def _fetch_ahead(self, state: LoaderState, stack: ExitStack) -> Iterator[None]:
         """Each `next` fetches the shards of one more step, `fetch_ahead_steps` before it; nothing for a local set."""
-        cache = cache_of(self._shards)
-        if cache is None:
-            return iter(())
         steps = self._shards_of_steps(state)
-        window = list(islice(steps, self._config.fetch_ahead_steps))
-        entries = self._shards.manifest.shards
-        num_bytes = sum(entries[shard].bytes for shard in set().union(*window))
-        if num_bytes > cache.max_bytes:
-            raise ValueError(
-                f"{self._shards.folder}: the next {len(window)} steps of one rank read shards of {num_bytes:,} bytes, "
-                f"and the cache holds {cache.max_bytes:,}: raise data.cache_gib, use data.order=block with a smaller "
-                "data.block_window, or lower data.fetch_ahead_steps"
-            )
-        prefetcher = stack.enter_context(Prefetcher(cache, num_threads=self._config.fetch_threads))
+        window = list(islice(steps, self._config.fetch_ahead_steps)) if self._is_remote else []
+        if not window:
+            return iter(())
+        self._check_window(window)
+        prefetcher = stack.enter_context(Prefetcher(self._shards, num_threads=self._config.fetch_threads))
         return map(prefetcher.want, chain([[shard for shards in window for shard in shards]], steps))
+
+    @property
+    def _is_remote(self) -> bool:
+        parts = self._shards.parts if isinstance(self._shards, MixedShardSet) else (self._shards,)
+        return any(cache_of(part) is not None for part in parts)
+
+    def check_cache(self, state: LoaderState) -> None:
+        """Raises ValueError unless the caches hold the shards of the steps that are fetched ahead, from `state` on."""
+        if self._is_remote:
+            self._check_window(list(islice(self._shards_of_steps(state), self._config.fetch_ahead_steps)))
+
+    def _check_window(self, window: list[list[int]]) -> None:
+        for cache, num_bytes in bytes_by_cache(self._shards, set().union(*window)).items():
+            if num_bytes > cache.max_bytes:
+                whose = f"rank {self._rank} of {self._world_size}"
+                raise ValueError(
+                    f"{self._shards.folder}: the next {len(window)} steps of {whose} read shards of {num_bytes:,} "
+                    f"bytes, and the cache holds {cache.max_bytes:,}: raise data.cache_gib, use data.order=block with "
+                    "a smaller data.block_window, or lower data.fetch_ahead_steps"
+                )
 
     def _shards_of_steps(self, state: LoaderState) -> Iterator[list[int]]:
         """The shards that this rank reads in each step, in order of use, without end."""
@@ -183,6 +229,26 @@ class TrainLoader:
                 )
 
 
+def check_node_cache(
+    shards: ShardSet, config: DataConfig, *, seed: int, global_batch_size: int, num_nodes: int
+) -> None:
+    """Raises ValueError unless the cache of a node holds what all its ranks fetch ahead at the start of an epoch.
+
+    The ranks of a node are neighbours, so together they read what one rank of `num_nodes` would read.
+    """
+    loader = TrainLoader(
+        shards,
+        replace(config, quarantine_file=None),
+        image_size=1,
+        seed=seed,
+        rank=0,
+        world_size=num_nodes,
+        micro_batch_size=global_batch_size // num_nodes,
+        grad_accum_steps=1,
+    )
+    loader.check_cache(LoaderState())
+
+
 def evaluation_batches(
     shards: ShardSet, config: DataConfig, *, image_size: int, batch_size: int, rank: int, world_size: int
 ) -> Iterator[Batch]:
@@ -195,7 +261,14 @@ def evaluation_batches(
     upcoming: deque[PendingBatch] = deque()
     with ShardReader(shards) as reader:
         source = EvaluationSamples(reader, shards, config, image_size)
-        with BatchFiller(source, image_size=image_size, num_threads=config.workers) as filler:
+        filler = BatchFiller(
+            source,
+            image_size=image_size,
+            num_threads=config.workers,
+            stall_s=config.stall_s,
+            in_progress=reader.in_progress,
+        )
+        with filler:
             for batch in range(num_batches):
                 positions_B = rank_positions(
                     batch * global_batch_size,

@@ -20,13 +20,18 @@ _ARRAYS = ("offset", "length", "label", "crc", "width", "height", "record_offset
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class MixedShardSet(ShardSet):
-    """A shard set made of several, in this order. `part_sizes` are their numbers of samples."""
+    """A shard set made of several `parts`, in this order."""
 
-    part_sizes: tuple[int, ...]
+    parts: tuple[ShardSet, ...]
+
+    @property
+    def part_sizes(self) -> tuple[int, ...]:
+        """Their numbers of samples."""
+        return tuple(part.num_samples for part in self.parts)
 
 
 def mix_shards(parts: Sequence[ShardSet]) -> MixedShardSet:
-    """The sets, which are local, as one. Raises ValueError unless they have the same classes."""
+    """The sets as one. Raises ValueError unless they have the same classes."""
     first = parts[0]
     for part in parts[1:]:
         if part.class_names != first.class_names:
@@ -43,7 +48,7 @@ def mix_shards(parts: Sequence[ShardSet]) -> MixedShardSet:
             np.concatenate([part.keys.ends + start for part, start in zip(parts, key_starts[:-1], strict=True)]),
             np.concatenate([part.keys.blob for part in parts]),
         ),
-        part_sizes=tuple(part.num_samples for part in parts),
+        parts=tuple(parts),
         **{name: np.concatenate([getattr(part, name) for part in parts]) for name in _ARRAYS},
     )
 

@@ -33,8 +33,8 @@ class Order:
 
     `full` is one permutation of all samples per epoch, for shards on local or cached storage. `block` shuffles the
     shards, and samples within a window of `block_window`, so that few shards are needed at a time. `sequential` is
-    as stored. A mixture (`part_sizes`, full order only) takes from each of its sets in proportion to `part_weights`
-    (none: to their sizes), and goes through each set round by round, in a new order every round.
+    as stored. A mixture (`part_sizes`) takes from each of its sets in proportion to `part_weights` (none: to their
+    sizes), and goes through each set round by round, in a new order of this kind every round.
     Each sample comes `num_repeats` times in an epoch, within one global batch (repeated augmentation).
     """
 
@@ -53,8 +53,6 @@ class Order:
     def of(cls, shards: ShardSet, config: DataConfig, *, seed: int, global_batch_size: int) -> "Order":
         """The training order of `shards`."""
         part_sizes = shards.part_sizes if isinstance(shards, MixedShardSet) else ()
-        if part_sizes and config.order != "full":
-            raise ValueError(f"data.order: a mixture of shard sets needs full, got {config.order}")
         return cls(
             kind=config.order,
             fingerprint=shards.fingerprint,
@@ -115,32 +113,50 @@ class Order:
 
     def _compute(self, epoch: int) -> Indices:
         labels = (self.fingerprint, self.seed, epoch)
+        if self.part_sizes:
+            return self._mixed_order(epoch)
         if self.kind == "sequential":
             return np.arange(self.num_samples, dtype=np.int64)
-        if self.part_sizes:
-            return _mixed_order(self.part_sizes, self.part_weights or self.part_sizes, epoch, labels[:2])
         if self.kind == "full":
             return keyed_permutation(self.num_samples, "order", *labels)
         return _block_order(self.shard_sizes, self.global_batch_size, self.block_window, labels)
 
+    def _mixed_order(self, epoch: int) -> Indices:
+        """As many positions as samples, shared by weight; each set continues where it was an epoch ago."""
+        sizes, weights = self.part_sizes, self.part_weights or self.part_sizes
+        edges = np.rint(np.cumsum([0.0, *weights]) / sum(weights) * self.num_samples).astype(np.int64)
+        counts = np.diff(edges).tolist()
+        order = np.empty(self.num_samples, dtype=np.int64)
+        part_of = self._parts_in_turn(counts, epoch)
+        first = 0
+        for part, (size, count) in enumerate(zip(sizes, counts, strict=True)):
+            start, end = epoch * count, (epoch + 1) * count
+            rounds = range(start // size, -(-end // size))
+            draws = [self._round_of_part(part, number) for number in rounds]
+            offset = start - rounds.start * size
+            order[part_of == part] = first + np.concatenate([np.empty(0, np.int64), *draws])[offset : offset + count]
+            first += size
+        return order
 
-def _mixed_order(
-    sizes: tuple[int, ...], weights: Sequence[float], epoch: int, labels: tuple[str | int, ...]
-) -> Indices:
-    """As many positions as samples, shared by weight and shuffled; each set continues where it was an epoch ago."""
-    total = sum(sizes)
-    edges = np.rint(np.cumsum([0.0, *weights]) / sum(weights) * total).astype(np.int64)
-    part_of = np.repeat(np.arange(len(sizes)), np.diff(edges))[keyed_permutation(total, "mixture", *labels, epoch)]
-    order = np.empty(total, dtype=np.int64)
-    first = 0
-    for part, (size, count) in enumerate(zip(sizes, np.diff(edges).tolist(), strict=True)):
-        start, end = epoch * count, (epoch + 1) * count
-        rounds = range(start // size, -(-end // size))
-        draws = [keyed_permutation(size, "mixture-part", *labels, part, number) for number in rounds]
-        offset = start - rounds.start * size
-        order[part_of == part] = first + np.concatenate([np.empty(0, np.int64), *draws])[offset : offset + count]
-        first += size
-    return order
+    def _parts_in_turn(self, counts: list[int], epoch: int) -> Indices:
+        """Which set each position of an epoch takes its sample from: `counts` of each, shuffled or evenly spread."""
+        parts = np.repeat(np.arange(len(counts)), counts)
+        if self.kind == "sequential":
+            shares = np.concatenate([(np.arange(count) + 0.5) / max(count, 1) for count in counts])
+            return parts[np.argsort(shares, kind="stable")]
+        return parts[keyed_permutation(self.num_samples, "mixture", self.fingerprint, self.seed, epoch)]
+
+    def _round_of_part(self, part: int, number: int) -> Indices:
+        """The order of the samples of one set in its round `number`."""
+        size, labels = self.part_sizes[part], ("mixture-part", self.fingerprint, self.seed, part, number)
+        if self.kind == "sequential":
+            return np.arange(size, dtype=np.int64)
+        if self.kind == "full":
+            return keyed_permutation(size, *labels)
+        ends = np.cumsum(self.shard_sizes)
+        bounds = np.searchsorted(ends, np.cumsum([0, *self.part_sizes])[part : part + 2], side="right")
+        # One lane: a set has no part of its own in a global batch that ranks could share out.
+        return _block_order(self.shard_sizes[bounds[0] : bounds[1]], 1, self.block_window, labels)
 
 
 def _block_order(

@@ -62,6 +62,14 @@ def run_jobs(
             pool.shutdown(cancel_futures=True)
 
 
+def die_with(parent: int) -> None:
+    """Ends this process, which `parent` started, when that one ends."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        # The parent died before this process asked to hear of it.
+        os._exit(1)
+
+
 # What `make_worker` made in this worker process.
 _WORKER: list[Callable[[int], Any]] = []
 
@@ -69,10 +77,7 @@ _WORKER: list[Callable[[int], Any]] = []
 def _start(parent: int, make_worker: Callable[..., Callable[[int], Any]], arguments: tuple[Any, ...]) -> None:
     # The command hears Ctrl-C and ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        # The command died before this process asked to hear of it.
-        os._exit(1)
+    die_with(parent)
     _WORKER.append(make_worker(*arguments))
 
 

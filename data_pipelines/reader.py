@@ -11,10 +11,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from data_pipelines.cache import UnavailableError
 from data_pipelines.index import ShardSet
-from data_pipelines.remote import RemoteShardSet
+from data_pipelines.remote import RemoteShardSet, part_of
+from data_pipelines.waiting import InProgress
 
 
 class BadSampleError(ValueError):
@@ -28,6 +30,17 @@ class BadSampleError(ValueError):
         self.reason = reason
         super().__init__(f"{Path(shards.folder) / self.shard}: sample {self.key!r} at offset {self.offset}: {reason}")
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """So that it can come from a worker process."""
+        return _restored, (self.__dict__, str(self))
+
+
+def _restored(fields: dict[str, Any], message: str) -> BadSampleError:
+    error = BadSampleError.__new__(BadSampleError)
+    error.args = (message,)
+    error.__dict__.update(fields)
+    return error
+
 
 class ShardReader:
     """Reads samples of a shard set, local or remote; close it, or use it in a `with`.
@@ -39,6 +52,8 @@ class ShardReader:
         self._shards = shards
         self._max_open_shards = max_open_shards
         self._lock = threading.Lock()
+        # What threads read now.
+        self.in_progress = InProgress()
         # shard -> [file descriptor, reads in progress], the least recently used first
         self._open: OrderedDict[int, list[int]] = OrderedDict()
 
@@ -47,7 +62,9 @@ class ShardReader:
         shards = self._shards
         length = int(shards.length[index])
         try:
-            data = self._read_somewhere(int(shards.shard_of[index]), length, int(shards.offset[index]))
+            shard = int(shards.shard_of[index])
+            with self.in_progress.of(self._name_of(shard)):
+                data = self._read_somewhere(shard, length, int(shards.offset[index]))
         except UnavailableError:
             # A server that does not answer is no fault of the sample.
             raise
@@ -78,19 +95,24 @@ class ShardReader:
         self.close()
 
     def _read_somewhere(self, shard: int, length: int, offset: int) -> bytes:
-        shards = self._shards
-        if not isinstance(shards, RemoteShardSet):
+        part, number = part_of(self._shards, shard)
+        if not isinstance(part, RemoteShardSet):
             with self._kept_open(shard) as descriptor:
                 return _read_exactly(descriptor, length, offset)
-        if shards.cache is None:
-            return shards.read_range(shards.shard_names[shard], offset, offset + length)
+        if part.cache is None:
+            return part.read_range(part.shard_names[number], offset, offset + length)
         # Opened for one read: an open file would take up room after it was evicted.
-        with shards.cache.lease(shard) as path:
+        with part.cache.lease(number) as path:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             try:
                 return _read_exactly(descriptor, length, offset)
             finally:
                 os.close(descriptor)
+
+    def _name_of(self, shard: int) -> str:
+        part, number = part_of(self._shards, shard)
+        location = part.url if isinstance(part, RemoteShardSet) else part.folder
+        return f"{location}/{part.shard_names[number]}"
 
     @contextmanager
     def _kept_open(self, shard: int) -> Iterator[int]:

@@ -18,7 +18,7 @@ from data_pipelines.cache import ShardCache
 from data_pipelines.config import DataConfig
 from data_pipelines.index import ShardSet, open_shards
 from data_pipelines.manifest import INDEX_NAME, MANIFEST_NAME
-from data_pipelines.mixture import mix_shards
+from data_pipelines.mixture import MixedShardSet, mix_shards
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -28,6 +28,7 @@ class RemoteShardSet(ShardSet):
     `folder` holds manifest and index, and those shards that the cache has.
     """
 
+    url: str
     cache: ShardCache | None
     read_range: Callable[[str, int, int], bytes]
 
@@ -54,24 +55,40 @@ def open_data(location: str | Path, config: DataConfig) -> ShardSet:
     if config.remote_reads == "shards":
         cache = ShardCache(remote.download, folder, shards.manifest, max_bytes=int(config.cache_gib * 2**30))
     known = {field.name: getattr(shards, field.name) for field in fields(ShardSet)}
-    return RemoteShardSet(**known, cache=cache, read_range=remote.read)
+    return RemoteShardSet(**known, url=remote.url, cache=cache, read_range=remote.read)
 
 
 def open_training_data(config: DataConfig) -> ShardSet:
-    """The training set: one location, or the mixture of several local folders."""
+    """The training set: one location, or the mixture of several, local or not."""
     locations = (config.train_folder, *config.mixture_folders)
     parts = [open_data(location, config) for location in locations]
-    if len(parts) == 1:
-        return parts[0]
-    for location, part in zip(locations, parts, strict=True):
-        if isinstance(part, RemoteShardSet):
-            raise ValueError(f"{location}: a mixture is of local folders; copy this set to the node's disk")
-    return mix_shards(parts)
+    return parts[0] if len(parts) == 1 else mix_shards(parts)
+
+
+def part_of(shards: ShardSet, shard: int) -> tuple[ShardSet, int]:
+    """The set of a mixture that `shard` belongs to, and its number there; of any other set, the set itself."""
+    if isinstance(shards, MixedShardSet):
+        for part in shards.parts:
+            if shard < part.num_shards:
+                return part, shard
+            shard -= part.num_shards
+    return shards, shard
 
 
 def cache_of(shards: ShardSet) -> ShardCache | None:
     """Where the tars of a set are leased; None for a local set, or one that is read by ranges."""
     return shards.cache if isinstance(shards, RemoteShardSet) else None
+
+
+def bytes_by_cache(shards: ShardSet, wanted: Iterable[int]) -> dict[ShardCache, int]:
+    """The bytes of the `wanted` shards in each cache that holds some of them."""
+    num_bytes: dict[ShardCache, int] = {}
+    for shard in wanted:
+        part, number = part_of(shards, shard)
+        cache = cache_of(part)
+        if cache is not None:
+            num_bytes[cache] = num_bytes.get(cache, 0) + part.manifest.shards[number].bytes
+    return num_bytes
 
 
 class Prefetcher:
@@ -80,8 +97,8 @@ class Prefetcher:
     What fails here fails again where the shard is read, and is handled there.
     """
 
-    def __init__(self, cache: ShardCache, *, num_threads: int) -> None:
-        self._cache = cache
+    def __init__(self, shards: ShardSet, *, num_threads: int) -> None:
+        self._shards = shards
         self._executor = ThreadPoolExecutor(num_threads, thread_name_prefix="fetch")
         self._running: dict[int, Future[None]] = {}
 
@@ -89,11 +106,14 @@ class Prefetcher:
         """Begins to fetch those that are not here and not under way."""
         self._running = {shard: future for shard, future in self._running.items() if not future.done()}
         for shard in shards:
-            if shard not in self._running and not self._cache.has(shard):
-                self._running[shard] = self._executor.submit(self._fetch, shard)
+            part, number = part_of(self._shards, shard)
+            cache = cache_of(part)
+            if cache is not None and shard not in self._running and not cache.has(number):
+                self._running[shard] = self._executor.submit(self._fetch, cache, number)
 
-    def _fetch(self, shard: int) -> None:
-        with self._cache.lease(shard):
+    @staticmethod
+    def _fetch(cache: ShardCache, number: int) -> None:
+        with cache.lease(number):
             pass
 
     def __enter__(self) -> "Prefetcher":

@@ -1,5 +1,6 @@
 """One sample: its pixels as training or evaluation sees them, its label and view. Bad samples are handled here."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -9,8 +10,8 @@ from data_pipelines.config import DataConfig
 from data_pipelines.decode import DecodeError, decode_rgb, decode_view
 from data_pipelines.index import ShardSet
 from data_pipelines.keyed import keyed_words
-from data_pipelines.quarantine import Quarantine
 from data_pipelines.reader import BadSampleError, ShardReader
+from data_pipelines.transform import apply_transform, load_transform
 from data_pipelines.view import View, centre_pixels, draw_view, training_pixels, view_number
 
 # Substitutes that are tried for one bad sample before the run stops.
@@ -60,17 +61,18 @@ class TrainingSamples:
         *,
         image_size: int,
         seed: int,
-        quarantine: Quarantine,
+        on_bad_sample: Callable[[int, BadSampleError], None],
     ) -> None:
         self._reader, self._shards, self._config = reader, shards, config
-        self._image_size, self._seed, self._quarantine = image_size, seed, quarantine
+        self._image_size, self._seed, self._on_bad_sample = image_size, seed, on_bad_sample
         self._view_seed = seed if config.view_seed is None else config.view_seed
+        self._transform = load_transform(config.transform) if config.transform else None
 
     def __call__(self, epoch: int, index: int, repeat: int) -> Sample:
         try:
             return self._read(epoch, index, repeat)
         except BadSampleError as error:
-            self._quarantine.add(epoch, error)
+            self._on_bad_sample(epoch, error)
         return self._substitute(epoch, index, repeat)
 
     def _substitute(self, epoch: int, bad_index: int, repeat: int) -> Sample:
@@ -79,7 +81,7 @@ class TrainingSamples:
             try:
                 return self._read(epoch, word % self._shards.num_samples, repeat)
             except BadSampleError as error:
-                self._quarantine.add(epoch, error)
+                self._on_bad_sample(epoch, error)
                 last_error = error
         raise ValueError(f"{_MAX_SUBSTITUTES} substitutes for a bad sample were bad as well; the last: {last_error}")
 
@@ -100,4 +102,12 @@ class TrainingSamples:
                 pixels_CHW = training_pixels(image_CHW, view, config, self._image_size)
         except DecodeError as error:
             raise BadSampleError(self._shards, index, str(error)) from error
+        if config.transform and self._transform:
+            pixels_CHW = apply_transform(
+                config.transform,
+                self._transform,
+                pixels_CHW,
+                key=self._shards.key(index),
+                labels=(self._view_seed, number, index),
+            )
         return Sample(pixels_CHW, int(self._shards.label[index]), index, view, number)

@@ -60,6 +60,7 @@ def view_settings(config: DataConfig) -> dict[str, Any]:
         "flip_rate": config.flip_rate,
         "interpolation": config.interpolation,
         **of_crop[config.crop],
+        **({"transform": config.transform} if config.transform else {}),
     }
 
 

@@ -5,6 +5,7 @@ from collections import Counter
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from data_pipelines.config import DataConfig
 from data_pipelines.index import ShardSet, open_shards
 from data_pipelines.loader import LoaderState, TrainLoader
-from data_pipelines.order import Order
+from data_pipelines.order import Order, rank_positions
 from data_pipelines.remote import open_training_data
 from data_pipelines.write import WriteConfig, write_shards
 from sret_scale.cli import main
@@ -74,17 +75,19 @@ def test_rows_are_those_of_their_own_set(folders: list[Path]) -> None:
     sizes=st.lists(st.integers(1, 40), min_size=2, max_size=4),
     weights=st.lists(st.floats(0.05, 10), min_size=4, max_size=4),
     seed=st.integers(0, 99),
+    kind=st.sampled_from(["full", "block", "sequential"]),
 )
-@settings(max_examples=40, deadline=None)
-def test_sets_come_by_weight_and_go_round(sizes: list[int], weights: list[float], seed: int) -> None:
+@settings(max_examples=50, deadline=None)
+def test_sets_come_by_weight_and_go_round(sizes: list[int], weights: list[float], seed: int, kind: Any) -> None:
     weights = weights[: len(sizes)]
     total = sum(sizes)
     order = Order(
-        kind="full",
+        kind=kind,
         fingerprint="f",
         seed=seed,
-        shard_sizes=sizes,
-        global_batch_size=1,
+        shard_sizes=[part for size in sizes for part in (size // 2, size - size // 2)],
+        global_batch_size=8,
+        block_window=3,
         part_sizes=tuple(sizes),
         part_weights=tuple(weights),
     )
@@ -97,6 +100,35 @@ def test_sets_come_by_weight_and_go_round(sizes: list[int], weights: list[float]
         walk = np.concatenate(of_part)
         for start in range(0, len(walk) - size + 1, size):
             assert sorted(walk[start : start + size].tolist()) == list(range(size))
+
+
+def test_a_block_mixture_reads_few_shards_at_a_time_and_a_sequential_one_as_stored() -> None:
+    sizes = (4000, 6000)
+    options: dict[str, Any] = {"fingerprint": "f", "seed": 0, "shard_sizes": [100] * 100, "global_batch_size": 64}
+    block = Order(kind="block", block_window=200, part_sizes=sizes, **options)
+    positions = np.arange(10_000)
+    drawn = block.samples(0, positions)
+    for start in range(0, 10_000, 500):
+        # Of each set: its share of 500 samples, and the window before and behind.
+        assert len(np.unique(drawn[start : start + 500] // 100)) <= 5 + 2 * 5
+    assert (drawn != block.samples(1, positions)).mean() > 0.9
+    stored = Order(kind="sequential", part_sizes=sizes, **options).samples(0, positions)
+    assert stored[:5].tolist() == [4000, 0, 4001, 1, 4002]
+    for first, last in ((0, 4000), (4000, 10_000)):
+        assert (np.diff(stored[(stored >= first) & (stored < last)]) == 1).all()
+
+
+@pytest.mark.parametrize("order", ["full", "block", "sequential"])
+def test_global_batches_of_a_mixture_are_those_of_any_number_of_ranks(folders: list[Path], order: Any) -> None:
+    config = replace(_config(folders, (1.0, 2.0, 3.0)), order=order, block_window=4)
+    sequence = Order.of(open_training_data(config), config, seed=1, global_batch_size=24)
+    whole = sequence.samples(2, np.arange(24))
+    for world_size in (2, 3, 8, 24):
+        parts = [
+            rank_positions(0, rank=rank, world_size=world_size, micro_batch_size=24 // world_size, grad_accum_steps=1)
+            for rank in range(world_size)
+        ]
+        assert np.array_equal(sequence.samples(2, np.concatenate(parts).ravel()), whole)
 
 
 def test_without_weights_an_epoch_is_every_sample_once(folders: list[Path]) -> None:
@@ -127,9 +159,6 @@ def test_trace_takes_a_mixture(folders: list[Path], capsys: pytest.CaptureFixtur
 def test_what_cannot_be_mixed_is_named(folders: list[Path], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"data\.mixture_weights: expected none, or 3 above 0"):
         _config(folders, (1.0, 2.0))
-    config = replace(_config(folders), order="block")
-    with pytest.raises(ValueError, match=r"data\.order: a mixture of shard sets needs full"):
-        _loader(open_training_data(config), config)
     image = tmp_path / "images" / "other" / "x.jpg"
     image.parent.mkdir(parents=True)
     image.write_bytes(jpeg(smooth_image(8, 8, 0)))

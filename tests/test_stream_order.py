@@ -126,9 +126,9 @@ def test_a_resumed_walk_is_the_rest_of_the_walk(num_samples: int, global_batch_s
 
 
 def test_any_position_of_an_imagenet_epoch_is_restored_in_a_second() -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     _order(1_281_167).samples(299, np.arange(1_281_000, 1_281_100))
-    assert time.perf_counter() - start < 1.0
+    assert time.process_time() - start < 1.0
 
 
 def test_uniforms_are_uniform_and_keyed() -> None:

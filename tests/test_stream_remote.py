@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,15 +11,16 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from data_pipelines.cache import ShardCache, UnavailableError
 from data_pipelines.index import ShardSet, open_shards
-from data_pipelines.loader import DataConfig, LoaderState, TrainLoader, evaluation_batches
+from data_pipelines.loader import DataConfig, LoaderState, TrainLoader, check_node_cache, evaluation_batches
 from data_pipelines.reader import BadSampleError, ShardReader
-from data_pipelines.remote import Prefetcher, RemoteShardSet, cache_of, open_data
+from data_pipelines.remote import Prefetcher, RemoteShardSet, cache_of, open_data, open_training_data
 from data_pipelines.write import WriteConfig, write_shards
 from tests.stream_server import Site, serve
 
@@ -168,7 +170,7 @@ def test_a_cache_that_is_too_small_is_refused_at_the_start(site: Site, config: D
     with pytest.raises(ValueError, match="cannot hold a shard"):
         _remote(site, replace(config, cache_gib=0.5 * size / 2**30))
     small = replace(config, cache_gib=2.5 * size / 2**30)
-    with pytest.raises(ValueError, match=r"the next 64 steps of one rank read shards of .*raise data\.cache_gib"):
+    with pytest.raises(ValueError, match=r"the next 64 steps of rank 0 of 1 read shards of .*raise data\.cache_gib"):
         next(_loader(_remote(site, small)[0], small).steps(LoaderState()))
     block = replace(small, order="block", block_window=10, fetch_ahead_steps=1, prefetch_batches=1)
     loader = TrainLoader(
@@ -183,6 +185,61 @@ def test_a_cache_that_is_too_small_is_refused_at_the_start(site: Site, config: D
     )
     seen = torch.cat([step.micro_batches[0].indices for step in islice(loader.steps(LoaderState()), 80)])
     assert sorted(seen.tolist()) == list(range(2000))
+
+
+def test_the_window_of_all_ranks_of_a_node_must_fit_its_cache(site: Site, config: DataConfig) -> None:
+    """Two steps of a rank of 8 read few shards, those of 8 ranks on one node nearly all."""
+    shards, _ = _remote(site, config)
+    narrow = replace(config, fetch_ahead_steps=2, cache_gib=6.5 * shards.manifest.shards[0].bytes / 2**30)
+    shards, _ = _remote(site, narrow)
+    check_node_cache(shards, narrow, seed=0, global_batch_size=16, num_nodes=8)
+    with pytest.raises(ValueError, match=r"the next 2 steps of rank 0 of 1 read shards of .*raise data\.cache_gib"):
+        check_node_cache(shards, narrow, seed=0, global_batch_size=16, num_nodes=1)
+
+
+def test_a_stuck_shard_is_named_while_it_is_waited_for(
+    local: ShardSet, site: Site, config: DataConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in local.shard_names:
+        site.faults[name] = ["stall"]
+    shards = open_data(site.url, replace(config, stall_s=5.0))
+    steps = _loader(shards, replace(config, stall_s=0.4, workers=1)).steps(LoaderState())
+    next(steps)
+    steps.close()
+    message = rf"the next batch has been waited for 0 s; in progress: {site.url}/shard-\d+\.tar \(for 0 s\)"
+    assert re.search(message, caplog.text)
+
+
+def test_a_mixture_of_remote_and_local_sets_is_that_of_local_ones(
+    local: ShardSet, site: Site, config: DataConfig, tmp_path: Path
+) -> None:
+    source = WriteConfig(kind="idx", source=SAMPLE, split="train", shard_samples=500)
+    write_shards(source, tmp_path / "train", num_workers=1)
+    weights = {"mixture_weights": (1.0, 2.0), "train_folder": str(tmp_path / "train"), "order": "block"}
+    options: dict[str, Any] = {**weights, "block_window": 300}
+    mixed = [
+        (settings, open_training_data(settings))
+        for settings in (
+            replace(config, mixture_folders=(place,), **options) for place in (str(local.folder), site.url)
+        )
+    ]
+    steps = [_loader(shards, settings).steps(LoaderState()) for settings, shards in mixed]
+    for expected, got in islice(zip(*steps, strict=True), 10):
+        assert torch.equal(got.micro_batches[0].images, expected.micro_batches[0].images)
+        assert torch.equal(got.micro_batches[0].indices, expected.micro_batches[0].indices)
+    for iterator in steps:
+        iterator.close()
+    assert site.requests.count(local.shard_names[0]) <= 1
+
+
+@pytest.mark.slow
+def test_worker_processes_read_a_remote_set(local: ShardSet, site: Site, config: DataConfig) -> None:
+    config = replace(config, worker_kind="processes", workers=2)
+    steps = _loader(_remote(site, config)[0], config).steps(LoaderState())
+    expected = _loader(local, replace(config, worker_kind="threads")).steps(LoaderState())
+    for left, right in islice(zip(steps, expected, strict=True), 5):
+        assert torch.equal(left.micro_batches[0].images, right.micro_batches[0].images)
+    steps.close()
 
 
 def test_many_threads_fetch_a_shard_once(site: Site, config: DataConfig) -> None:
@@ -228,8 +285,8 @@ def test_jobs_share_a_cache_that_is_smaller_than_the_set(site: Site, config: Dat
 
 
 def test_the_prefetcher_fetches_what_is_wanted(site: Site, config: DataConfig) -> None:
-    _, cache = _remote(site, config)
-    with Prefetcher(cache, num_threads=2) as prefetcher:
+    shards, cache = _remote(site, config)
+    with Prefetcher(shards, num_threads=2) as prefetcher:
         prefetcher.want([1, 2, 1])
         for future in list(prefetcher._running.values()):
             future.result()

@@ -85,8 +85,14 @@ def _batches(plan: LabelPlan, shards: ShardSet, data: DataConfig, chosen: NDArra
     """The views `chosen` (view * number of samples + sample), a batch of one view at a time."""
     strict = Quarantine(None, max_bad_rate=0.0, samples_per_epoch=shards.num_samples)
     with ShardReader(shards) as reader:
-        source = TrainingSamples(reader, shards, data, image_size=plan.image_size, seed=0, quarantine=strict)
-        with BatchFiller(source, image_size=plan.image_size, num_threads=data.workers) as filler:
+        source = TrainingSamples(reader, shards, data, image_size=plan.image_size, seed=0, on_bad_sample=strict.add)
+        with BatchFiller(
+            source,
+            image_size=plan.image_size,
+            num_threads=data.workers,
+            stall_s=data.stall_s,
+            in_progress=reader.in_progress,
+        ) as filler:
             for view in np.unique(chosen // shards.num_samples).tolist():
                 indices = chosen[chosen // shards.num_samples == view] % shards.num_samples
                 for start in range(0, len(indices), plan.batch_size):

@@ -113,8 +113,10 @@ def write_labels(job: LabelJob, *, rank: int, world_size: int, report: Callable[
     with ShardReader(job.shards) as reader:
         # No image may be replaced by another: the first bad one stops the writer.
         strict = Quarantine(None, max_bad_rate=0.0, samples_per_epoch=job.shards.num_samples)
-        source = TrainingSamples(reader, job.shards, data, image_size=size, seed=0, quarantine=strict)
-        with BatchFiller(source, image_size=size, num_threads=data.workers) as filler:
+        source = TrainingSamples(reader, job.shards, data, image_size=size, seed=0, on_bad_sample=strict.add)
+        with BatchFiller(
+            source, image_size=size, num_threads=data.workers, stall_s=data.stall_s, in_progress=reader.in_progress
+        ) as filler:
             for number, unit in enumerate(missing, 1):
                 sums = write_unit(job, unit, filler)
                 report(f"{number}/{len(missing)} {job.plan.file_name(unit)}: {describe_coverage(mean_coverage(sums))}")

@@ -1,0 +1,252 @@
+"""Batches that worker processes fill ahead of their use, in memory that they share with this process.
+
+The twin of `batches.py` for transforms that hold the interpreter lock: the same rows, errors and order.
+
+    submit: indices into a shared batch ---pipe---> worker w: rows of the w-th part    (a name and two numbers)
+    result: copy out, batch is free again <--pipe-- done, or the error; bad samples that were replaced
+
+Shared memory has no name: it is a file of the kernel's (memfd) that a worker opens through its parent, so nothing is
+left behind however either ends. A worker that dies is noticed by its pipe and named.
+"""
+
+import mmap
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from data_pipelines.batches import PADDING, Batch, empty_batch, fill_row
+from data_pipelines.order import Indices
+from data_pipelines.processes import die_with
+from data_pipelines.reader import BadSampleError
+from data_pipelines.samples import SampleSource
+from data_pipelines.waiting import warn_of_stall
+
+# What one worker makes of the bad samples that it met: (epoch, error).
+BadSamples = list[tuple[int, BadSampleError]]
+MakeSource = Callable[[BadSamples], SampleSource]
+
+_COLUMNS = {
+    "labels": ("<i8", ()),
+    "indices": ("<i8", ()),
+    "repeats": ("<i8", ()),
+    "view_numbers": ("<i4", ()),
+    "views": ("<i4", (5,)),
+}
+
+
+def _row_type(image_size: int) -> list[tuple[str, str, tuple[int, ...]]]:
+    return [*((name, *facts) for name, facts in _COLUMNS.items()), ("images", "u1", (3, image_size, image_size))]
+
+
+def _columns(memory: mmap.mmap, num_rows: int, image_size: int) -> dict[str, NDArray[Any]]:
+    """The columns of a shared batch, one behind another."""
+    columns: dict[str, NDArray[Any]] = {}
+    offset = 0
+    for name, kind, shape in _row_type(image_size):
+        columns[name] = np.ndarray((num_rows, *shape), kind, memory, offset)
+        offset += columns[name].nbytes
+    return columns
+
+
+class SharedBatch:
+    """Memory for one batch, which other processes can map by `name`. Raises OSError when there is no memory for it."""
+
+    def __init__(self, num_rows: int, image_size: int) -> None:
+        num_bytes = num_rows * np.dtype(_row_type(image_size)).itemsize
+        self._descriptor = os.memfd_create("batch", os.MFD_CLOEXEC)
+        # Fails here rather than by a signal at the first write.
+        os.posix_fallocate(self._descriptor, 0, num_bytes)
+        self.name = f"/proc/{os.getpid()}/fd/{self._descriptor}"
+        self.num_rows = num_rows
+        self.columns = _columns(mmap.mmap(self._descriptor, num_bytes), num_rows, image_size)
+
+    def close(self) -> None:
+        """The memory itself goes with the last array that uses it."""
+        self.columns = {}
+        os.close(self._descriptor)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """Fill the rows `start` to before `end` of the shared batch `name` of `num_rows`."""
+
+    name: str
+    num_rows: int
+    epoch: int
+    start: int
+    end: int
+
+
+class PendingSharedBatch:
+    """A batch that worker processes are filling."""
+
+    def __init__(self, filler: "ProcessBatchFiller", batch: SharedBatch) -> None:
+        self._filler, self._batch = filler, batch
+
+    def result(self) -> Batch:
+        """Waits until all rows are filled. Raises here what a worker raised, or OSError when one has died.
+
+        Results are to be taken in the order of `submit`.
+        """
+        self._filler.wait()
+        columns = self._batch.columns
+        batch = empty_batch(columns["indices"], columns["images"].shape[-1])
+        for name in ("images", "labels", "views", "view_numbers"):
+            getattr(batch, name).numpy()[:] = columns[name]
+        self._filler.release(self._batch)
+        return batch
+
+
+class ProcessBatchFiller:
+    """Fills batches in `num_workers` processes. Leaving the `with` ends them, whatever they are doing.
+
+    `make_source(bad_samples)` is called once in each process, so it must be picklable, and its source reports bad
+    samples there; `on_bad_sample` hears of them in this process.
+    """
+
+    def __init__(
+        self,
+        make_source: MakeSource,
+        *,
+        image_size: int,
+        num_workers: int,
+        stall_s: float,
+        on_bad_sample: Callable[[int, BadSampleError], None],
+    ) -> None:
+        self._image_size, self._stall_s, self._on_bad_sample = image_size, stall_s, on_bad_sample
+        self._free: list[SharedBatch] = []
+        self._all: list[SharedBatch] = []
+        # Not forked: the caller has threads (torch), and a fork of those can hang.
+        context = multiprocessing.get_context("spawn")
+        self._workers: list[tuple[BaseProcess, Connection]] = []
+        for number in range(num_workers):
+            ours, theirs = context.Pipe()
+            arguments = (os.getpid(), theirs, make_source, image_size)
+            process = context.Process(target=_work, args=arguments, name=f"data-worker-{number}", daemon=True)
+            process.start()
+            theirs.close()
+            self._workers.append((process, ours))
+
+    def submit(self, epoch: int, indices_B: Indices, repeats_B: Indices) -> PendingSharedBatch:
+        """Begins a batch of the samples `indices_B` of `epoch`, each in its `repeats_B`-th view."""
+        num_rows = len(indices_B)
+        batch = self._take(num_rows)
+        batch.columns["indices"][:], batch.columns["repeats"][:] = indices_B, repeats_B
+        for number, (process, pipe) in enumerate(self._workers):
+            start, end = (num_rows * part // len(self._workers) for part in (number, number + 1))
+            try:
+                pipe.send(_Task(batch.name, num_rows, epoch, start, end))
+            except (BrokenPipeError, ConnectionResetError) as error:
+                raise _death(process) from error
+        return PendingSharedBatch(self, batch)
+
+    def _take(self, num_rows: int) -> SharedBatch:
+        for batch in self._free:
+            if batch.num_rows == num_rows:
+                self._free.remove(batch)
+                return batch
+        batch = SharedBatch(num_rows, self._image_size)
+        self._all.append(batch)
+        return batch
+
+    def wait(self) -> None:
+        """Waits for the next answer of every worker."""
+        answers = []
+        for process, pipe in self._workers:
+            start = time.monotonic()
+            try:
+                while not pipe.poll(self._stall_s):
+                    warn_of_stall(time.monotonic() - start, f"{process.name} (process {process.pid})")
+                answers.append(pipe.recv())
+            except (EOFError, ConnectionResetError) as error:
+                raise _death(process) from error
+        for bad_samples, _ in answers:
+            for epoch, bad_sample in bad_samples:
+                self._on_bad_sample(epoch, bad_sample)
+        for _, failure in answers:
+            if failure is not None:
+                raise failure
+
+    def release(self, batch: SharedBatch) -> None:
+        self._free.append(batch)
+
+    def __enter__(self) -> "ProcessBatchFiller":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for process, pipe in self._workers:
+            pipe.close()
+            process.kill()
+        for process, _ in self._workers:
+            process.join()
+        for batch in self._all:
+            batch.close()
+
+
+def _death(process: BaseProcess) -> OSError:
+    process.join()
+    code = process.exitcode or 0
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+    advice = "; out of memory? Lower data.workers or data.prefetch_batches" if code == -signal.SIGKILL else ""
+    return OSError(f"{process.name} (process {process.pid}), which reads and transforms samples, {how}{advice}")
+
+
+def _work(parent: int, pipe: Connection, make_source: MakeSource, image_size: int) -> None:
+    """Fills rows until the parent closes the pipe, or dies."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    die_with(parent)
+    torch.set_num_threads(1)
+    bad_samples: BadSamples = []
+    failure: Exception | None = None
+    try:
+        source = make_source(bad_samples)
+    except Exception as error:
+        # It goes to the parent, as the answer to every task.
+        failure = error
+    batches: dict[str, dict[str, NDArray[Any]]] = {}
+    while True:
+        try:
+            task = pipe.recv()
+        except EOFError:
+            os._exit(0)
+        if task.name not in batches:
+            batches[task.name] = _mapped(task, image_size)
+        if failure is None:
+            failure = _fill(source, batches[task.name], task)
+        pipe.send((bad_samples, failure))
+        bad_samples.clear()
+
+
+def _mapped(task: _Task, image_size: int) -> dict[str, NDArray[Any]]:
+    descriptor = os.open(task.name, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        return _columns(mmap.mmap(descriptor, 0), task.num_rows, image_size)
+    finally:
+        os.close(descriptor)
+
+
+def _fill(source: SampleSource, columns: dict[str, NDArray[Any]], task: _Task) -> Exception | None:
+    """Fills the rows of a task; the error that ended it."""
+    columns["view_numbers"][task.start : task.end] = 0
+    for row in range(task.start, task.end):
+        if columns["indices"][row] == PADDING:
+            continue
+        try:
+            fill_row(columns, row, source(task.epoch, int(columns["indices"][row]), int(columns["repeats"][row])))
+        except Exception as error:
+            # Any error of a sample is the run's: it is raised in the parent.
+            return error
+    return None
