@@ -2,13 +2,15 @@
 
 Five questions: what a stored view weighs, what reading labels adds to a step, how a step with stored labels compares
 with one without a teacher and with live teachers, how near writing comes to the teacher's raw speed, and what is kept
-at which K. Steps take turns within one process, and medians are reported.
+at which K. What is compared takes turns within one process; medians are reported, and ratios are medians of the ratios
+within a turn. Times are of the wall and of the processor: on a busy machine the second ones say more.
 """
 
 import argparse
 import json
 import os
 import platform
+import shutil
 import statistics
 import tempfile
 import time
@@ -20,6 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from data_pipelines.batches import Batch
 from data_pipelines.config import DataConfig
@@ -39,17 +42,32 @@ KEPT = (1, 3, 5, 10, 20, 50, 100, 200, 500)
 LARGE_TEACHER = "resnet152"
 
 
-def median_times_s(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median seconds of each call; they take turns, so that a change of the machine's speed meets all alike."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
+def times_s(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, dict[str, list[float]]]:
+    """Seconds {"wall": {name: [...]}, "processor": {...}} of calls that take turns, after an unmeasured one of each."""
+    clocks = {"wall": time.perf_counter, "processor": time.process_time}
+    times: dict[str, dict[str, list[float]]] = {clock: {name: [] for name in calls} for clock in clocks}
     for call in calls.values():
         call()
     for _ in range(repeats):
         for name, call in calls.items():
-            start = time.perf_counter()
+            starts = {clock: now() for clock, now in clocks.items()}
             call()
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+            for clock, now in clocks.items():
+                times[clock][name].append(now() - starts[clock])
+    return times
+
+
+def medians(times: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, float]]:
+    """The median of each call's seconds."""
+    return {clock: {name: statistics.median(s) for name, s in calls.items()} for clock, calls in times.items()}
+
+
+def ratios(times: dict[str, dict[str, list[float]]], above: str, below: str) -> dict[str, float]:
+    """The median of `above` / `below` within a turn."""
+    return {
+        clock: statistics.median(a / b for a, b in zip(calls[above], calls[below], strict=True))
+        for clock, calls in times.items()
+    }
 
 
 def synthetic_store(folder: Path, *, num_shards: int, shard_samples: int, top_k: int) -> StoredTeacher:
@@ -100,7 +118,7 @@ def reading(folder: Path) -> dict[str, Any]:
     first = time.perf_counter()
     store.probabilities(next(batches))
     first = time.perf_counter() - first
-    median = median_times_s({"read": lambda: store.probabilities(next(batches))}, 200)["read"]
+    median = medians(times_s({"read": lambda: store.probabilities(next(batches))}, 200))["wall"]["read"]
     return {
         "bytes_per_view": num_bytes / 64_000,
         "first_batch_s": first,
@@ -136,15 +154,23 @@ def steps(folder: Path, *, batch: int, repeats: int) -> dict[str, Any]:
     }
     for name, teacher in teachers.items():
         calls[name] = lambda teacher=teacher: step(lambda: teacher(unit_BCHW))  # type: ignore[misc]
-    seconds = median_times_s(calls, repeats)
-    student_macs = describe(student.config)["macs"]
+    times = times_s(calls, repeats)
     return {
         "batch": batch,
-        "seconds": seconds,
-        "stored_over_none": seconds["stored"] / seconds["none"],
-        "stored_speedup_over_live": {name: seconds[name] / seconds["stored"] for name in teachers},
-        "student_macs": student_macs,
+        "seconds": medians(times),
+        "stored_over_none": ratios(times, "stored", "none"),
+        "live_over_stored": {name: ratios(times, name, "stored") for name in teachers},
+        "student_macs": describe(student.config)["macs"],
+        "teacher_macs": {name: macs(teacher) for name, teacher in teachers.items()},
     }
+
+
+def macs(teacher: Any) -> int:
+    """Multiply-adds of one image at the teacher's own size."""
+    size = teacher.network.image_size
+    with FlopCounterMode(display=False) as counter:
+        teacher(torch.rand(1, 3, size, size))
+    return counter.get_total_flops() // 2
 
 
 def large_teacher() -> tuple[nn.Module, tuple[float, ...], tuple[float, ...], int]:
@@ -183,8 +209,8 @@ def photo_shards(folder: Path, copies: int) -> ShardSet:
     return open_shards(folder / "shards")
 
 
-def writing(folder: Path, copies: int) -> dict[str, Any]:
-    """Images/s of writing a store against those of its teacher alone on ready batches."""
+def writing(folder: Path, *, copies: int, repeats: int) -> dict[str, Any]:
+    """Images/s of writing a store against those of its teacher alone on as many ready images, in turns."""
     shards = photo_shards(folder, copies)
     # The photographs have six classes here and a thousand for the teacher: its first six do for a speed.
     teacher = build_teacher(f"module:{__name__}:six_classes", num_classes=6, device=CPU, load_run=no_runs)
@@ -198,14 +224,29 @@ def writing(folder: Path, copies: int) -> dict[str, Any]:
         views_per_file=1,
         batch_size=16,
     )
-    data = DataConfig(view_seed=0, workers=1)
-    job = LabelJob(folder=folder / "store", plan=plan, shards=shards, data=data, teacher=teacher, device=CPU)
-    unit_BCHW = torch.rand(16, 3, 224, 224)
-    raw = 16 / median_times_s({"teacher": lambda: teacher(unit_BCHW)}, 7)["teacher"]
-    start = time.perf_counter()
-    write_labels(job, rank=0, world_size=1, report=lambda text: None)
-    written = shards.num_samples / (time.perf_counter() - start)
-    return {"raw_images_per_s": raw, "written_images_per_s": written, "ratio": written / raw}
+    job = LabelJob(
+        folder=folder / "store",
+        plan=plan,
+        shards=shards,
+        data=DataConfig(view_seed=0, workers=1),
+        teacher=teacher,
+        device=CPU,
+    )
+    counts = [count for _, total in plan.shards for count in np.diff([*range(0, total, 16), total])]
+    ready = [torch.rand(count, 3, 224, 224) for count in counts]
+
+    def write() -> None:
+        shutil.rmtree(job.folder, ignore_errors=True)
+        assert write_labels(job, rank=0, world_size=1, report=lambda text: None)
+
+    times = times_s({"raw": lambda: [teacher(unit_BCHW) for unit_BCHW in ready], "write": write}, repeats)
+    seconds = medians(times)
+    return {
+        "images": shards.num_samples,
+        "raw_images_per_s": shards.num_samples / seconds["wall"]["raw"],
+        "written_images_per_s": shards.num_samples / seconds["wall"]["write"],
+        "written_over_raw": ratios(times, "raw", "write"),
+    }
 
 
 def six_classes() -> tuple[nn.Module, tuple[float, ...], tuple[float, ...], int]:
@@ -241,7 +282,7 @@ def kept_mass(num_views: int) -> list[dict[str, float]]:
     for top_k in KEPT:
         records = encode_records(all_log_probs, views_B5, top_k)
         sums = coverage_sums(all_log_probs, records, torch.zeros(len(records), dtype=torch.int64))
-        means = {name: sums[name] / sums["views"] for name in ("mass", "kl", "entropy")}
+        means = {name: sums[name] / sums["views"] for name in ("mass", "kl", "entropy", "gradient_cosine")}
         rows.append({"top_k": top_k, "bytes_per_view": record_dtype(top_k).itemsize, **means})
     return rows
 
@@ -254,8 +295,10 @@ def plot(rows: list[dict[str, float]], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
-    axis.plot([row["top_k"] for row in rows], [row["mass"] for row in rows], "o-", color="tab:blue")
-    axis.set(xscale="log", xlabel="classes kept, K", ylabel="probability kept", ylim=(0, 1))
+    for name, style, label in (("mass", "o-", "probability kept"), ("gradient_cosine", "^:", "cosine of the gradient")):
+        axis.plot([row["top_k"] for row in rows], [row[name] for row in rows], style, color="tab:blue", label=label)
+    axis.set(xscale="log", xlabel="classes kept, K", ylabel="probability kept, cosine of the gradient", ylim=(0, 1))
+    axis.legend()
     other = axis.twinx()
     other.plot([row["top_k"] for row in rows], [row["bytes_per_view"] for row in rows], "s--", color="tab:orange")
     other.set(yscale="log", ylabel="bytes a view (dashed)")
@@ -267,7 +310,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.distill", description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, default=8, help="of the training steps")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--copies", type=int, default=32, help="of the six photographs, for the speed of writing")
+    parser.add_argument("--copies", type=int, default=16, help="of the six photographs, for the speed of writing")
     parser.add_argument("--views", type=int, default=40, help="of each photograph, for the mass kept")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/distill.json"))
@@ -284,12 +327,12 @@ def main() -> None:
             "torch": torch.__version__,
             "reading": reading(folder / "imagenet"),
             "steps": steps(folder / "imagenet", batch=args.batch, repeats=args.repeats),
-            "writing": writing(folder / "photos", args.copies),
+            "writing": writing(folder / "photos", copies=args.copies, repeats=args.repeats),
             "kept": kept_mass(args.views),
         }
     # The aim is at most 0.02.
     figures["reading"]["share_of_step"] = (
-        figures["reading"]["batch_256_s"] / 256 * args.batch / figures["steps"]["seconds"]["none"]
+        figures["reading"]["batch_256_s"] / 256 * args.batch / figures["steps"]["seconds"]["wall"]["none"]
     )
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(figures, indent=1) + "\n")
