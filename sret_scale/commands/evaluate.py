@@ -8,7 +8,9 @@ from typing import Any
 EXAMPLE = """examples:
   sret-scale evaluate runs/demo/student
   sret-scale evaluate runs/sret_t --weights raw --shards shards/imagenet-v2 --json
-  sret-scale evaluate runs/sret_t --hostfile hosts"""
+  sret-scale evaluate runs/sret_t --hostfile hosts
+  sret-scale evaluate runs/elastic --loops 16
+  sret-scale evaluate runs/elastic --early-exit confidence --thresholds 0.5,0.8,0.95"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,11 +20,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shards", help="folder or URL of shards (default: the run's test shards)")
     parser.add_argument("--ranks", type=int, help="ranks on this machine (default: this process alone)")
     parser.add_argument("--hostfile", type=Path, help="nodes to run on, in deepspeed's format (NAME slots=N a line)")
+    parser.add_argument(
+        "--loops", type=int, help="loops of the stage with the most, the others in proportion (default: the run's)"
+    )
+    parser.add_argument(
+        "--early-exit",
+        choices=("confidence", "entropy", "convergence"),
+        help="let images stop looping by this rule, and draw accuracy over multiply-adds in RUN/early_exit",
+    )
+    parser.add_argument("--thresholds", help="of the rule, commas between (default: from eager to reluctant)")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate in this process, or on ranks where some were asked for; returns the exit status."""
+    if args.loops is not None and args.loops < 1:
+        raise ValueError(f"--loops: expected at least 1, got {args.loops}")
+    if args.thresholds and not args.early_exit:
+        raise ValueError("--thresholds says when images stop: give --early-exit too")
+    if args.early_exit:
+        return _early_exit(args)
     if args.ranks or args.hostfile:
         result = _on_ranks(args)
         if isinstance(result, int):
@@ -31,15 +48,41 @@ def run(args: argparse.Namespace) -> int:
         from sret_scale.train.distributed import ranks_from_environment
         from sret_scale.train.evaluate_main import evaluate_run
 
-        result = evaluate_run(args.run, args.shards, args.weights, ranks_from_environment())
+        result = evaluate_run(args.run, args.shards, args.weights, ranks_from_environment(), loops=args.loops)
     if args.json:
         print(json.dumps(result, indent=1))
     else:
         print(
             f"{result['run']} at step {result['step']}, {result['weights']} weights, "
+            f"{result['applications']:,} applications, "
             f"{result['num_samples']:,} images of {result['shards']}: top-1 {result['top1']:.2%}, "
             f"top-5 {result['top5']:.2%}, loss {result['loss']:.4f} ({result['images_per_s']:,.0f} images/s)"
         )
+    return 0
+
+
+def _early_exit(args: argparse.Namespace) -> int:
+    """Print and draw accuracy over multiply-adds for each threshold."""
+    from sret_scale.lab import early_exit
+    from sret_scale.train.evaluate_main import evaluator_of
+
+    if args.ranks or args.hostfile:
+        raise ValueError("--early-exit runs in this process: leave --ranks and --hostfile out")
+    thresholds = early_exit.THRESHOLDS[args.early_exit]
+    if args.thresholds:
+        try:
+            thresholds = tuple(float(text) for text in args.thresholds.split(","))
+        except ValueError as error:
+            raise ValueError(f"--thresholds: expected numbers such as 0.5,0.9, got {args.thresholds!r}") from error
+    early_exit.check_thresholds(args.early_exit, thresholds)
+    model, evaluate = evaluator_of(args.run, args.shards, args.weights, args.loops)
+    points = early_exit.exit_curve(model, args.early_exit, thresholds, evaluate)
+    files = early_exit.write_curve(args.run / "early_exit", args.run.name, args.early_exit, points)
+    if args.json:
+        print(json.dumps([vars(point) for point in points], indent=1))
+    else:
+        print(early_exit.exit_table(points))
+        print(f"written: {', '.join(map(str, files))}")
     return 0
 
 
@@ -55,7 +98,8 @@ def _on_ranks(args: argparse.Namespace) -> dict[str, Any] | int:
     folder.mkdir(exist_ok=True)
     with RunFolder(folder).locked("launch.lock"):
         shards = args.shards and (args.shards if ":" in args.shards else str(Path(args.shards).resolve()))
-        write_json(folder / "request.json", {"run": str(args.run.resolve()), "shards": shards, "weights": args.weights})
+        request = {"run": str(args.run.resolve()), "shards": shards, "weights": args.weights, "loops": args.loops}
+        write_json(folder / "request.json", request)
         status = launch(
             folder,
             folder / "request.json",

@@ -146,6 +146,12 @@ def _plan(
     return DepthPlan(tuple(stages))
 
 
+def proportional_loops(model: SReTConfig, count: int) -> tuple[int, ...]:
+    """The loops of every stage where the stage with the most has `count`, more than now or fewer."""
+    most = max(stage.num_loops for stage in model.stages)
+    return tuple(max(1, round(count * stage.num_loops / most)) for stage in model.stages)
+
+
 def share_of(count: int, num_loops: int, most: int) -> int:
     """The loops of a stage of `num_loops`, where the one with the most runs `count` of `most`."""
     return min(num_loops, max(1, round(count * num_loops / most)))

@@ -6,25 +6,32 @@ The folder takes the place of a run folder for the launcher: status, logs and er
 import argparse
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
+from data_pipelines.index import ShardSet
 from data_pipelines.remote import open_data
+from sret_scale.model import SReT
+from sret_scale.train.config import RunConfig
+from sret_scale.train.depth import proportional_loops
 from sret_scale.train.distributed import Ranks, leave, ranks_from_environment
-from sret_scale.train.evaluate import evaluate
+from sret_scale.train.evaluate import Evaluation, evaluate
 from sret_scale.train.load import load_config, load_model
 from sret_scale.train.run_folder import EXIT_FINISHED, RunFolder, write_json
 
 
-def evaluate_run(run: Path, shards: str | None, weights: Any, ranks: Ranks) -> dict[str, Any]:
-    """The accuracy of a run's newest checkpoint on `shards` (None: its test set), as a JSON object; on every rank."""
-    config = load_config(run)
-    opened = open_data(shards or config.data.test_folder, config.data)
-    if opened.num_classes != config.model.num_classes:
-        raise ValueError(
-            f"{opened.folder} has {opened.num_classes} classes, the model of {run} has {config.model.num_classes}"
-        )
-    model, kind, step = load_model(run, weights, print)
+def evaluate_run(
+    run: Path, shards: str | None, weights: Any, ranks: Ranks, *, loops: int | None = None
+) -> dict[str, Any]:
+    """The accuracy of a run's newest checkpoint on `shards` (None: its test set), as a JSON object; on every rank.
+
+    loops: of the stage with the most, the others in proportion; None for those that the run has.
+    """
+    opened, config = open_shards(run, shards)
+    model, kind, step = load_model_of(run, weights, loops)
     result = evaluate(model.to(ranks.device), opened, config, ranks)
     assert result is not None, "nothing here asks it to stop"
     return {
@@ -32,8 +39,45 @@ def evaluate_run(run: Path, shards: str | None, weights: Any, ranks: Ranks) -> d
         "shards": str(opened.folder),
         "step": step,
         "weights": kind,
+        "loops": [stage.num_loops for stage in model.config.stages],
+        "applications": model.config.num_applications,
         **dataclasses.asdict(result),
     }
+
+
+def evaluator_of(
+    run: Path, shards: str | None, weights: Any, loops: int | None
+) -> tuple[SReT, Callable[[nn.Module], Evaluation]]:
+    """(the run's model, what measures a model on the run's test shards or `shards`), in this process alone."""
+    ranks = ranks_from_environment()
+    opened, config = open_shards(run, shards)
+    model, _, _ = load_model_of(run, weights, loops)
+
+    def measure(one: nn.Module) -> Evaluation:
+        result = evaluate(one.to(ranks.device), opened, config, ranks)
+        assert result is not None, "nothing here asks it to stop"
+        return result
+
+    return model, measure
+
+
+def open_shards(run: Path, shards: str | None) -> tuple[ShardSet, RunConfig]:
+    """`shards`, or the run's test set, and the run's configuration; ValueError where classes differ in number."""
+    config = load_config(run)
+    opened = open_data(shards or config.data.test_folder, config.data)
+    if opened.num_classes != config.model.num_classes:
+        raise ValueError(
+            f"{opened.folder} has {opened.num_classes} classes, the model of {run} has {config.model.num_classes}"
+        )
+    return opened, config
+
+
+def load_model_of(run: Path, weights: Any, loops: int | None) -> tuple[SReT, str, int]:
+    """(model, which weights, step) of a run's newest checkpoint, at another depth where one is given."""
+    model, kind, step = load_model(run, weights, print)
+    if loops is not None:
+        model = model.with_loops(proportional_loops(model.config, loops))
+    return model, kind, step
 
 
 def main() -> None:
@@ -47,7 +91,7 @@ def main() -> None:
 
     ranks = ranks_from_environment()
     start_communication(ranks)
-    result = evaluate_run(Path(request["run"]), request["shards"], request["weights"], ranks)
+    result = evaluate_run(Path(request["run"]), request["shards"], request["weights"], ranks, loops=request["loops"])
     if ranks.is_main:
         write_json(file.with_name("result.json"), result)
         RunFolder(file.parent).write_status("finished", EXIT_FINISHED)

@@ -1,0 +1,226 @@
+"""Early exit at inference: an image stops looping when its scores are sure or its stream stands still.
+
+The rows of a batch that stopped leave the computation, so the multiply-adds counted are those that were done. Tokens of
+stopped rows are still moved into the order of the rows that go on, which costs none.
+
+confidence    stop when the largest probability reaches the threshold
+entropy       stop when the entropy of the probabilities, over log C, falls to the threshold
+convergence   stop when |x_k - x_(k-1)| / |x_k| of a loop falls to the threshold
+
+The first two are asked after every loop of the last stage's last block, whose stream the head understands (train it
+to, with `depth.supervised_loops`). Convergence is asked after every loop of every block; a row that stopped goes on
+with the next block. Where the loop order is `model`, a loop is one round over all blocks of a stage.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal, cast, get_args
+
+import matplotlib as mpl
+import torch
+from torch import Tensor, nn
+
+from sret_scale.lab.chart import STYLE, Caption, Chart, canvas, finish
+from sret_scale.model import Application, SReT, SReTConfig, Stage, describe
+from sret_scale.model.depth import Slot, application_slots
+from sret_scale.train.evaluate import Evaluation
+
+ExitKind = Literal["confidence", "entropy", "convergence"]
+KINDS: tuple[ExitKind, ...] = get_args(ExitKind)
+THRESHOLDS: dict[ExitKind, tuple[float, ...]] = {
+    "confidence": (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99),
+    "entropy": (0.8, 0.6, 0.4, 0.3, 0.2, 0.1, 0.03),
+    "convergence": (0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005),
+}
+"""Asked for by default, from the most eager to leave to the most reluctant."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExitPoint:
+    """What one threshold gives, as means over images; threshold None runs all loops."""
+
+    threshold: float | None
+    top1: float
+    loss: float
+    macs: float
+    applications: float
+
+
+class EarlyExit(nn.Module):
+    """Scores of a model whose images stop by a rule; adds up what was done for them."""
+
+    def __init__(self, model: SReT, kind: ExitKind, threshold: float) -> None:
+        super().__init__()
+        self.model, self.kind, self.threshold = model.eval(), kind, threshold
+        self.num_images = 0
+        self.applications = self.macs = 0.0
+        counts = describe(model.config)
+        self._fixed_macs = counts["stem_macs"] + counts["pool_macs"] + counts["head_macs"]
+        self._head_macs = counts["head_macs"]
+        self._slot_macs = [application_macs(model.config, index) for index in range(len(model.config.stages))]
+        self.eval()
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        """(B, C) scores."""
+        self.num_images += len(images_BCHW)
+        self.macs += self._fixed_macs * len(images_BCHW)
+        stages = [cast(Stage, stage) for stage in self.model.stages]
+        chains = [stage.run_chain for stage in stages]
+        try:
+            for index, stage in enumerate(stages):
+                stage.run_chain = partial(self._run, index)
+            return self.model(images_BCHW)
+        finally:
+            for stage, chain in zip(stages, chains, strict=True):
+                stage.run_chain = chain
+
+    def _run(self, index: int, applications: Sequence[Application], x_BND: Tensor) -> Tensor:
+        for is_last_part, loops in parts(applications):
+            may_stop: Callable[[Tensor, Tensor, Application], Tensor] | None = self._stands_still
+            if self.kind != "convergence":
+                is_readable = is_last_part and index == len(self.model.stages) - 1
+                may_stop = self._is_sure if is_readable else None
+            rows_R = torch.arange(len(x_BND), device=x_BND.device)
+            for number, loop in enumerate(loops):
+                moved_BND = x_BND
+                for application in loop:
+                    moved_BND = passed(application, moved_BND)
+                if not len(rows_R):
+                    x_BND = moved_BND
+                    continue
+                y_RND = x_BND[rows_R]
+                for application in loop:
+                    y_RND = application(y_RND)
+                self.applications += len(rows_R) * len(loop)
+                costs = self._slot_macs[index]
+                self.macs += len(rows_R) * sum(costs[one.slot.block, one.slot.position] for one in loop)
+                x_BND = moved_BND.index_copy(0, rows_R, y_RND)
+                if may_stop is not None and number + 1 < len(loops):
+                    rows_R = rows_R[~may_stop(y_RND, moved_BND[rows_R], loop[-1])]
+        return x_BND
+
+    def _is_sure(self, y_RND: Tensor, _: Tensor, application: Application) -> Tensor:
+        self.macs += len(y_RND) * self._head_macs
+        stream_RND = y_RND.chunk(2, dim=1)[0] if application.injected else y_RND
+        log_RC = self.model.head(self.model.norm(stream_RND.mean(dim=1))).float().log_softmax(dim=-1)
+        if self.kind == "confidence":
+            return log_RC.max(dim=-1).values.exp() >= self.threshold
+        return -(log_RC.exp() * log_RC).sum(dim=-1) / math.log(log_RC.shape[-1]) <= self.threshold
+
+    def _stands_still(self, y_RND: Tensor, before_RND: Tensor, application: Application) -> Tensor:
+        if application.injected:
+            y_RND, before_RND = y_RND.chunk(2, dim=1)[0], before_RND.chunk(2, dim=1)[0]
+        return (y_RND - before_RND).flatten(1).norm(dim=1) <= self.threshold * y_RND.flatten(1).norm(dim=1)
+
+
+def parts(applications: Sequence[Application]) -> Iterator[tuple[bool, list[list[Application]]]]:
+    """(whether it is the last, its loops) of the parts of a chain after which loops begin anew: its blocks one after
+    another, or the whole chain where the blocks take turns."""
+    last_block = max(one.slot.block for one in applications)
+    is_by_block = all(a.slot.block <= b.slot.block for a, b in itertools.pairwise(applications))
+    by_part = itertools.groupby(applications, lambda one: one.slot.block if is_by_block else last_block)
+    for block, part in by_part:
+        yield block == last_block, [list(loop) for _, loop in itertools.groupby(part, lambda one: one.slot.position)]
+
+
+def passed(application: Application, state_BND: Tensor) -> Tensor:
+    """The state with its tokens in the order in which the application leaves them, nothing else."""
+    if not application.injected:
+        return application.reordered(state_BND)
+    return torch.cat([application.reordered(part) for part in state_BND.chunk(2, dim=1)], dim=1)
+
+
+def application_macs(config: SReTConfig, index: int) -> dict[tuple[int, int], int]:
+    """Multiply-adds of each application of a stage, by block and loop; together they are what `describe` counts."""
+    stage, num_tokens = config.stages[index], config.grids[index] ** 2
+    slots = application_slots(config, index)
+
+    def attention(slot: Slot) -> int:
+        return num_tokens * (2 * stage.width * num_tokens // slot.groups)
+
+    total = int(describe(config)["stages"][index]["macs"])
+    each = (total - sum(map(attention, slots))) // len(slots)
+    return {(slot.block, slot.loop): each + attention(slot) for slot in slots}
+
+
+def exit_curve(
+    model: SReT,
+    kind: ExitKind,
+    thresholds: Sequence[float],
+    evaluate: Callable[[nn.Module], Evaluation],
+) -> list[ExitPoint]:
+    """Accuracy against multiply-adds: all loops first, then every threshold. `evaluate` measures a model."""
+    whole = evaluate(model)
+    points = [
+        ExitPoint(
+            threshold=None,
+            top1=whole.top1,
+            loss=whole.loss,
+            macs=describe(model.config)["macs"],
+            applications=model.config.num_applications,
+        )
+    ]
+    for threshold in thresholds:
+        exiting = EarlyExit(model, kind, threshold)
+        found = evaluate(exiting)
+        points.append(
+            ExitPoint(
+                threshold=threshold,
+                top1=found.top1,
+                loss=found.loss,
+                macs=exiting.macs / exiting.num_images,
+                applications=exiting.applications / exiting.num_images,
+            )
+        )
+    return points
+
+
+def check_thresholds(kind: ExitKind, thresholds: Sequence[float]) -> None:
+    """ValueError for a threshold that no image, or every image, would meet."""
+    for threshold in thresholds:
+        if not 0 < threshold < (math.inf if kind == "convergence" else 1):
+            limit = "above 0" if kind == "convergence" else "above 0 and below 1"
+            raise ValueError(f"--thresholds of {kind}: expected numbers {limit}, got {threshold:g}")
+
+
+def exit_table(points: Sequence[ExitPoint]) -> str:
+    """The curve as aligned lines."""
+    whole = points[0]
+    lines = [f"{'threshold':>9} {'top-1':>8} {'loss':>8} {'MACs':>16} {'of all':>7} {'applications':>13}"]
+    for point in points:
+        name = "all loops" if point.threshold is None else f"{point.threshold:g}"
+        lines.append(
+            f"{name:>9} {point.top1:>8.2%} {point.loss:>8.4f} {point.macs:>16,.0f} {point.macs / whole.macs:>7.1%} "
+            f"{point.applications:>13.1f}"
+        )
+    return "\n".join(lines)
+
+
+def exit_chart(name: str, kind: ExitKind, points: Sequence[ExitPoint]) -> Chart:
+    """The curve as a figure; the hollow mark is the model with all its loops."""
+    caption = Caption(
+        name=f"early_exit_{kind}",
+        title="Early exit",
+        text=f"{name}: images stop by {kind}; the hollow mark runs all loops.",
+        x_label="multiply-adds an image, millions",
+        y_label="top-1, %",
+    )
+    with mpl.rc_context(STYLE):
+        figure, axes = canvas(caption)
+        figure.subplots_adjust(left=0.12, right=0.96, bottom=0.15, top=0.89)
+        whole, *rest = [(point.macs / 1e6, 100 * point.top1) for point in points]
+        axes.plot(*zip(*sorted(rest), strict=True), marker="o", markersize=4, color="#1f6fb4")
+        axes.plot(*whole, marker="o", markersize=8, markerfacecolor="none", color="#1f6fb4")
+        axes.margins(x=0.08, y=0.12)
+        rows = [tuple("" if value is None else value for value in asdict(point).values()) for point in points]
+        return finish(figure, caption, [tuple(asdict(points[0])), *rows])
+
+
+def write_curve(folder: Path, name: str, kind: ExitKind, points: Sequence[ExitPoint]) -> list[Path]:
+    """The figure's files in `folder`, which is made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return exit_chart(name, kind, points).write(folder)
