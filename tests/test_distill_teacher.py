@@ -129,6 +129,7 @@ def test_convolutions_compute_channels_last() -> None:
     teacher = build(here("twelve_pixels"))
     assert isinstance(teacher, OnlineTeacher) and isinstance(teacher.module, nn.Sequential)
     convolution = teacher.module[0]
+    assert isinstance(convolution, nn.Conv2d)
     seen: list[Tensor] = []
     convolution.register_forward_hook(lambda _, inputs, output: seen.extend((inputs[0], output)))
     teacher(unit_batch())

@@ -61,8 +61,7 @@ def verify_records(
     worst = (-1.0, 0, 0)
     for batch in _batches(store.plan, shards, data, chosen):
         kept_BC = stored.probabilities(batch)
-        device = getattr(teacher, "device", torch.device("cpu"))
-        live_BC = teacher(batch.images.to(device).float() / 255).softmax(dim=-1).cpu()
+        live_BC = teacher(batch.images.to(teacher.device).float() / 255).softmax(dim=-1).cpu()
         ids_BK = torch.from_numpy(store.read(batch.indices.numpy(), batch.view_numbers.numpy())["ids"].astype(np.int64))
         difference_B = (kept_BC - live_BC).abs().gather(1, ids_BK).amax(dim=1)
         row = int(difference_B.argmax())

@@ -125,6 +125,7 @@ class EnsembleTeacher:
 
     def __init__(self, members: Sequence[OnlineTeacher]) -> None:
         self.members = tuple(members)
+        self.device = self.members[0].device
 
     def describe(self) -> dict[str, Any]:
         """The members' descriptions."""
