@@ -38,7 +38,11 @@ def layout_of(zero_stage: int, optimizer: Any, names: Mapping[nn.Parameter, str]
             for owner, group in zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True)
         }
     owners = optimizer.single_partition_of_fp32_groups
-    return {owner: tuple(_fragments(group, names)) for owner, group in zip(owners, optimizer.bit16_groups, strict=True)}
+    return {
+        # DeepSpeed may place the parameters of a group in another order than it lists them (round_robin_gradients).
+        owner: tuple(sorted(_fragments(group, names), key=lambda part: part.start))
+        for owner, group in zip(owners, optimizer.bit16_groups, strict=True)
+    }
 
 
 def _end_to_end(group: Sequence[Any], names: Mapping[nn.Parameter, str], rank: int) -> Iterator[Part]:
@@ -67,13 +71,21 @@ def gradient_chunks(zero_stage: int, optimizer: Any, layout: Layout, is_offloade
 
 
 def slices(chunks: Sequence[Tensor], parts: Sequence[Part]) -> Iterator[tuple[Part, Tensor]]:
-    """Flat views of each part in `chunks`, which lie end to end; a part that crosses a border comes in pieces."""
-    start = 0
+    """Flat views of each part in `chunks`, which lie end to end; a part that crosses a border comes in pieces.
+
+    parts: in the order of their places. One pass over both: every step does this for all parameters.
+    """
+    start, index = 0, 0
     for chunk in chunks:
         flat = chunk.view(-1)
         end = start + flat.numel()
-        for part in parts:
-            low, high = max(start, part.start), min(end, part.start + part.length)
+        while index < len(parts) and parts[index].start < end:
+            part = parts[index]
+            stop = part.start + part.length
+            low, high = max(start, part.start), min(end, stop)
             if low < high:
                 yield part, flat[low - start : high - start]
+            if stop > end:
+                break
+            index += 1
         start = end
