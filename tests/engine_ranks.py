@@ -3,6 +3,7 @@
 Every ZeRO stage trains the same ten steps, straight and with a save and a load after five, on one and the same start.
 """
 
+import contextlib
 import functools
 import sys
 from dataclasses import replace
@@ -28,7 +29,8 @@ from sret_scale.train.distributed import (
 from sret_scale.train.ds_config import load_ds_config
 from sret_scale.train.engine import Engine, start_communication
 from sret_scale.train.optim import WeightAverage, build_optimizer, set_rates
-from sret_scale.train.snapshot import Snapshot
+from sret_scale.train.snapshot import Field, Piece, Snapshot
+from sret_scale.train.writer import CheckpointWriter
 from tests.tiny import TINY_MODEL
 
 DS_CONFIGS = ("zero0", "zero1", "zero2", "zero3", "zero1_autocast")
@@ -73,16 +75,18 @@ def train(engine: Engine, average: WeightAverage, steps: range, ranks: Ranks) ->
         average.update(engine.local_weights(), 16)
 
 
+def pieces(engine: Engine, average: WeightAverage) -> list[Piece]:
+    return [
+        *engine.pieces("weights", engine.local_weights()),
+        *engine.optimizer_pieces(),
+        *engine.pieces("ema", average.averages),
+    ]
+
+
 def state(engine: Engine, average: WeightAverage, ranks: Ranks) -> dict[str, dict[str, torch.Tensor]]:
     """What a checkpoint would hold, on every rank."""
     snapshot = Snapshot(is_main=ranks.is_main)
-    snapshot.take(
-        [
-            *engine.pieces("weights", engine.local_weights()),
-            *engine.optimizer_pieces(),
-            *engine.pieces("ema", average.averages),
-        ]
-    )
+    snapshot.take(pieces(engine, average))
     # By pickle, through the object broadcast: it is the test that needs the whole state everywhere, not the product.
     return from_rank(snapshot.whole(functools.partial(gather_parts, group=None)))
 
@@ -103,7 +107,12 @@ def main(folder: Path) -> None:
         average = WeightAverage(resumed.local_weights(), 100)
         average.averages, average.num_updates = resumed.partition(half["ema"]), updates
         train(resumed, average, range(STEPS // 2, STEPS), ranks)
-        norms = {"grad_norm": torch.tensor([engine.grad_norm(), resumed.grad_norm()])}
+        norm = engine.grad_norm()
+        # Trained on while it is written: the file must have the state of the call.
+        with CheckpointWriter(folder / name, ranks, keep=1) as writer:
+            writer.start(pieces(engine, WeightAverage(engine.local_weights(), 100)), step=STEPS, state={})
+            train(engine, WeightAverage(engine.local_weights(), 100), range(STEPS, STEPS + 1), ranks)
+        norms = {"grad_norm": torch.tensor([norm, resumed.grad_norm()])}
         again = state(resumed, average, ranks)
         if ranks.is_main:
             for label, sets in (("straight", straight), ("resumed", again)):
@@ -111,7 +120,21 @@ def main(folder: Path) -> None:
                     save_file(tensors, folder / f"{name}.{label}.{what}.safetensors")
             save_file(norms, folder / f"{name}.norms.safetensors")
     save_sync_batch_norm(folder, ranks)
+    save_into_a_file(folder, ranks)
     leave()
+
+
+def save_into_a_file(folder: Path, ranks: Ranks) -> None:
+    """A save that rank 0 cannot make; each rank leaves what it was told."""
+    blocked = folder / "blocked"
+    blocked.write_text("not a folder")
+    with contextlib.suppress(OSError), CheckpointWriter(blocked, ranks, keep=1) as writer:
+        entry = Field(set_name="weights", name="a", shape=torch.Size([2]))
+        writer.start([Piece(values=torch.ones(2), is_part=False, fields=(entry,))], step=1, state={})
+        try:
+            writer.wait()
+        except OSError as error:
+            (folder / f"refused.{ranks.rank}.txt").write_text(str(error))
 
 
 def save_sync_batch_norm(folder: Path, ranks: Ranks) -> None:

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from sret_scale.model import Noise, SReT
 from sret_scale.model.stem import Stem
+from sret_scale.train.checkpoint import list_checkpoints, read_tensors, verify_checkpoint
 from sret_scale.train.config import OptimConfig
 from sret_scale.train.optim import build_optimizer, set_rates
 from tests.engine_ranks import ACCUMULATION, DS_CONFIGS, RATE, STEPS, batch
@@ -36,6 +37,21 @@ def test_five_steps_and_five_more_after_a_load_are_ten_steps_bit_for_bit(
     resumed = load_file(folder / f"{ds_config}.resumed.{what}.safetensors")
     assert straight.keys() == resumed.keys() and straight
     assert [name for name in straight if not torch.equal(straight[name], resumed[name])] == []
+
+
+@pytest.mark.parametrize("what", ["weights", "optimizer"])
+@pytest.mark.parametrize("ds_config", DS_CONFIGS)
+def test_a_save_beside_the_training_has_the_bits_of_its_step(folder: Path, ds_config: str, what: str) -> None:
+    (checkpoint,) = list_checkpoints(folder / ds_config)
+    verify_checkpoint(checkpoint)
+    saved, straight = read_tensors(checkpoint, what), load_file(folder / f"{ds_config}.straight.{what}.safetensors")
+    assert saved.keys() == straight.keys()
+    assert [name for name in straight if not torch.equal(straight[name], saved[name])] == []
+
+
+def test_a_save_that_fails_is_the_same_error_on_every_rank(folder: Path) -> None:
+    texts = [(folder / f"refused.{rank}.txt").read_text() for rank in range(2)]
+    assert texts[0] == texts[1] and "cannot save checkpoint" in texts[0] and str(folder / "blocked") in texts[0]
 
 
 def plain_loop() -> tuple[dict[str, torch.Tensor], float]:
