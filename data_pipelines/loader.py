@@ -117,12 +117,16 @@ class TrainLoader:
         self._micro_batch_size, self._grad_accum_steps = micro_batch_size, grad_accum_steps
         self._identity = LoaderState(fingerprint=shards.fingerprint[:32], seed=seed, order=self.order.name)
         self._quarantine = Quarantine(
-            config.quarantine_file, max_bad_rate=config.max_bad_rate, samples_per_epoch=-(-epoch_length // world_size)
+            config.quarantine_file,
+            max_bad_rate=config.max_bad_rate,
+            samples_per_epoch=-(-epoch_length // world_size),
+            rank=rank,
+            world_size=world_size,
         )
 
     @property
     def num_bad_samples(self) -> int:
-        """Different bad samples that this rank has met and replaced since it was started."""
+        """Different bad samples that this rank has met and replaced, earlier starts of the run included."""
         return self._quarantine.count
 
     def steps(self, state: LoaderState) -> Generator[Step]:
