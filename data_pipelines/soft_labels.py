@@ -102,10 +102,11 @@ def coverage_sums(log_probs_BC: Tensor, records: Records, labels_B: Tensor) -> d
 
 
 def describe_coverage(coverage: Mapping[str, float]) -> str:
-    """One line for people about the means of these sums."""
+    """One line for people about the means of these sums. Early stores do not have the cosine."""
+    cosine = coverage.get("gradient_cosine")
     return (
         f"{coverage['mass']:.1%} of the mass kept, KL {coverage['kl']:.4f} of entropy {coverage['entropy']:.3f} nats, "
-        f"cosine to the full gradient {coverage['gradient_cosine']:.4f}, "
+        f"{'' if cosine is None else f'cosine to the full gradient {cosine:.4f}, '}"
         f"top-1 is the label for {coverage['top1_agreement']:.1%}"
     )
 

@@ -16,6 +16,7 @@ import torch
 from data_pipelines.augment import AugmentConfig
 from data_pipelines.index import ShardSet
 from data_pipelines.label_store import check_files, check_labels, open_labels
+from data_pipelines.soft_labels import coverage_sums
 from sret_scale.distill import DistillConfig, label_writer, open_stored_teacher
 from sret_scale.distill.label_verify import plan_teacher, verify_records
 from sret_scale.distill.label_writer import LabelJob, plan_labels, write_labels
@@ -119,6 +120,22 @@ def test_coverage_is_that_of_all_views(written: LabelJob) -> None:
     coverage = open_labels(written.folder).coverage
     assert coverage["views"] == 3 * NUM_SAMPLES and coverage["mass"] == pytest.approx(1)
     assert 0 <= coverage["kl"] < 1e-5 and 0 < coverage["entropy"] < np.log(NUM_CLASSES)
+
+
+def test_store_begun_before_a_figure_was_measured_is_finished_without_it(
+    written: LabelJob, shards: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job(tmp_path / "store", shards)
+
+    def early(*arguments: Any) -> dict[str, float]:
+        return {name: value for name, value in coverage_sums(*arguments).items() if name != "gradient_cosine"}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(label_writer, "coverage_sums", early)
+        assert not write_labels(job, rank=0, world_size=2, report=silent)
+    assert write_labels(job, rank=1, world_size=2, report=silent)
+    whole = open_labels(written.folder).coverage
+    assert open_labels(job.folder).coverage == {name: whole[name] for name in whole if name != "gradient_cosine"}
 
 
 def test_fewer_classes_keep_less_mass_and_their_kl_is_reported(shards: ShardSet, tmp_path: Path) -> None:

@@ -213,9 +213,9 @@ def finish(folder: Path, plan: LabelPlan) -> bool:
         return False
     for leftover in folder.glob("*.tmp"):  # of a writer that was killed
         leftover.unlink()
-    sums: Counter[str] = Counter()
-    for unit in units:
-        sums.update(read_header(folder, plan, unit)[0]["coverage_sums"])
+    parts = [read_header(folder, plan, unit)[0]["coverage_sums"] for unit in units]
+    # A store that was begun before a figure was measured does not have it.
+    sums = Counter({name: sum(part[name] for part in parts) for name in set.intersection(*map(set, parts))})
     with replacing(folder / HEADER_NAME) as file:
         file.write(render_header(plan, mean_coverage(sums)))
     return True
