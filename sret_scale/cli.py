@@ -22,6 +22,7 @@ COMMANDS = {
     "weights": "read and write checkpoints in the published layout",
     "sweep": "run a declared experiment over depth or any field, and report on it",
     "report": "draw one page from run folders: curves, tables, what it takes to repeat them",
+    "analyze": "look into trained runs: loss landscape, similarity of loops, what each loop is worth",
     "doctor": "check this machine, or all nodes together, before hours are lost",
     "slurm": "print the batch file that runs a command on a Slurm cluster",
     "export": "write a trained model as ONNX or a torch program",

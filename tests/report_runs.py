@@ -4,7 +4,7 @@ import copy
 import json
 import math
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,8 @@ ENVIRONMENT: dict[str, Any] = {
     "commit": "91d0e26c4b1f5a7d",
     "world_size": 2,
 }
+TELEMETRY_LISTS = ("branch_ratio", "step_ratio", "token_cosine", "rank_ratio", "attention_entropy", "max_abs")
+TELEMETRY_LISTS += ("gradient_norm",)
 
 
 def write_run(
@@ -52,6 +54,7 @@ def write_run(
     teacher: str | None = None,
     seed: int = 0,
     images: int = 26_000,
+    has_telemetry: bool = False,
     edit: Callable[[Lines], Lines] = lambda lines: lines,
 ) -> Path:
     """A finished run of 10 * `num_loops` applications; `edit` may change its metric lines before they are written."""
@@ -75,7 +78,8 @@ def write_run(
     (folder / "model.json").write_text(json.dumps(model))
     (folder / "environment.json").write_text(json.dumps({**ENVIRONMENT, "command": shlex.join(command)}))
     (folder / "status.json").write_text(json.dumps({"state": "finished", "exit_code": 0, "reason": ""}))
-    lines = edit(metric_lines(applications, final_top1, images, seed))
+    lines = metric_lines(applications, final_top1, images, seed)
+    lines = edit(lines + telemetry_lines(lines, config["model"]["stages"]) if has_telemetry else lines)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
@@ -101,3 +105,23 @@ def metric_lines(applications: int, final_top1: float, images: int, seed: int) -
     memory = {"peak_rss_bytes": 620 * 2**20 + applications * 2**20, "peak_device_bytes": None}
     lines.append({"kind": "memory", **base, **memory, "predicted_activation_bytes": (40 + applications // 4) * 2**20})
     return lines
+
+
+def telemetry_lines(lines: Lines, stages: Sequence[Mapping[str, int]]) -> Lines:
+    """A probe at every tenth training line, as docs/depth.md describes it."""
+    found: Lines = []
+    for line in [line for line in lines if line["kind"] == "train"][::10]:
+        clock = {key: line[key] for key in ("step", "images", "epoch", "time_s")}
+        blocks = []
+        for index, stage in enumerate(stages):
+            for block in range(stage["num_blocks"]):
+                loops = list(range(stage["num_loops"]))
+                grown = [(1 + 0.02 * (loop + block)) * (1 + line["step"] / 1e4) for loop in loops]
+                one = {"stage": index, "block": block, "num_loops": len(loops), "loops": loops, "rms": grown}
+                one |= {name: [0.1 + 0.01 * loop for loop in loops] for name in TELEMETRY_LISTS}
+                blocks.append(one | {"gradient_cosine": [*[0.5] * (len(loops) - 1), None], "gradient_agreement": 0.3})
+        alarms = ["stage 2 grows 1.3-fold a loop"] if line["step"] > 100 else []
+        found.append(
+            {"kind": "telemetry", **clock, "probe_s": 0.1, "num_images": 4, "blocks": blocks, "alarms": alarms}
+        )
+    return found

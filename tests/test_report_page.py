@@ -49,7 +49,7 @@ def _trio(folder: Path) -> Path:
 def test_the_page_is_self_contained_and_its_files_are_written(tmp_path: Path) -> None:
     report = write_report([_trio(tmp_path / "runs")], tmp_path / "report.html")
     page = _Page(report.page)
-    assert "script" not in page.tags and "img" not in page.tags and page.tags.count("svg") == 10
+    assert "script" not in page.tags and "img" not in page.tags and page.tags.count("svg") == 12
     assert not re.search(r"@import|url\((?!#)", report.page.read_text())
     for address in page.addresses:
         assert address.startswith(("#", "data:")) or (tmp_path / address).is_file(), address

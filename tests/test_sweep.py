@@ -133,7 +133,7 @@ def test_equal_memory_lets_the_planner_choose_batch_and_schedule(base: str) -> N
         ({"grid": {LOOPS: [[1, 2, 3]]}}, "expected one value for all or 2 values"),
         (
             {"grid": {LOOPS: [900]}, "match": "equal_flops"},
-            "run num_loops-900: equal_flops leaves .* one global batch of 32",
+            "run num_loops-900: equal_flops: .* one global batch of 32",
         ),
         ({"grid": {"train.seed": [1]}, "match": "equal_luck"}, "match"),
         ({"grid": {"train.seed": [1]}, "retry": 2}, "unknown key 'retry': did you mean 'retries'"),

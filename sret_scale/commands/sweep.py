@@ -18,6 +18,9 @@ The same command continues. Exit status: 0 finished, 85 stopped by a signal, 2 b
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Where runs go and what is printed first; what they compute is the file's."""
     parser.add_argument("experiment", type=Path, help="YAML file with base, grid or runs, match and retries")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.field=value", help="config fields to change in all runs"
+    )
     parser.add_argument("--folder", type=Path, help="where the run folders go (default: runs/EXPERIMENT)")
     parser.add_argument(
         "--jobs",
@@ -35,6 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="print the batch file of a job array, --jobs at once; options: time=,cpus=,gpus=,partition=,account=",
     )
     parser.add_argument("--array-task", action="store_true", help="run only the run of SLURM_ARRAY_TASK_ID")
+    parser.add_argument(
+        "--rehearse",
+        metavar="RATIO",
+        type=float,
+        default=1.0,
+        help="every run over this part of its images, such as 0.01, in a folder of its own: a trial of all the parts",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the table of runs and what each costs only")
     parser.add_argument("--measure", action="store_true", help="with --dry-run: measure a few steps here to tell times")
     parser.add_argument(
@@ -61,8 +71,8 @@ def run(args: argparse.Namespace) -> int:
     if hosts and args.ranks is not None:
         raise ValueError("give --hostfile or --ranks, not both: the hostfile's slots are the ranks")
     world_size = _ranks_of_a_run(args, [len(host.devices) for host in hosts]) or choose_nodes().world_size
-    experiment, planned = load_experiment(args.experiment, world_size)
-    folder = args.folder or Path("runs") / args.experiment.stem
+    experiment, planned = load_experiment(args.experiment, world_size, changes=args.overrides, rehearsal=args.rehearse)
+    folder = args.folder or Path("runs") / (args.experiment.stem + "_rehearsal" * (args.rehearse < 1))
     if args.dry_run:
         print(_table(args, planned, world_size))
         return 0
@@ -70,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
         if getattr(args, name):
             raise ValueError(f"--{name.replace('_', '-')} belongs to --dry-run: add that, or leave it out")
     if args.slurm is not None:
-        print(array_file(args.slurm, args.experiment, folder, num_runs=len(planned), jobs=args.jobs), end="")
+        print(array_file(args.slurm, _same(args), folder, num_runs=len(planned), jobs=args.jobs), end="")
         return 0
     if args.array_task:
         planned = [planned[array_task(len(planned))]]
@@ -83,6 +93,12 @@ def run(args: argparse.Namespace) -> int:
     if any(is_run_folder(folder / run.name) for run in planned) and not args.array_task:
         print(f"report: {write_report([folder], folder / 'report.html').page}")
     return status
+
+
+def _same(args: argparse.Namespace) -> list[str]:
+    """The arguments that decide what the runs compute."""
+    rehearsal = ["--rehearse", str(args.rehearse)] if args.rehearse < 1 else []
+    return [str(args.experiment), *args.overrides, *rehearsal]
 
 
 def _ranks_of_a_run(args: argparse.Namespace, devices: list[int]) -> int | None:

@@ -9,9 +9,21 @@ from collections.abc import Callable, Sequence
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from sret_scale.lab.chart import INK, MUTED, STYLE, Caption, Chart, canvas, finish, printable, run_colours
+from sret_scale.lab.chart import (
+    HEIGHT_INCHES,
+    INK,
+    MUTED,
+    STYLE,
+    Caption,
+    Chart,
+    canvas,
+    finish,
+    printable,
+    run_colours,
+)
 from sret_scale.lab.compare import pareto_front
 from sret_scale.lab.laws import Law, fit_law
 from sret_scale.lab.metrics import Floats
@@ -64,13 +76,12 @@ def _figure(name: str, lines: Sequence[Line]) -> Chart:
     colours = run_colours(len(lines))
     caption = Caption(name=name, title=title, text=_words(name, points), x_label=x_label, y_label="top-1, %")
     with mpl.rc_context(STYLE):
-        figure, axes = canvas(caption)
         has_legend = 1 < len(lines) <= MOST_LINE_LABELS
-        figure.subplots_adjust(left=0.1, right=0.95, bottom=0.14, top=0.89)
+        figure, axes = _canvas(caption, len(lines) if has_legend else 0)
         axes.step(cost[front], mean[front], where="post", color=MUTED, linewidth=1.0, linestyle=(0, (4, 3)), zorder=1)
         for index, line in enumerate(lines):
             own = sorted((p.costs[name], 100 * p.mean) for p in line.points if p.costs[name] > 0)
-            label = printable(line.label, 44) if has_legend else None
+            label = printable(line.label, 60) if has_legend else None
             axes.plot(*zip(*own, strict=True) if own else ((), ()), color=colours[index], linewidth=1.2, label=label)
         for place, (index, point) in enumerate(drawn):
             _draw(axes, point, cost[place], colours[index], on_front=place in front)
@@ -79,8 +90,24 @@ def _figure(name: str, lines: Sequence[Line]) -> Chart:
         if len(points) <= MOST_POINT_LABELS:
             _name_points(axes, points, cost, mean)
         if has_legend:
-            axes.legend(frameon=False, fontsize=8, labelcolor=MUTED, loc="best")
+            _legend(figure)
         return finish(figure, caption, _table(lines, name, front, x_label))
+
+
+def _canvas(caption: Caption, num_labels: int) -> tuple[Figure, Axes]:
+    """An empty figure with room for a legend of so many rows below the plot; the labels may be long."""
+    legend_inches = 0.2 * num_labels + 0.1 * (num_labels > 0)
+    figure, axes = canvas(caption, HEIGHT_INCHES + legend_inches)
+    height_inches = HEIGHT_INCHES + legend_inches
+    figure.subplots_adjust(
+        left=0.11, right=0.95, bottom=(0.46 + legend_inches) / height_inches, top=1 - 0.36 / height_inches
+    )
+    return figure, axes
+
+
+def _legend(figure: Figure) -> None:
+    """Names the labelled lines below the plot."""
+    figure.legend(frameon=False, fontsize=8.5, labelcolor=MUTED, loc="lower left", borderaxespad=0.2)
 
 
 def _draw(axes: Axes, point: Point, cost: float, colour: str, *, on_front: bool) -> None:
@@ -209,21 +236,22 @@ def _rate_figure(points: Sequence[Point]) -> Chart | None:
     colours = run_colours(len(swept))
     table: list[tuple[object, ...]] = [("line", "applications", "learning_rate", "top1", "eval_loss", "is_best")]
     with mpl.rc_context(STYLE):
-        figure, axes = canvas(caption)
-        figure.subplots_adjust(left=0.16, right=0.95, bottom=0.14, top=0.89)
+        figure, axes = _canvas(caption, len(swept) if len(swept) > 1 else 0)
+        figure.subplots_adjust(left=0.16)
         for (line, group), colour in zip(swept, colours, strict=True):
             for point in group:
                 rate, is_best = float(point.fields[RATE]), point in line.points
                 axes.plot(point.depth, rate, "o", color=colour, markersize=7 if is_best else 2.5)
                 table.append((line.label, int(point.depth), rate, point.mean, point.loss, int(is_best)))
             best = [(point.depth, float(point.fields[RATE])) for point in line.points]
-            label = printable(line.label, 44) or None
+            label = printable(line.label, 60) or None
             axes.plot(*zip(*best, strict=True), color=colour, linewidth=1.2, label=label)
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=8))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_locator(NullLocator())
         _cost_axis(axes, np.array([point.depth for _, group in swept for point in group]), compact)
         axes.margins(y=0.14)
         if len(swept) > 1:
-            axes.legend(frameon=False, fontsize=8, labelcolor=MUTED, loc="best")
+            _legend(figure)
         return finish(figure, caption, table)

@@ -1,4 +1,4 @@
-"""Numbers as people read them: counts, bytes, percentages and times with units. A missing value is a dash."""
+"""Numbers as people read them: counts, bytes, percentages and times with units, and how many of a row are shown."""
 
 import math
 
@@ -59,3 +59,10 @@ def duration(seconds: float | None) -> str:
         return f"{whole // 60} min {whole % 60:02d} s"
     hours, minutes = divmod(round(seconds / 60), 60)
     return f"{hours} h {minutes:02d} min"
+
+
+def evenly(count: int, most: int) -> list[int]:
+    """At most `most` of the numbers below `count`, spread evenly, first and last included."""
+    if count <= most:
+        return list(range(count))
+    return sorted({round(place * (count - 1) / max(1, most - 1)) for place in range(most)})

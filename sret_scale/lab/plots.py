@@ -9,11 +9,11 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, MultipleLocator
 
 from sret_scale.lab.chart import INK, MUTED, STYLE, Caption, Chart, canvas, finish, printable
 from sret_scale.lab.metrics import Series
-from sret_scale.lab.numbers import compact
+from sret_scale.lab.numbers import binary_size, compact
 
 MOST_LABELS = 8  # More direct labels than this cannot be read; the table's colour marks then tell the runs.
 LABEL_LENGTH = 13
@@ -76,6 +76,13 @@ def count_axis(axis: Axis) -> None:
     """Tick labels of a count: 0, 10 k, 20 k."""
     axis.set_major_locator(MaxNLocator(4, integer=True))
     axis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
+
+
+def byte_axis(axis: Axis) -> None:
+    """Tick labels of bytes, at whole powers of two: 256 MiB, 512 MiB."""
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(MultipleLocator(2.0 ** np.ceil(np.log2(max(4.0, high - low) / 4))))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: binary_size(value)))
 
 
 def bar_chart(bars: Sequence[Bar], caption: Caption) -> Chart:

@@ -12,6 +12,8 @@ from sret_scale.lab.chart import Chart, css_colour, run_colours
 from sret_scale.lab.compare import differing_fields, flatten
 from sret_scale.lab.depth import depth_figures
 from sret_scale.lab.figures import basic_figures
+from sret_scale.lab.health import alarms, health_figures
+from sret_scale.lab.memory_figures import memory_figures
 from sret_scale.lab.numbers import compact, duration, grouped, percent
 from sret_scale.lab.runs import Run, load_runs
 from sret_scale.lab.summary import COLUMNS, Summary, best_rows, summarise, summary_table
@@ -41,6 +43,7 @@ def write_report(paths: Sequence[Path], page: Path, *, note: str = "") -> Report
     summaries = [summarise(run) for run in runs]
     colours = run_colours(len(runs))
     basic, depth = basic_figures(runs, summaries, colours), depth_figures(runs, summaries)
+    basic += health_figures(runs) + memory_figures(runs, summaries, colours)
     # Of many runs the depth curves are the answer; of a few the courses are.
     charts = depth + basic if len(runs) > MOST_TILES else basic + depth
     folder = page.with_name(f"{page.stem}_files")
@@ -81,7 +84,7 @@ def render(
         lstrip_blocks=True,
     )
     rows = list(zip(summaries, map(css_colour, colours), strict=True))
-    remarks = [f"{run.name}: {remark}" for run in runs for remark in run.remarks]
+    remarks = [f"{run.name}: {remark}" for run in runs for remark in [*run.remarks, *alarms(run)]]
     remarks += [f"{run.name}: no metrics yet." for run in runs if not run.lines]
     remarks += [f"Left out: {reason}" for reason in left_out]
     return environment.get_template("report.html").render(

@@ -6,7 +6,7 @@ images, widths or batches. Of a sweep over learning rates each depth keeps its b
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -84,7 +84,7 @@ def gather(
 
 def lines_of(points: Sequence[Point]) -> list[Line]:
     """The points as lines, in the order of their first point; of a sweep over rates only the best of each depth."""
-    points = best_rates(points)
+    points = _best_rates(points)
     kinds = _by_key(points, lambda point: _key(point, _DEPTH))
     # A depth with a configuration of its own was matched to the others.
     lone = [point for group in kinds.values() if len({point.depth for point in group}) == 1 for point in group]
@@ -108,17 +108,24 @@ def rates_of(points: Sequence[Point]) -> list[tuple[Line, list[Point]]]:
     labels = _labels(swept)
     lines = []
     for label, group in zip(labels, swept, strict=True):
-        best = tuple(sorted(best_rates(group), key=lambda point: point.depth))
+        depths = _by_key(group, lambda point: _key(point, re.compile(re.escape(RATE)))).values()
+        chosen = [max(points, key=lambda point: point.mean) for points in depths if len(points) >= RATES_OF_A_SWEEP]
+        best = tuple(sorted(chosen, key=lambda point: point.depth))
         lines.append((Line(label=label, points=best), group))
     return lines
 
 
-def best_rates(points: Sequence[Point]) -> list[Point]:
-    """The points, and where at least RATES_OF_A_SWEEP differ in nothing but the rate only the best of them."""
+def _best_rates(points: Sequence[Point]) -> list[Point]:
+    """The points; of at least RATES_OF_A_SWEEP that differ in nothing but the rate only the best, marked as such."""
     kept = []
     for group in _by_key(points, lambda point: _key(point, re.compile(re.escape(RATE)))).values():
-        kept += [max(group, key=lambda point: point.mean)] if len(group) >= RATES_OF_A_SWEEP else group
-    return sorted(kept, key=lambda point: points.index(point))
+        if len(group) < RATES_OF_A_SWEEP:
+            kept += group
+            continue
+        best = max(group, key=lambda point: point.mean)
+        # Depths may prefer different rates: what was chosen among several is no part of the kind.
+        kept.append(replace(best, fields={**best.fields, RATE: f"best of {len(group)}"}))
+    return kept
 
 
 def _by_key(points: Sequence[Point], key: Callable[[Point], Key]) -> dict[Key, list[Point]]:

@@ -31,9 +31,9 @@ def draw_schedules(schedules: Sequence[Schedule], path: Path, *, title: str) -> 
         len(schedules), 1, figsize=(8, 2.4 * len(schedules)), squeeze=False, layout="constrained"
     )
     for index, (schedule, axis) in enumerate(zip(schedules, axes[:, 0], strict=True)):
-        strokes, duration = _strokes(schedule)
-        axis.add_collection(LineCollection(_slot_lines(schedule), colors=SLOT_COLOUR, linewidths=1.2))
-        for kind, lines in strokes.items():
+        drawn, duration = strokes(schedule)
+        axis.add_collection(LineCollection(slot_lines(schedule), colors=SLOT_COLOUR, linewidths=1.2))
+        for kind, lines in drawn.items():
             axis.add_collection(LineCollection(lines, colors=COLOURS[kind], linewidths=1.8))
         axis.set(xlim=(0, duration), ylim=(schedule.num_applications, 0), ylabel="application")
         ledger = account(schedule)
@@ -55,19 +55,19 @@ def draw_schedules(schedules: Sequence[Schedule], path: Path, *, title: str) -> 
 Line = list[tuple[float, float]]
 
 
-def _strokes(schedule: Schedule) -> tuple[dict[Kind, list[Line]], float]:
+def strokes(schedule: Schedule) -> tuple[dict[Kind, list[Line]], float]:
     """Lines of all runs by kind, and the time when the last one ends. A gradient runs upwards, the rest downwards."""
-    strokes: dict[Kind, list[Line]] = {kind: [] for kind in COLOURS}
+    drawn: dict[Kind, list[Line]] = {kind: [] for kind in COLOURS}
     clock = 0.0
     for kind, lo, hi, _ in draw_rows(schedule):
         duration = (2 if kind is Kind.BACK else 1) * (hi - lo)
         ends = (hi, lo) if kind is Kind.BACK else (lo, hi)
-        strokes[kind].append([(clock, ends[0]), (clock + duration, ends[1])])
+        drawn[kind].append([(clock, ends[0]), (clock + duration, ends[1])])
         clock += duration
-    return strokes, clock
+    return drawn, clock
 
 
-def _slot_lines(schedule: Schedule) -> list[Line]:
+def slot_lines(schedule: Schedule) -> list[Line]:
     """One horizontal line per kept boundary, from when it is kept until it is taken."""
     lines: list[Line] = []
     since: dict[int, float] = {}

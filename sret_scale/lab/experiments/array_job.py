@@ -1,6 +1,7 @@
 """A sweep as a Slurm job array: one task a run, each the same command, so that a requeued task continues its run."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from sret_scale.train.node.sbatch import BatchOptions, batch_file
@@ -9,14 +10,15 @@ _KEYS = {"time": "time", "cpus": "cpus_per_node", "gpus": "gpus_per_node", "part
 _KEYS |= {"account": "account", "name": "job_name"}
 
 
-def array_file(options: str, experiment: Path, folder: Path, *, num_runs: int, jobs: int) -> str:
+def array_file(options: str, experiment: Sequence[str], folder: Path, *, num_runs: int, jobs: int) -> str:
     """The text for sbatch: tasks 0 to num_runs - 1, at most `jobs` at once, each on one node.
 
-    `options` is `time=12:00:00,cpus=12,gpus=1` and so on; ValueError for a key or a value that is not one.
+    `experiment` is its file and what changes it. `options` is `time=12:00:00,cpus=12,gpus=1` and so on; ValueError for
+    a key or a value that is not one.
     """
     if jobs < 1:
         raise ValueError(f"--jobs: expected at least 1, got {jobs}")
-    given: dict[str, str | int] = {"job_name": experiment.stem, "gpus_per_node": 0}
+    given: dict[str, str | int] = {"job_name": Path(experiment[0]).stem, "gpus_per_node": 0}
     for part in filter(None, options.split(",")):
         key, _, value = part.partition("=")
         if key not in _KEYS or not value:
@@ -29,7 +31,7 @@ def array_file(options: str, experiment: Path, folder: Path, *, num_runs: int, j
     missing = [key for key in ("time", "cpus") if _KEYS[key] not in given]
     if missing:
         raise ValueError(f"--slurm: {missing[0]} is not given, for example time=12:00:00,cpus=12,gpus=1")
-    arguments = ["sweep", str(experiment), "--folder", str(folder), "--array-task"]
+    arguments = ["sweep", *experiment, "--folder", str(folder), "--array-task"]
     text = batch_file(BatchOptions(nodes=1, **given), arguments)  # type: ignore[arg-type]
     first, rest = text.split("\n", 1)
     return f"{first}\n#SBATCH --array=0-{num_runs - 1}%{jobs}\n{rest}"

@@ -5,7 +5,7 @@
     grid:                              every combination becomes a run
       model.stages.0.num_loops + model.stages.1.num_loops: [2, 4, [8, 12]]
       train.seed: [0, 1, 2]
-    runs: [{model: sret_t_108}]        or a list of single runs, each with its fields
+    runs: [{model: sret_t_108}]        or single runs with their fields, `name` and `base` among them
     match: equal_images                or equal_flops, equal_parameters, equal_memory, see `matching`
     retries: 1                         starts after a failure, for each run
 
@@ -16,12 +16,12 @@ beside the experiment first, then in the working folder.
 import itertools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sret_scale.lab.experiments.matching import Match, counts, matched
+from sret_scale.lab.experiments.matching import Match, counts, matched, with_images
 from sret_scale.train.config import RunConfig, build, from_yaml, override, parse_yaml
 from sret_scale.train.recipes import recipe
 
@@ -60,10 +60,13 @@ class PlannedRun:
     macs: int
 
 
-def load_experiment(file: Path, world_size: int = 1) -> tuple[Experiment, list[PlannedRun]]:
+def load_experiment(
+    file: Path, world_size: int = 1, *, changes: Sequence[str] = (), rehearsal: float = 1.0
+) -> tuple[Experiment, list[PlannedRun]]:
     """The experiment of a file and its runs, in order. ValueError names the field, or the run and the bound.
 
-    The ranks of a run matter to equal_memory alone: they share the global batch and the optimiser's state.
+    The ranks of a run matter to equal_memory alone: they share the global batch and the optimiser's state. `changes`
+    are `section.field=value` for every run, `rehearsal` the part of its images that each sees.
     """
     tree = parse_yaml(file.read_text(encoding="utf-8"), source=str(file))
     if not isinstance(tree, dict):
@@ -72,35 +75,53 @@ def load_experiment(file: Path, world_size: int = 1) -> tuple[Experiment, list[P
         tree["fixed"] = tree.pop("set")
     try:
         experiment: Experiment = build(Experiment, tree)
-        return experiment, plan_runs(experiment, file.parent, world_size)
+        planned = plan_runs(experiment, file.parent, world_size, changes=changes)
+        return experiment, [_rehearsed(run, rehearsal) for run in planned]
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
 
 
-def plan_runs(experiment: Experiment, folder: Path = Path(), world_size: int = 1) -> list[PlannedRun]:
+def plan_runs(
+    experiment: Experiment, folder: Path = Path(), world_size: int = 1, *, changes: Sequence[str] = ()
+) -> list[PlannedRun]:
     """Every run with its configuration, matched to the base as the experiment asks, under a name of its own."""
-    base = override(_base(experiment.base, folder), _assignments(experiment.fixed))
+    own = _assignments(experiment.fixed)
+    base = override(_base(experiment.base, folder), [*own, *changes])
     planned: dict[str, PlannedRun] = {}
     for variation in _variations(experiment):
-        name = _run_name(variation)
+        fields = {key: value for key, value in variation.items() if key not in ("name", "base")}
+        name = _run_name({"name": variation["name"]} if "name" in variation else fields)
         if name in planned:
             raise ValueError(
                 f"two runs would be called {name!r}: they do not differ, or only in signs a name cannot have"
             )
         try:
-            config = override(base, _assignments(variation))
-            config = matched(config, base, experiment.match, varied=variation, world_size=world_size)
+            start = override(_base(variation["base"], folder), own) if "base" in variation else base
+            # Once more after the fields: a run that takes another model would undo a change of it.
+            config = override(start, [*_assignments(fields), *changes])
+            config = matched(config, base, experiment.match, varied=fields, world_size=world_size)
         except ValueError as error:
             raise ValueError(f"run {name}: {error}") from error
-        model = counts(config.model)
-        planned[name] = PlannedRun(
-            name=name,
-            config=config,
-            applications=model["applications"],
-            parameters=model["parameters"],
-            macs=model["macs"],
-        )
+        planned[name] = _planned(name, config)
     return list(planned.values())
+
+
+def _planned(name: str, config: RunConfig) -> PlannedRun:
+    model = counts(config.model)
+    applications, parameters, macs = model["applications"], model["parameters"], model["macs"]
+    return PlannedRun(name=name, config=config, applications=applications, parameters=parameters, macs=macs)
+
+
+def _rehearsed(run: PlannedRun, ratio: float) -> PlannedRun:
+    """The run over this part of its images: warm-up, evaluations and checkpoints scale with them."""
+    if not 0 < ratio <= 1:
+        raise ValueError(f"--rehearse: expected a ratio above 0, at most 1, got {ratio}")
+    if ratio == 1:
+        return run
+    try:
+        return _planned(run.name, with_images(run.config, round(ratio * run.config.train.total_images)))
+    except ValueError as error:
+        raise ValueError(f"run {run.name}: {error}") from error
 
 
 def _base(name: str, folder: Path) -> RunConfig:
@@ -139,5 +160,7 @@ def _assignments(fields: Mapping[str, Any]) -> list[str]:
 
 def _run_name(fields: Mapping[str, Any]) -> str:
     """A folder name that says what is special: the last part of each key and its value, equal neighbours once."""
-    parts = dict.fromkeys(f"{key.rpartition('.')[2]}-{value}" for key, value in fields.items())
+    parts = dict.fromkeys(
+        str(value) if key == "name" else f"{key.rpartition('.')[2]}-{value}" for key, value in fields.items()
+    )
     return re.sub(r"[^A-Za-z0-9._-]+", "-", "_".join(parts)).strip("-.")[:NAME_LENGTH] or "base"

@@ -43,7 +43,10 @@ def matched(config: RunConfig, base: RunConfig, rule: Match, *, varied: Collecti
     assert rule in get_args(Match)
     if rule == "equal_flops":
         budget = counts(base.model)["macs"] * base.train.total_images
-        return with_images(config, round(budget / counts(config.model)["macs"]))
+        try:
+            return with_images(config, round(budget / counts(config.model)["macs"]))
+        except ValueError as error:
+            raise ValueError(f"equal_flops: {error}") from error
     if rule == "equal_parameters":
         _require_free(rule, varied, _CHOSEN_BY_PARAMETERS)
         return replace(config, model=with_parameters(config.model, counts(base.model)["parameters"]))
@@ -66,8 +69,8 @@ def with_images(config: RunConfig, total_images: int) -> RunConfig:
     """
     if total_images < config.train.global_batch_size:
         raise ValueError(
-            f"equal_flops leaves {total_images:,} images, less than one global batch of "
-            f"{config.train.global_batch_size}: give the base more images, or leave this depth out"
+            f"{total_images:,} images are left, less than one global batch of {config.train.global_batch_size}: give "
+            "the base more images, or leave this depth out"
         )
     ratio = total_images / config.train.total_images
     return replace(
