@@ -31,10 +31,10 @@ def replacing(path: Path, work_folder: Path | None = None) -> Iterator[BinaryIO]
 
 
 class PartsWriter:
-    """Writes parts to an open file as they are, without copying them into a buffer first.
+    """Writes parts to an open file and has the disk begin with each `_EARLY_BYTES` at once.
 
-    The disk begins with each `_EARLY_BYTES` at once: otherwise all of a shard waits for the flush at its end, and the
-    processor for that. Measured on 2 cores, 2026-11-22: 120 instead of 158 us for an image of 110 kB.
+    Otherwise all of a shard waits for the flush at its end, and the processor for that. Measured on a local disk and 2
+    cores, 2026-11-22: 120 instead of 158 us for an image of 110 kB.
     """
 
     _EARLY_BYTES = 4 << 20

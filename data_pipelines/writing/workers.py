@@ -6,7 +6,6 @@ A claim is a lock on a file in the shared folder, which the kernel frees when it
 lose a lock and two workers write one shard, both rename the same bytes to the same name.
 """
 
-import ctypes
 import fcntl
 import time
 from collections.abc import Callable, Iterator
@@ -77,22 +76,6 @@ def _missing(plan: Plan, target: Path) -> list[int]:
     return [index for index in range(plan.num_shards) if not is_done(target, index)]
 
 
-# glibc: mallopt(M_TRIM_THRESHOLD or M_MMAP_THRESHOLD, bytes).
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_ANY_IMAGE_BYTES = 1 << 30
-
-
-def _keep_freed_memory() -> None:
-    """Has this process use the memory of one image for the next one.
-
-    glibc would give it back and take new pages, filled with zeros, for each: 51 instead of 38 us to read and sum 110 kB
-    on 2 cores, 2026-11-22.
-    """
-    libc = ctypes.CDLL(None)
-    for option in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD):
-        libc.mallopt(option, _ANY_IMAGE_BYTES)
-
-
 class _Worker:
     """Writes a shard if it is neither done nor claimed."""
 
@@ -100,7 +83,6 @@ class _Worker:
         self._target = target
         self._options = options
         self._plan = load_plan(target / WORK_FOLDER)
-        _keep_freed_memory()
         self._reader = source_kind(self._plan.arguments["kind"]).open_reader()
 
     def __call__(self, index: int) -> DoneShard | None:
