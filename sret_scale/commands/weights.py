@@ -1,25 +1,38 @@
-"""`sret-scale weights`: published checkpoints in, and out again."""
+"""`sret-scale weights`: published checkpoints in, and out again; trained models made deeper, or tied."""
 
 import argparse
 from pathlib import Path
 
 IMPORT_EXAMPLE = "example: sret-scale weights import SReT_T.pth sret_t.safetensors --preset sret_t"
 EXPORT_EXAMPLE = "example: sret-scale weights export sret_t.safetensors SReT_T.pth"
-EXAMPLE = f"{IMPORT_EXAMPLE}\n{EXPORT_EXAMPLE}"
+GROW_EXAMPLE = "example: sret-scale weights grow runs/sret_t deeper.safetensors --loops 8"
+TIE_EXAMPLE = "example: sret-scale weights tie runs/untied tied.safetensors --blocks 1,2,1"
+EXAMPLE = "\n".join((IMPORT_EXAMPLE, EXPORT_EXAMPLE, GROW_EXAMPLE, TIE_EXAMPLE))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """import FILE OUT | export FILE OUT."""
-    actions = parser.add_subparsers(dest="action", required=True, metavar="import|export")
-    to_native, to_published = (
+    """import FILE OUT | export FILE OUT | grow RUN OUT | tie RUN OUT."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="import|export|grow|tie")
+    to_native, to_published, grow, tie = (
         actions.add_parser(
             name, help=text, description=text, epilog=example, formatter_class=argparse.RawDescriptionHelpFormatter
         )
         for name, text, example in (
             ("import", "read a published checkpoint, write safetensors", IMPORT_EXAMPLE),
             ("export", "read safetensors, write the published layout", EXPORT_EXAMPLE),
+            ("grow", "give a trained model more loops (or fewer), and measure what that does", GROW_EXAMPLE),
+            ("tie", "tie the blocks of a trained untied model into few, and measure what that does", TIE_EXAMPLE),
         )
     )
+    for action in (grow, tie):
+        action.add_argument("run", type=Path, help="folder of the run")
+        action.add_argument("out", type=Path, help="the safetensors file to write")
+        action.add_argument("--weights", choices=("raw", "ema"), help="default: the moving average where one is kept")
+        action.add_argument("--shards", help="folder or URL of shards to measure on (default: the run's test shards)")
+    grow.add_argument("--loops", type=int, required=True, help="of the stage with the most, the others in proportion")
+    tie.add_argument("--blocks", required=True, help="blocks of each stage afterwards, with commas between")
+    tie.add_argument("--by", choices=("mean", "first"), default="mean", help="what a block becomes (default: mean)")
+    tie.add_argument("--keep-norms", action="store_true", help="each loop keeps the LayerNorms that it had")
     for action in (to_native, to_published):
         action.add_argument("file", type=Path, help="the weights to read")
         action.add_argument("out", type=Path, help="the file to write")
@@ -32,6 +45,8 @@ def run(args: argparse.Namespace) -> None:
     """Convert one file; the output is complete or absent."""
     if args.action == "import":
         _import(args.file, args.out, args.preset)
+    elif args.action in ("grow", "tie"):
+        _change(args)
     else:
         _export(args.file, args.out)
 
@@ -57,6 +72,42 @@ def _import(file: Path, out: Path, name: str | None) -> None:
         raise ValueError(f"{file} does not fit {name}: {str(error).splitlines()[-1].strip()}") from error
     save_model(model, out)
     print(f"{out}: {name} at {config.image_size} pixels, {config.num_classes} classes")
+
+
+def _change(args: argparse.Namespace) -> None:
+    """Write the deeper or tied model, and print loss and accuracy before and after."""
+    from sret_scale.model.files import save_model
+    from sret_scale.model.tie import tied
+    from sret_scale.train.config import differences_of, to_plain
+    from sret_scale.train.depth import proportional_loops
+    from sret_scale.train.evaluate_main import evaluator_of
+
+    if args.out.suffix != ".safetensors":
+        raise ValueError(f"expected a file to write that ends in .safetensors, got {args.out}")
+    model, measure = evaluator_of(args.run, args.shards, args.weights, None)
+    if args.action == "grow":
+        if args.loops < 1:
+            raise ValueError(f"--loops: expected at least 1, got {args.loops}")
+        changed = model.with_loops(proportional_loops(model.config, args.loops))
+    else:
+        try:
+            num_blocks = [int(text) for text in args.blocks.split(",")]
+        except ValueError as error:
+            raise ValueError(f"--blocks: expected numbers such as 1,2,1, got {args.blocks!r}") from error
+        changed = tied(model, num_blocks, by=args.by, keeps_norms=args.keep_norms)
+    for name, one in (("before", model), ("after", changed)):
+        result = measure(one.eval())
+        parameters = sum(value.numel() for value in one.parameters())
+        print(
+            f"{name:<6} loss {result.loss:.4f}  top-1 {result.top1:.2%}  {one.config.num_applications:,} applications  "
+            f"{parameters:,} parameters"
+        )
+    save_model(changed, args.out)
+    lines = differences_of(to_plain(model.config), to_plain(changed.config), "model")
+    print(f"{args.out}: train it on with train.initial_weights={args.out} and the run's configuration with")
+    for line in lines:
+        key, _, change = line.partition(": ")
+        print(f"  {key}={change.rpartition(' -> ')[2]}")
 
 
 def _export(file: Path, out: Path) -> None:
