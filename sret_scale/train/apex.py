@@ -71,3 +71,14 @@ def find_apex() -> ApexKernels | None:
     except (ImportError, AttributeError):
         return None
     return ApexKernels(applier, *kernels) if getattr(applier, "available", False) else None
+
+
+def choose_kernels(device: torch.device) -> tuple[ApexKernels | None, str]:
+    """(what updates the parameters on `device` besides torch, if anything; a line that says what it is).
+
+    On other devices than CUDA nothing is looked for, and nothing of that name is imported.
+    """
+    if device.type != "cuda":
+        return None, f"optimizer: torch, on {device.type}"
+    kernels = find_apex()
+    return kernels, f"optimizer: fused kernels of {'NVIDIA apex' if kernels else 'torch'}"

@@ -23,6 +23,7 @@ from sret_scale.distill import (
 from sret_scale.memory import prepare_memory
 from sret_scale.model import SReT, Stage
 from sret_scale.model.stem import SyncBatchNorm
+from sret_scale.train.apex import choose_kernels
 from sret_scale.train.config import RunConfig, grad_accum_steps
 from sret_scale.train.distributed import Ranks, differentiable_sum
 from sret_scale.train.ds_config import load_ds_config, precision_of, zero_stage_of
@@ -144,9 +145,13 @@ def set_up_engine(config: RunConfig, ranks: Ranks, accumulation: int) -> tuple[E
         world_size=ranks.world_size,
         zero_stage=zero_stage_of(ds_config),
     )
+    optimizer = build_optimizer(model, model.parameter_tags(), config.optim)
+    optimizer.apex, kernels = choose_kernels(ranks.device)
+    if ranks.is_main and optimizer.apex:
+        print(kernels, flush=True)
     engine = Engine(
         model,
-        build_optimizer(model, model.parameter_tags(), config.optim),
+        optimizer,
         ds_config,
         micro_batch_size=config.train.micro_batch_size,
         grad_accum_steps=accumulation,
