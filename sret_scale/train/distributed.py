@@ -137,6 +137,15 @@ def from_rank(value: Any, rank: int = 0, *, group: Group = None) -> Any:
     return box[0]
 
 
+def from_all_ranks(value: Any) -> list[Any]:
+    """Every rank's `value` (any small picklable object of our own making) in order, on every rank."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def new_cpu_group() -> Group:
     """A second group of all ranks, for CPU tensors and another thread than the training's; every rank must call it."""
     return dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT) if dist.is_initialized() else None

@@ -5,10 +5,10 @@ import contextlib
 from pathlib import Path
 
 from sret_scale.train.config import from_yaml
-from sret_scale.train.distributed import leave, ranks_from_environment
+from sret_scale.train.distributed import from_all_ranks, leave, ranks_from_environment
 from sret_scale.train.engine import start_communication
 from sret_scale.train.loop import train
-from sret_scale.train.run_folder import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, RunFolder
+from sret_scale.train.run_folder import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, RunFolder, machine
 
 
 def main() -> None:
@@ -25,6 +25,9 @@ def main() -> None:
     with folder.locked() if ranks.is_main else contextlib.nullcontext():
         try:
             start_communication(ranks)
+            nodes = from_all_ranks(machine() if ranks.local_rank == 0 else None)
+            if ranks.is_main:
+                folder.record_nodes([node for node in nodes if node])
             is_finished = train(from_yaml(config_file), folder, ranks)
         except BaseException as error:
             if ranks.is_main:

@@ -2,7 +2,7 @@
 
 config.yaml         the resolved configuration; `train` takes it back
 model.json          preset name and counts (sret_scale.model.describe)
-environment.json    command, versions, machine, commit, world size
+environment.json    command, versions, commit, world size; the machine of rank 0, and of every node
 metrics.jsonl       one JSON object a line
 checkpoints/        see sret_scale.train.checkpoint
 status.json         state ("running", "finished", "stopped", "failed"), exit code, reason; written by rank 0
@@ -60,6 +60,11 @@ class RunFolder:
                     f"{self.path} is in use by another running job: wait for it, or use another --run"
                 ) from error
             yield
+
+    def record_nodes(self, nodes: list[dict[str, Any]]) -> None:
+        """Put what the ranks run on into environment.json: the launching host, which wrote it, may be another kind."""
+        known = json.loads(self.environment.read_text(encoding="utf-8"))
+        write_json(self.environment, {**known, **nodes[0], "nodes": nodes})
 
     def write_status(self, state: str, exit_code: int | None, reason: str = "") -> None:
         """Replace status.json in one step, so that a reader never sees half of it."""
@@ -159,12 +164,16 @@ def environment(world_size: int) -> dict[str, Any]:
     return {
         "command": shlex.join(["sret-scale", *sys.argv[1:]]),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in RECORDED_PACKAGES}},
-        "cpu": _cpu_name(),
-        "num_cpus": os.cpu_count(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        **machine(),
         "commit": _commit(),
         "world_size": world_size,
     }
+
+
+def machine() -> dict[str, Any]:
+    """What this process runs on."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"cpu": _cpu_name(), "num_cpus": os.cpu_count(), "gpu": gpu}
 
 
 def _cpu_name() -> str:
