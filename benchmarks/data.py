@@ -10,6 +10,7 @@ import contextlib
 import importlib.metadata
 import json
 import platform
+import sys
 import tempfile
 import time
 import warnings
@@ -28,18 +29,15 @@ from PIL import Image
 from skimage import data as photos
 from sklearn.datasets import load_sample_images
 
+from benchmarks.data_peers import BATCH, MEAN, PEERS, STD, available_peers, pillow_transform
 from data_pipelines import roi
-from data_pipelines.augment import AugmentConfig, BatchAugment, normalise
+from data_pipelines.augment import AugmentConfig, BatchAugment, normalise_
 from data_pipelines.config import DataConfig
 from data_pipelines.index import ShardSet, open_shards
 from data_pipelines.keyed import keyed_permutation
 from data_pipelines.loader import LoaderState, TrainLoader
 from data_pipelines.reader import ShardReader
-from data_pipelines.vision import torchvision
 from data_pipelines.write import WriteConfig, write_shards
-
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-BATCH = 32
 
 
 def write_photos(folder: Path, num_images: int) -> None:
@@ -69,45 +67,16 @@ def ours(shards: ShardSet) -> Iterator[int]:
     for step in loader.steps(LoaderState()):
         batch = step.micro_batches[0]
         unit_BCHW, _ = augment(batch.images, batch.labels, seed=0)
-        yield len(normalise(unit_BCHW, MEAN, STD))
+        yield len(normalise_(unit_BCHW, MEAN, STD))
 
 
 def webdataset_pillow(shards: ShardSet) -> Iterator[int]:
     """webdataset's own pipeline: shuffle buffer, Pillow, torchvision's transforms as in its examples."""
-    transforms = torchvision.transforms
-    transform = transforms.Compose(
-        [
-            transforms.RandomResizedCrop(224),
-            transforms.RandomHorizontalFlip(),
-            transforms.ToTensor(),
-            transforms.Normalize(MEAN, STD),
-        ]
-    )
+    transform = pillow_transform()
     urls = [str(shards.folder / name) for name in shards.shard_names]
     while True:
         dataset = webdataset.WebDataset(urls, shardshuffle=False, empty_check=False).shuffle(100).decode("pil")
         for batch in dataset.to_tuple("jpg", "cls").map_tuple(transform, int).batched(BATCH, partial=False):
-            yield len(batch[0])
-
-
-def timm_loader(images: Path) -> Iterator[int]:
-    """timm's loader over the image folder, without workers."""
-    import timm.data
-
-    loader = timm.data.create_loader(
-        timm.data.ImageDataset(str(images)),
-        input_size=(3, 224, 224),
-        batch_size=BATCH,
-        is_training=True,
-        use_prefetcher=False,
-        num_workers=0,
-        color_jitter=None,
-        interpolation="bilinear",
-        pin_memory=False,
-        persistent_workers=False,
-    )
-    while True:
-        for batch in loader:
             yield len(batch[0])
 
 
@@ -166,9 +135,10 @@ def measure(folder: Path, num_images: int, rounds: int) -> dict[str, Any]:
     for name in ("images", "few"):
         write_shards(WriteConfig(kind="folder", source=folder / name), folder / f"{name}-shards", num_workers=1)
     shards = open_shards(folder / "images-shards")
+    peers, missing = available_peers(folder / "images", folder)
     training = {
         "webdataset + Pillow + torchvision": lambda: webdataset_pillow(shards),
-        "timm's loader": lambda: timm_loader(folder / "images"),
+        **peers,
         "sret_scale": lambda: ours(shards),
     }
     reading = {
@@ -180,7 +150,13 @@ def measure(folder: Path, num_images: int, rounds: int) -> dict[str, Any]:
     few = open_shards(folder / "few-shards")
     sizes = shards.length
     photos_facts = {"num_images": shards.num_samples, "mean_bytes": int(sizes.mean())}
-    return {"photos": photos_facts, "training": rates, "reading": reads, "memory_bytes": memory_growth_bytes(few, 50)}
+    return {
+        "photos": photos_facts,
+        "training": rates,
+        "missing": missing,
+        "reading": reads,
+        "memory_bytes": memory_growth_bytes(few, 50),
+    }
 
 
 def main() -> None:
@@ -189,13 +165,17 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=320)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
+    parser.add_argument("--peers", type=Path, nargs="*", default=[], help="folders with other loaders to compare with")
     args = parser.parse_args()
+    sys.path.extend(str(folder.resolve()) for folder in args.peers)
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", module="webdataset|timm")
     with tempfile.TemporaryDirectory() as folder:
         figures = measure(Path(folder), args.images, args.rounds)
-    names = ("torch", "torchvision", "webdataset", "timm", "pillow", "simplejpeg")
+    peers = [package for name, (package, _) in PEERS.items() if name in figures["training"]]
+    names = ("torch", "torchvision", "webdataset", "pillow", "simplejpeg", *peers)
     facts = {
+        "command": "python -m benchmarks.data " + " ".join(arg for arg in sys.argv[1:] if "/" not in arg),
         "versions": {name: importlib.metadata.version(name) for name in names},
         "processor": platform.processor() or platform.machine(),
         "region_of_interest_decoding": roi.LIBRARY.exists(),
@@ -205,6 +185,8 @@ def main() -> None:
         slowest = min(figures[table].values())
         for name, rate in sorted(figures[table].items(), key=lambda item: item[1]):
             print(f"{table:<9} {name:<36} {rate:>9,.0f} images/s  {rate / slowest:5.2f}x")
+    for name, reason in figures["missing"].items():
+        print(f"missing   {name}: {reason}")
     memory = figures["memory_bytes"]
     print(f"memory    {memory['growth'] / 2**20:+.1f} MiB from epoch 5 to {memory['epochs']}")
     if args.out is not None:

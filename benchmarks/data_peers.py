@@ -1,0 +1,191 @@
+"""Other loaders on the same JPEGs, each as its documentation shows it: RandomResizedCrop(224), flip, normalised floats.
+
+They are no part of this project's environment: `python -m benchmarks.data --peers FOLDER...` looks for them in folders
+that `pip install --target FOLDER` filled. One that cannot be imported is named with its reason.
+"""
+
+import io
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from data_pipelines.vision import torchvision
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+BATCH = 32
+
+Pipeline = Callable[[], Iterator[int]]
+
+
+def pillow_transform() -> Any:
+    """torchvision's transforms on Pillow, as most examples use them."""
+    transforms = torchvision.transforms
+    return transforms.Compose(
+        [
+            transforms.RandomResizedCrop(224),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize(MEAN, STD),
+        ]
+    )
+
+
+def _decoded(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data)).convert("RGB")
+
+
+def timm_loader(images: Path, _work: Path) -> Pipeline:
+    """timm's loader over the image folder, without workers."""
+    import timm.data
+
+    def run() -> Iterator[int]:
+        loader = timm.data.create_loader(
+            timm.data.ImageDataset(str(images)),
+            input_size=(3, 224, 224),
+            batch_size=BATCH,
+            is_training=True,
+            use_prefetcher=False,
+            num_workers=0,
+            color_jitter=None,
+            interpolation="bilinear",
+            pin_memory=False,
+            persistent_workers=False,
+        )
+        while True:
+            for batch in loader:
+                yield len(batch[0])
+
+    return run
+
+
+def litdata_loader(images: Path, work: Path) -> Pipeline:
+    """litdata's streaming dataset over chunks of JPEG bytes, shuffled, Pillow and torchvision."""
+    import litdata
+
+    writer = litdata.streaming.writer.BinaryWriter(str(work / "litdata"), chunk_bytes=2**26)
+    files = sorted(images.rglob("*.jpg"))
+    for index, file in enumerate(files):
+        writer.add_item(index, (file.read_bytes(), index % 10))
+    writer.done()
+    writer.merge()
+    transform = pillow_transform()
+
+    class Photos(litdata.StreamingDataset):
+        def __getitem__(self, index: Any) -> Any:
+            data, label = super().__getitem__(index)
+            return transform(_decoded(data)), label
+
+    def run() -> Iterator[int]:
+        dataset = Photos(str(work / "litdata"), shuffle=True)
+        while True:
+            for batch in litdata.StreamingDataLoader(dataset, batch_size=BATCH, num_workers=0, drop_last=True):
+                yield len(batch[0])
+
+    return run
+
+
+def mosaic_streaming(images: Path, work: Path) -> Pipeline:
+    """mosaicml-streaming's dataset over MDS shards of JPEG bytes, shuffled, Pillow and torchvision."""
+    import streaming
+
+    folder = str(work / "mds")
+    with streaming.MDSWriter(out=folder, columns={"image": "bytes", "label": "int"}) as writer:
+        for index, file in enumerate(sorted(images.rglob("*.jpg"))):
+            writer.write({"image": file.read_bytes(), "label": index % 10})
+    transform = pillow_transform()
+
+    class Photos(streaming.StreamingDataset):
+        def __getitem__(self, index: Any) -> Any:
+            sample = super().__getitem__(index)
+            return transform(_decoded(sample["image"])), sample["label"]
+
+    def run() -> Iterator[int]:
+        streaming.base.util.clean_stale_shared_memory()
+        dataset = Photos(local=folder, shuffle=True, batch_size=BATCH)
+        while True:
+            for batch in torch.utils.data.DataLoader(dataset, batch_size=BATCH, num_workers=0, drop_last=True):
+                yield len(batch[0])
+
+    return run
+
+
+def spdl_threads(images: Path, _work: Path) -> Pipeline:
+    """spdl's decoding by FFmpeg, crop and resize as its filters; the boxes are torchvision's."""
+    import spdl.io
+
+    files = sorted(images.rglob("*.jpg"))
+    crop = torchvision.transforms.RandomResizedCrop
+    mean_C11, std_C11 = (torch.tensor(values).view(-1, 1, 1) for values in (MEAN, STD))
+    shape_HW = torch.empty(1, 375, 500)
+
+    def pixels(file: Path) -> Any:
+        top, left, height, width = crop.get_params(shape_HW, [0.08, 1.0], [3 / 4, 4 / 3])
+        flip = ",hflip" if torch.rand(()) < 0.5 else ""
+        box = f"crop={width}:{height}:{left}:{top}:exact=1,scale=224:224:flags=bilinear{flip},format=rgb24"
+        packets = spdl.io.demux_image(file.read_bytes())
+        return spdl.io.to_numpy(spdl.io.convert_frames(spdl.io.decode_packets(packets, filter_desc=box)))
+
+    def run() -> Iterator[int]:
+        while True:
+            order = torch.randperm(len(files)).tolist()
+            for start in range(0, len(order) - BATCH + 1, BATCH):
+                batch_BHWC = np.stack([pixels(files[index]).reshape(224, 224, 3) for index in order[start:][:BATCH]])
+                unit_BCHW = torch.from_numpy(batch_BHWC).permute(0, 3, 1, 2).float().div_(255)
+                yield len(unit_BCHW.sub_(mean_C11).div_(std_C11))
+
+    return run
+
+
+def dali_cpu(images: Path, _work: Path) -> Pipeline:
+    """DALI's operators on the CPU: fused decoding of a random crop, resize, flip and normalisation."""
+    from nvidia.dali import fn, pipeline_def, types
+
+    @pipeline_def(batch_size=BATCH, num_threads=1, device_id=None, prefetch_queue_depth=1)
+    def photos() -> Any:
+        data, labels = fn.readers.file(file_root=str(images), random_shuffle=True, name="reader")
+        decoded = fn.decoders.image_random_crop(data, device="cpu", random_area=[0.08, 1.0])
+        resized = fn.resize(decoded, size=[224, 224], interp_type=types.INTERP_TRIANGULAR)
+        mean, std = ([255 * value for value in values] for values in (MEAN, STD))
+        mirror = fn.random.coin_flip()
+        return fn.crop_mirror_normalize(resized, mirror=mirror, mean=mean, std=std, output_layout="CHW"), labels
+
+    def run() -> Iterator[int]:
+        pipeline = photos()
+        pipeline.build()
+        while True:
+            batch, _ = pipeline.run()
+            yield len(batch.as_array())
+
+    return run
+
+
+PEERS: dict[str, tuple[str, Callable[[Path, Path], Pipeline]]] = {
+    "timm's loader": ("timm", timm_loader),
+    "litdata": ("litdata", litdata_loader),
+    "mosaicml-streaming": ("mosaicml-streaming", mosaic_streaming),
+    "spdl": ("spdl_io", spdl_threads),
+    "DALI on the CPU": ("nvidia-dali-cuda120", dali_cpu),
+}
+
+
+def available_peers(images: Path, work: Path) -> tuple[dict[str, Pipeline], dict[str, str]]:
+    """The pipelines of those that work here, and why the others do not."""
+    pipelines: dict[str, Pipeline] = {}
+    missing: dict[str, str] = {}
+    for name, (_, make) in PEERS.items():
+        try:
+            pipeline = make(images, work)
+            # One batch, so that what fails at work is found before the measurement.
+            first = pipeline()
+            next(first)
+            pipelines[name] = pipeline
+        except Exception as error:
+            # Whatever a peer needs and does not find here is the reason that the table gives.
+            reason = re.sub(r"\s+", " ", f"{type(error).__name__}: {error}")
+            missing[name] = reason[:200]
+    return pipelines, missing
