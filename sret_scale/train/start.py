@@ -7,17 +7,19 @@ from pathlib import Path
 
 import torch
 
+from data_pipelines.loader import check_node_cache
 from data_pipelines.remote import open_data, open_training_data
 from sret_scale.distill.spec import parse_teacher
-from sret_scale.memory import prepare_memory
 from sret_scale.model import SReT, describe
 from sret_scale.train.config import RunConfig, from_yaml, grad_accum_steps, split_differences, to_yaml
 from sret_scale.train.depth import check_depth
-from sret_scale.train.ds_config import load_ds_config, precision_of, zero_stage_of
+from sret_scale.train.ds_config import load_ds_config, zero_stage_of
 from sret_scale.train.launcher import launch
+from sret_scale.train.load import initial_state
 from sret_scale.train.node.hostfile import Host
 from sret_scale.train.node.places import choose_nodes
 from sret_scale.train.optim import check_optimizer
+from sret_scale.train.recomputation import set_up_recomputation
 from sret_scale.train.run_folder import EXIT_FINISHED, RunFolder, environment, read_status, write_json, write_text
 
 
@@ -37,6 +39,10 @@ def start_run(
     place = choose_nodes(num_ranks=num_ranks, hosts=hosts)
     world_size = place.world_size
     check_run(config, world_size)
+    check_cache(config, [len(host.devices) for host in place.hosts])
+    # A run that goes on has its own weights; those that it began with may be gone by then.
+    if config.train.initial_weights and (is_fresh or not RunFolder(path).checkpoints.exists()):
+        initial_state(config.train.initial_weights, config.model)
     if dry_run:
         with tempfile.TemporaryDirectory() as temporary:
             file = Path(temporary) / "config.yaml"
@@ -67,24 +73,17 @@ def check_run(config: RunConfig, world_size: int) -> None:
     """Raise ValueError or OSError where shards, classes, batch, memory, ds_config or teacher do not fit together."""
     train = config.train
     grad_accum_steps(train, world_size)
-    ds_config = load_ds_config(config.engine.ds_config)
-    check_optimizer(config.optim, zero_stage_of(ds_config))
+    zero_stage = zero_stage_of(load_ds_config(config.engine.ds_config))
+    check_optimizer(config.optim, zero_stage)
     if config.memory.budget_bytes is not None:
         with torch.device("meta"):
             model = SReT(config.model)
-        prepare_memory(
-            model,
-            config.memory,
-            micro_batch_size=train.micro_batch_size,
-            precision=precision_of(ds_config),
-            world_size=world_size,
-            zero_stage=zero_stage_of(ds_config),
-        )
+        set_up_recomputation(model, config, world_size)
     check_depth(
         config.depth,
         config.model,
         schedule=config.memory.schedule,
-        zero_stage=zero_stage_of(load_ds_config(config.engine.ds_config)),
+        zero_stage=zero_stage,
         has_features=config.distill.matches_features,
     )
     check_data(config, world_size)
@@ -121,6 +120,21 @@ def check_data(config: RunConfig, world_size: int) -> None:
         raise ValueError(
             f"{sets['train'].folder} has {sets['train'].num_samples} samples, fewer than one global batch of "
             f"{config.train.global_batch_size} for {world_size} ranks: use fewer ranks or a smaller batch"
+        )
+
+
+def check_cache(config: RunConfig, ranks_of_nodes: Sequence[int]) -> None:
+    """Raise ValueError where the shards that the ranks of a node fetch ahead do not fit its cache.
+
+    Where nodes have different numbers of ranks, each rank checks its own part at its start.
+    """
+    if len(set(ranks_of_nodes)) == 1:
+        check_node_cache(
+            open_training_data(config.data),
+            config.data,
+            seed=config.train.seed,
+            global_batch_size=config.train.global_batch_size,
+            num_nodes=len(ranks_of_nodes),
         )
 
 
