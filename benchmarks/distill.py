@@ -297,11 +297,12 @@ def plot(rows: list[dict[str, float]], path: Path) -> None:
     figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
     for name, style, label in (("mass", "o-", "probability kept"), ("gradient_cosine", "^:", "cosine of the gradient")):
         axis.plot([row["top_k"] for row in rows], [row[name] for row in rows], style, color="tab:blue", label=label)
-    axis.set(xscale="log", xlabel="classes kept, K", ylabel="probability kept, cosine of the gradient", ylim=(0, 1))
-    axis.legend()
+    axis.set(xscale="log", xlabel="classes kept, K", ylabel="probability kept, cosine of the gradient", ylim=(0, 1.05))
     other = axis.twinx()
-    other.plot([row["top_k"] for row in rows], [row["bytes_per_view"] for row in rows], "s--", color="tab:orange")
-    other.set(yscale="log", ylabel="bytes a view (dashed)")
+    num_bytes = [row["bytes_per_view"] for row in rows]
+    other.plot([row["top_k"] for row in rows], num_bytes, "s--", color="tab:orange", label="bytes a view")
+    other.set(yscale="log", ylabel="bytes a view")
+    figure.legend(loc="outside upper center", ncols=3)
     figure.savefig(path)
 
 
