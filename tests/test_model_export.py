@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
 
@@ -10,6 +11,7 @@ from sret_scale.cli import main
 from sret_scale.model import SReT, SReTConfig, StageConfig
 from sret_scale.model.files import save_model
 from sret_scale.model.inference import folded
+from sret_scale.model.kept_loops import keep_loops
 
 STAGE = StageConfig(width=8, num_heads=2, num_blocks=1, num_loops=3, groups=(4, 2), mlp_ratio=1.5)
 CONFIG = SReTConfig(stages=(STAGE,), image_size=16, num_classes=5, stem_strides=(2, 1, 1))
@@ -35,6 +37,51 @@ def test_folding_changes_nothing(scheme: str, placement: str) -> None:
     torch.testing.assert_close(small(images_BCHW), model(images_BCHW), rtol=0, atol=1e-12)
     assert not any("beta" in name for name, _ in small.named_parameters())
     assert any("beta" in name for name, _ in model.named_parameters())
+
+
+def nodes_and_bytes(config: SReTConfig, folder: Path, loops: str) -> tuple[int, int]:
+    """Nodes of the ONNX program in all its graphs, and the size of its file."""
+    save_model(model_of(config), folder / "model.safetensors")
+    out = folder / "model.onnx"
+    assert main(["export", str(folder / "model.safetensors"), str(out), "--loops", loops]) == 0
+    model = onnx.load(out)
+    graphs, count = [model.graph, *model.functions], 0
+    while graphs:
+        graph = graphs.pop()
+        count += len(graph.node)
+        graphs.extend(attribute.g for node in graph.node for attribute in node.attribute if attribute.HasField("g"))
+    return count, out.stat().st_size
+
+
+def test_a_program_with_kept_loops_does_not_grow(tmp_path: Path) -> None:
+    stage = replace(STAGE, groups=(1,), projections="per_block")
+    few, many = (
+        nodes_and_bytes(replace(CONFIG, stages=(replace(stage, num_loops=loops),)), tmp_path, "kept")
+        for loops in (4, 200)
+    )
+    assert many[0] == few[0]
+    # A counter of the turns, 4 bytes each, is all that a loop without weights of its own adds.
+    assert many[1] - few[1] < 1000
+
+
+@pytest.mark.parametrize("loop_order", ["block", "model"])
+@pytest.mark.parametrize("conditioning", ["none", "norm_per_loop", "norm_by_depth", "low_rank", "input_gated"])
+def test_kept_loops_change_nothing(loop_order: str, conditioning: str) -> None:
+    """Slices that differ by loop, permutations, projections per loop and shared, zeros in padded storage."""
+    stage = replace(STAGE, width=6, num_blocks=2, num_loops=4, loop_order=loop_order, conditioning=conditioning)
+    stages = (stage, replace(stage, width=12, groups=(1,), projections="per_block"))
+    model = model_of(replace(CONFIG, stages=stages, padded=conditioning == "low_rank")).double()
+    images_BCHW = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    looped = folded(model)
+    keep_loops(looped)
+    with torch.no_grad():
+        torch.testing.assert_close(looped(images_BCHW), model(images_BCHW), rtol=0, atol=1e-12)
+
+
+def test_weights_alone_have_no_loops_to_keep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["export", "model.safetensors", "out", "--format", "safetensors", "--loops", "kept"]
+    assert main(arguments) == 2
+    assert "holds weights and no program" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("file_format", ["onnx", "torch", "safetensors"])
