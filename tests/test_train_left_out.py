@@ -1,14 +1,21 @@
-"""A loss that is not a number on one rank: the update is left out on all, and a run continues exactly from there."""
+"""Whole runs that leave updates out for a loss that is not a number, and the statistics of their moving average."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from data_pipelines.augment import normalise
 from data_pipelines.index import open_shards
+from sret_scale.model import SReT
+from sret_scale.train.batch_norm import measured_statistics, training_batches
 from sret_scale.train.checkpoint import list_checkpoints, read_state
+from sret_scale.train.config import from_yaml
+from sret_scale.train.distributed import Ranks
+from sret_scale.train.load import load_model
 from tests.nan_ranks import BAD_STEPS, LIMIT
 from tests.runs import complete_lines, digest, run_two_ranks
 from tests.tiny import tiny_config, tiny_shards, write_config
@@ -60,3 +67,40 @@ def test_too_many_in_a_row_end_the_run_on_all_ranks_with_the_same_words(folder: 
     assert f"train.max_skipped_steps={LIMIT}" in texts[0] and "samples of rank 1: " in texts[0]
     lines = [json.loads(line) for line in (folder / "lost" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["kind"] == "skipped"] == [3, 4, 5]
+
+
+def test_the_last_average_has_statistics_that_one_rank_measures_alike(folder: Path) -> None:
+    newest = list_checkpoints(folder / "straight" / "checkpoints")[0]
+    saved = load_file(newest / "ema_statistics.safetensors")
+    config = from_yaml(folder / "tiny.yaml")
+    model = SReT(config.model)
+    model.load_state_dict(load_file(newest / "ema.safetensors"))
+    averaged = {name: value.clone() for name, value in model.named_buffers() if name in saved}
+    alone = Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
+    measured = measured_statistics(model.eval(), open_shards(folder / "shards" / "train"), config, alone)
+    assert measured.keys() == saved.keys() and len(saved) == 6
+    for name, value in measured.items():
+        torch.testing.assert_close(saved[name], value, rtol=1e-5, atol=1e-6)
+        assert not torch.allclose(averaged[name], value, rtol=0.01), "nothing was measured"
+    (folder / "straight" / "config.yaml").write_text((folder / "tiny.yaml").read_text())
+    loaded, kind, _ = load_model(folder / "straight", None, print)
+    assert kind == "ema" and torch.equal(loaded.stem.norms[1].running_var, saved["stem.norms.1.running_var"])
+
+
+def test_measured_statistics_are_those_of_all_images_at_once(folder: Path) -> None:
+    config = from_yaml(folder / "tiny.yaml")
+    config = replace(config, optim=replace(config.optim, ema_statistics_images=64))
+    model = SReT(config.model).eval()
+    shards = open_shards(folder / "shards" / "train")
+    alone = Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
+    images = torch.cat([batch.images for batch in training_batches(shards, config, alone)]).float() / 255
+    measured = measured_statistics(model, shards, config, alone)
+    assert len(images) == 64
+    with torch.no_grad():
+        x_BCHW = model.stem.convs[0](normalise(images, config.train.image_mean, config.train.image_std))
+        first_BCHW, name = x_BCHW, "stem.norms.0.running_mean"
+        torch.testing.assert_close(measured[name], first_BCHW.mean(dim=(0, 2, 3)), rtol=1e-4, atol=1e-5)
+        x_BCHW = model.stem.convs[1](torch.relu(model.stem.norms[0](x_BCHW)))
+    for name, layer_BCHW in (("stem.norms.0", first_BCHW), ("stem.norms.1", x_BCHW)):
+        expected = layer_BCHW.var(dim=(0, 2, 3))
+        torch.testing.assert_close(measured[f"{name}.running_var"], expected, rtol=1e-4, atol=1e-5)

@@ -71,12 +71,22 @@ class OptimConfig:
     residual: ClassConfig = field(default_factory=ClassConfig)
     stem_head: ClassConfig = field(default_factory=ClassConfig)
     ema_horizon_images: int = 0
-    """Images over which the average of the weights forgets to 1/e; 0 keeps no average."""
+    """Images over which the average of the weights forgets to 1/e; 0 keeps no average. Until so many were seen, the
+    average is a plain mean, which forgets the initial weights."""
+    ema_statistics_images: int = 1024
+    """Training images over which BatchNorm's statistics are measured for the average before it is evaluated; 0 takes
+    their average."""
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "reference_batch_size", "eps"):
             _require(getattr(self, name) > 0, f"optim.{name}", "above 0", getattr(self, name))
-        for name in ("final_rate_ratio", "warmup_images", "weight_decay", "ema_horizon_images"):
+        for name in (
+            "final_rate_ratio",
+            "warmup_images",
+            "weight_decay",
+            "ema_horizon_images",
+            "ema_statistics_images",
+        ):
             _require(getattr(self, name) >= 0, f"optim.{name}", "0 or more", getattr(self, name))
         for name in ("beta1", "beta2"):
             _require(0 <= getattr(self, name) < 1, f"optim.{name}", "0 or more and less than 1", getattr(self, name))

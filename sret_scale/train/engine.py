@@ -143,6 +143,9 @@ class Engine:
             return True
         optimizer = self._client_optimizer
         scale = self.loss_scale.value if self.loss_scale else 1.0
+        if self._is_offloaded and self._device.type == "cuda":
+            # DeepSpeed copies gradients to the host beside the computation.
+            torch.cuda.synchronize()
         chunks = gradient_chunks(self.zero_stage, self._optimizer, optimizer.layout, self._is_offloaded)
         self.last_norms = measure(
             chunks,

@@ -37,6 +37,8 @@ def load_model(run: Path, weights: WeightsKind | None, report: Callable[[str], N
     state = read_state(checkpoint)
     check_architecture(config.model, state["model"], str(checkpoint))
     tensors = read_tensors(checkpoint, "ema") if weights != "raw" else {}
+    if tensors:
+        tensors |= read_tensors(checkpoint, "ema_statistics")
     if weights == "ema" and not tensors:
         raise ValueError(
             f"{checkpoint} holds no moving average: use the raw weights, or train with optim.ema_horizon_images"

@@ -19,12 +19,13 @@ from data_pipelines.loader import Batch, Step
 from sret_scale.distill import distillation_loss, student_batch
 from sret_scale.model import Noise
 from sret_scale.model.plan import DepthPlan
+from sret_scale.train.batch_norm import measured_statistics
 from sret_scale.train.config import RunConfig
 from sret_scale.train.depth import depth_plans, weighted_loss
 from sret_scale.train.distributed import Ranks, average_buffers, max_over_ranks, saved_buffers, sum_over_ranks
 from sret_scale.train.divergence import LeftOut, left_out, require_progress
 from sret_scale.train.evaluate import evaluate
-from sret_scale.train.optim import peak_rate, schedule_factor, set_rates
+from sret_scale.train.optim import WeightAverage, peak_rate, schedule_factor, set_rates
 from sret_scale.train.resume import restore, save
 from sret_scale.train.run import Clock, Run, set_up
 from sret_scale.train.run_folder import RunFolder
@@ -82,6 +83,9 @@ def train(config: RunConfig, folder: RunFolder, ranks: Ranks) -> bool:
                 logged = dataclasses.replace(clock, time_s=time.monotonic() - started)
             if is_due(before, clock, config.train.checkpoint_interval_images) or is_last or is_stopping:
                 run.watchdog.progress(clock.step, "saving")
+                if is_last and run.average:
+                    # What is exported is the last average, with its own statistics.
+                    measure_statistics(run, run.average)
                 save(run, clock)
                 logged = dataclasses.replace(clock, time_s=time.monotonic() - started)
             if is_stopping and not is_last:
@@ -221,7 +225,10 @@ def evaluate_and_log(run: Run, clock: Clock, stop: StopFlag, *, both: bool) -> b
     if both or not kinds:
         kinds["raw"] = run.engine.local_weights()
     for kind, local in kinds.items():
-        run.eval_model.load_state_dict(run.engine.assemble(local))
+        if kind == "ema" and run.average:
+            measure_statistics(run, run.average)
+        else:
+            run.eval_model.load_state_dict(run.engine.assemble(local))
         result = evaluate(run.eval_model, run.test_shards, run.config, run.ranks, must_stop=lambda: stop.is_set)
         if result is None:
             run.progress.say(f"{run.folder.path.name}: a signal broke an evaluation off; it is made after the restart")
@@ -232,6 +239,12 @@ def evaluate_and_log(run: Run, clock: Clock, stop: StopFlag, *, both: bool) -> b
             f"{result.num_samples:,} test images)"
         )
     return True
+
+
+def measure_statistics(run: Run, average: WeightAverage) -> None:
+    """The moving average into the model of evaluation, with BatchNorm's statistics, which the next checkpoint keeps."""
+    run.eval_model.load_state_dict(run.engine.assemble(average.averages))
+    average.statistics = measured_statistics(run.eval_model, run.train_shards, run.config, run.ranks)
 
 
 def log_telemetry(run: Run, clock: Clock) -> None:

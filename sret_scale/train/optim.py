@@ -127,11 +127,14 @@ class WeightAverage:
         self.horizon_images = horizon_images
         self.num_updates = 0
         self.averages = {name: value.detach().clone() for name, value in values.items()}
+        self.statistics: dict[str, Tensor] = {}
+        """BatchNorm's statistics measured for the averages as they are now, whole; empty where nobody measured."""
 
     @torch.no_grad()
     def update(self, values: Mapping[str, Tensor], batch_images: int) -> None:
         """Take in the values after an update made with `batch_images` images."""
         self.num_updates += 1
+        self.statistics = {}
         newest = max(-math.expm1(-batch_images / self.horizon_images), 1 / self.num_updates)
         names = [name for name, average in self.averages.items() if average.is_floating_point()]
         torch._foreach_lerp_([self.averages[name] for name in names], [values[name] for name in names], newest)

@@ -13,6 +13,7 @@ def save(run: Run, clock: Clock) -> None:
     pieces = [*run.engine.pieces("weights", run.engine.local_weights()), *run.engine.optimizer_pieces()]
     if run.average:
         pieces += run.engine.pieces("ema", run.average.averages)
+        pieces += run.engine.pieces("ema_statistics", run.average.statistics)
     state = {
         "images": clock.images,
         "time_s": clock.time_s,
