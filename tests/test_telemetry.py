@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sret_scale.memory import MemoryConfig, apply_recomputation
 from sret_scale.model import Noise, SReT, SReTConfig, StageConfig
+from sret_scale.model.padding import padded_state
 from sret_scale.model.plan import DepthPlan, StageDepth
 from sret_scale.train.telemetry import Telemetry, TelemetryConfig, telemetry_of
 from sret_scale.train.telemetry.alarms import alarms, growth_per_loop
@@ -113,7 +114,7 @@ def test_attention_entropy_is_that_of_the_weights() -> None:
     assert attention_entropy(torch.zeros(1, 40, 6), 1, 1).item() == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("schedule", ["none", "binomial"])
 def test_a_probe_leaves_everything_as_it_was(precision: str, schedule: str) -> None:
     model = model_of(replace(CONFIG, permutation="random", dropout=0.1))
@@ -250,3 +251,13 @@ def test_a_record_of_a_truncated_step_has_the_cosines() -> None:
     telemetry.before_update()
     record = telemetry.after_update()
     assert record is not None and 0 < record["truncation"]["stem"] <= 1
+
+
+def test_padding_is_no_part_of_what_is_read_off() -> None:
+    odd = replace(CONFIG, stages=(replace(STAGES[0], width=12, num_heads=3),), drop_path=0.0)
+    plain = model_of(odd)
+    padded = SReT(replace(odd, padded=True))
+    padded.load_state_dict(padded_state(padded.config, plain.state_dict(), padded.state_dict()))
+    (ours, _), (theirs, _) = (probe(model, IMAGES_BCHW, loss_of, NOISE, "fp32") for model in (padded, plain))
+    for name, values in theirs.values.items():
+        assert ours.values[name] == pytest.approx(values, rel=1e-3, nan_ok=True), name

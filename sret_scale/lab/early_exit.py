@@ -106,7 +106,8 @@ class EarlyExit(nn.Module):
     def _is_sure(self, y_RND: Tensor, _: Tensor, application: Application) -> Tensor:
         self.macs += len(y_RND) * self._head_macs
         stream_RND = y_RND.chunk(2, dim=1)[0] if application.injected else y_RND
-        log_RC = self.model.head(self.model.norm(stream_RND.mean(dim=1))).float().log_softmax(dim=-1)
+        # The head takes means over the tokens, whose order and grid therefore do not matter.
+        log_RC = self.model.forward_head(stream_RND.transpose(1, 2).unsqueeze(-1)).float().log_softmax(dim=-1)
         if self.kind == "confidence":
             return log_RC.max(dim=-1).values.exp() >= self.threshold
         return -(log_RC.exp() * log_RC).sum(dim=-1) / math.log(log_RC.shape[-1]) <= self.threshold

@@ -58,7 +58,8 @@ def undisturbed(model: SReT, device: torch.device, precision: Precision) -> Iter
         model.eval()
         model.head._forward_pre_hooks.clear()
         forked = torch.random.fork_rng([device] if device.type == "cuda" else [])
-        with forked, torch.enable_grad(), autocast(device.type, precision):
+        # An fp16 run is looked at in bf16, whose range tells by how much fp16's is missed and needs no loss scale.
+        with forked, torch.enable_grad(), autocast(device.type, "bf16" if precision == "fp16" else precision):
             yield
     finally:
         for module, was_training in modes.items():
@@ -196,7 +197,9 @@ def _look(application: Application, x_BND: Tensor, y_BND: Tensor) -> dict[str, T
 
 
 def _stream(application: Application, state_BND: Tensor) -> Tensor:
-    return state_BND.chunk(2, dim=1)[0] if application.injected else state_BND
+    """The stream alone, without the stage's input and without channels that are padding."""
+    stream_BND = state_BND.chunk(2, dim=1)[0] if application.injected else state_BND
+    return stream_BND[..., : application.block.norm1.weight.numel()]
 
 
 def _coefficients(application: Application) -> dict[str, float]:
