@@ -9,12 +9,14 @@ within a turn. Times are of the wall and of the processor: on a busy machine the
 import argparse
 import json
 import os
-import platform
+import shlex
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ from data_pipelines.write import WriteConfig, write_shards
 from sret_scale.distill import StoredTeacher, build_teacher, soft_loss
 from sret_scale.distill.label_writer import LabelJob, plan_labels, save_plan, write_labels
 from sret_scale.model import Noise, SReT, describe, preset
+from sret_scale.train.run_folder import machine
 
 CPU = torch.device("cpu")
 KEPT = (1, 3, 5, 10, 20, 50, 100, 200, 500)
@@ -320,12 +323,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         figures: dict[str, Any] = {
-            "machine": {
-                "processor": platform.processor() or platform.machine(),
-                "threads": args.threads,
-                "load_at_start": os.getloadavg()[0],
-            },
-            "torch": torch.__version__,
+            "machine": {**machine(), "threads": args.threads, "load_at_start": os.getloadavg()[0]},
+            "versions": {name: version(name) for name in ("torch", "timm", "torchvision", "numpy")},
+            "command": shlex.join(["python", "-m", "benchmarks.distill", *sys.argv[1:]]),
             "reading": reading(folder / "imagenet"),
             "steps": steps(folder / "imagenet", batch=args.batch, repeats=args.repeats),
             "writing": writing(folder / "photos", copies=args.copies, repeats=args.repeats),
