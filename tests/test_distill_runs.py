@@ -103,7 +103,7 @@ def test_weights_of_another_architecture_or_none_are_refused_before_the_start(co
     arguments = ["train", str(config), "--run", str(tmp_path / "run"), "--ranks", "1"]
     for source, message in (
         (f"{tmp_path}/other.safetensors", "of another architecture: stages.1.mlp_ratio: 2.0 -> 4.0"),
-        (f"{tmp_path}/none.safetensors", "no file"),
+        (f"{tmp_path}/none.safetensors", r"train\.initial_weights=.*: no file"),
         (f"run:{tmp_path}/none", "is not a run folder"),
         (f"{tmp_path}/other.pth", "no file"),
     ):

@@ -61,12 +61,15 @@ def initial_state(source: str, config: SReTConfig) -> dict[str, Tensor]:
     or OSError where there is none, or where it is of another architecture.
     """
     kind, _, path = source.partition(":")
-    if kind == "run" and path:
-        model, _, _ = load_model(Path(path), None, print)
-    elif source.endswith(".safetensors"):
-        model = load_native(Path(source))
-    else:
-        model = published_model(Path(source), config)
+    try:
+        if kind == "run" and path:
+            model, _, _ = load_model(Path(path), None, print)
+        elif source.endswith(".safetensors"):
+            model = load_native(Path(source))
+        else:
+            model = published_model(Path(source), config)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"train.initial_weights={source}: {error}") from error
     changed = [
         line
         for line in differences_of(to_plain(model.config), to_plain(config))
