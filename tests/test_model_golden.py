@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from sret_scale import cli
+from sret_scale.commands.describe import accuracy
 from sret_scale.model import PRESETS, describe, preset
 from tests import parity
 
@@ -97,3 +98,23 @@ def test_every_deep_preset_has_the_depth_in_its_name() -> None:
         count = name.rpartition("_")[2]
         if count.isdigit() and int(count) not in (1, 384, 512):
             assert config.num_applications == int(count), name
+
+
+def test_the_table_of_presets_in_the_documentation_is_true() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "model.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| `")]
+    table = {row[0].strip("`"): row[1:] for row in rows if len(row) == 10}
+    assert list(table) == list(PRESETS)
+    for name, row in table.items():
+        counts, stages = describe(PRESETS[name]), PRESETS[name].stages
+        assert row == [
+            " ".join(str(stage.num_loops) for stage in stages),
+            " ".join("-".join(map(str, stage.groups)) for stage in stages),
+            stages[0].projections,
+            stages[0].conditioning,
+            counts["stages"][0]["branch_scheme"],
+            f"{counts['parameters']:,}",
+            f"{counts['macs'] / 1e9:.3f}",
+            f"{counts['macs_published'] / 1e9:.3f}",
+            accuracy(name),
+        ], name

@@ -28,9 +28,12 @@ def run(args: argparse.Namespace) -> None:
 
 def overview(every: dict[str, dict[str, Any]]) -> str:
     """One line a preset."""
-    lines = [f"{'preset':<22}{'image':>6}{'applications':>14}{'parameters':>13}{'MACs':>18}"]
+    from sret_scale.model import PRESETS
+
+    lines = [f"{'preset':<22}{'image':>6}{'applications':>14}{'parameters':>13}{'MACs':>18}  published top-1"]
     lines.extend(
         f"{name:<22}{counts['image_size']:>6}{counts['applications']:>14,}{counts['parameters']:>13,}{counts['macs']:>18,}"
+        f"  {accuracy(name) if counts['image_size'] == PRESETS[name].image_size else '-'}"
         for name, counts in every.items()
     )
     return "\n".join(lines)
@@ -41,6 +44,7 @@ def table(counts: dict[str, Any]) -> str:
     lines = [
         f"{counts['preset']} at {counts['image_size']} x {counts['image_size']}, {counts['num_classes']} classes",
         f"  parameters          {counts['parameters']:>15,}",
+        f"  published top-1     {accuracy(counts['preset']):>15}   percent on ImageNet-1k at the preset's size",
         f"  MACs                {counts['macs']:>15,}",
         f"  MACs as published   {counts['macs_published']:>15,}   without the head",
         f"  applications        {counts['applications']:>15,}",
@@ -69,6 +73,16 @@ def table(counts: dict[str, Any]) -> str:
     for row in rows:
         lines.append("  " + "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
     return "\n".join(lines)
+
+
+def accuracy(name: str) -> str:
+    """Published accuracy of a preset, hard labels and distilled, or "-"."""
+    from sret_scale.model.presets import PUBLISHED_ACCURACY
+
+    hard, distilled = PUBLISHED_ACCURACY.get(name, (None, None))
+    found = [] if hard is None else [f"{hard}"]
+    found += [] if distilled is None else [f"{distilled} distilled"]
+    return ", ".join(found) or "-"
 
 
 def _cell(value: object) -> str:

@@ -35,6 +35,20 @@ DEEP: dict[str, tuple[str, tuple[int, int, int], ProjectionPolicy, ConditioningK
     "sret_s_1000": ("sret_s", (115, 130, 40), "per_block", "norm_per_loop"),
 }
 
+# ImageNet-1k top-1 accuracy in percent, (hard labels, distilled), from the table of github.com/szq0214/SReT (last
+# epoch; 384 and 512 pixels are distilled models finetuned). No one has published any for the others.
+PUBLISHED_ACCURACY: dict[str, tuple[float | None, float | None]] = {
+    "sret_t": (76.0, 77.6),
+    "sret_t_no_slice": (76.1, 77.7),
+    "sret_t_no_slice_384": (None, 79.7),
+    "sret_lt_no_slice": (76.8, 77.9),
+    "sret_lt_16_14_1": (76.6, 77.7),
+    "sret_s": (81.9, None),
+    "sret_s_no_slice": (82.0, None),
+    "sret_s_no_slice_384": (None, 83.8),
+    "sret_s_no_slice_512": (None, 84.3),
+}
+
 
 def _published(size: str, slicing: str, loops: tuple[int, ...] = (2, 2, 2), **stage_options: Any) -> SReTConfig:
     widths, heads, mlp_ratio, projection_ratio, drop_path = SIZES[size]
