@@ -19,6 +19,7 @@ from sret_scale.lab.runs import Run, load_runs
 from sret_scale.lab.summary import COLUMNS, Summary, best_rows, summarise, summary_table
 
 MOST_TILES = 4
+MOST_ROWS_ABOVE = 12
 MOST_RUNS_ACROSS = 6  # With more runs than this, a table of differences has the runs as its rows.
 
 
@@ -96,6 +97,8 @@ def render(
         columns=COLUMNS,
         best=[best_rows(column, list(summaries)) for column in COLUMNS],
         charts=charts,
+        # A table longer than a screen would hide the answer.
+        figures_first=len(rows) > MOST_ROWS_ABOVE,
         files=files,
         remarks=remarks,
         difference=_difference_table(runs),
