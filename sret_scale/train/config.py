@@ -354,8 +354,9 @@ CHANGEABLE = (
     *("train.micro_batch_size", "train.eval_interval_images", "train.checkpoint_interval_images"),
     *("train.keep_checkpoints", "train.log_interval_steps", "train.hang_timeout_s", "train.tensorboard"),
     "train.max_skipped_steps",
-    *("data.workers", "data.prefetch_batches", "data.cache_folder", "data.cache_gib", "data.fetch_threads"),
-    *("data.fetch_ahead_steps", "data.stall_s", "data.fetch_attempts", "data.quarantine_file", "data.max_bad_rate"),
+    *("data.workers", "data.worker_kind", "data.prefetch_batches", "data.cache_folder", "data.cache_gib"),
+    *("data.fetch_threads", "data.fetch_ahead_steps", "data.stall_s", "data.fetch_attempts", "data.quarantine_file"),
+    "data.max_bad_rate",
     *("memory", "engine.ds_config", "distill.teacher_micro_batch_size", "telemetry"),
 )
 
