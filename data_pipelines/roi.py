@@ -2,7 +2,7 @@
 
 Set-up builds it (`python -m data_pipelines.roi`) where there are a C compiler and the headers of libjpeg-turbo. It
 gives the bits that decoding the whole image and resizing with torch gives, so a run does not depend on whether a
-machine has it. RandomResizedCrop of 500 x 375 pixels to 224: 0.47 ms instead of 0.73 a view (one core, 2026-11-22);
+machine has it. RandomResizedCrop of 500 x 375 pixels to 224: 0.47 ms instead of 0.63 a view (one core, 2026-11-22);
 the larger the image, the larger the gain.
 """
 

@@ -1,8 +1,8 @@
 /* Huffman decoding of baseline JPEG, ITU-T T.81 annex F: the coefficients that libjpeg-turbo's decoder gives.
  *
  * The scan is first copied without its stuffed zero bytes, so that bits are taken eight bytes at a time; one look into
- * a table gives a code, its run and, where they fit, the bits of its coefficient. On one core this takes half of the
- * time of libjpeg-turbo 2.1.5, where it is most of decoding (2026-11-22). */
+ * a table gives a code, its run and, where they fit, the bits of its coefficient. On one core a view
+ * takes 0.46 ms with it and 0.53 with the decoder of libjpeg-turbo 2.1.5 (2026-11-22). */
 
 #include <stdlib.h>
 #include <string.h>
