@@ -9,9 +9,10 @@ from safetensors.torch import load_file
 from sret_scale.train.precision import GROWTH_STEPS, LossScale
 from tests.reference.update import trained, trained_fp32
 from tests.runs import run_two_ranks
-from tests.update_toy import FP16_STAGES, FP16_STEPS, STAGES
+from tests.update_toy import CASES as UNDER_ZERO
+from tests.update_toy import FP16_STAGES, FP16_STEPS
 
-CASES = [(rule, stage) for rule in ("adamw", "lamb") for stage in STAGES] + [("muon", 0)]
+CASES = [(rule, stage) for rule, stages in UNDER_ZERO.items() for stage in stages]
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.multi_process
 @pytest.mark.parametrize(("rule", "stage"), CASES)
 def test_classes_unused_parameters_and_left_out_updates_are_those_of_plain_torch(
-    folder: Path, rule: str, stage: int
+    folder: Path, rule: str, stage: int | str
 ) -> None:
     got = load_file(folder / f"{rule}.{stage}.straight.safetensors")
     for name, value in trained(rule).items():
@@ -36,7 +37,7 @@ def test_classes_unused_parameters_and_left_out_updates_are_those_of_plain_torch
 
 @pytest.mark.multi_process
 @pytest.mark.parametrize(("rule", "stage"), CASES)
-def test_a_resume_among_left_out_updates_changes_no_bit(folder: Path, rule: str, stage: int) -> None:
+def test_a_resume_among_left_out_updates_changes_no_bit(folder: Path, rule: str, stage: int | str) -> None:
     straight = load_file(folder / f"{rule}.{stage}.straight.safetensors")
     resumed = load_file(folder / f"{rule}.{stage}.resumed.safetensors")
     assert straight.keys() == resumed.keys() and any(name.startswith("optimizer/exp_avg") for name in straight)

@@ -8,7 +8,12 @@ from torch import Tensor, nn
 from sret_scale.model import ParameterTag
 from sret_scale.train.config import ClassConfig, OptimConfig
 
-STAGES = (0, 1, 2, 3)
+CASES: dict[str, tuple[int | str, ...]] = {
+    "adamw": (0, 1, 2, 3, "2_offload", "3_offload"),
+    "lamb": (0, 1, 2, 3),
+    "muon": (0,),
+}
+"""Rule -> the ds_configs `zeroN` that it is trained under."""
 FP16_STAGES, FP16_STEPS = (0, 1, 3), 12
 ACCUMULATION, WORLD, BATCH, WIDTH = 2, 2, 3, 7
 BASE = OptimConfig(

@@ -3,6 +3,7 @@
     checkpoints/step-000000123/
         weights.safetensors     parameters and buffers, by the model's names
         ema.safetensors         the moving average, where one is kept
+        ema_statistics.safetensors  BatchNorm's statistics measured for it, where it was evaluated at this step
         optimizer.safetensors   exp_avg.NAME, exp_avg_sq.NAME, step
         state.json              clock, data position, model config, versions
         manifest.json           size and SHA-256 of each file above; written last
