@@ -8,6 +8,7 @@ import argparse
 import json
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,20 +18,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sret_scale.model import Noise, SReT, describe, preset
+from sret_scale.model import Noise, SReT, describe, preset, products
+from sret_scale.model.inference import folded
 from tests.reference.sret import PlainSReT
 
+# Wall time, or processor time of all threads: what to compare on a machine that has other work.
+CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 
-def median_times_s(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+
+def median_times_s(
+    calls: dict[str, Callable[[], object]], repeats: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, float]:
     """Median seconds of each call; they take turns, so that a change of the machine's speed meets all alike."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         call()
     for _ in range(repeats):
         for name, call in calls.items():
-            start = time.perf_counter()
+            start = clock()
             call()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(clock() - start)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -52,15 +59,15 @@ def stored_bytes(forward: Callable[[], Tensor], parameters: list[nn.Parameter]) 
     return sum(storages.values())
 
 
-def peak_flops(size: int = 2048) -> float:
-    """FLOP/s of a square fp32 matrix product."""
+def peak_flops(clock: Callable[[], float], size: int = 2048) -> dict[str, float]:
+    """FLOP/s of a square fp32 matrix product: torch's own, and the one that the model uses (`model.products`)."""
     a = torch.randn(size, size)
     out = torch.empty(size, size)
-    seconds = median_times_s({"product": lambda: torch.mm(a, a, out=out)}, 5)["product"]
-    return 2 * size**3 / seconds
+    calls = {"torch.mm": lambda: torch.mm(a, a, out=out), "products.linear": lambda: products.linear(a, a)}
+    return {name: 2 * size**3 / seconds for name, seconds in median_times_s(calls, 5, clock).items()}
 
 
-def compare(name: str, batch: int, repeats: int, peak: float) -> dict[str, Any]:
+def compare(name: str, batch: int, repeats: int, peak: float, clock: Callable[[], float]) -> dict[str, Any]:
     """One preset against its twin: training step, inference, stored activations."""
     torch.manual_seed(0)
     model = SReT(preset(name))
@@ -79,13 +86,14 @@ def compare(name: str, batch: int, repeats: int, peak: float) -> dict[str, Any]:
 
     parameters = list(model.parameters())
     model.train()
-    train = median_times_s({"model": lambda: step(model), "twin": lambda: step(twin)}, repeats)
+    train = median_times_s({"model": lambda: step(model), "twin": lambda: step(twin)}, repeats, clock)
     stored = {
         key: stored_bytes(lambda module=module: module(images_BCHW, noise), parameters)  # type: ignore[misc]
         for key, module in (("model", model), ("twin", twin))
     }
     model.eval()
-    inference = median_times_s({"model": lambda: infer(model), "twin": lambda: infer(twin)}, repeats)
+    small = folded(model)
+    inference = median_times_s({"model": lambda: infer(small), "twin": lambda: infer(twin)}, repeats, clock)
     flops = 2 * describe(model.config)["macs"] * batch
     return {
         "preset": name,
@@ -108,14 +116,18 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="processor: for a machine that has other work")
     parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    peak = peak_flops()
-    print(f"peak {peak / 1e9:.0f} GFLOP/s on {args.threads} threads, torch {torch.__version__}")
+    clock = CLOCKS[args.clock]
+    peaks = peak_flops(clock)
+    peak = max(peaks.values())
+    products_text = ", ".join(f"{name} {value / 1e9:.0f}" for name, value in peaks.items())
+    print(f"peak, GFLOP/s: {products_text}; {args.threads} threads, {args.clock} time, torch {torch.__version__}")
     rows = []
     for name in args.presets:
-        row = compare(name, args.batch, args.repeats, peak)
+        row = compare(name, args.batch, args.repeats, peak, clock)
         rows.append(row)
         print(
             f"{name:<10} train {row['train_s']['model']:.2f} s, {row['train_speedup']:.2f}x; "
@@ -125,9 +137,17 @@ def main() -> None:
             f"{row['inference_share_of_peak']:.0%}"
         )
     if args.out is not None:
-        machine = {"processor": platform.processor() or platform.machine(), "threads": args.threads}
+        machine = {
+            "processor": platform.processor() or platform.machine(),
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            "threads": args.threads,
+            "clock": args.clock,
+            "torch": torch.__version__,
+        }
+        command = f"python -m benchmarks.model {' '.join(sys.argv[1:])}"
+        content = {"command": command, "machine": machine, "peak_flops": peaks, "rows": rows}
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps({"machine": machine, "peak_flops": peak, "rows": rows}, indent=2) + "\n")
+        args.out.write_text(json.dumps(content, indent=2) + "\n")
 
 
 if __name__ == "__main__":
