@@ -191,3 +191,15 @@ def test_long_names_keep_the_end_that_tells_them_apart() -> None:
     names = [f"num_loops-2_warmup-1000_seed-{seed}" for seed in range(3)]
     assert len({printable(name, 13) for name in names}) == 3 and {len(printable(name, 13)) for name in names} == {13}
     assert printable("a\nb\u6f22", 13) == "a\N{MIDDLE DOT}b\N{MIDDLE DOT}"
+
+
+@pytest.mark.slow
+def test_a_thousand_runs_are_a_page(tmp_path: Path) -> None:
+    for number in range(1000):
+        loops, seed = 1 + number % 20, number // 20
+        write_run(tmp_path / "runs" / f"run-{number}", num_loops=loops, seed=seed, images=640)
+    report = write_report([tmp_path / "runs"], tmp_path / "report.html")
+    page = _Page(report.page)
+    assert report.num_runs == 1000 and "run-999" in page.text and page.tags.count("svg") >= 8
+    with (tmp_path / "report_files" / "depth_applications.csv").open() as stream:
+        assert [row["seeds"] for row in csv.DictReader(stream)] == ["50"] * 20
