@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from sret_scale.train.run_folder import scalars
 from tests.runs import complete_lines, rank_processes, wait_for_images
 from tests.tiny import NUM_IMAGES, sret_scale, tiny_config, tiny_shards, write_config
 
@@ -90,8 +91,8 @@ def test_tensorboard_holds_the_numbers_of_the_metrics(continued: Continued) -> N
     expected: dict[str, list[tuple[int, float]]] = defaultdict(list)
     for line in continued.lines[continued.restart :]:
         prefix = f"{line['kind']}/{line['weights']}" if "weights" in line else line["kind"]
-        for name, value in line.items():
-            if isinstance(value, int | float) and name != "images":
+        for name, value in scalars(line):
+            if name != "images":
                 expected[f"{prefix}/{name}"].append((line["images"], value))
     assert found.keys() == expected.keys()
     assert {"train/loss", "train/lr", "eval/ema/top1", "eval/raw/top1", "memory/peak_rss_bytes"} <= found.keys()
