@@ -67,6 +67,21 @@ def test_a_list_of_runs_may_change_the_whole_model(base: str) -> None:
     assert [run.applications for run in planned] == [5, 20] and planned[1].config.train.seed == 3
 
 
+def test_a_run_may_have_a_name_and_a_base_and_changes_reach_every_run(tmp_path: Path, base: str) -> None:
+    runs = [{"name": "shallow"}, {"name": "other", "base": "demo_control_20", "train.seed": 3}]
+    file = _file(tmp_path, base=Path(base).name, runs=runs)
+    changes = ["model.drop_path=0.3", "train.total_images=6400", "optim.warmup_images=640"]
+    _, planned = load_experiment(file, changes=changes, rehearsal=0.1)
+    assert [(run.name, run.applications) for run in planned] == [("shallow", 5), ("other", 20)]
+    assert {run.config.model.drop_path for run in planned} == {0.3}
+    assert {(run.config.train.total_images, run.config.optim.warmup_images) for run in planned} == {(640, 64)}
+    for ratio, message in ((0.0, "--rehearse: expected a ratio"), (0.001, "run shallow: 6 images are left")):
+        with pytest.raises(ValueError, match=message):
+            load_experiment(file, changes=changes, rehearsal=ratio)
+    with pytest.raises(ValueError, match="base: there is no"):
+        load_experiment(_file(tmp_path, base="absent.yaml", runs=runs))
+
+
 def test_equal_flops_trade_images_for_depth(base: str) -> None:
     planned = plan_runs(Experiment(base=base, grid={LOOPS: [3, 6, 12]}, match="equal_flops"))
     config = tiny_config(Path("x"))
