@@ -47,9 +47,9 @@ def on_grid(x_BND: Tensor) -> Tensor:
 class ParameterTag:
     """What an optimiser has to know of a parameter: its class, whether weights decay, and a factor of the rate.
 
-    layer, num_layers: its place for rates that fall with the distance from the head. Stem and position are layer 0; each
-        block with its projections is one, however often it is applied, and each pooling; the norm before the head goes
-        with the last block; the head is the last.
+    layer, num_layers: its place for rates that fall with the distance from the head. Stem and position are layer 0;
+        each block with its projections is one, however often it is applied, and each pooling; the norm before the head
+        goes with the last block; the head is the last.
     """
 
     kind: ParameterKind

@@ -64,9 +64,7 @@ class Place:
             return {name: problem for name, problem in zip(remote, found, strict=True) if problem}
 
 
-def choose_nodes(
-    *, num_ranks: int | None = None, hosts: Sequence[Host] = (), master_port: int | None = None
-) -> Place:
+def choose_nodes(*, num_ranks: int | None = None, hosts: Sequence[Host] = (), master_port: int | None = None) -> Place:
     """The hosts of a hostfile if any are given, else the Slurm allocation if there is one, else this machine."""
     if num_ranks is not None and num_ranks < 1:
         raise ValueError(f"number of ranks: expected at least 1, got {num_ranks}")
