@@ -20,17 +20,17 @@ from sret_scale.distill import (
     open_stored_teacher,
     stored_labels,
 )
-from sret_scale.memory import prepare_memory
 from sret_scale.model import SReT, Stage
 from sret_scale.model.stem import SyncBatchNorm
 from sret_scale.train.apex import choose_kernels
 from sret_scale.train.config import RunConfig, grad_accum_steps
 from sret_scale.train.distributed import Ranks, differentiable_sum
-from sret_scale.train.ds_config import load_ds_config, precision_of, zero_stage_of
+from sret_scale.train.ds_config import load_ds_config, precision_of
 from sret_scale.train.engine import Engine, shard_frozen
 from sret_scale.train.load import load_teacher_run
 from sret_scale.train.optim import WeightAverage, build_optimizer
 from sret_scale.train.progress import RunProgress
+from sret_scale.train.recomputation import set_up_recomputation
 from sret_scale.train.run_folder import MetricsLog, NoMetrics, RunFolder
 from sret_scale.train.telemetry import Telemetry, telemetry_of
 from sret_scale.train.watchdog import Watchdog
@@ -137,14 +137,7 @@ def set_up_engine(config: RunConfig, ranks: Ranks, accumulation: int) -> tuple[E
     torch.manual_seed(config.train.seed)
     model = over_all_ranks(SReT(config.model).to(ranks.device))
     ds_config = load_ds_config(config.engine.ds_config)
-    activation_bytes = prepare_memory(
-        model,
-        config.memory,
-        micro_batch_size=config.train.micro_batch_size,
-        precision=precision_of(ds_config),
-        world_size=ranks.world_size,
-        zero_stage=zero_stage_of(ds_config),
-    )
+    activation_bytes = set_up_recomputation(model, config, ranks.world_size)
     optimizer = build_optimizer(model, model.parameter_tags(), config.optim)
     optimizer.apex, kernels = choose_kernels(ranks.device)
     if ranks.is_main and optimizer.apex:
