@@ -88,7 +88,7 @@ def _figure(name: str, lines: Sequence[Line]) -> Chart:
         _cost_axis(axes, cost, binary_size if name == "depth_memory" else compact)
         axes.margins(y=0.14)
         if len(points) <= MOST_POINT_LABELS:
-            _name_points(axes, points, cost, mean)
+            _name_points(axes, points, cost, mean, by_depth=has_legend)
         if has_legend:
             _legend(figure)
         return finish(figure, caption, _table(lines, name, front, x_label))
@@ -118,8 +118,8 @@ def _draw(axes: Axes, point: Point, cost: float, colour: str, *, on_front: bool)
     axes.plot(cost, 100 * point.mean, "o", markersize=6, color=colour, markerfacecolor=fill, markeredgewidth=1.5)
 
 
-def _name_points(axes: Axes, points: Sequence[Point], cost: Floats, mean: Floats) -> None:
-    """Each point's depth, or its run where depths repeat, on the side where the plot leaves room."""
+def _name_points(axes: Axes, points: Sequence[Point], cost: Floats, mean: Floats, *, by_depth: bool) -> None:
+    """Each point's depth, or its run where depths repeat and no legend tells the lines apart, where there is room."""
     depths = [point.depth for point in points]
     middle = float(np.exp(np.mean(np.log(axes.get_xlim()))))
     taken: list[Floats] = []
@@ -129,7 +129,7 @@ def _name_points(axes: Axes, points: Sequence[Point], cost: Floats, mean: Floats
         if any(abs(pixel - other).max() < LABEL_ROOM_PIXELS for other in taken):
             continue
         taken.append(pixel)
-        text = f"{depth:g}" if depths.count(depth) == 1 else printable(point.runs[0], 16)
+        text = f"{depth:g}" if by_depth or depths.count(depth) == 1 else printable(point.runs[0], 16)
         left = x > middle
         axes.annotate(
             text,

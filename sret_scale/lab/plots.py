@@ -136,7 +136,11 @@ def _draw(axes: Axes, curve: Curve, *, strong: bool) -> None:
     width = 1.8 if strong else 0.8
     if curve.faint is not None and len(curve.faint.images) > 1 and strong:
         axes.plot(curve.faint.images, curve.faint.values, color=curve.colour, linewidth=0.9, alpha=0.35)
-    axes.plot(curve.series.images, curve.series.values, color=curve.colour, linewidth=width)
+    # A run that was evaluated once has no line.
+    marker = "o" if len(curve.series.images) == 1 else None
+    axes.plot(
+        curve.series.images, curve.series.values, color=curve.colour, linewidth=width, marker=marker, markersize=4
+    )
     lost = curve.series.images[~np.isfinite(curve.series.values)]
     # A diverged run must not look like one that merely ended: crosses on the floor where its curve has no value.
     floor: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "clip_on": False}

@@ -158,7 +158,9 @@ def _labels(groups: Sequence[Sequence[Point]]) -> list[str]:
     for group, shared in zip(groups, common, strict=True):
         parts: dict[str, None] = {}
         for key, value in shared.items():
-            is_own = not _DEPTH.fullmatch(key) and key != "train.seed"
+            # Warm-up and averaging follow the images: these alone tell.
+            follows = _MATCHED.fullmatch(key) and key != "train.total_images" and not key.startswith("memory.")
+            is_own = not _DEPTH.fullmatch(key) and key != "train.seed" and not follows
             others = [other for other in common if other is not shared]
             if is_own and any(key in other and other[key] != value for other in others):
                 parts[f"{_STAGE.sub('', key).rpartition('.')[2]} {value}"] = None
