@@ -46,7 +46,10 @@ def test_hostfile_of_deepspeeds_format_is_read_in_order(tmp_path: Path) -> None:
         ("root@a slots=1", "is not a host name"),
         ("a slots=1\nA slots=2", "line 2: A is listed twice"),
         ("a slots=0", "a has 0 slots"),
-        ("a", "expected 'NAME slots=N', got 'a'"),
+        ("a", "expected 'NAME slots=N' or 'NAME devices=I,J,...', got 'a'"),
+        ("a devices=", "expected 'NAME slots=N'"),
+        ("a devices=1,-2", "expected 'NAME slots=N'"),
+        ("a devices=3,3", "a has a device twice: 3,3"),
         ("a slots=1 extra", "expected 'NAME slots=N'"),
         ("a slots=-1", "expected 'NAME slots=N'"),
         ("a slots=99999", "expected 'NAME slots=N'"),
@@ -61,6 +64,11 @@ def test_bad_hostfile_is_named(tmp_path: Path, text: str, message: str) -> None:
 def test_missing_hostfile_is_not_taken_for_this_machine(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="does not exist"):
         read_hostfile(tmp_path / "none")
+
+
+def test_single_devices_of_a_host_are_chosen(tmp_path: Path) -> None:
+    hosts = read_hostfile(hostfile(tmp_path, "node-2 devices=5,2\nnode-3 devices=0\n"))
+    assert [(host.name, host.devices) for host in hosts] == [("node-2", ("5", "2")), ("node-3", ("0",))]
 
 
 @settings(max_examples=50, deadline=None)

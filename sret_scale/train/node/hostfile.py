@@ -1,5 +1,8 @@
 """Reads a hostfile of deepspeed's format (`NAME slots=N` a line) strictly: nothing in it can become an option or a
-shell word, and a line that is not understood is an error instead of a host that is left out."""
+shell word, and a line that is not understood is an error instead of a host that is left out.
+
+`NAME devices=2,5`, which deepspeed does not know, takes these GPUs of a host alone: one rank on each.
+"""
 
 import re
 from dataclasses import dataclass
@@ -7,7 +10,7 @@ from pathlib import Path
 
 # Letters, digits, dots, hyphens, underscores; the first is a letter or digit, so that no name looks like an option.
 _HOST_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,252}")
-_LINE = re.compile(r"(\S+)\s+slots=([0-9]{1,4})")
+_LINE = re.compile(r"(\S+)\s+(?:slots=([0-9]{1,4})|devices=([0-9]{1,4}(?:,[0-9]{1,4})*))")
 MAX_HOSTS = 10_000
 
 
@@ -50,14 +53,16 @@ def read_hostfile(path: Path) -> tuple[Host, ...]:
         where = f"hostfile {path} line {number}"
         match = _LINE.fullmatch(line)
         if match is None:
-            raise ValueError(f"{where}: expected 'NAME slots=N', got {line!r}")
+            raise ValueError(f"{where}: expected 'NAME slots=N' or 'NAME devices=I,J,...', got {line!r}")
         name = check_host_name(match[1], where)
-        slots = int(match[2])
-        if slots == 0:
+        devices = tuple(match[3].split(",")) if match[3] else tuple(str(index) for index in range(int(match[2])))
+        if not devices:
             raise ValueError(f"{where}: {name} has 0 slots; remove the line or give it at least 1")
+        if len(set(devices)) < len(devices):
+            raise ValueError(f"{where}: {name} has a device twice: {match[3]}")
         if name.lower() in (host.name.lower() for host in hosts):
             raise ValueError(f"{where}: {name} is listed twice")
-        hosts.append(Host(name=name, devices=tuple(str(index) for index in range(slots))))
+        hosts.append(Host(name=name, devices=devices))
     if not hosts:
         raise ValueError(f"hostfile {path} names no host; expected lines like: node-1 slots=8")
     if len(hosts) > MAX_HOSTS:
