@@ -68,7 +68,7 @@ def test_the_depths_and_controls_of_imagenet_are_those_that_the_file_tells() -> 
     assert {run.config.train.total_images for run in planned} == {100 * 1_281_167}
     for depth in (108, 300):
         assert runs[f"wide_as_{depth}"].macs == pytest.approx(runs[f"t_{depth}"].macs, rel=0.1)
-    assert runs["untied_108"].parameters > 5 * runs["t_108"].parameters
+    assert runs["untied_108"].parameters > 3 * runs["t_108"].parameters
 
 
 @pytest.mark.slow

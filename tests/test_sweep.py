@@ -22,7 +22,7 @@ from sret_scale.lab.experiments.declared import Experiment, load_experiment, pla
 from sret_scale.lab.experiments.forecast import measure_speed, read_speed, sweep_table
 from sret_scale.lab.experiments.matching import memory_of
 from sret_scale.lab.experiments.pool import RunState, run_sweep
-from sret_scale.lab.experiments.slots import Slot, host_slots, local_slots
+from sret_scale.lab.experiments.slots import Slot, device_slots, host_slots, local_slots
 from sret_scale.lab.experiments.tail import Standing
 from sret_scale.lab.experiments.view import SweepView
 from sret_scale.memory import prepare_memory
@@ -323,6 +323,19 @@ def test_host_slots_are_one_host_each(tmp_path: Path) -> None:
         host_slots(hosts, 4, file, tmp_path)
 
 
+def test_packed_runs_have_one_device_of_one_host_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    (tmp_path / "hosts").write_text("node-1 slots=2\nnode-2 devices=3\n")
+    slots = device_slots(read_hostfile(tmp_path / "hosts"), tmp_path / "own")
+    places = [read_hostfile(Path(slot.arguments[1])) for slot in slots]
+    assert [(host.name, host.devices) for (host,) in places] == [
+        ("node-1", ("0",)),
+        ("node-1", ("1",)),
+        ("node-2", ("3",)),
+    ]
+    assert ["OMP_NUM_THREADS" in slot.environment for slot in slots] == [True, True, False]
+
+
 def test_the_table_says_what_each_run_costs(tmp_path: Path, base: str) -> None:
     planned = plan_runs(Experiment(base=base, grid={LOOPS: [1, 2]}))
     speeds = tmp_path / "summary.csv"
@@ -403,6 +416,7 @@ def test_without_a_terminal_running_runs_are_lines(base: str, capsys: pytest.Cap
     assert capsys.readouterr().out.splitlines() == ["seed-0:  128 of 512  64 images/s  loss 1.000    6 s left"]
 
 
+@pytest.mark.slow
 def test_a_thousand_runs_are_planned_and_written_as_one_table(base: str) -> None:
     planned = plan_runs(Experiment(base=base, grid={"train.seed": list(range(500)), LOOPS: [1, 2]}))
     assert len(sweep_table(planned).splitlines()) == 1002
