@@ -336,6 +336,13 @@ def test_packed_runs_have_one_device_of_one_host_each(tmp_path: Path, monkeypatc
     assert ["OMP_NUM_THREADS" in slot.environment for slot in slots] == [True, True, False]
 
 
+def test_packing_needs_a_hostfile_and_no_jobs(tmp_path: Path, base: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "hosts").write_text("localhost slots=1\n")
+    for extra in ([], ["--hostfile", str(tmp_path / "hosts"), "--jobs", "2"]):
+        assert cli.main(["sweep", base, "--per-gpu", *extra]) == 2
+        assert "--per-gpu takes the GPUs of a --hostfile" in capsys.readouterr().err
+
+
 def test_the_table_says_what_each_run_costs(tmp_path: Path, base: str) -> None:
     planned = plan_runs(Experiment(base=base, grid={LOOPS: [1, 2]}))
     speeds = tmp_path / "summary.csv"

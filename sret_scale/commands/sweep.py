@@ -6,6 +6,7 @@ from pathlib import Path
 EXAMPLE = """examples:
   sret-scale sweep depth.yaml --dry-run --measure --price-per-hour 2.5
   sret-scale sweep depth.yaml --folder runs/depth --jobs 8
+  sret-scale sweep depth.yaml --hostfile hosts --per-gpu
   sret-scale sweep depth.yaml --slurm time=12:00:00,gpus=1,cpus=12 --jobs 16 > job.sh && sbatch job.sh
 
 A file: base: demo_control_20
@@ -31,6 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ranks", type=int, help="ranks of each run on this machine (default: as `train`, or 1 a job)")
     parser.add_argument(
         "--hostfile", type=Path, help="nodes, in deepspeed's format: each run on all, or with --jobs on one"
+    )
+    parser.add_argument(
+        "--per-gpu", action="store_true", help="with --hostfile: a run on every single GPU of all nodes at once"
     )
     parser.add_argument(
         "--slurm",
@@ -60,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     from sret_scale.lab.experiments.array_job import array_file, array_task
     from sret_scale.lab.experiments.declared import load_experiment
     from sret_scale.lab.experiments.pool import run_sweep
-    from sret_scale.lab.experiments.slots import host_slots, local_slots
+    from sret_scale.lab.experiments.slots import device_slots, host_slots, local_slots
     from sret_scale.lab.experiments.view import SweepView
     from sret_scale.lab.report import write_report
     from sret_scale.lab.runs import is_run_folder
@@ -68,6 +72,8 @@ def run(args: argparse.Namespace) -> int:
     from sret_scale.train.node.places import choose_nodes
 
     hosts = hosts_of(args.hostfile)
+    if args.per_gpu and (not hosts or args.jobs != 1):
+        raise ValueError("--per-gpu takes the GPUs of a --hostfile, and as many runs at once as they are: no --jobs")
     if hosts and args.ranks is not None:
         raise ValueError("give --hostfile or --ranks, not both: the hostfile's slots are the ranks")
     world_size = _ranks_of_a_run(args, [len(host.devices) for host in hosts]) or choose_nodes().world_size
@@ -84,7 +90,9 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.array_task:
         planned = [planned[array_task(len(planned))]]
-    if hosts:
+    if args.per_gpu:
+        slots = device_slots(hosts, folder / ".sweep")
+    elif hosts:
         slots = host_slots(hosts, args.jobs, args.hostfile, folder / ".sweep")
     else:
         slots = local_slots(args.jobs, args.ranks)
@@ -103,6 +111,8 @@ def _same(args: argparse.Namespace) -> list[str]:
 
 def _ranks_of_a_run(args: argparse.Namespace, devices: list[int]) -> int | None:
     """How many ranks each run will have; None where the machine alone tells."""
+    if args.per_gpu:
+        return 1
     if devices:
         return sum(devices) if args.jobs == 1 else devices[0]
     return args.ranks or (1 if args.jobs > 1 else None)

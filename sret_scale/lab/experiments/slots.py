@@ -68,10 +68,26 @@ def host_slots(hosts: Sequence[Host], jobs: int, hostfile: Path, folder: Path) -
         return [Slot(name=f"{len(hosts)} hosts", arguments=("--hostfile", str(hostfile)))]
     if jobs > len(hosts):
         raise ValueError(f"--jobs {jobs}: expected at most one for each of the {len(hosts)} hosts of {hostfile}")
-    slots = []
-    for host in hosts[:jobs]:
-        file = folder / f"host_{host.name}"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(f"{host.name} slots={len(host.devices)}\n", encoding="ascii")
-        slots.append(Slot(name=host.name, arguments=("--hostfile", str(file))))
-    return slots
+    return [_on_devices(host, host.devices, folder, name=host.name) for host in hosts[:jobs]]
+
+
+def device_slots(hosts: Sequence[Host], folder: Path) -> list[Slot]:
+    """One slot on every device of every host: many small runs share a node, its page cache and its shards.
+
+    `folder` takes the hostfiles. Each run computes on its share of a node's cores, which are taken to be as many as
+    here.
+    """
+    return [
+        _on_devices(host, (device,), folder, name=f"{host.name} {device}", among=len(host.devices))
+        for host in hosts
+        for device in host.devices
+    ]
+
+
+def _on_devices(host: Host, devices: Sequence[str], folder: Path, *, name: str, among: int = 1) -> Slot:
+    """A slot on these devices of a host that `among` runs share."""
+    file = folder / f"host_{name.replace(' ', '_')}"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(f"{host.name} devices={','.join(devices)}\n", encoding="ascii")
+    environment = _share_of_cores(among) if among > 1 else {}
+    return Slot(name=name, arguments=("--hostfile", str(file)), environment=environment)
