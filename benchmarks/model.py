@@ -2,6 +2,7 @@
 
 Both run in one process, alternating, and medians are reported. The twin (`tests/reference/sret.py`) computes as the
 publication does. Achieved FLOP/s are set against the peak of a matrix product measured in the same run.
+`--device cuda` makes the GPU table of `benchmarks.gpu` instead, and `--smoke` runs that table's code at a tiny size.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks import gpu
 from sret_scale.model import Noise, SReT, describe, preset, products
 from sret_scale.model.inference import folded
 from tests.reference.sret import PlainSReT
@@ -109,16 +111,34 @@ def compare(name: str, batch: int, repeats: int, peak: float, clock: Callable[[]
     }
 
 
-def main() -> None:
-    """Print a table and write the figures as JSON."""
+def parsed_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.model", description=__doc__.splitlines()[0])
-    parser.add_argument("--presets", nargs="+", default=["sret_t", "sret_s"])
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="processor: for a machine that has other work")
-    parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
-    args = parser.parse_args()
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: the GPU table")
+    parser.add_argument("--presets", nargs="+", help="default: sret_t and sret_s, on a GPU also at 108 and 1000")
+    parser.add_argument("--out", type=Path, help="JSON file; on a GPU by default benchmarks/results/GPU_NAME.json")
+    cpu = parser.add_argument_group("on a CPU")
+    cpu.add_argument("--batch", type=int, default=8)
+    cpu.add_argument("--repeats", type=int, default=7)
+    cpu.add_argument("--threads", type=int, default=2)
+    cpu.add_argument("--clock", choices=CLOCKS, default="wall", help="processor: for a machine that has other work")
+    table = parser.add_argument_group("the GPU table")
+    table.add_argument("--micro-batches", type=int, nargs="+", default=gpu.MICRO_BATCHES)
+    table.add_argument("--time-limit-s", type=float, default=gpu.TIME_LIMIT_S, help="what does not fit is skipped")
+    table.add_argument("--backend", default="inductor", help="of torch.compile")
+    table.add_argument("--smoke", action="store_true", help="the table of one tiny model, also on a CPU")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Print a table and write the figures as JSON; exit status 2 where the device is not there."""
+    args = parsed_arguments()
+    if args.device == "cuda" or args.smoke:
+        try:
+            gpu.run(args)
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(2) from error
+        return
     torch.set_num_threads(args.threads)
     clock = CLOCKS[args.clock]
     peaks = peak_flops(clock)
@@ -126,7 +146,7 @@ def main() -> None:
     products_text = ", ".join(f"{name} {value / 1e9:.0f}" for name, value in peaks.items())
     print(f"peak, GFLOP/s: {products_text}; {args.threads} threads, {args.clock} time, torch {torch.__version__}")
     rows = []
-    for name in args.presets:
+    for name in args.presets or ("sret_t", "sret_s"):
         row = compare(name, args.batch, args.repeats, peak, clock)
         rows.append(row)
         print(

@@ -25,11 +25,12 @@ def gradients(model: SReT) -> list[torch.Tensor]:
 
 # Tracing looks at the .grad of every tensor that it meets, the stream included, which is no leaf.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-@pytest.mark.parametrize("num_loops", [3, 6])
-def test_graphs_do_not_grow_with_loops_and_numbers_stay(num_loops: int) -> None:
+@pytest.mark.parametrize(("num_loops", "conditioning"), [(3, "none"), (6, "norm_per_loop")])
+def test_graphs_do_not_grow_with_loops_and_numbers_stay(num_loops: int, conditioning: str) -> None:
     torch._dynamo.reset()
     torch.manual_seed(0)
-    model = SReT(CONFIG).with_loops(num_loops)
+    stages = tuple(replace(stage, conditioning=conditioning) for stage in CONFIG.stages)
+    model = SReT(replace(CONFIG, stages=stages)).with_loops(num_loops)
     model.stem.eval()
     expected = gradients(model)
     counter = CompileCounterWithBackend("aot_eager")

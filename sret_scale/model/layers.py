@@ -160,9 +160,23 @@ class Block(nn.Module):
 
         place: where the loop stands, in a stage that runs other than all its loops.
         """
-        mask1, mask2 = (None, None) if masks is None else masks
         constants = None if place is None else place.block
-        deltas = self._deltas(loop, place)
+        return self.transform(x_BND, self._deltas(loop, place), groups, masks, draw, constants)
+
+    def transform(
+        self,
+        x_BND: Tensor,
+        deltas: LoopDeltas,
+        groups: int,
+        masks: Tensor | None,
+        draw: Draw | None,
+        constants: ResidualConstants | None,
+    ) -> Tensor:
+        """The stream after one use with what its loop adds; nothing else tells loops apart, so a graph serves them all.
+
+        constants: the residuals', in a stage that runs other than all its loops.
+        """
+        mask1, mask2 = (None, None) if masks is None else masks
         norm1, norm2 = self._norms(deltas)
         attention = self.attention
         qkv_BNC = self._qkv(x_BND, norm1, deltas)

@@ -26,12 +26,13 @@ def compile_blocks(model: SReT, *, backend: str | Any = "inductor") -> str | Non
     ):
         return "not compiled: no C++ compiler (g++ or clang++) on the PATH"
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS_PER_FUNCTION)
-    # Compiled as functions of the module, so that modules of one shape share a graph.
-    block_forward = torch.compile(Block.forward, backend=backend, dynamic=False)
+    # Compiled as functions of the module, so that modules of one shape share a graph. What a loop owns is worked out
+    # outside of `Block.transform`: inside, the loop's number would be a constant of the graph, and every loop get one.
+    block_transform = torch.compile(Block.transform, backend=backend, dynamic=False)
     projection_forward = torch.compile(NonLinearProjection.forward, backend=backend, dynamic=False)
     for module in model.modules():
         if isinstance(module, Block):
-            module.forward = functools.partial(block_forward, module)  # type: ignore[method-assign]
+            module.transform = functools.partial(block_transform, module)  # type: ignore[method-assign]
         elif isinstance(module, NonLinearProjection):
             module.forward = functools.partial(projection_forward, module)  # type: ignore[method-assign]
     return None
