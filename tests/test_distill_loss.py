@@ -38,7 +38,8 @@ def test_mixture_equals_its_twin(
     expected += hard_weight * twin.hard_loss(student.tolist(), target.tolist(), label_smoothing)
     loss = distillation_loss(student, teacher, target, config)
     assert loss.dtype == torch.float32 and loss.ndim == 0
-    assert loss.item() == pytest.approx(expected, rel=2e-5, abs=2e-6)
+    # T^2 multiplies the fp32 rounding of a small divergence too.
+    assert loss.item() == pytest.approx(expected, rel=2e-5, abs=2e-6 + 3e-7 * temperature**2)
 
 
 @settings(max_examples=30, deadline=None)

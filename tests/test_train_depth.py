@@ -182,7 +182,7 @@ def test_the_section_is_read_strictly_and_makes_another_run() -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(length=st.integers(1, 40), part=st.integers(1, 40), choice=st.integers(0, 10**6))
-def test_a_shortened_schedule_holds_no_more(length: int, part: int, choice: int) -> None:
+def test_a_shortened_schedule_holds_at_most_one_boundary_more(length: int, part: int, choice: int) -> None:
     cost = ApplicationCost(
         boundary_bytes=4, output_bytes=4, forward_bytes=9, taped_bytes=17, tape_bytes=11, backward_bytes=25
     )
@@ -191,7 +191,9 @@ def test_a_shortened_schedule_holds_no_more(length: int, part: int, choice: int)
     shorter = schedule.shortened(longer, min(part, length))
     before, after = (predict_chain(one, [cost] * one.num_applications) for one in (longer, shorter))
     assert after.forward_peak <= before.forward_peak and after.resting_bytes <= before.resting_bytes
-    assert after.backward_peak <= before.backward_peak and max(after.untaped) <= max(before.untaped)
+    assert after.backward_peak <= before.backward_peak + cost.boundary_bytes and max(after.untaped) <= max(
+        before.untaped
+    )
 
 
 def test_planned_schedules_run_shorter_chains() -> None:

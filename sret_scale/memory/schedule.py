@@ -121,13 +121,20 @@ def binomial(num_applications: int, slots: int, leaf: int = 1, num_taped: int = 
 
 @lru_cache(maxsize=4096)
 def shortened(schedule: Schedule, num_applications: int) -> Schedule:
-    """The schedule of a shorter chain that holds no more than `schedule` does: as many slots, leaves and taped ones."""
+    """The schedule of a shorter chain that holds at most one boundary more than `schedule`, and runs nothing oftener.
+
+    It has as many slots and taped applications, and leaves no longer; where leaves differ by one, a longer one may lie
+    deeper. Raises ValueError for a longer chain, and for a schedule that is not binomial.
+    """
     if schedule.shape is None or not 1 <= num_applications <= schedule.num_applications:
         raise ValueError(
             f"schedule {schedule.name} of {schedule.num_applications} applications cannot be made one of "
             f"{num_applications}"
         )
     slots, leaf, num_taped = schedule.shape
+    if tail := schedule.num_applications - num_taped:
+        # Its leaves are equal, and so may all be shorter than they were allowed to be.
+        leaf = ceil(tail / ceil(tail / leaf))
     num_taped = min(num_taped, num_applications)
     return binomial(num_applications, slots, min(leaf, max(1, num_applications - num_taped)), num_taped)
 
