@@ -4,6 +4,7 @@ fsspec speaks the protocols. What a server can do wrong is a range that fails (r
 stalls (a timeout, then retried), is short (retried), or is not there (not retried: FileNotFoundError).
 """
 
+import importlib
 import logging
 import os
 from pathlib import Path
@@ -17,8 +18,8 @@ from data_pipelines.hashes import FileHash, hash_name_of
 
 logger = logging.getLogger(__name__)
 
-# No scheme that starts programs (`pipe:`) or wraps another (`zip::`).
-SCHEMES = ("https", "http", "s3", "gs", "hf", "file")
+# Schemes, and the package that speaks each. None that starts programs (`pipe:`) or wraps another (`zip::`).
+SCHEMES = {"https": "aiohttp", "http": "aiohttp", "s3": "s3fs", "gs": "gcsfs", "hf": "huggingface_hub", "file": None}
 _CHUNK_BYTES = 8 * 2**20
 
 
@@ -29,6 +30,7 @@ class RemoteFolder:
         scheme = url.partition("://")[0]
         if scheme not in SCHEMES or "::" in url:
             raise ValueError(f"{url}: expected a folder or a URL of {', '.join(SCHEMES)}")
+        _need_package(url, scheme)
         self.url = url.rstrip("/")
         self._attempts = attempts
         # Instances are not shared with other users of fsspec, as these settings are ours.
@@ -85,13 +87,24 @@ def _is_worth_a_retry(error: Exception) -> bool:
     return isinstance(error, UnavailableError)
 
 
+def _need_package(url: str, scheme: str) -> None:
+    """Raises ValueError where the package that speaks `scheme` is not here, or cannot be imported."""
+    package = SCHEMES[scheme]
+    if package is None:
+        return
+    try:
+        importlib.import_module(package)
+    except ImportError as error:
+        raise ValueError(f"{url}: {scheme}:// needs {package} ({error}); pip install {package}") from error
+
+
 def _timeouts(scheme: str, stall_s: float) -> dict[str, Any]:
     """fsspec's options that bound how long a connection may stand still, where the protocol's library has some."""
-    if scheme in ("http", "https"):
+    if scheme in ("http", "https", "gs"):
         import aiohttp
 
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=stall_s, sock_read=stall_s)
-        return {"client_kwargs": {"timeout": timeout}}
+        return {"requests_timeout": timeout} if scheme == "gs" else {"client_kwargs": {"timeout": timeout}}
     if scheme == "s3":
         return {"config_kwargs": {"connect_timeout": stall_s, "read_timeout": stall_s}}
     return {}

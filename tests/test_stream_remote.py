@@ -351,6 +351,17 @@ def test_locations_that_run_or_wrap_something_are_refused(location: str, config:
         open_data(location, config)
 
 
+@pytest.mark.parametrize(
+    ("scheme", "package"), [("https", "aiohttp"), ("s3", "s3fs"), ("gs", "gcsfs"), ("hf", "huggingface_hub")]
+)
+def test_the_package_that_a_scheme_needs_is_named(
+    scheme: str, package: str, config: DataConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ValueError, match=rf"{scheme}://a/b: {scheme}:// needs {package} .*; pip install {package}$"):
+        open_data(f"{scheme}://a/b", config)
+
+
 def test_a_local_folder_has_no_cache(local: ShardSet, config: DataConfig) -> None:
     shards = open_data(local.folder, config)
     assert cache_of(shards) is None and shards.fingerprint == local.fingerprint

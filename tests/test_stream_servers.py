@@ -1,4 +1,4 @@
-"""Shards from servers that other people wrote: nginx with faults put in between, and an S3 server from PyPI."""
+"""Shards from servers that other people wrote: nginx with faults put in between, S3 and GCS servers from PyPI."""
 
 import contextlib
 import re
@@ -199,5 +199,33 @@ def test_an_s3_server_gives_the_batches_of_the_disk(
             _same_as_local("s3://bucket/set", local, replace(_config(tmp_path), stall_s=10.0))
             with pytest.raises(FileNotFoundError, match=r"s3://bucket/none/manifest\.json: not found"):
                 open_data("s3://bucket/none", _config(tmp_path))
+        finally:
+            process.terminate()
+
+
+@pytest.mark.slow
+def test_a_gcs_server_gives_the_batches_of_the_disk(
+    local: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("gcp_storage_emulator", reason="gcp-storage-emulator is not installed")
+    # The emulator has no gRPC, by which gcsfs would first ask for a minute what kind of bucket it is.
+    monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    pytest.importorskip("gcsfs", reason="gcsfs is not installed")
+    port = _free_port()
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
+    arguments = ["start", "--host", "127.0.0.1", "--port", str(port), "--in-memory", "--default-bucket", "bucket"]
+    command = [sys.executable, "-m", "gcp_storage_emulator", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        try:
+            _wait_for(port, process)
+            for path in local.folder.iterdir():
+                if path.is_file():
+                    query = f"uploadType=media&name=set/{path.name}"
+                    url = f"http://127.0.0.1:{port}/upload/storage/v1/b/bucket/o?{query}"
+                    with urllib.request.urlopen(urllib.request.Request(url, path.read_bytes())) as answer:
+                        assert answer.status == 200
+            _same_as_local("gs://bucket/set", local, replace(_config(tmp_path), stall_s=10.0))
+            with pytest.raises(FileNotFoundError, match=r"gs://bucket/none/manifest\.json: not found"):
+                open_data("gs://bucket/none", _config(tmp_path))
         finally:
             process.terminate()
