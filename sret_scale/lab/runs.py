@@ -6,6 +6,7 @@ to a run's metrics is tolerated and becomes a remark (see `metrics`).
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,12 +144,19 @@ def _reading_order(folder: Path) -> tuple[int, list[tuple[int, str]]]:
 
 
 def _with_distinct_names(runs: list[Run]) -> list[Run]:
-    """The runs, those of equal folder name told apart by their whole path."""
-    names = [run.name for run in runs]
+    """The runs, those of equal folder name told apart by the shortest ends of their paths that differ."""
+    ends = [_path_ends(run.folder) for run in runs]
+    uses = Counter(end for own in ends for end in own)
     return [
-        run if names.count(run.name) == 1 else Run(**{**vars(run), "name": run.folder.resolve().as_posix().lstrip("/")})
-        for run in runs
+        Run(**{**vars(run), "name": next((end for end in own if uses[end] == 1), own[-1])})
+        for run, own in zip(runs, ends, strict=True)
     ]
+
+
+def _path_ends(folder: Path) -> list[str]:
+    """The last part of a path, the last two, and so on to all."""
+    parts = folder.resolve().parts[1:]
+    return ["/".join(parts[-length:]) for length in range(1, len(parts) + 1)]
 
 
 def _read_json(path: Path, folder: Path) -> dict[str, Any]:
