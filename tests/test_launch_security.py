@@ -1,13 +1,23 @@
 """Nothing that a stranger writes becomes code or a command, and nothing secret leaves the environment."""
 
+import io
 import json
 import os
+import pickle
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from data_pipelines.config import DataConfig
+from data_pipelines.index import open_shards
+from data_pipelines.loader import evaluation_batches
+from sret_scale.cli import main
+from sret_scale.train.checkpoint import read_tensors
 from sret_scale.train.config import from_yaml
 from sret_scale.train.node.hostfile import read_hostfile
 from sret_scale.train.node.places import choose_nodes
@@ -22,6 +32,45 @@ from sret_scale.train.launcher import launch
 folder = Path(sys.argv[1])
 sys.exit(launch(folder, folder / "config.yaml", num_ranks=1, module="tests.toy_rank", dry_run=len(sys.argv) > 2))
 """
+
+
+class Bomb:
+    """Leaves a file where it is unpickled."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self.file),)
+
+
+def test_pickle_in_place_of_weights_is_refused_unread(tmp_path: Path) -> None:
+    file = tmp_path / "weights.safetensors"
+    file.write_bytes(pickle.dumps(Bomb(tmp_path / "evil")))
+    with pytest.raises(ValueError, match=r"weights\.safetensors"):
+        read_tensors(tmp_path, "weights")
+    assert not (tmp_path / "evil").exists()
+    # The bomb itself works.
+    pickle.loads(file.read_bytes())  # noqa: S301
+    assert (tmp_path / "evil").exists()
+
+
+def test_pickled_members_of_a_foreign_shard_stay_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    image = io.BytesIO()
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(image, "png")
+    folder = tmp_path / "set"
+    folder.mkdir()
+    bomb = pickle.dumps(Bomb(tmp_path / "evil"))
+    with tarfile.open(folder / "shard-000000.tar", "w") as tar:
+        for name, data in {"a.cls": b"0", "a.pkl": bomb, "a.png": image.getvalue(), "a.pth": bomb}.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    for action in (["index", str(folder)], ["verify", str(folder)]):
+        assert main(["shards", *action]) == 0, capsys.readouterr().err
+    shards = open_shards(folder)
+    (batch,) = evaluation_batches(shards, DataConfig(), image_size=8, batch_size=1, rank=0, world_size=1)
+    assert batch.images.shape == (1, 3, 8, 8) and not (tmp_path / "evil").exists()
 
 
 @pytest.mark.parametrize(

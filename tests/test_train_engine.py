@@ -96,6 +96,8 @@ def test_every_zero_stage_is_the_plain_loop(folder: Path, ds_config: str) -> Non
         if name.endswith("qkv.bias"):
             # A key's bias adds the same to all scores of a query, which softmax removes: again a gradient of 0.
             difference = difference.view(3, -1)[[0, 2]]
+        # Adam divides a gradient by its own size: where one is near its rounding, the order of the ranks' sum shows.
+        # The largest seen is 4e-5; the parity matrix has the bound of 1e-6, on values with gradients of usual size.
         assert float(difference.max()) <= 5e-5 + 1e-4 * float(value.abs().max()), name
     norms = load_file(folder / f"{ds_config}.norms.safetensors")["grad_norm"]
     torch.testing.assert_close(norms, torch.tensor([norm, norm]), rtol=1e-3, atol=0)
