@@ -121,9 +121,11 @@ def test_losses_are_a_weighted_mean() -> None:
     ("options", "message"),
     [
         ({"min_loops": 0}, "depth.min_loops: expected at least 1, got 0"),
+        ({"max_loops": 4}, "depth.max_loops: expected a depth.loops that draws counts, got 4"),
+        ({"loops": "uniform", "growth_images": 9}, "depth.growth_images: expected depth.loops=growing, got 9"),
         ({"loops": "poisson"}, "depth.mean_loops"),
         ({"mean_loops": 4.0}, "depth.mean_loops: expected with the poisson draws only"),
-        ({"min_loops": 5, "max_loops": 4}, "depth.min_loops: expected at most max_loops"),
+        ({"loops": "uniform", "min_loops": 5, "max_loops": 4}, "depth.min_loops: expected at most max_loops"),
         ({"loops": "fixed"}, "depth.max_loops: expected a count for fixed"),
         ({"supervised_loops": (1, 2)}, "depth.supervision_weights: expected one for each of supervised_loops"),
         ({"mixed_loops": (3, 1), "mixed_weights": (1.0, 1.0)}, "depth.mixed_loops: expected ascending counts"),

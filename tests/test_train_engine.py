@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from sret_scale.model import Noise, SReT
 from sret_scale.model.stem import Stem
 from sret_scale.train.checkpoint import list_checkpoints, read_tensors, verify_checkpoint
 from sret_scale.train.config import OptimConfig
+from sret_scale.train.engine import Engine
 from sret_scale.train.optim import build_optimizer, set_rates
 from tests.engine_ranks import ACCUMULATION, DS_CONFIGS, RATE, STEPS, batch
 from tests.runs import run_two_ranks
@@ -127,3 +129,15 @@ def test_bf16_autocast_stays_close_to_fp32(folder: Path) -> None:
     apart = sum(float((fp32[name] - bf16[name]).square().sum()) for name in trained)
     moved = sum(float((fp32[name] - start[name]).square().sum()) for name in trained)
     assert 0 < apart < 0.05 * moved
+
+
+def test_moments_of_another_update_rule_are_refused() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    engine = SimpleNamespace(
+        _client_optimizer=SimpleNamespace(missed={}),
+        _trained_parameters=lambda: iter([("head.weight", parameter)]),
+        _moments=lambda _name: ("exp_avg", "exp_avg_sq"),
+    )
+    state = {"step": torch.tensor(3.0), "momentum_buffer.head.weight": torch.zeros(2)}
+    with pytest.raises(ValueError, match=r"lacks exp_avg\.head\.weight \(and 1 more\).*another optim\.optimizer"):
+        Engine.load_optimizer_state(engine, state, {})  # type: ignore[arg-type]

@@ -163,7 +163,7 @@ def test_what_does_not_fit_is_named(config: RunConfig, tmp_path: Path, capsys: p
     assert "belong to `checkpoint convert`" in refusal("info", run, "--to", universal)
     assert "has no folder zero/" in refusal("convert", run, "--from", tmp_path)
     assert main(["checkpoint", "convert", str(run), "--to", str(universal)]) == 0
-    assert "exists" in refusal("convert", run, "--to", universal)
+    assert "is there already" in refusal("convert", run, "--to", universal)
     other = make_run(
         tmp_path / "other", replace(config, model=replace(TINY_MODEL, num_classes=11)), has_checkpoint=False
     )

@@ -212,7 +212,9 @@ def finish(folder: Path, plan: LabelPlan) -> bool:
     if not all((folder / plan.file_name(unit)).exists() for unit in units):
         return False
     for leftover in folder.glob("*.tmp"):  # of a writer that was killed
-        leftover.unlink()
+        # Ranks that finish together all come here: one may be at its header, and another have cleaned up.
+        if not leftover.name.startswith(f"{HEADER_NAME}."):
+            leftover.unlink(missing_ok=True)
     parts = [read_header(folder, plan, unit)[0]["coverage_sums"] for unit in units]
     # A store that was begun before a figure was measured does not have it.
     sums = Counter({name: sum(part[name] for part in parts) for name in set.intersection(*map(set, parts))})

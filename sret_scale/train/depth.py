@@ -59,6 +59,11 @@ class DepthConfig:
             _require(value is None or value >= 1, name, "at least 1", value)
         _require(self.growth_images >= 0, "growth_images", "0 or more", self.growth_images)
         _require(self.log_sigma >= 0, "log_sigma", "0 or more", self.log_sigma)
+        if self.loops == "all":
+            for name, unused in (("min_loops", 1), ("max_loops", None), ("left_out", "last")):
+                _require(getattr(self, name) == unused, name, "a depth.loops that draws counts", getattr(self, name))
+        is_growing = self.loops == "growing"
+        _require(is_growing or not self.growth_images, "growth_images", "depth.loops=growing", self.growth_images)
         is_poisson = self.loops in ("poisson", "lognormal_poisson")
         _require(
             (self.mean_loops is not None) == is_poisson, "mean_loops", "with the poisson draws only", self.mean_loops

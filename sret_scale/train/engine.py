@@ -271,10 +271,19 @@ class Engine:
 
     @torch.no_grad()
     def load_optimizer_state(self, state: Mapping[str, Tensor], missed_updates: Mapping[str, int]) -> None:
-        """Set moments and step from the whole tensors of `optimizer_pieces`, at any world size and stage."""
+        """Set moments and step from the whole tensors of `optimizer_pieces`, at any world size and stage.
+
+        Raises ValueError where they are those of another update rule.
+        """
         self._client_optimizer.missed = dict(missed_updates)
         if not state:
             return
+        needed = {f"{moment}.{name}" for name, _ in self._trained_parameters() for moment in self._moments(name)}
+        if missing := sorted(needed - set(state)):
+            raise ValueError(
+                f"the optimizer state lacks {missing[0]} (and {len(missing) - 1} more): it was made by another "
+                "optim.optimizer; continue with that one, or start a run with train.initial_weights"
+            )
         self._create_optimizer_entries(state["step"])
         self._link_moments()
         for name, parameter in self._trained_parameters():

@@ -12,6 +12,7 @@ are pickles; they are read by torch's restricted loader, which refuses whatever 
 
 import contextlib
 import pickle
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -41,20 +42,26 @@ def export_universal(checkpoint: Path, folder: Path, *, parameters: Iterable[str
     if not optimizer:
         raise ValueError(f"{checkpoint} was saved before the first step: it has no optimizer state to export")
     target = folder / checkpoint.name
-    target.mkdir(parents=True, exist_ok=False)
+    if target.exists():
+        raise FileExistsError(f"{target} is there already: remove it, or convert into another folder")
+    partial = target.with_name(f"{target.name}.tmp")
+    # Of an export that was broken off.
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
     names = list(parameters)
     for name in names:
         values = {"fp32": weights[name], **_moments_of(name, optimizer)}
-        (target / "zero" / name).mkdir(parents=True)
+        (partial / "zero" / name).mkdir(parents=True)
         for kind, value in values.items():
             # A copy, because a view would take its whole storage with it.
-            torch.save({"param": value.clone()}, target / "zero" / name / f"{kind}.pt")
-        torch.save(optimizer["step"].clone(), target / "zero" / name / "step.pt")
-    torch.save(_optimizer_file(optimizer["step"], len(names)), target / "zero" / "optimizer_state.pt")
+            torch.save({"param": value.clone()}, partial / "zero" / name / f"{kind}.pt")
+        torch.save(optimizer["step"].clone(), partial / "zero" / name / "step.pt")
+    torch.save(_optimizer_file(optimizer["step"], len(names)), partial / "zero" / "optimizer_state.pt")
     counters = _counters(state)
     ours = {"state": state, "ema": read_tensors(checkpoint, "ema")}
-    torch.save({**counters, "module": weights, OURS: ours}, target / MODEL_FILE)
-    torch.save({**counters, "module": {}}, target / ZERO_3_MODEL_FILE)
+    torch.save({**counters, "module": weights, OURS: ours}, partial / MODEL_FILE)
+    torch.save({**counters, "module": {}}, partial / ZERO_3_MODEL_FILE)
+    partial.rename(target)
     (folder / "latest_universal").write_text(target.name)
     return target
 
