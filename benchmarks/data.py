@@ -2,19 +2,21 @@
 
 Every pipeline goes from stored JPEGs to a normalised float batch of RandomResizedCrop(224) and flips, bilinear and
 antialiased, on one core. Figures are images per second of processor time of the whole process (threads included),
-because the machine may be shared; pipelines take turns, and the best of the rounds counts for each.
+because the machine may be shared; pipelines take turns, and the median of the rounds counts for each.
 """
 
 import argparse
-import contextlib
+import datetime
 import importlib.metadata
 import json
+import os
 import platform
-import sys
+import re
+import statistics
 import tempfile
-import time
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,7 @@ from PIL import Image
 from skimage import data as photos
 from sklearn.datasets import load_sample_images
 
-from benchmarks.data_peers import BATCH, MEAN, PEERS, STD, available_peers, pillow_transform
+from benchmarks.data_peers import BATCH, MEAN, PEERS, STD, Peer, PeerError, cpu_rate, pillow_transform
 from data_pipelines import roi
 from data_pipelines.augment import AugmentConfig, BatchAugment, normalise_
 from data_pipelines.config import DataConfig
@@ -97,20 +99,30 @@ def reads_by_webdataset(shards: ShardSet) -> Iterator[int]:
             yield 1
 
 
-def best_rates(pipelines: dict[str, Callable[[], Iterator[int]]], num_images: int, rounds: int) -> dict[str, float]:
-    """Images per second of processor time. Each round starts afresh, so that nothing is prepared in another's turn."""
-    best = dict.fromkeys(pipelines, 0.0)
+def median_rates(pipelines: dict[str, Callable[[], float]], rounds: int) -> dict[str, dict[str, Any]]:
+    """What each measures, in turns: the median of the rounds, and all of them."""
+    rates: dict[str, list[float]] = {name: [] for name in pipelines}
     for _ in range(rounds):
-        for name, begin in pipelines.items():
-            with contextlib.closing(begin()) as pipeline:  # type: ignore[type-var]
-                # The first batches fill the prefetch queue, which is as full at the end of the measurement.
-                for _ in range(4):
-                    next(pipeline)
-                start, count = time.process_time(), 0
-                while count < num_images:
-                    count += next(pipeline)
-                best[name] = max(best[name], count / (time.process_time() - start))
-    return best
+        for name, measure_once in pipelines.items():
+            rates[name].append(round(measure_once(), 1))
+    return {name: {"median": statistics.median(values), "rounds": values} for name, values in rates.items()}
+
+
+def start_peers(
+    peers: dict[str, list[Path]], images: Path, work: Path
+) -> tuple[dict[str, Peer], dict[str, str], dict[str, str]]:
+    """The peers that work here by their names in the table, their versions, and why the others do not."""
+    running: dict[str, Peer] = {}
+    versions: dict[str, str] = {}
+    missing: dict[str, str] = {}
+    for key, folders in peers.items():
+        name, package, _ = PEERS[key]
+        try:
+            running[name] = Peer(key, folders, images, work)
+            versions[package] = running[name].version
+        except PeerError as error:
+            missing[name] = str(error)
+    return running, versions, missing
 
 
 def memory_growth_bytes(shards: ShardSet, num_epochs: int) -> dict[str, int]:
@@ -128,63 +140,88 @@ def memory_growth_bytes(shards: ShardSet, num_epochs: int) -> dict[str, int]:
     return {"resident": resident[4], "growth": resident[-1] - resident[4], "epochs": num_epochs}
 
 
-def measure(folder: Path, num_images: int, rounds: int) -> dict[str, Any]:
+def measure(folder: Path, peers: dict[str, list[Path]], num_images: int, rounds: int) -> dict[str, Any]:
     """All figures, over photos that are written to `folder`."""
     write_photos(folder / "images", num_images)
     write_photos(folder / "few", 2 * BATCH)
     for name in ("images", "few"):
         write_shards(WriteConfig(kind="folder", source=folder / name), folder / f"{name}-shards", num_workers=1)
     shards = open_shards(folder / "images-shards")
-    peers, missing = available_peers(folder / "images", folder)
-    training = {
-        "webdataset + Pillow + torchvision": lambda: webdataset_pillow(shards),
-        **peers,
-        "sret_scale": lambda: ours(shards),
-    }
-    reading = {
-        "webdataset, in sequence": lambda: reads_by_webdataset(shards),
-        "sret_scale, in random order": lambda: reads_in_random_order(shards),
-    }
-    rates = best_rates(training, num_images, rounds)
-    reads = best_rates(reading, 20 * num_images, rounds)
     few = open_shards(folder / "few-shards")
-    sizes = shards.length
-    photos_facts = {"num_images": shards.num_samples, "mean_bytes": int(sizes.mean())}
+    running, versions, missing = start_peers(peers, folder / "images", folder)
+    try:
+        training = {
+            "webdataset + Pillow + torchvision": lambda: cpu_rate(lambda: webdataset_pillow(shards), num_images),
+            "sret_scale": lambda: cpu_rate(lambda: ours(shards), num_images),
+            **{name: partial(peer.rate, num_images) for name, peer in running.items()},
+        }
+        rates = median_rates(training, rounds)
+    finally:
+        for peer in running.values():
+            peer.close()
+    reading = {
+        "webdataset, in sequence": lambda: cpu_rate(lambda: reads_by_webdataset(shards), 20 * num_images),
+        "sret_scale, in random order": lambda: cpu_rate(lambda: reads_in_random_order(shards), 20 * num_images),
+    }
     return {
-        "photos": photos_facts,
+        "peer_versions": versions,
+        "photos": {"num_images": shards.num_samples, "mean_bytes": int(shards.length.mean())},
         "training": rates,
         "missing": missing,
-        "reading": reads,
+        "reading": median_rates(reading, rounds),
         "memory_bytes": memory_growth_bytes(few, 50),
     }
 
 
-def main() -> None:
-    """Print a table and write the figures as JSON."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.data", description=__doc__.splitlines()[0])
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.data", description=str(__doc__).splitlines()[0])
     parser.add_argument("--images", type=int, default=320)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
-    parser.add_argument("--peers", type=Path, nargs="*", default=[], help="folders with other loaders to compare with")
+    parser.add_argument(
+        "--peer",
+        nargs="+",
+        action="append",
+        default=[],
+        metavar=("NAME", "FOLDER"),
+        help=f"another loader to compare with ({', '.join(PEERS)}), and the folders that hold it",
+    )
     args = parser.parse_args()
-    sys.path.extend(str(folder.resolve()) for folder in args.peers)
+    for name, *_ in args.peer:
+        if name not in PEERS:
+            parser.error(f"--peer {name}: expected one of {', '.join(PEERS)}")
+    return args
+
+
+def main() -> None:
+    """Print a table and write the figures as JSON."""
+    args = _arguments()
     torch.set_num_threads(1)
-    warnings.filterwarnings("ignore", module="webdataset|timm")
+    warnings.filterwarnings("ignore", module="webdataset")
+    peers = {name: [Path(folder) for folder in folders] for name, *folders in args.peer}
+    load_before = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder:
-        figures = measure(Path(folder), args.images, args.rounds)
-    peers = [package for name, (package, _) in PEERS.items() if name in figures["training"]]
-    names = ("torch", "torchvision", "webdataset", "pillow", "simplejpeg", *peers)
+        figures = measure(Path(folder), peers, args.images, args.rounds)
+    names = ("torch", "torchvision", "webdataset", "pillow", "simplejpeg")
+    versions = {name: importlib.metadata.version(name) for name in names} | figures.pop("peer_versions")
+    base = figures["training"]["webdataset + Pillow + torchvision"]["median"]
     facts = {
-        "command": "python -m benchmarks.data " + " ".join(arg for arg in sys.argv[1:] if "/" not in arg),
-        "versions": {name: importlib.metadata.version(name) for name in names},
-        "processor": platform.processor() or platform.machine(),
+        "command": f"python -m benchmarks.data --images {args.images} --rounds {args.rounds} "
+        + " ".join(f"--peer {name} FOLDER..." for name in peers),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "unit": "images per second of processor time, all threads of the process; medians of alternating rounds",
+        "machine": {"processor": processor_name(), "cores": os.cpu_count(), "load": [load_before, os.getloadavg()[0]]},
+        "versions": versions,
         "region_of_interest_decoding": roi.LIBRARY.exists(),
+        "times_webdataset": round(figures["training"]["sret_scale"]["median"] / base, 2),
         **figures,
     }
     for table in ("training", "reading"):
-        slowest = min(figures[table].values())
-        for name, rate in sorted(figures[table].items(), key=lambda item: item[1]):
-            print(f"{table:<9} {name:<36} {rate:>9,.0f} images/s  {rate / slowest:5.2f}x")
+        base = next(iter(figures[table].values()))["median"]
+        for name, rate in sorted(figures[table].items(), key=lambda item: item[1]["median"]):
+            low, high = min(rate["rounds"]), max(rate["rounds"])
+            spread = f"({low:,.0f} to {high:,.0f})"
+            print(f"{table:<9} {name:<36} {rate['median']:>9,.0f} images/s {spread:<20} {rate['median'] / base:5.2f}x")
     for name, reason in figures["missing"].items():
         print(f"missing   {name}: {reason}")
     memory = figures["memory_bytes"]
@@ -192,6 +229,12 @@ def main() -> None:
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(facts, indent=2) + "\n")
+
+
+def processor_name() -> str:
+    """As the kernel names it."""
+    names = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return str(names[0]) if names else platform.machine()
 
 
 if __name__ == "__main__":

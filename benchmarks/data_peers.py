@@ -1,11 +1,22 @@
 """Other loaders on the same JPEGs, each as its documentation shows it: RandomResizedCrop(224), flip, normalised floats.
 
-They are no part of this project's environment: `python -m benchmarks.data --peers FOLDER...` looks for them in folders
-that `pip install --target FOLDER` filled. One that cannot be imported is named with its reason.
+They are no part of this project's environment, and need versions that exclude each other. So each runs in a process of
+its own, which finds it in folders that `pip install --target FOLDER` filled, before the packages of the environment:
+`python -m benchmarks.data --peer litdata FOLDER... --peer dali FOLDER...`. One that does not work is named with its
+reason.
 """
 
+import argparse
+import contextlib
+import importlib.metadata
 import io
+import json
+import os
 import re
+import subprocess
+import sys
+import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -164,28 +175,95 @@ def dali_cpu(images: Path, _work: Path) -> Pipeline:
     return run
 
 
-PEERS: dict[str, tuple[str, Callable[[Path, Path], Pipeline]]] = {
-    "timm's loader": ("timm", timm_loader),
-    "litdata": ("litdata", litdata_loader),
-    "mosaicml-streaming": ("mosaicml-streaming", mosaic_streaming),
-    "spdl": ("spdl_io", spdl_threads),
-    "DALI on the CPU": ("nvidia-dali-cuda120", dali_cpu),
+# Name on the command line: name in the table, package whose version is filed, pipeline.
+PEERS: dict[str, tuple[str, str, Callable[[Path, Path], Pipeline]]] = {
+    "timm": ("timm's loader", "timm", timm_loader),
+    "litdata": ("litdata", "litdata", litdata_loader),
+    "mosaicml-streaming": ("mosaicml-streaming", "mosaicml-streaming", mosaic_streaming),
+    "spdl": ("spdl", "spdl_io", spdl_threads),
+    "dali": ("DALI on the CPU", "nvidia-dali-cuda120", dali_cpu),
 }
 
 
-def available_peers(images: Path, work: Path) -> tuple[dict[str, Pipeline], dict[str, str]]:
-    """The pipelines of those that work here, and why the others do not."""
-    pipelines: dict[str, Pipeline] = {}
-    missing: dict[str, str] = {}
-    for name, (_, make) in PEERS.items():
+def cpu_rate(begin: Pipeline, num_images: int) -> float:
+    """Images per second of processor time of this process, of a pipeline that starts afresh."""
+    with contextlib.closing(begin()) as pipeline:  # type: ignore[type-var]
+        # The first batches fill the prefetch queue, which is as full at the end of the measurement.
+        for _ in range(4):
+            next(pipeline)
+        start, count = time.process_time(), 0
+        while count < num_images:
+            count += next(pipeline)
+        return count / (time.process_time() - start)
+
+
+class PeerError(Exception):
+    """A peer does not work here, and why."""
+
+
+class Peer:
+    """One of `PEERS` in a process of its own, with its `folders` before the packages of this environment."""
+
+    def __init__(self, key: str, folders: list[Path], images: Path, work: Path) -> None:
+        libraries = sorted({str(file.parent) for folder in folders for file in folder.glob("nvidia/*/lib*.so*")})
+        paths = {
+            "PYTHONPATH": [*(str(folder.resolve()) for folder in folders), os.environ.get("PYTHONPATH", "")],
+            "LD_LIBRARY_PATH": [*libraries, os.environ.get("LD_LIBRARY_PATH", "")],
+        }
+        environment = os.environ | {name: os.pathsep.join(filter(None, values)) for name, values in paths.items()}
+        command = [sys.executable, "-m", "benchmarks.data_peers", key, str(images), str(work)]
+        self._log = (work / f"{key}.log").open("w+")
+        self._process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True
+        )
         try:
-            pipeline = make(images, work)
-            # One batch, so that what fails at work is found before the measurement.
-            first = pipeline()
-            next(first)
-            pipelines[name] = pipeline
-        except Exception as error:
-            # Whatever a peer needs and does not find here is the reason that the table gives.
-            reason = re.sub(r"\s+", " ", f"{type(error).__name__}: {error}")
-            missing[name] = reason[:200]
-    return pipelines, missing
+            self.version = str(self._answer()["version"])
+        except PeerError:
+            self.close()
+            raise
+
+    def rate(self, num_images: int) -> float:
+        """One measurement."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{num_images}\n")
+        self._process.stdin.flush()
+        return float(self._answer()["rate"])
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._process.kill()
+        self._process.communicate()
+        self._log.close()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        # Libraries print there too.
+        for line in self._process.stdout:
+            if line.startswith('{"answer"'):
+                answer: dict[str, Any] = json.loads(line)["answer"]
+                return answer
+        self._log.seek(0)
+        lines = [line for line in self._log.read().splitlines() if re.match(r"\S*(Error|Exception)\b", line)]
+        raise PeerError(lines[-1][:200] if lines else f"ended with status {self._process.wait()}")
+
+
+def main() -> None:
+    """The process of one peer: its version, then a rate for each number of images on the standard input."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.data_peers", description=main.__doc__)
+    parser.add_argument("peer", choices=PEERS)
+    parser.add_argument("images", type=Path)
+    parser.add_argument("work", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    _, package, make = PEERS[args.peer]
+    pipeline = make(args.images, args.work)
+    # One batch, so that what fails at work is found before the measurement.
+    next(pipeline())
+    print(json.dumps({"answer": {"version": importlib.metadata.version(package)}}), flush=True)
+    for line in sys.stdin:
+        print(json.dumps({"answer": {"rate": cpu_rate(pipeline, int(line))}}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
