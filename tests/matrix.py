@@ -172,7 +172,7 @@ def plain_loop(precision: str, accumulation: str, *, clipping: bool) -> dict[str
         }
         for name, value in model.named_parameters()
     ]
-    optimizer = torch.optim.AdamW(groups, lr=RATE, betas=(OPTIM.beta1, OPTIM.beta2), eps=OPTIM.eps)
+    optimizer = torch.optim.AdamW(groups, lr=RATE, betas=(OPTIM.beta1, OPTIM.beta2), eps=OPTIM.eps, fused=True)
     average: dict[str, Tensor] = {}
     for step, window in enumerate(windows(accumulation)):
         for group in optimizer.param_groups:

@@ -91,13 +91,15 @@ class Optimizer(torch.optim.Optimizer):
         self._held |= absent
         for group in self.param_groups:
             owners = group["params"]
+            if group["rule"] == "muon":
+                self._muon(group, owners)
+                continue
+            pieces = [piece for owner in owners for piece in self._pieces(owner)]
             if owners and group["rule"] == "lamb":
                 # Every rank comes here: the norms of a parameter that is cut are summed over all of them.
-                self._lamb(group, [piece for owner in owners for piece in self._pieces(owner, is_whole=False)])
-            elif group["rule"] == "muon":
-                self._muon(group, owners)
+                self._lamb(group, pieces)
             else:
-                self._adamw(group, [piece for owner in owners for piece in self._pieces(owner, is_whole=True)])
+                self._adamw(group, pieces)
         self._held -= absent
         self._count_missed(absent)
 
@@ -105,17 +107,21 @@ class Optimizer(torch.optim.Optimizer):
         owners = (owner for group in self.param_groups for owner in group["params"] if owner.grad is None)
         return frozenset(part.name for owner in owners for part in self.layout[owner])
 
-    def _pieces(self, owner: Tensor, *, is_whole: bool) -> list[_Slice]:
-        """The slices of `owner` that move; with `is_whole` as one where all have had the same number of updates."""
+    def _pieces(self, owner: Tensor) -> list[_Slice]:
+        """The slices of `owner` that move.
+
+        Parameter by parameter, because the last elements of a tensor go through another code of torch's kernel, which
+        rounds differently: so the bits do not depend on which parameters ZeRO laid end to end.
+        """
         state = self._count(owner, ("exp_avg", "exp_avg_sq"))
         updates, parts = int(state["step"]), self.layout[owner]
-        moving = [part for part in parts if part.name not in self._held]
-        if is_whole and len(moving) == len(parts) and not any(part.name in self.missed for part in parts):
-            moving = [Part(name="", start=0, length=owner.numel())]
+        if all(part.name in self._held for part in parts):
+            return []
         tensors = [owner, cast(Tensor, owner.grad), state["exp_avg"], state["exp_avg_sq"]]
         return [
-            _Slice(part.name, updates - self.missed.get(part.name, 0), *(_cut(tensor, part) for tensor in tensors))
-            for part in moving
+            _Slice(part.name, updates - self.missed.get(part.name, 0), *values)
+            for part, values in zip(parts, zip(*(_cut(tensor, parts) for tensor in tensors), strict=True), strict=True)
+            if part.name not in self._held
         ]
 
     def _count(self, owner: Tensor, moments: Sequence[str]) -> dict[str, Tensor]:
@@ -136,9 +142,8 @@ class Optimizer(torch.optim.Optimizer):
             self.apex.adamw(_lists(pieces), [piece.count for piece in pieces], group)
             return
         beta1, beta2 = group["betas"]
-        is_fused = device.type == "cuda"
-        # torch counts up before it updates; its fused kernel wants the counts on the device.
-        counts = [torch.full((), piece.count - 1.0, device=device if is_fused else "cpu") for piece in pieces]
+        # torch counts up before it updates, and its fused kernel wants the counts on the device.
+        counts = [torch.full((), piece.count - 1.0, device=device) for piece in pieces]
         values, gradients, exp_avgs, exp_avg_sqs = _lists(pieces)
         adamw(
             values,
@@ -147,7 +152,8 @@ class Optimizer(torch.optim.Optimizer):
             exp_avg_sqs,
             [],
             counts,
-            fused=is_fused,
+            # One pass over memory, on CPUs too: 3.5 ms in place of 12.5 for SReT-T on one core.
+            fused=True,
             amsgrad=False,
             maximize=False,
             beta1=beta1,
@@ -215,6 +221,12 @@ def _lists(pieces: Sequence[_Slice]) -> tuple[list[Tensor], list[Tensor], list[T
     )
 
 
-def _cut(tensor: Tensor, part: Part) -> Tensor:
-    # A whole tensor keeps its shape: flattening asks for contiguous memory.
-    return tensor if part.length == tensor.numel() else tensor.view(-1)[part.start : part.start + part.length]
+def _cut(tensor: Tensor, parts: Sequence[Part]) -> Sequence[Tensor]:
+    """The elements of each part; one that is the whole tensor keeps its shape."""
+    if len(parts) == 1 and parts[0].length == tensor.numel():
+        return (tensor,)
+    sizes, end = [], 0
+    for part in parts:
+        sizes += [part.start - end, part.length]
+        end = part.start + part.length
+    return torch.split(tensor.view(-1), [*sizes, tensor.numel() - end])[1:-1:2]
