@@ -8,11 +8,13 @@ import torch.nn.functional as F
 
 from sret_scale.memory import (
     MemoryConfig,
+    Prepared,
     apply_recomputation,
     apply_schedules,
     plan_for,
     predict_activations,
     prepare_memory,
+    schedule,
 )
 from sret_scale.memory.batches import BatchSearch
 from sret_scale.memory.instrument import measure_peak
@@ -141,13 +143,19 @@ def test_training_is_prepared_within_a_budget_or_refused() -> None:
     model = SReT(DEEP).train()
     state = {"micro_batch_size": 4, "precision": "fp32", "world_size": 1, "zero_stage": 0}
     budget = MemoryConfig(schedule="planned", budget_bytes=20 * 2**20)
-    predicted = prepare_memory(model, budget, **state)
+    prepared = prepare_memory(model, budget, **state)
+    predicted = prepared.activations
     assert measured_peak(model, 4, "fp32") == pytest.approx(predicted, rel=0.10)
     assert predicted < 20 * 2**20
+    assert prepared.plan is not None and prepared.plan.activations == predicted
+    # The record makes the same schedules again.
+    made = [schedule.binomial(**chain) for chain in prepared.plan.to_json()["chains"]]
+    assert [(one.forward, one.backward) for one in made] == [(s.forward, s.backward) for s in prepared.plan.schedules]
     with pytest.raises(ValueError, match="next cheaper choice"):
         prepare_memory(model, MemoryConfig(schedule="planned", budget_bytes=2**20), **state)
     fixed = MemoryConfig(schedule="nested")
-    assert prepare_memory(model, fixed, **state) == predict_activations(DEEP, fixed, micro_batch_size=4)
+    activations = predict_activations(DEEP, fixed, micro_batch_size=4)
+    assert prepare_memory(model, fixed, **state) == Prepared(activations=activations)
 
 
 @pytest.mark.parametrize(

@@ -112,7 +112,7 @@ def test_equal_memory_lets_the_planner_choose_batch_and_schedule(base: str) -> N
     plain = override(from_yaml(Path(base)), ["memory.schedule=none"])
     assert shallow.memory.budget_bytes == memory_of(plain, 1)
     model = SReT(deep.model)
-    activations = prepare_memory(
+    prepared = prepare_memory(
         model,
         deep.memory,
         micro_batch_size=deep.train.micro_batch_size,
@@ -120,7 +120,7 @@ def test_equal_memory_lets_the_planner_choose_batch_and_schedule(base: str) -> N
         world_size=1,
         zero_stage=1,
     )
-    assert activations < memory_of(plain, 1)
+    assert prepared.activations < memory_of(plain, 1)
 
 
 @pytest.mark.parametrize(

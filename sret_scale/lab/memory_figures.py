@@ -15,6 +15,7 @@ from sret_scale.lab.runs import Run
 from sret_scale.lab.summary import Summary
 from sret_scale.memory import MemoryConfig, Schedule, account, schedule_for
 from sret_scale.memory.draw import COLOURS, LABELS, MAX_DRAWN, SLOT_COLOUR, slot_lines, strokes
+from sret_scale.memory.schedule import binomial
 from sret_scale.train.config import build
 
 MOST_SCHEDULES = 4
@@ -63,7 +64,7 @@ def _prediction(summaries: Sequence[Summary], colours: Sequence[str]) -> Chart |
 
 
 def _schedules(runs: Sequence[Run]) -> Chart | None:
-    """The longest chain of each way to recompute; None where the planner chose at the start, or nothing recomputes."""
+    """The longest chain of each way to recompute; None where nothing recomputes."""
     found: dict[str, tuple[str, Schedule]] = {}
     for run in runs:
         schedule = _longest(run)
@@ -112,7 +113,7 @@ def _schedules(runs: Sequence[Run]) -> Chart | None:
 
 
 def _longest(run: Run) -> Schedule | None:
-    """The schedule of the run's longest stage; None where it keeps everything, or only a planner can tell."""
+    """The schedule of the run's longest stage; None where it keeps everything, or nothing tells what was planned."""
     section, stages = run.config.get("memory"), run.config.get("model", {}).get("stages", [])
     try:
         memory: MemoryConfig = build(MemoryConfig, section, "memory")
@@ -120,7 +121,24 @@ def _longest(run: Run) -> Schedule | None:
     except (ValueError, KeyError, TypeError):
         # Another version's config: the page shows what it can.
         return None
-    return None if memory.schedule in ("none", "planned") else schedule_for(memory, longest)
+    if memory.schedule == "planned":
+        return _planned(run, longest)
+    return None if memory.schedule == "none" else schedule_for(memory, longest)
+
+
+def _planned(run: Run, num_applications: int) -> Schedule | None:
+    """What the planner chose at the run's last start for a stage of so many applications, by the run's own record."""
+    for line in reversed(run.of_kind("plan")):
+        for chain in line.get("chains", ()):
+            try:
+                if chain["num_applications"] == num_applications:
+                    return binomial(
+                        **{name: int(chain[name]) for name in ("num_applications", "slots", "leaf", "num_taped")}
+                    )
+            except (ValueError, KeyError, TypeError):
+                # Another version's record, or a run of an older one without: the page shows what it can.
+                return None
+    return None
 
 
 def _runs(schedule: Schedule) -> int:

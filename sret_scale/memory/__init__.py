@@ -4,7 +4,7 @@ from sret_scale.memory.apply import apply_recomputation, apply_schedules
 from sret_scale.memory.chain import plan_chain
 from sret_scale.memory.config import SCHEDULES, MemoryConfig, schedule_for
 from sret_scale.memory.ledger import Ledger, account
-from sret_scale.memory.planner import Plan, plan_for, predict_activations, prepare_memory
+from sret_scale.memory.planner import Plan, Prepared, plan_for, predict_activations, prepare_memory
 from sret_scale.memory.recompute import run_chain
 from sret_scale.memory.schedule import Schedule
 
@@ -13,6 +13,7 @@ __all__ = [
     "Ledger",
     "MemoryConfig",
     "Plan",
+    "Prepared",
     "Schedule",
     "account",
     "apply_recomputation",

@@ -40,10 +40,29 @@ class Plan:
         return self.state.total + self.reserved + self.activations
 
     def to_json(self) -> dict[str, Any]:
-        """The plan for programs; schedules by name."""
+        """The plan for programs; schedules by name, and as what `binomial` takes to make them again."""
         record = {field.name: getattr(self, field.name) for field in fields(self)}
-        names = [schedule.name for schedule in self.schedules]
-        return record | {"schedules": names, "state": asdict(self.state), "total_bytes": self.total_bytes}
+        chains = []
+        for schedule in self.schedules:
+            assert schedule.shape is not None, "the planner chooses among binomial schedules"
+            slots, leaf, num_taped = schedule.shape
+            chains.append(
+                {"num_applications": schedule.num_applications, "slots": slots, "leaf": leaf, "num_taped": num_taped}
+            )
+        return record | {
+            "schedules": [schedule.name for schedule in self.schedules],
+            "chains": chains,
+            "state": asdict(self.state),
+            "total_bytes": self.total_bytes,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """The predicted peak of activation bytes of a model whose recomputation is set, and the plan where one was made."""
+
+    activations: int
+    plan: Plan | None = None
 
 
 def plan_for(
@@ -94,15 +113,15 @@ def prepare_memory(
     world_size: int,
     zero_stage: int,
     reserved_bytes: int = 0,
-) -> int:
-    """Sets the recomputation of `model` as `memory` asks, and returns the predicted peak of activation bytes.
+) -> Prepared:
+    """Sets the recomputation of `model` as `memory` asks.
 
     ValueError if a budget cannot be kept, before anything is set.
     """
     if memory.budget_bytes is None:
         activations = predict_activations(model.config, memory, micro_batch_size=micro_batch_size, precision=precision)
         apply_recomputation(model, memory)
-        return activations
+        return Prepared(activations=activations)
     device = "gpu" if next(model.parameters()).is_cuda else "cpu"
     plan = plan_for(
         BatchSearch(model.config, precision, DEVICES[device]),
@@ -113,7 +132,7 @@ def prepare_memory(
         reserved_bytes=reserved_bytes,
     )
     apply_schedules(model, plan.schedules, memory)
-    return plan.activations
+    return Prepared(activations=plan.activations, plan=plan)
 
 
 def predict_activations(

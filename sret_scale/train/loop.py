@@ -24,6 +24,7 @@ from sret_scale.train.config import RunConfig
 from sret_scale.train.depth import depth_plans, weighted_loss
 from sret_scale.train.distributed import Ranks, average_buffers, max_over_ranks, saved_buffers, sum_over_ranks
 from sret_scale.train.divergence import LeftOut, left_out, require_progress
+from sret_scale.train.energy import added
 from sret_scale.train.evaluate import evaluate
 from sret_scale.train.optim import WeightAverage, peak_rate, schedule_factor, set_rates
 from sret_scale.train.resume import restore, save
@@ -46,8 +47,7 @@ def train(config: RunConfig, folder: RunFolder, ranks: Ranks) -> bool:
     with StopFlag() as stop, contextlib.ExitStack() as stack:
         run = set_up(config, folder, ranks, stack)
         clock = restore(run)
-        if clock.step or run.metrics.is_continued:
-            log(run, clock, "restart", {"from_step": clock.step})
+        log_start(run, clock)
         if not clock.is_evaluated and evaluate_and_log(run, clock, stop, both=False):
             clock = dataclasses.replace(clock, is_evaluated=True)
         started = time.monotonic() - clock.time_s
@@ -87,6 +87,7 @@ def train(config: RunConfig, folder: RunFolder, ranks: Ranks) -> bool:
                     # What is exported is the last average, with its own statistics.
                     measure_statistics(run, run.average)
                 save(run, clock)
+                log_energy(run, clock)
                 logged = dataclasses.replace(clock, time_s=time.monotonic() - started)
             if is_stopping and not is_last:
                 run.writer.wait()
@@ -95,6 +96,7 @@ def train(config: RunConfig, folder: RunFolder, ranks: Ranks) -> bool:
         if not evaluate_and_log(run, clock, stop, both=True):
             return False
         log_memory(run, clock)
+        log_energy(run, clock)
         run.watchdog.progress(clock.step, "saving")
     return True
 
@@ -215,6 +217,14 @@ def log(run: Run, clock: Clock, kind: str, values: dict[str, object]) -> None:
     run.metrics.write(kind, place | values)
 
 
+def log_start(run: Run, clock: Clock) -> None:
+    """Where a continued run goes on, and what the planner chose for this start."""
+    if clock.step or run.metrics.is_continued:
+        log(run, clock, "restart", {"from_step": clock.step})
+    if run.memory.plan:
+        log(run, clock, "plan", run.memory.plan.to_json())
+
+
 def evaluate_and_log(run: Run, clock: Clock, stop: StopFlag, *, both: bool) -> bool:
     """Accuracy of the moving average where one is kept; of the raw weights where none is, or with `both`.
 
@@ -262,10 +272,22 @@ def log_memory(run: Run, clock: Clock) -> None:
     is_gpu = device.type == "cuda"
     peak_rss = max_over_ranks(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, device)
     peak_device = max_over_ranks(torch.cuda.max_memory_allocated(device), device) if is_gpu else None
-    predicted = run.predicted_activation_bytes
+    predicted = run.memory.activations
     log(
         run,
         clock,
         "memory",
         {"peak_rss_bytes": peak_rss, "peak_device_bytes": peak_device, "predicted_activation_bytes": predicted},
     )
+
+
+def log_energy(run: Run, clock: Clock) -> None:
+    """Joules that all nodes and GPUs drew in all starts of the run; null where one of them does not tell."""
+    spent = run.energy.read()
+    shared = torch.tensor(
+        [[value or 0.0, float(value is None)] for value in spent.values()], dtype=torch.float64, device=run.ranks.device
+    )
+    totals = zip(spent, sum_over_ranks(shared).tolist(), strict=True)
+    if run.ranks.is_main:
+        known = {kind: None if num_silent else joules for kind, (joules, num_silent) in totals}
+        log(run, clock, "energy", {kind: added(run.energy.before[kind], value) for kind, value in known.items()})

@@ -20,12 +20,14 @@ from sret_scale.distill import (
     open_stored_teacher,
     stored_labels,
 )
+from sret_scale.memory import Prepared
 from sret_scale.model import SReT, Stage
 from sret_scale.model.stem import SyncBatchNorm
 from sret_scale.train.apex import choose_kernels
 from sret_scale.train.config import RunConfig, grad_accum_steps
 from sret_scale.train.distributed import Ranks, differentiable_sum
 from sret_scale.train.ds_config import load_ds_config, precision_of
+from sret_scale.train.energy import EnergyMeter, spent_before
 from sret_scale.train.engine import Engine, shard_frozen
 from sret_scale.train.load import load_teacher_run
 from sret_scale.train.optim import WeightAverage, build_optimizer
@@ -67,7 +69,8 @@ class Run:
     teacher: Teacher | StoredTeacher | None
     teacher_identity: dict[str, Any] | None
     features: FeatureMatch | None
-    predicted_activation_bytes: int
+    memory: Prepared
+    energy: EnergyMeter
     eval_model: SReT
     metrics: MetricsLog | NoMetrics
     telemetry: Telemetry | None
@@ -94,7 +97,7 @@ def set_up(config: RunConfig, folder: RunFolder, ranks: Ranks, stack: contextlib
         micro_batch_size=config.train.micro_batch_size,
         grad_accum_steps=accumulation,
     )
-    engine, activation_bytes = set_up_engine(config, ranks, accumulation)
+    engine, memory = set_up_engine(config, ranks, accumulation)
     horizon = config.optim.ema_horizon_images
     teacher = set_up_teacher(config, ranks, shards)
     metrics: MetricsLog | NoMetrics = NoMetrics()
@@ -113,7 +116,8 @@ def set_up(config: RunConfig, folder: RunFolder, ranks: Ranks, stack: contextlib
         teacher=teacher,
         teacher_identity=identity_of(teacher, config),
         features=match_features(config, engine.model, teacher),
-        predicted_activation_bytes=activation_bytes,
+        memory=memory,
+        energy=stack.enter_context(energy_meter(folder, ranks)),
         eval_model=SReT(config.model).to(ranks.device).eval(),
         metrics=stack.enter_context(metrics),  # type: ignore[arg-type]  # mypy joins the two kinds to object
         telemetry=set_up_telemetry(config, engine, ranks),
@@ -132,12 +136,12 @@ def set_up_telemetry(config: RunConfig, engine: Engine, ranks: Ranks) -> Telemet
     return telemetry_of(engine.model, config.telemetry, precision, is_main=ranks.is_main, zero_stage=engine.zero_stage)
 
 
-def set_up_engine(config: RunConfig, ranks: Ranks, accumulation: int) -> tuple[Engine, int]:
-    """(the model under DeepSpeed, with its optimiser and recomputation; bytes that its activations are said to take)"""
+def set_up_engine(config: RunConfig, ranks: Ranks, accumulation: int) -> tuple[Engine, Prepared]:
+    """(the model under DeepSpeed, with its optimiser and recomputation; what is said of its memory)"""
     torch.manual_seed(config.train.seed)
     model = over_all_ranks(SReT(config.model).to(ranks.device))
     ds_config = load_ds_config(config.engine.ds_config)
-    activation_bytes = set_up_recomputation(model, config, ranks.world_size)
+    memory = set_up_recomputation(model, config, ranks.world_size)
     optimizer = build_optimizer(model, model.parameter_tags(), config.optim)
     optimizer.apex, kernels = choose_kernels(ranks.device)
     if ranks.is_main and optimizer.apex:
@@ -150,7 +154,13 @@ def set_up_engine(config: RunConfig, ranks: Ranks, accumulation: int) -> tuple[E
         grad_accum_steps=accumulation,
         z3_leaf_modules=(Stage,),
     )
-    return engine, activation_bytes
+    return engine, memory
+
+
+def energy_meter(folder: RunFolder, ranks: Ranks) -> EnergyMeter:
+    """Counts from here on; on rank 0 it goes on from what earlier starts of the run drew."""
+    before = spent_before(folder.metrics) if ranks.is_main else {}
+    return EnergyMeter(ranks.device, is_first_on_node=ranks.local_rank == 0, before=before)
 
 
 def over_all_ranks(model: SReT) -> SReT:
