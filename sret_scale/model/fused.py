@@ -120,8 +120,11 @@ class _FeedForwardResidual(torch.autograd.Function):
         grad_a, grad_weight2, grad_bias2, grad_gain = _projection_backward(
             grad, F.gelu(hidden), weight2, bias2, gain, mask, ctx.dtype
         )
-        grad_hidden = torch.ops.aten.gelu_backward(grad_a, hidden)
-        grad_x, *grads_before = _norm_linear_backward(grad_hidden, x, norm, norm_bias, weight1, ctx.dtype)
+        # A step peaks here, between tensors of F channels: one is written over, and no name outlives its use.
+        torch.ops.aten.gelu_backward.grad_input(grad_a, hidden, grad_input=grad_a)
+        last = [grad_a]
+        del grad_a
+        grad_x, *grads_before = _norm_linear_backward(last.pop(), x, norm, norm_bias, weight1, ctx.dtype)
         assert grad_x is not None
         if alpha is None:
             grad_x += grad
@@ -176,6 +179,7 @@ def _projection_backward(
     summed = grad.flatten(0, 1).sum(dim=0)
     grad = grad.to(dtype)
     product = weight_gradient(grad, a.to(dtype)).to(weight.dtype)
+    del a  # often the last reference
     if gain is None:
         return input_gradient(grad, weight.to(dtype)), product, summed, None
     grad_gain = (product * weight).sum(dim=1) + summed * bias
@@ -195,7 +199,9 @@ def _norm_linear_backward(
     normed, mean, rstd = _layer_norm(x, norm, norm_bias)
     grad_bias = grad.flatten(0, 1).sum(dim=0, dtype=weight.dtype)
     grad_weight = weight_gradient(grad, normed.to(dtype)).to(weight.dtype)
+    del normed
     grad_normed = input_gradient(grad, weight.to(dtype)).to(x.dtype)
+    del grad
     padding = x.shape[-1] - len(norm)
     if padding:
         grad_normed, x = grad_normed[..., : len(norm)], x[..., : len(norm)]

@@ -179,10 +179,9 @@ class Block(nn.Module):
         mask1, mask2 = (None, None) if masks is None else masks
         norm1, norm2 = self._norms(deltas)
         attention = self.attention
-        qkv_BNC = self._qkv(x_BND, norm1, deltas)
         x_BND = operations().project_residual(
             x_BND,
-            attention.mix(qkv_BNC, groups),
+            attention.mix(self._qkv(x_BND, norm1, deltas), groups),
             attention.out.weight,
             attention.out.bias,
             **self.residual1.coefficients(x_BND, mask1, draw, constants),
