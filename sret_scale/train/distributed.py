@@ -182,8 +182,13 @@ def leave() -> None:
 
 def saved_buffers(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The buffers that belong to a module's state by name, live; constants that it can make again are left out."""
-    saved = module.state_dict().keys()
-    return {name: buffer for name, buffer in module.named_buffers() if name in saved}
+    # Every step asks for them; state_dict() would take a millisecond to wrap all parameters of SReT-T for it.
+    return {
+        f"{prefix}.{name}" if prefix else name: buffer
+        for prefix, layer in module.named_modules()
+        for name, buffer in layer.named_buffers(recurse=False)
+        if name not in layer._non_persistent_buffers_set
+    }
 
 
 @torch.no_grad()

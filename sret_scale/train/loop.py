@@ -27,7 +27,7 @@ from sret_scale.train.divergence import LeftOut, left_out, require_progress
 from sret_scale.train.energy import added
 from sret_scale.train.evaluate import evaluate
 from sret_scale.train.optim import WeightAverage, peak_rate, schedule_factor, set_rates
-from sret_scale.train.resume import restore, save
+from sret_scale.train.resume import pieces_of, restore, save
 from sret_scale.train.run import Clock, Run, set_up
 from sret_scale.train.run_folder import RunFolder
 from sret_scale.train.stop import StopFlag
@@ -85,7 +85,7 @@ def train(config: RunConfig, folder: RunFolder, ranks: Ranks) -> bool:
                 run.watchdog.progress(clock.step, "saving")
                 if is_last and run.average:
                     # What is exported is the last average, with its own statistics.
-                    measure_statistics(run, run.average)
+                    load_average(run, run.average)
                 save(run, clock)
                 log_energy(run, clock)
                 logged = dataclasses.replace(clock, time_s=time.monotonic() - started)
@@ -136,6 +136,8 @@ def optimizer_step(run: Run, step: Step, clock: Clock, stop: StopFlag) -> StepRe
         average_buffers(run.engine.model)
         if run.average:
             run.average.update(run.engine.local_weights(), run.loader.global_batch_size)
+        # Here at the latest there are moments: a start's first step pays for the memory, not its first save.
+        run.writer.reserve(pieces_of(run))
     else:
         for name, value in saved_buffers(run.engine.model).items():
             value.copy_(statistics[name])
@@ -236,7 +238,7 @@ def evaluate_and_log(run: Run, clock: Clock, stop: StopFlag, *, both: bool) -> b
         kinds["raw"] = run.engine.local_weights()
     for kind, local in kinds.items():
         if kind == "ema" and run.average:
-            measure_statistics(run, run.average)
+            load_average(run, run.average)
         else:
             run.eval_model.load_state_dict(run.engine.assemble(local))
         result = evaluate(run.eval_model, run.test_shards, run.config, run.ranks, must_stop=lambda: stop.is_set)
@@ -251,10 +253,11 @@ def evaluate_and_log(run: Run, clock: Clock, stop: StopFlag, *, both: bool) -> b
     return True
 
 
-def measure_statistics(run: Run, average: WeightAverage) -> None:
+def load_average(run: Run, average: WeightAverage) -> None:
     """The moving average into the model of evaluation, with BatchNorm's statistics, which the next checkpoint keeps."""
-    run.eval_model.load_state_dict(run.engine.assemble(average.averages))
-    average.statistics = measured_statistics(run.eval_model, run.train_shards, run.config, run.ranks)
+    run.eval_model.load_state_dict(run.engine.assemble(average.averages) | average.statistics)
+    if not average.statistics:
+        average.statistics = measured_statistics(run.eval_model, run.train_shards, run.config, run.ranks)
 
 
 def log_telemetry(run: Run, clock: Clock) -> None:

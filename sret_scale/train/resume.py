@@ -1,19 +1,27 @@
 """Saves a run and takes it up again: what has to be kept so that it continues with the same bits."""
 
+from collections.abc import Iterator
+
 from data_pipelines.loader import LoaderState
 from sret_scale.train.checkpoint import newest_valid, read_state, read_tensors
 from sret_scale.train.config import to_plain
 from sret_scale.train.distributed import from_rank
 from sret_scale.train.load import check_architecture, initial_state
 from sret_scale.train.run import Clock, Run
+from sret_scale.train.snapshot import Piece
+
+
+def pieces_of(run: Run) -> Iterator[Piece]:
+    """Every tensor that decides how the run goes on, as far as this rank has it."""
+    yield from run.engine.pieces("weights", run.engine.local_weights())
+    yield from run.engine.optimizer_pieces()
+    if run.average:
+        yield from run.engine.pieces("ema", run.average.averages)
+        yield from run.engine.pieces("ema_statistics", run.average.statistics)
 
 
 def save(run: Run, clock: Clock) -> None:
     """Begin a checkpoint of everything that decides how the run goes on, as it is now; all ranks must call it."""
-    pieces = [*run.engine.pieces("weights", run.engine.local_weights()), *run.engine.optimizer_pieces()]
-    if run.average:
-        pieces += run.engine.pieces("ema", run.average.averages)
-        pieces += run.engine.pieces("ema_statistics", run.average.statistics)
     state = {
         "images": clock.images,
         "time_s": clock.time_s,
@@ -26,7 +34,7 @@ def save(run: Run, clock: Clock) -> None:
         "model": to_plain(run.config.model),
         "teacher": run.teacher_identity,
     }
-    run.writer.start(pieces, step=clock.step, state=state)
+    run.writer.start(pieces_of(run), step=clock.step, state=state)
 
 
 def restore(run: Run) -> Clock:
@@ -50,6 +58,8 @@ def restore(run: Run) -> Clock:
     if run.average:
         run.average.averages = run.engine.partition(read_tensors(checkpoint, "ema"))
         run.average.num_updates = state["ema_updates"]
+        measured = read_tensors(checkpoint, "ema_statistics")
+        run.average.statistics = {name: value.to(run.ranks.device) for name, value in measured.items()}
     clock = Clock(
         step=state["step"],
         images=state["images"],

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 TensorSets = Mapping[str, Mapping[str, Tensor]]
+SPARE_VALUES = 1 << 16
+"""Room for what only some saves have: BatchNorm's statistics of the average."""
 Gather = Callable[[Tensor], list[Tensor]]
 """This rank's part -> on rank 0 the equal parts of all ranks, elsewhere nothing."""
 
@@ -48,7 +50,7 @@ class Snapshot:
     def take(self, pieces: Iterable[Piece]) -> None:
         """Copy the pieces now; later changes of the live values do not reach the copies."""
         # Parts first, so that one gather takes them all.
-        kept = sorted((piece for piece in pieces if piece.is_part or self.is_main), key=lambda piece: not piece.is_part)
+        kept = sorted(self._kept(pieces), key=lambda piece: not piece.is_part)
         self._floats = [piece for piece in kept if piece.values.dtype == torch.float32]
         # BatchNorm's integer counters: a few bytes, which fit into no buffer of floats.
         others = [piece for piece in kept if piece.values.dtype != torch.float32]
@@ -56,14 +58,23 @@ class Snapshot:
         self._others = [(piece.fields[0], piece.values.detach().to("cpu", copy=True)) for piece in others]
         sizes = [piece.values.numel() for piece in self._floats]
         is_cuda = any(piece.values.is_cuda for piece in self._floats)
-        if self.buffer.numel() != sum(sizes):
+        if self.buffer.numel() < sum(sizes):
             self.buffer = torch.empty(sum(sizes), pin_memory=is_cuda)
-        for place, piece in zip(torch.split(self.buffer, sizes), self._floats, strict=True):
+        for place, piece in zip(torch.split(self.buffer[: sum(sizes)], sizes), self._floats, strict=True):
             place.copy_(piece.values.detach().flatten(), non_blocking=True)
         self._is_copied = torch.cuda.Event() if is_cuda else None  # type: ignore[no-untyped-call]
         if self._is_copied:
             # The stream runs the copies before the next step's kernels; only a reader has to wait for them.
             self._is_copied.record()
+
+    def reserve(self, pieces: Iterable[Piece]) -> None:
+        """Make the buffer that copies of such pieces need, and touch it, so that the first copy is as fast as others."""
+        floats = [piece.values for piece in self._kept(pieces) if piece.values.dtype == torch.float32]
+        size = sum(values.numel() for values in floats) + SPARE_VALUES
+        self.buffer = torch.zeros(size, pin_memory=any(values.is_cuda for values in floats))
+
+    def _kept(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
+        return (piece for piece in pieces if piece.is_part or self.is_main)
 
     def whole(self, gather: Gather) -> dict[str, dict[str, Tensor]]:
         """The named sets of whole tensors, on the CPU, on rank 0; elsewhere empty. All ranks must call it."""

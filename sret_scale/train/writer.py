@@ -30,6 +30,7 @@ class CheckpointWriter:
         self._folder, self._ranks, self._keep = folder, ranks, keep
         self._group = new_cpu_group()
         self._snapshot = Snapshot(is_main=ranks.is_main)
+        self._is_reserved = False
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
 
@@ -48,6 +49,12 @@ class CheckpointWriter:
     def has_failed(self) -> bool:
         """True when a save could not be made; `wait` and `start` raise its error, on every rank."""
         return self._error is not None
+
+    def reserve(self, pieces: Iterable[Piece]) -> None:
+        """Make the memory that saves of such pieces need, once; later calls do nothing."""
+        if not self._is_reserved:
+            self._is_reserved = True
+            self._snapshot.reserve(pieces)
 
     def start(self, pieces: Iterable[Piece], *, step: int, state: Mapping[str, Any]) -> None:
         """Save the pieces as they are now; all ranks must call it. Raises OSError where the save before failed."""
