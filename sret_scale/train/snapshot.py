@@ -68,7 +68,7 @@ class Snapshot:
             self._is_copied.record()
 
     def reserve(self, pieces: Iterable[Piece]) -> None:
-        """Make the buffer that copies of such pieces need, and touch it, so that the first copy is as fast as others."""
+        """Make the buffer that copies of such pieces need, and touch it: the first copy is then as fast as others."""
         floats = [piece.values for piece in self._kept(pieces) if piece.values.dtype == torch.float32]
         size = sum(values.numel() for values in floats) + SPARE_VALUES
         self.buffer = torch.zeros(size, pin_memory=any(values.is_cuda for values in floats))
