@@ -1,18 +1,23 @@
 """Distillation: where a teacher's outputs come from, and the losses that learn from them."""
 
+from sret_scale.distill.apart import RemoteTeacher, TeacherServer, answer_request
 from sret_scale.distill.config import DistillConfig
 from sret_scale.distill.features import FeatureMatch
 from sret_scale.distill.loss import distillation_loss, hard_loss, soft_loss
 from sret_scale.distill.spec import stored_labels
-from sret_scale.distill.stored import StoredTeacher, open_stored_teacher, student_batch
+from sret_scale.distill.stored import AnyTeacher, StoredTeacher, open_stored_teacher, student_batch
 from sret_scale.distill.teacher import OnlineTeacher, Teacher, build_teacher
 
 __all__ = [
+    "AnyTeacher",
     "DistillConfig",
     "FeatureMatch",
     "OnlineTeacher",
+    "RemoteTeacher",
     "StoredTeacher",
     "Teacher",
+    "TeacherServer",
+    "answer_request",
     "build_teacher",
     "distillation_loss",
     "hard_loss",

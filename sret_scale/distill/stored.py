@@ -12,6 +12,7 @@ from data_pipelines.config import DataConfig
 from data_pipelines.index import ShardSet
 from data_pipelines.label_store import LabelStore, check_files, check_labels, open_labels
 from data_pipelines.soft_labels import decode_records, record_views
+from sret_scale.distill.apart import RemoteTeacher
 from sret_scale.distill.config import DistillConfig
 from sret_scale.distill.teacher import Teacher
 
@@ -34,6 +35,10 @@ class StoredTeacher:
                 f"the box {found_B5[row].tolist()}, the image was cut at {expected_B5[row].tolist()}"
             )
         return decode_records(records, self.store.plan.num_classes, device)
+
+
+AnyTeacher = Teacher | RemoteTeacher | StoredTeacher
+"""Where a student's soft labels come from: beside it, from ranks of their own, or from files."""
 
 
 def open_stored_teacher(
@@ -71,20 +76,27 @@ def changes_views(augment: AugmentConfig) -> bool:
 def student_batch(
     batch: Batch,
     augment: BatchAugment,
-    teacher: Teacher | StoredTeacher | None,
+    teacher: AnyTeacher | None,
     *,
     seed: int,
     device: torch.device,
     teacher_input: str,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(unit_BCHW, target_BC, teacher_log_probs_BC or None) of a batch after augmentation, on the device."""
+    """(unit_BCHW, target_BC, teacher_log_probs_BC or None) of a batch after augmentation, on the device.
+
+    A teacher in ranks of its own was asked about the batch before, with `seed` as the key.
+    """
     images_BCHW = batch.images.to(device, non_blocking=True)
     labels_B = batch.labels.to(device, non_blocking=True)
     if teacher is None or (teacher_input == "augmented" and not isinstance(teacher, StoredTeacher)):
         unit_BCHW, target_BC = augment(images_BCHW, labels_B, seed=seed)
+        if isinstance(teacher, RemoteTeacher):
+            return unit_BCHW, target_BC, teacher.answer(seed).to(device)
         return unit_BCHW, target_BC, None if teacher is None else teacher(unit_BCHW)
     if isinstance(teacher, StoredTeacher):
         probs_BC = teacher.probabilities(batch, device)
+    elif isinstance(teacher, RemoteTeacher):
+        probs_BC = teacher.answer(seed).to(device).softmax(dim=-1)
     else:
         probs_BC = teacher(images_BCHW.float() / 255).softmax(dim=-1)
     # Side by side, so that one call mixes the images, the hard labels and the teacher's in the same way.

@@ -13,6 +13,7 @@ from pathlib import Path
 from sret_scale.train.config import RunConfig, TrainConfig
 from sret_scale.train.node.hostfile import Host
 from sret_scale.train.node.places import choose_nodes
+from sret_scale.train.roles import student_ranks, teacher_ranks_of
 from sret_scale.train.run_folder import EXIT_FAILED
 from sret_scale.train.start import start_run
 from sret_scale.train.watchdog import EXIT_HANG
@@ -38,15 +39,17 @@ class Elastic:
         return cls(minimum=int(match[1]), maximum=int(match[2]))
 
 
-def fit_hosts(hosts: Sequence[Host], train: TrainConfig, elastic: Elastic) -> tuple[tuple[Host, ...], TrainConfig]:
-    """The longest beginning of `hosts` whose ranks share the global batch equally, and the batch they compute it in.
+def fit_hosts(
+    hosts: Sequence[Host], train: TrainConfig, elastic: Elastic, *, num_teacher_ranks: int = 0
+) -> tuple[tuple[Host, ...], TrainConfig]:
+    """The longest beginning of `hosts` whose students share the global batch equally, and the batch they compute it in.
 
     The micro-batch becomes the largest divisor of a rank's share that is not above the configured one.
     Raises ValueError where no allowed number of hosts divides the global batch.
     """
     most = min(len(hosts), elastic.maximum)
     for count in range(most, elastic.minimum - 1, -1):
-        num_ranks = sum(len(host.devices) for host in hosts[:count])
+        num_ranks = _students(hosts[:count], num_teacher_ranks)
         share, remainder = divmod(train.global_batch_size, num_ranks)
         if share and not remainder:
             micro = max(size for size in range(1, min(share, train.micro_batch_size) + 1) if share % size == 0)
@@ -55,12 +58,16 @@ def fit_hosts(hosts: Sequence[Host], train: TrainConfig, elastic: Elastic) -> tu
         raise ValueError(
             f"--elastic: expected at least {elastic.minimum} hosts, {most} can be reached: {_names(hosts)}"
         )
-    ranks = [sum(len(host.devices) for host in hosts[:count]) for count in range(elastic.minimum, most + 1)]
+    ranks = [_students(hosts[:count], num_teacher_ranks) for count in range(elastic.minimum, most + 1)]
     divisors = [size for size in range(1, max(ranks) + 1) if train.global_batch_size % size == 0]
     raise ValueError(
         f"--elastic: train.global_batch_size={train.global_batch_size} cannot be shared equally by {ranks} ranks "
         f"(the allowed numbers of hosts); numbers of ranks that divide it: {divisors}"
     )
+
+
+def _students(hosts: Sequence[Host], num_teacher_ranks: int) -> int:
+    return sum(student_ranks([len(host.devices) for host in hosts], num_teacher_ranks))
 
 
 def start_elastic(
@@ -77,11 +84,13 @@ def start_elastic(
     A lost host stays left out until the command is given again, so this ends. A failure with all hosts in reach is the
     run's own and ends it too. Raises what `start_run` raises, and ValueError when too few hosts are left.
     """
+    if config.distill.num_teacher_ranks == "auto":
+        raise ValueError("--elastic needs a number of distill.num_teacher_ranks: a --dry-run without it tells the best")
     if not hosts:
         raise ValueError("--elastic needs a --hostfile; inside Slurm a job that loses a node is requeued")
     remaining = list(hosts) if dry_run else _without_lost(hosts, path)
     while True:
-        used, train = fit_hosts(remaining, config.train, elastic)
+        used, train = fit_hosts(remaining, config.train, elastic, num_teacher_ranks=teacher_ranks_of(config))
         batch = f"micro-batch {train.micro_batch_size} of a global batch of {train.global_batch_size}"
         print(f"elastic: {len(used)} of {len(hosts)} hosts ({_names(used)}), {batch}", flush=True)
         status = start_run(replace(config, train=train), path, hosts=used, is_fresh=is_fresh, dry_run=dry_run)

@@ -10,13 +10,12 @@ import math
 import resource
 import time
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from data_pipelines.augment import normalise_
 from data_pipelines.loader import Batch, Step
-from sret_scale.distill import distillation_loss, student_batch
+from sret_scale.distill import RemoteTeacher, distillation_loss, student_batch
 from sret_scale.model import Noise
 from sret_scale.model.plan import DepthPlan
 from sret_scale.train.batch_norm import measured_statistics
@@ -30,7 +29,9 @@ from sret_scale.train.optim import WeightAverage, peak_rate, schedule_factor, se
 from sret_scale.train.resume import pieces_of, restore, save
 from sret_scale.train.run import Clock, Run, set_up
 from sret_scale.train.run_folder import RunFolder
+from sret_scale.train.seeds import derived_seed
 from sret_scale.train.stop import StopFlag
+from sret_scale.train.teacher_ranks import steps_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,7 +52,7 @@ def train(config: RunConfig, folder: RunFolder, ranks: Ranks) -> bool:
         if not clock.is_evaluated and evaluate_and_log(run, clock, stop, both=False):
             clock = dataclasses.replace(clock, is_evaluated=True)
         started = time.monotonic() - clock.time_s
-        steps = stack.enter_context(contextlib.closing(run.loader.steps(clock.loader)))
+        steps = stack.enter_context(contextlib.closing(steps_of(run, clock)))
         logged = clock
         while clock.images < config.train.total_images:
             run.watchdog.progress(clock.step, "waiting for data")
@@ -161,6 +162,8 @@ def micro_batch_loss(run: Run, batch: Batch, clock: Clock, micro_step: int) -> T
     """The mean loss of one rank's micro-batch."""
     config, ranks = run.config, run.ranks
     here = (config.train.seed, clock.step, micro_step, ranks.rank)
+    if isinstance(run.teacher, RemoteTeacher):
+        run.watchdog.progress(clock.step, "waiting for a teacher rank")
     unit_BCHW, target_BC, teacher_log_probs_BC = student_batch(
         batch,
         run.augment,
@@ -169,6 +172,7 @@ def micro_batch_loss(run: Run, batch: Batch, clock: Clock, micro_step: int) -> T
         device=ranks.device,
         teacher_input=config.distill.teacher_input,
     )
+    run.watchdog.progress(clock.step, "computing")
     noise = Noise(
         permutation_seed=derived_seed("permutation", config.train.seed, clock.step),
         sample_seed=derived_seed("sample", *here),
@@ -200,12 +204,6 @@ def plans_of(config: RunConfig, clock: Clock) -> tuple[DepthPlan, ...] | None:
     """The depth of a step: the same on every rank, in every micro-step and after a restart."""
     progress = clock.images / (config.depth.growth_images or config.train.total_images)
     return depth_plans(config.depth, config.model, seed=config.train.seed, step=clock.step, progress=progress)
-
-
-def derived_seed(purpose: str, *numbers: int) -> int:
-    """A 63-bit seed that is a function of its arguments."""
-    entropy = [int.from_bytes(purpose.encode(), "little"), *numbers]
-    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)
 
 
 def is_due(before: Clock, after: Clock, interval_images: int) -> bool:

@@ -8,7 +8,9 @@ from sret_scale.train.config import from_yaml
 from sret_scale.train.distributed import from_all_ranks, leave, ranks_from_environment
 from sret_scale.train.engine import start_communication
 from sret_scale.train.loop import train
+from sret_scale.train.roles import TeacherPlace, place_of, teacher_ranks_of
 from sret_scale.train.run_folder import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, RunFolder, machine
+from sret_scale.train.teacher_ranks import serve
 
 
 def main() -> None:
@@ -20,15 +22,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("config", type=Path)
     config_file: Path = parser.parse_args().config
-    ranks = ranks_from_environment()
+    config = from_yaml(config_file)
+    ranks = place_of(ranks_from_environment(), teacher_ranks_of(config))
     folder = RunFolder(config_file.parent)
+    if isinstance(ranks, TeacherPlace):
+        serve(config, folder.path, ranks)
+        return
     with folder.locked() if ranks.is_main else contextlib.nullcontext():
         try:
             start_communication(ranks)
             nodes = from_all_ranks(machine() if ranks.local_rank == 0 else None)
             if ranks.is_main:
                 folder.record_nodes([node for node in nodes if node])
-            is_finished = train(from_yaml(config_file), folder, ranks)
+            is_finished = train(config, folder, ranks)
         except BaseException as error:
             if ranks.is_main:
                 folder.write_status("failed", EXIT_FAILED, f"{type(error).__name__}: {error}")

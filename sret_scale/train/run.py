@@ -12,8 +12,10 @@ from data_pipelines.index import ShardSet
 from data_pipelines.loader import LoaderState, TrainLoader
 from data_pipelines.remote import open_data, open_training_data
 from sret_scale.distill import (
+    AnyTeacher,
     FeatureMatch,
     OnlineTeacher,
+    RemoteTeacher,
     StoredTeacher,
     Teacher,
     build_teacher,
@@ -21,7 +23,7 @@ from sret_scale.distill import (
     stored_labels,
 )
 from sret_scale.memory import Prepared
-from sret_scale.model import SReT, Stage
+from sret_scale.model import SReT, Stage, Stem
 from sret_scale.model.stem import SyncBatchNorm
 from sret_scale.train.apex import choose_kernels
 from sret_scale.train.config import RunConfig, grad_accum_steps
@@ -66,7 +68,7 @@ class Run:
     augment: BatchAugment
     engine: Engine
     average: WeightAverage | None
-    teacher: Teacher | StoredTeacher | None
+    teacher: AnyTeacher | None
     teacher_identity: dict[str, Any] | None
     features: FeatureMatch | None
     memory: Prepared
@@ -81,9 +83,8 @@ class Run:
 
 def set_up(config: RunConfig, folder: RunFolder, ranks: Ranks, stack: contextlib.ExitStack) -> Run:
     """Model, engine, data, teacher and logs; the initial weights are a function of the seed alone."""
-    watchdog = Watchdog(
-        folder.path, rank=ranks.rank, world_size=ranks.world_size, timeout_s=config.train.hang_timeout_s
-    )
+    rank, job_size = ranks.place_in_job
+    watchdog = Watchdog(folder.path, rank=rank, world_size=job_size, timeout_s=config.train.hang_timeout_s)
     stack.enter_context(watchdog)
     accumulation = grad_accum_steps(config.train, ranks.world_size)
     shards = open_training_data(config.data)
@@ -100,6 +101,8 @@ def set_up(config: RunConfig, folder: RunFolder, ranks: Ranks, stack: contextlib
     engine, memory = set_up_engine(config, ranks, accumulation)
     horizon = config.optim.ema_horizon_images
     teacher = set_up_teacher(config, ranks, shards)
+    if isinstance(teacher, RemoteTeacher):
+        stack.enter_context(teacher)
     metrics: MetricsLog | NoMetrics = NoMetrics()
     if ranks.is_main:
         metrics = MetricsLog(folder.metrics, tensorboard=config.train.tensorboard)
@@ -152,7 +155,7 @@ def set_up_engine(config: RunConfig, ranks: Ranks, accumulation: int) -> tuple[E
         ds_config,
         micro_batch_size=config.train.micro_batch_size,
         grad_accum_steps=accumulation,
-        z3_leaf_modules=(Stage,),
+        z3_leaf_modules=(Stage, Stem),
     )
     return engine, memory
 
@@ -171,10 +174,13 @@ def over_all_ranks(model: SReT) -> SReT:
     return model
 
 
-def set_up_teacher(config: RunConfig, ranks: Ranks, shards: ShardSet) -> Teacher | StoredTeacher | None:
+def set_up_teacher(config: RunConfig, ranks: Ranks, shards: ShardSet) -> AnyTeacher | None:
     """The teacher of the configuration, live or stored, outside everything that is trained, averaged or saved."""
     if config.distill.teacher is None:
         return None
+    if ranks.beside:
+        student, classes = ranks.beside.student_of_node, config.model.num_classes
+        return RemoteTeacher(ranks.beside.files, student=student, num_classes=classes)
     store = stored_labels(config.distill.teacher)
     if store:
         return open_stored_teacher(
@@ -187,10 +193,16 @@ def set_up_teacher(config: RunConfig, ranks: Ranks, shards: ShardSet) -> Teacher
             rank=ranks.rank,
             world_size=ranks.world_size,
         )
+    return live_teacher(config, ranks.device)
+
+
+def live_teacher(config: RunConfig, device: torch.device) -> Teacher:
+    """The network that the configuration names, on a device."""
+    assert config.distill.teacher is not None
     return build_teacher(
         config.distill.teacher,
         num_classes=config.model.num_classes,
-        device=ranks.device,
+        device=device,
         load_run=load_teacher_run,
         micro_batch_size=config.distill.teacher_micro_batch_size,
         precision=config.distill.teacher_precision,
@@ -199,9 +211,7 @@ def set_up_teacher(config: RunConfig, ranks: Ranks, shards: ShardSet) -> Teacher
     )
 
 
-def match_features(
-    config: RunConfig, student: torch.nn.Module, teacher: Teacher | StoredTeacher | None
-) -> FeatureMatch | None:
+def match_features(config: RunConfig, student: torch.nn.Module, teacher: AnyTeacher | None) -> FeatureMatch | None:
     """What compares the features of student and teacher, where the configuration asks for it."""
     if not config.distill.matches_features:
         return None
@@ -209,10 +219,12 @@ def match_features(
     return FeatureMatch(student, teacher.module, num_classes=config.model.num_classes, teacher_name=teacher.spec)
 
 
-def identity_of(teacher: Teacher | StoredTeacher | None, config: RunConfig) -> dict[str, Any] | None:
+def identity_of(teacher: AnyTeacher | None, config: RunConfig) -> dict[str, Any] | None:
     """What decides on a live teacher's answers, its weights' hash included. A store of labels proves itself."""
     if teacher is None or isinstance(teacher, StoredTeacher):
         return None
+    if isinstance(teacher, RemoteTeacher):
+        return teacher.identity
     if config.distill.teacher_placement == "sharded":
         return {"spec": config.distill.teacher}
     return teacher.describe()

@@ -2,7 +2,7 @@
 
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -17,10 +17,12 @@ from sret_scale.train.ds_config import load_ds_config, zero_stage_of
 from sret_scale.train.launcher import launch
 from sret_scale.train.load import initial_state
 from sret_scale.train.node.hostfile import Host
-from sret_scale.train.node.places import choose_nodes
+from sret_scale.train.node.places import Place, choose_nodes
 from sret_scale.train.optim import check_optimizer
 from sret_scale.train.recomputation import set_up_recomputation
+from sret_scale.train.roles import student_ranks, teacher_ranks_of
 from sret_scale.train.run_folder import EXIT_FINISHED, RunFolder, environment, read_status, write_json, write_text
+from sret_scale.train.teacher_plan import with_teacher_ranks
 
 
 def start_run(
@@ -37,13 +39,18 @@ def start_run(
     Raises ValueError or OSError, before anything is started or written, for what can be known to be wrong.
     """
     place = choose_nodes(num_ranks=num_ranks, hosts=hosts)
-    world_size = place.world_size
+    ranks_of_nodes = [len(host.devices) for host in place.hosts]
+    config = with_teacher_ranks(config, path, ranks_of_nodes)
+    students = student_ranks(ranks_of_nodes, teacher_ranks_of(config))
+    world_size = sum(students)
     check_run(config, world_size)
-    check_cache(config, [len(host.devices) for host in place.hosts])
+    check_cache(config, students)
     # A run that goes on has its own weights; those that it began with may be gone by then.
     if config.train.initial_weights and (is_fresh or not RunFolder(path).checkpoints.exists()):
         initial_state(config.train.initial_weights, config.model)
     if dry_run:
+        for line in describe_roles(config, place):
+            print(line)
         with tempfile.TemporaryDirectory() as temporary:
             file = Path(temporary) / "config.yaml"
             file.write_text(to_yaml(config), encoding="utf-8")
@@ -67,6 +74,14 @@ def start_run(
         place.check_reachable(path)
         write_description(folder, config, world_size)
         return launch(path, folder.config, num_ranks=num_ranks, hosts=hosts)
+
+
+def describe_roles(config: RunConfig, place: Place) -> Iterator[str]:
+    """Which devices of every node train and which run the teacher; nothing where the job has no teacher ranks."""
+    number = teacher_ranks_of(config)
+    for host in place.hosts if number else ():
+        students, teachers = host.devices[:-number], host.devices[-number:]
+        yield f"{host.name}: students on devices {','.join(students)}, the teacher on {','.join(teachers)}"
 
 
 def check_run(config: RunConfig, world_size: int) -> None:

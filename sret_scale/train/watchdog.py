@@ -23,11 +23,16 @@ from sret_scale.train.run_folder import write_json
 
 EXIT_HANG = 3
 
-PHASES = ("starting", "evaluating", "saving", "waiting for data", "computing", "in a collective")
+SERVING = "serving"
+PHASES = (
+    *("starting", "evaluating", "saving", "waiting for data", "waiting for a teacher rank", "computing"),
+    *("in a collective", SERVING),
+)
 """In the order in which a rank comes to them at one step: evaluation and save of a step go before the next batch.
 
 A rank that waits inside the backward pass for the gradients of another is still "computing", so of two ranks at one
-step the one that waits for data holds up the one that computes.
+step the one that waits for data holds up the one that computes. A teacher rank is always "serving": it has no step,
+and is the reason only when it is stopped or lost.
 """
 REPORT_S = 20.0
 """How long the report of a hang may take; a run folder that does not answer by then is left without one."""
@@ -146,7 +151,8 @@ class Watchdog:
         if oldest != self._rank and age_s > max(10.0, 3 * self._interval_s):
             where = f"rank {oldest} on {states[oldest]['host']}"
             return f"{where} has been stopped or lost for {age_s:.0f} s, at step {states[oldest]['step']}"
-        places = {rank: (state["step"], PHASES.index(state["phase"])) for rank, state in states.items()}
+        students = {rank: state for rank, state in states.items() if state["phase"] != SERVING}
+        places = {rank: (state["step"], PHASES.index(state["phase"])) for rank, state in students.items()}
         slowest = min(places, key=lambda rank: places[rank])
         state = states[slowest]
         num_others = sum(place == places[slowest] for place in places.values()) - 1

@@ -3,22 +3,21 @@
 import csv
 import functools
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from sret_scale.lab.depth import FLOPS_PER_MAC_OF_TRAINING
 from sret_scale.lab.experiments.declared import PlannedRun
 from sret_scale.lab.experiments.matching import memory_of
 from sret_scale.lab.numbers import binary_size, compact, duration, grouped
-from sret_scale.memory import MemoryConfig, apply_recomputation
-from sret_scale.model import Noise, SReT, SReTConfig
+from sret_scale.memory import MemoryConfig
+from sret_scale.model import SReTConfig
 from sret_scale.train.config import RunConfig
+from sret_scale.train.teacher_plan import student_step_s
 
 MEASURED_IMAGES = 8
 LARGEST_MEASURED = 20.0
@@ -83,21 +82,8 @@ def measure_speed(planned: Sequence[PlannedRun]) -> Speed:
 
 def _seconds_an_image(config: RunConfig) -> float:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = SReT(config.model).to(device).train()
-    memory = config.memory
-    apply_recomputation(model, MemoryConfig() if memory.budget_bytes is not None else memory)
     size = min(MEASURED_IMAGES, config.train.micro_batch_size)
-    images_BCHW = torch.zeros(size, config.model.in_channels, config.model.image_size, config.model.image_size)
-    labels_B = torch.zeros(size, dtype=torch.int64, device=device)
-    taken_s = []
-    for step in range(3):
-        started = time.perf_counter()
-        scores_BC = model(images_BCHW.to(device), Noise(permutation_seed=step, sample_seed=step))
-        F.cross_entropy(scores_BC, labels_B).backward()  # type: ignore[no-untyped-call]
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        taken_s.append(time.perf_counter() - started)
-    return min(taken_s) / size
+    return student_step_s(config, device, size) / size
 
 
 def sweep_table(

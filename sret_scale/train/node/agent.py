@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ import psutil
 
 from sret_scale.train.node.build_lock import clear_stale_locks
 from sret_scale.train.node.errors import RankError, first_error, has_error, now_s, write_error
-from sret_scale.train.node.job import Job, deepspeed_command
+from sret_scale.train.node.job import NODE_FOLDER, RANKS_OF_NODES, Job, deepspeed_command
 from sret_scale.train.node.orphans import STOP_SIGNALS, die_with_parent
 from sret_scale.train.node.places import visible_gpus
 
@@ -129,10 +130,14 @@ def _before_launcher() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
 
-def start_launcher(job: Job, node_rank: int) -> "subprocess.Popen[bytes]":
-    """DeepSpeed's launcher in a session of its own, so that everything it starts can be found and ended."""
+def start_launcher(job: Job, node_rank: int, node_folder: str) -> "subprocess.Popen[bytes]":
+    """DeepSpeed's launcher in a session of its own, so that everything it starts can be found and ended.
+
+    node_folder: for what the ranks of this node share, sockets of teacher ranks for example.
+    """
     devices = list(job.world.values())[node_rank]
-    environment = {**os.environ, **job.environment}
+    environment = {**os.environ, **job.environment, NODE_FOLDER: node_folder}
+    environment[RANKS_OF_NODES] = ",".join(str(len(devices)) for devices in job.world.values())
     cores = len(os.sched_getaffinity(0))
     environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // len(devices))))
     if not visible_gpus():
@@ -232,7 +237,13 @@ def main() -> int:
     for lock in clear_stale_locks():
         print(f"removed the stale build lock {lock}", flush=True)
     node_rank = node_rank_of(job)
-    launcher = start_launcher(job, node_rank)
+    with tempfile.TemporaryDirectory(prefix="sret-") as node_folder:
+        return _run(job, node_rank, node_folder, requests)
+
+
+def _run(job: Job, node_rank: int, node_folder: str, requests: "queue.SimpleQueue[str]") -> int:
+    """0 when all ranks of this node ended well."""
+    launcher = start_launcher(job, node_rank, node_folder)
 
     def listen() -> None:
         for line in sys.stdin:
