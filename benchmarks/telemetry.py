@@ -20,8 +20,9 @@ from sret_scale.memory import MemoryConfig, apply_recomputation
 from sret_scale.model import Noise, SReT, preset
 from sret_scale.train.telemetry import Telemetry, TelemetryConfig
 
-# Model, images of a step. The smallest step that anybody would train with makes the probe look largest.
-CASES = (("demo_control_20", 64), ("demo_student_108", 32))
+# Model, images of a step. The smallest step that anybody would train with makes the probe look largest. The first two
+# take images of 28 pixels, the last of 224.
+CASES = (("demo_control_20", 64), ("demo_student_108", 32), ("sret_t_108", 16))
 
 
 def seconds(work: Callable[[], None]) -> float:
@@ -58,6 +59,7 @@ def measure(name: str, num_images: int, repeats: int) -> dict[str, Any]:
     step_s, probe_s = statistics.median(steps), statistics.median(probes)
     return {
         "model": name,
+        "image_size": size,
         "images": num_images,
         "probed_images": config.num_images,
         "step_s": round(step_s, 4),

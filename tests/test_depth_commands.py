@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from sret_scale.cli import main
+from sret_scale.lab.exit_main import exit_points
 from sret_scale.model import SReT
 from sret_scale.model.files import load_model
 from sret_scale.train.checkpoint import save_checkpoint
 from sret_scale.train.config import from_yaml, override, to_plain
 from sret_scale.train.load import initial_state
+from tests.runs import run_two_ranks
 from tests.tiny import TINY_MODEL, tiny_config, tiny_shards, write_config
 
 
@@ -25,7 +27,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = replace(
         TINY_MODEL, stages=(replace(first, num_loops=1, num_blocks=4), replace(second, num_loops=1, num_blocks=2))
     )
-    write_config(folder / "run" / "config.yaml", replace(tiny_config(tiny_shards(folder / "shards")), model=model))
+    config = replace(tiny_config(tiny_shards(folder / "shards")), model=model)
+    # Batches that do not divide the test set: the last ones are filled up.
+    write_config(folder / "run" / "config.yaml", config, micro_batch_size=12, global_batch_size=24)
     torch.manual_seed(0)
     state = {"model": to_plain(model)}
     save_checkpoint(folder / "run" / "checkpoints", step=7, tensors={"weights": SReT(model).state_dict()}, state=state)
@@ -44,6 +48,16 @@ def test_early_exit_prints_and_draws_its_curve(run: Path, capsys: pytest.Capture
     whole, eager, last = json.loads(capsys.readouterr().out)
     assert (whole["applications"], eager["applications"], last["applications"]) == (12, 6, 12)
     assert eager["macs"] < last["macs"] == whole["macs"] and last["top1"] == whole["top1"]
+    # Two ranks say the same.
+    asked = {"run": str(run), "shards": None, "weights": None, "loops": 2}
+    asked |= {"kind": "convergence", "thresholds": [1e6, 0.4, 1e-9]}
+    request = run.parent / "request.json"
+    request.write_text(json.dumps(asked))
+    run_two_ranks("sret_scale.lab.exit_main", request)
+    together = json.loads((run.parent / "result.json").read_text())
+    for found, alone in zip(together, map(vars, exit_points(asked)), strict=True):
+        assert found.pop("loss") == pytest.approx(alone.pop("loss"), rel=1e-5) and found == alone
+    assert together[1]["applications"] == 6 < together[2]["applications"] < 12
     assert {file.suffix for file in (run / "early_exit").iterdir()} == {".svg", ".png", ".csv"}
 
 
@@ -77,7 +91,6 @@ def test_a_tied_model_is_smaller(run: Path, capsys: pytest.CaptureFixture[str]) 
         (["evaluate", "RUN", "--thresholds", "0.5"], "give --early-exit too"),
         (["evaluate", "RUN", "--early-exit", "entropy", "--thresholds", "a"], "expected numbers such as 0.5,0.9"),
         (["evaluate", "RUN", "--early-exit", "entropy", "--thresholds", "2"], "above 0 and below 1"),
-        (["evaluate", "RUN", "--early-exit", "entropy", "--ranks", "2"], "leave --ranks and --hostfile out"),
         (["weights", "grow", "RUN", "out.safetensors", "--loops", "0"], "--loops: expected at least 1"),
         (["weights", "tie", "RUN", "out", "--blocks", "2,1"], "ends in .safetensors"),
         (["weights", "tie", "RUN", "out.safetensors", "--blocks", "2;1"], "--blocks: expected numbers"),

@@ -1,5 +1,6 @@
 """Early exit: rows stop where the rule says, the rest is the model's own computation, and work is counted as done."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -20,6 +21,7 @@ STAGES = (
 )
 CONFIG = SReTConfig(stages=STAGES, image_size=16, num_classes=5, stem_strides=(2, 1, 1))
 IMAGES_BCHW = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+ALL = torch.ones(6, dtype=torch.bool)
 
 
 def model_of(**options: object) -> SReT:
@@ -47,11 +49,12 @@ def test_scores_are_those_of_the_first_exit_that_is_sure(kind: str, order: str) 
     assert len(set(exits_B)) > 1
     exiting = EarlyExit(model, kind, threshold if kind == "confidence" else -threshold)  # type: ignore[arg-type]
     got_BC = exiting(IMAGES_BCHW)
+    exiting.count(ALL)
     for row, k in enumerate(exits_B):
         torch.testing.assert_close(got_BC[row], scores_KBC[k, row])
     per_loop = 1 if order == "block" else 2
     before = 6 + 4 if order == "block" else 6
-    assert exiting.applications == sum(before + (k + 1) * per_loop for k in exits_B)
+    assert exiting.done[1] == sum(before + (k + 1) * per_loop for k in exits_B)
 
 
 @pytest.mark.parametrize("kind", early_exit.KINDS)
@@ -61,8 +64,9 @@ def test_without_an_exit_it_is_the_model(kind: early_exit.ExitKind, conditioning
     chains = [stage.run_chain for stage in model.stages]
     exiting = EarlyExit(model, kind, {"confidence": 2.0, "entropy": -1.0, "convergence": 0.0}[kind])
     assert torch.equal(exiting(IMAGES_BCHW), model(IMAGES_BCHW))
+    exiting.count(ALL)
     checks = 0 if kind == "convergence" else 3 * describe(model.config)["head_macs"]
-    assert exiting.macs == 6 * (describe(model.config)["macs"] + checks)
+    assert exiting.done[2] == 6 * (describe(model.config)["macs"] + checks)
     assert [stage.run_chain for stage in model.stages] == chains
 
 
@@ -71,8 +75,9 @@ def test_rows_that_stand_still_skip_to_the_next_block(order: str) -> None:
     model = model_of(loop_order=order)
     eager = EarlyExit(model, "convergence", 1e9)
     got_BC = eager(IMAGES_BCHW)
+    eager.count(ALL)
     # Everybody stops after the first loop of every block: the scores of the model whose later loops are left out.
-    assert eager.applications == 6 * 4
+    assert eager.done[1] == 6 * 4
     for stage in model.stages:
         whole = stage.run_chain
         stage.run_chain = lambda applications, x, whole=whole: whole(
@@ -94,11 +99,18 @@ def test_some_rows_stop_and_others_go_on_as_if_alone() -> None:
     for threshold in (0.2, 0.12):
         together = EarlyExit(model, "convergence", threshold)
         scores_BC = together(IMAGES_BCHW)
+        together.count(ALL)
         alone = [EarlyExit(model, "convergence", threshold) for _ in IMAGES_BCHW]
         for row, one in enumerate(alone):
             torch.testing.assert_close(one(IMAGES_BCHW[row : row + 1])[0], scores_BC[row])
-        assert sum(one.macs for one in alone) == together.macs
-        done.append([one.applications for one in alone])
+            one.count(ALL[:1])
+        assert sum(one.done[2] for one in alone) == together.done[2]
+        done.append([float(one.done[1]) for one in alone])
+        # Rows that fill a batch up are run and not counted.
+        some = EarlyExit(model, "convergence", threshold)
+        some(IMAGES_BCHW)
+        some.count(torch.arange(6) < 4)
+        assert some.done.tolist() == sum(one.done for one in alone[:4]).tolist()  # type: ignore[union-attr]
     assert any(len(set(counts)) > 1 for counts in done), done
 
 
@@ -113,12 +125,13 @@ def test_applications_cost_what_the_model_costs() -> None:
 def test_the_curve_begins_with_all_loops(tmp_path: Path) -> None:
     model = model_of()
 
-    def evaluate(one: torch.nn.Module) -> Evaluation:
+    def measure(one: torch.nn.Module, after_batch: Callable[[torch.Tensor], None] = lambda valid_B: None) -> Evaluation:
         assert not one.training
         right = (one(IMAGES_BCHW).argmax(-1) == torch.arange(6) % 5).double().mean().item()
+        after_batch(ALL)
         return Evaluation(top1=right, top5=1.0, loss=1.5, num_samples=6, images_per_s=1.0)
 
-    points = exit_curve(model, "convergence", (1e9, 1e-9), evaluate)
+    points = exit_curve(model, "convergence", (1e9, 1e-9), measure)
     assert [point.threshold for point in points] == [None, 1e9, 1e-9]
     assert points[2].top1 == points[0].top1 and points[2].macs == points[0].macs
     assert points[1].macs < points[0].macs and points[1].applications == 4

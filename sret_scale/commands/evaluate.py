@@ -41,9 +41,9 @@ def run(args: argparse.Namespace) -> int:
     if args.early_exit:
         return _early_exit(args)
     if args.ranks or args.hostfile:
-        result = _on_ranks(args)
-        if isinstance(result, int):
-            return result
+        status, result = _on_ranks(args, {}, "sret_scale.train.evaluate_main")
+        if status:
+            return status
     else:
         from sret_scale.train.distributed import ranks_from_environment
         from sret_scale.train.evaluate_main import evaluate_run
@@ -64,10 +64,8 @@ def run(args: argparse.Namespace) -> int:
 def _early_exit(args: argparse.Namespace) -> int:
     """Print and draw accuracy over multiply-adds for each threshold."""
     from sret_scale.lab import early_exit
-    from sret_scale.train.evaluate_main import evaluator_of
+    from sret_scale.lab.exit_main import exit_points
 
-    if args.ranks or args.hostfile:
-        raise ValueError("--early-exit runs in this process: leave --ranks and --hostfile out")
     thresholds = early_exit.THRESHOLDS[args.early_exit]
     if args.thresholds:
         try:
@@ -75,8 +73,14 @@ def _early_exit(args: argparse.Namespace) -> int:
         except ValueError as error:
             raise ValueError(f"--thresholds: expected numbers such as 0.5,0.9, got {args.thresholds!r}") from error
     early_exit.check_thresholds(args.early_exit, thresholds)
-    model, evaluate = evaluator_of(args.run, args.shards, args.weights, args.loops)
-    points = early_exit.exit_curve(model, args.early_exit, thresholds, evaluate)
+    asked = {"kind": args.early_exit, "thresholds": thresholds}
+    if args.ranks or args.hostfile:
+        status, result = _on_ranks(args, asked, "sret_scale.lab.exit_main")
+        if status:
+            return status
+        points = [early_exit.ExitPoint(**point) for point in result]
+    else:
+        points = exit_points({**_request(args), **asked})
     files = early_exit.write_curve(args.run / "early_exit", args.run.name, args.early_exit, points)
     if args.json:
         print(json.dumps([vars(point) for point in points], indent=1))
@@ -86,8 +90,14 @@ def _early_exit(args: argparse.Namespace) -> int:
     return 0
 
 
-def _on_ranks(args: argparse.Namespace) -> dict[str, Any] | int:
-    """The result of an evaluation that the launcher started, or its exit status where it failed."""
+def _request(args: argparse.Namespace) -> dict[str, Any]:
+    """What to evaluate, in words that hold in any working folder."""
+    shards = args.shards and (args.shards if ":" in args.shards else str(Path(args.shards).resolve()))
+    return {"run": str(args.run.resolve()), "shards": shards, "weights": args.weights, "loops": args.loops}
+
+
+def _on_ranks(args: argparse.Namespace, asked: dict[str, Any], module: str) -> tuple[int, Any]:
+    """(exit status, result) of an evaluation that the launcher started; no result where it failed."""
     from sret_scale.train.launcher import launch
     from sret_scale.train.load import load_config
     from sret_scale.train.node.hostfile import hosts_of
@@ -97,14 +107,12 @@ def _on_ranks(args: argparse.Namespace) -> dict[str, Any] | int:
     folder = args.run / "evaluation"
     folder.mkdir(exist_ok=True)
     with RunFolder(folder).locked("launch.lock"):
-        shards = args.shards and (args.shards if ":" in args.shards else str(Path(args.shards).resolve()))
-        request = {"run": str(args.run.resolve()), "shards": shards, "weights": args.weights, "loops": args.loops}
-        write_json(folder / "request.json", request)
+        write_json(folder / "request.json", {**_request(args), **asked})
         status = launch(
             folder,
             folder / "request.json",
             num_ranks=args.ranks,
             hosts=hosts_of(args.hostfile),
-            module="sret_scale.train.evaluate_main",
+            module=module,
         )
-        return status or json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        return status, None if status else json.loads((folder / "result.json").read_text(encoding="utf-8"))

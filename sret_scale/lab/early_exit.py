@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from sret_scale.lab.chart import STYLE, Caption, Chart, canvas, finish
 from sret_scale.model import Application, SReT, SReTConfig, Stage, describe
 from sret_scale.model.depth import Slot, application_slots
-from sret_scale.train.evaluate import Evaluation
+from sret_scale.train.distributed import sum_over_ranks
+from sret_scale.train.evaluate_main import Measure
 
 ExitKind = Literal["confidence", "entropy", "convergence"]
 KINDS: tuple[ExitKind, ...] = get_args(ExitKind)
@@ -51,13 +52,14 @@ class ExitPoint:
 
 
 class EarlyExit(nn.Module):
-    """Scores of a model whose images stop by a rule; adds up what was done for them."""
+    """Scores of a model whose images stop by a rule; `count` adds up what was done for those of the last batch."""
 
     def __init__(self, model: SReT, kind: ExitKind, threshold: float) -> None:
         super().__init__()
         self.model, self.kind, self.threshold = model.eval(), kind, threshold
-        self.num_images = 0
-        self.applications = self.macs = 0.0
+        self.done = torch.zeros(3, dtype=torch.float64)
+        """Images, applications, multiply-adds."""
+        self._applications_B = self._macs_B = torch.zeros(0, dtype=torch.float64)
         counts = describe(model.config)
         self._fixed_macs = counts["stem_macs"] + counts["pool_macs"] + counts["head_macs"]
         self._head_macs = counts["head_macs"]
@@ -66,8 +68,8 @@ class EarlyExit(nn.Module):
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """(B, C) scores."""
-        self.num_images += len(images_BCHW)
-        self.macs += self._fixed_macs * len(images_BCHW)
+        self._applications_B = torch.zeros(len(images_BCHW), dtype=torch.float64, device=images_BCHW.device)
+        self._macs_B = torch.full_like(self._applications_B, self._fixed_macs)
         stages = [cast(Stage, stage) for stage in self.model.stages]
         chains = [stage.run_chain for stage in stages]
         try:
@@ -77,6 +79,11 @@ class EarlyExit(nn.Module):
         finally:
             for stage, chain in zip(stages, chains, strict=True):
                 stage.run_chain = chain
+
+    def count(self, valid_B: Tensor) -> None:
+        """Add the last batch's rows that are images; the others fill it up."""
+        work_KB = torch.stack([torch.ones_like(self._macs_B), self._applications_B, self._macs_B])
+        self.done += work_KB.cpu()[:, valid_B.cpu()].sum(dim=1)
 
     def _run(self, index: int, applications: Sequence[Application], x_BND: Tensor) -> Tensor:
         for is_last_part, loops in parts(applications):
@@ -95,16 +102,17 @@ class EarlyExit(nn.Module):
                 y_RND = x_BND[rows_R]
                 for application in loop:
                     y_RND = application(y_RND)
-                self.applications += len(rows_R) * len(loop)
                 costs = self._slot_macs[index]
-                self.macs += len(rows_R) * sum(costs[one.slot.block, one.slot.position] for one in loop)
+                self._applications_B[rows_R] += len(loop)
+                self._macs_B[rows_R] += sum(costs[one.slot.block, one.slot.position] for one in loop)
                 x_BND = moved_BND.index_copy(0, rows_R, y_RND)
                 if may_stop is not None and number + 1 < len(loops):
+                    if self.kind != "convergence":
+                        self._macs_B[rows_R] += self._head_macs
                     rows_R = rows_R[~may_stop(y_RND, moved_BND[rows_R], loop[-1])]
         return x_BND
 
     def _is_sure(self, y_RND: Tensor, _: Tensor, application: Application) -> Tensor:
-        self.macs += len(y_RND) * self._head_macs
         stream_RND = y_RND.chunk(2, dim=1)[0] if application.injected else y_RND
         # The head takes means over the tokens, whose order and grid therefore do not matter.
         log_RC = self.model.forward_head(stream_RND.transpose(1, 2).unsqueeze(-1)).float().log_softmax(dim=-1)
@@ -152,10 +160,10 @@ def exit_curve(
     model: SReT,
     kind: ExitKind,
     thresholds: Sequence[float],
-    evaluate: Callable[[nn.Module], Evaluation],
+    measure: Measure,
 ) -> list[ExitPoint]:
-    """Accuracy against multiply-adds: all loops first, then every threshold. `evaluate` measures a model."""
-    whole = evaluate(model)
+    """Accuracy against multiply-adds: all loops first, then every threshold; every rank must call it."""
+    whole = measure(model)
     points = [
         ExitPoint(
             threshold=None,
@@ -167,14 +175,16 @@ def exit_curve(
     ]
     for threshold in thresholds:
         exiting = EarlyExit(model, kind, threshold)
-        found = evaluate(exiting)
+        found = measure(exiting, exiting.count)
+        device = next(model.parameters()).device
+        num_images, applications, macs = sum_over_ranks(exiting.done.to(device)).tolist()
         points.append(
             ExitPoint(
                 threshold=threshold,
                 top1=found.top1,
                 loss=found.loss,
-                macs=exiting.macs / exiting.num_images,
-                applications=exiting.applications / exiting.num_images,
+                macs=macs / num_images,
+                applications=applications / num_images,
             )
         )
     return points

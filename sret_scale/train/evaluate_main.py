@@ -8,9 +8,9 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from data_pipelines.index import ShardSet
 from data_pipelines.remote import open_data
@@ -21,6 +21,12 @@ from sret_scale.train.distributed import Ranks, leave, ranks_from_environment
 from sret_scale.train.evaluate import Evaluation, evaluate
 from sret_scale.train.load import load_config, load_model
 from sret_scale.train.run_folder import EXIT_FINISHED, RunFolder, write_json
+
+
+class Measure(Protocol):
+    """Measures a model on one shard set; `after_batch` hears which rows of each batch are samples."""
+
+    def __call__(self, one: nn.Module, after_batch: Callable[[Tensor], None] = ..., /) -> Evaluation: ...
 
 
 def evaluate_run(
@@ -45,16 +51,14 @@ def evaluate_run(
     }
 
 
-def evaluator_of(
-    run: Path, shards: str | None, weights: Any, loops: int | None
-) -> tuple[SReT, Callable[[nn.Module], Evaluation]]:
-    """(the run's model, what measures a model on the run's test shards or `shards`), in this process alone."""
+def evaluator_of(run: Path, shards: str | None, weights: Any, loops: int | None) -> tuple[SReT, Measure]:
+    """(the run's model, what measures a model on the run's test shards or `shards`); for every rank that there is."""
     ranks = ranks_from_environment()
     opened, config = open_shards(run, shards)
     model, _, _ = load_model_of(run, weights, loops)
 
-    def measure(one: nn.Module) -> Evaluation:
-        result = evaluate(one.to(ranks.device), opened, config, ranks)
+    def measure(one: nn.Module, after_batch: Callable[[Tensor], None] = lambda valid_B: None) -> Evaluation:
+        result = evaluate(one.to(ranks.device), opened, config, ranks, after_batch=after_batch)
         assert result is not None, "nothing here asks it to stop"
         return result
 
@@ -80,8 +84,8 @@ def load_model_of(run: Path, weights: Any, loops: int | None) -> tuple[SReT, str
     return model, kind, step
 
 
-def main() -> None:
-    """One rank's share; rank 0 leaves result.json beside the request."""
+def answer(work: Callable[[dict[str, Any], Ranks], Any]) -> None:
+    """One rank's share of `work` on the request that the command line names; rank 0 leaves result.json beside it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("request", type=Path)
     file: Path = parser.parse_args().request
@@ -91,12 +95,16 @@ def main() -> None:
 
     ranks = ranks_from_environment()
     start_communication(ranks)
-    result = evaluate_run(Path(request["run"]), request["shards"], request["weights"], ranks, loops=request["loops"])
+    result = work(request, ranks)
     if ranks.is_main:
         write_json(file.with_name("result.json"), result)
         RunFolder(file.parent).write_status("finished", EXIT_FINISHED)
     leave()
 
 
+def _evaluate(request: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
+    return evaluate_run(Path(request["run"]), request["shards"], request["weights"], ranks, loops=request["loops"])
+
+
 if __name__ == "__main__":
-    main()
+    answer(_evaluate)
