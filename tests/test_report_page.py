@@ -14,9 +14,9 @@ from sret_scale import cli
 from sret_scale.lab.chart import INK, PALETTE, Caption, printable, run_colours
 from sret_scale.lab.compare import differing_fields, flatten, pareto_front, seed_groups
 from sret_scale.lab.metrics import Series
-from sret_scale.lab.numbers import MISSING, binary_size, compact, duration, grouped, percent
+from sret_scale.lab.numbers import MISSING, binary_size, compact, duration, grouped, joules, percent
 from sret_scale.lab.plots import Curve, line_chart, smoothed, spread
-from sret_scale.lab.report import write_report
+from sret_scale.lab.report import Report, write_report
 from sret_scale.lab.runs import load_run, load_runs
 from tests.report_runs import write_run
 
@@ -39,20 +39,22 @@ class _Page(HTMLParser):
         self.text += data
 
 
-def _trio(folder: Path) -> Path:
-    write_run(folder / "teacher", num_loops=1, final_top1=0.88)
-    write_run(folder / "student", num_loops=11, final_top1=0.86, teacher="run:teacher")
-    write_run(folder / "control", num_loops=2, final_top1=0.84)
-    return folder
+@pytest.fixture(scope="module")
+def trio(tmp_path_factory: pytest.TempPathFactory) -> Report:
+    """A report beside the folder `runs` of teacher, student and control."""
+    folder = tmp_path_factory.mktemp("trio")
+    write_run(folder / "runs" / "teacher", num_loops=1, final_top1=0.88)
+    write_run(folder / "runs" / "student", num_loops=11, final_top1=0.86, teacher="run:teacher")
+    write_run(folder / "runs" / "control", num_loops=2, final_top1=0.84)
+    return write_report([folder / "runs"], folder / "report.html")
 
 
-def test_the_page_is_self_contained_and_its_files_are_written(tmp_path: Path) -> None:
-    report = write_report([_trio(tmp_path / "runs")], tmp_path / "report.html")
-    page = _Page(report.page)
+def test_the_page_is_self_contained_and_its_files_are_written(trio: Report) -> None:
+    report, page = trio, _Page(trio.page)
     assert "script" not in page.tags and "img" not in page.tags and page.tags.count("svg") == 12
     assert not re.search(r"@import|url\((?!#)", report.page.read_text())
     for address in page.addresses:
-        assert address.startswith(("#", "data:")) or (tmp_path / address).is_file(), address
+        assert address.startswith(("#", "data:")) or (trio.page.parent / address).is_file(), address
     assert {file.suffix for file in report.files} == {".svg", ".png", ".csv"} and all(
         f.stat().st_size for f in report.files
     )
@@ -60,12 +62,12 @@ def test_the_page_is_self_contained_and_its_files_are_written(tmp_path: Path) ->
         assert name in page.text
 
 
-def test_the_csv_has_both_lines_of_a_curve(tmp_path: Path) -> None:
-    write_report([_trio(tmp_path / "runs")], tmp_path / "report.html")
-    with (tmp_path / "report_files" / "accuracy.csv").open() as stream:
+def test_the_csv_has_both_lines_of_a_curve(trio: Report) -> None:
+    folder = trio.page.parent
+    with (folder / "report_files" / "accuracy.csv").open() as stream:
         rows = list(csv.DictReader(stream))
     last = {row["series"]: float(row["top-1, %"]) for row in rows if row["run"] == "student"}
-    run = load_run(tmp_path / "runs" / "student")
+    run = load_run(folder / "runs" / "student")
     assert last == {weights: 100 * run.of_kind("eval", weights=weights)[-1]["top1"] for weights in ("raw", "ema")}
 
 
@@ -77,13 +79,15 @@ def test_two_runs_begin_with_their_difference(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["<script>alert(1)<", "a&b\"c'", "$x^$ {{ 7*7 }}", "\u6f22\u5b57 \u202e", "#1d2125", "x" * 200]
+    "names",
+    [("<script>alert(1)<", "a&b\"c'", "$x^$ {{ 7*7 }}"), ("\u6f22\u5b57 \u202e", "#1d2125", "x" * 200)],
 )
-def test_any_run_name_is_only_text(tmp_path: Path, name: str) -> None:
-    write_run(tmp_path / name, images=1280)
-    report = write_report([tmp_path / name], tmp_path / "report.html")
-    page = _Page(report.page)
-    assert "script" not in page.tags and name in page.text
+def test_any_run_name_is_only_text(tmp_path: Path, names: tuple[str, ...]) -> None:
+    for name in names:
+        write_run(tmp_path / "runs" / name, images=1280)
+    page = _Page(write_report([tmp_path / "runs"], tmp_path / "report.html").page)
+    # The title has the names of three runs.
+    assert "script" not in page.tags and all(page.text.count(name) > 3 for name in names)
 
 
 def test_a_young_run_and_a_diverged_run_still_make_a_page(tmp_path: Path) -> None:
@@ -179,6 +183,13 @@ def test_numbers_as_people_read_them() -> None:
     ]
     assert [binary_size(v) for v in (512, 536_870_912, 1.5 * 2**30)] == ["512 B", "512 MiB", "1.50 GiB"]
     assert [duration(v) for v in (42, 429, 7260)] == ["42 s", "7 min 09 s", "2 h 01 min"]
+    assert [joules(v) for v in (81.25, 7000, 359_000, 14_400_000, None)] == [
+        "81.2 J",
+        "7 kJ",
+        "359 kJ",
+        "4 kWh",
+        MISSING,
+    ]
     assert (grouped(25_984), percent(0.8444), percent(float("nan")), percent(None)) == (
         "25,984",
         "84.4",
