@@ -1,8 +1,9 @@
 """Speed of the training pipeline beside its peers, on the same photos: `python -m benchmarks.data`.
 
 Every pipeline goes from stored JPEGs to a normalised float batch of RandomResizedCrop(224) and flips, bilinear and
-antialiased, on one core. Figures are images per second of processor time of the whole process (threads included),
-because the machine may be shared; pipelines take turns, and the median of the rounds counts for each.
+antialiased, on one core, to which all processes are bound. Figures are images per second of processor time of the whole
+process (threads included), because the machine may be shared; pipelines take turns in rounds of seconds, and the median
+of the rounds counts for each.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import re
 import statistics
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -33,11 +34,11 @@ from sklearn.datasets import load_sample_images
 
 from benchmarks.data_peers import BATCH, MEAN, PEERS, STD, Peer, PeerError, cpu_rate, pillow_transform
 from data_pipelines import roi
-from data_pipelines.augment import AugmentConfig, BatchAugment, normalise_
 from data_pipelines.config import DataConfig
 from data_pipelines.index import ShardSet, open_shards
 from data_pipelines.keyed import keyed_permutation
 from data_pipelines.loader import LoaderState, TrainLoader
+from data_pipelines.normalise import Normaliser
 from data_pipelines.reader import ShardReader
 from data_pipelines.write import WriteConfig, write_shards
 
@@ -59,20 +60,17 @@ def write_photos(folder: Path, num_images: int) -> None:
         path.write_bytes(simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), 90, "RGB", "420"))
 
 
-def ours(shards: ShardSet) -> Iterator[int]:
+def ours(shards: ShardSet) -> Generator[int]:
     """This project's loader, and its normalisation."""
     config = DataConfig(workers=1, prefetch_batches=1, interpolation="bilinear")
     sizes = {"micro_batch_size": BATCH, "grad_accum_steps": 1}
     loader = TrainLoader(shards, config, image_size=224, seed=0, rank=0, world_size=1, **sizes)
-    plain = AugmentConfig(randaugment_ops=0, erase_rate=0.0, mixup_alpha=0.0, cutmix_alpha=0.0)
-    augment = BatchAugment(plain, shards.num_classes)
+    normalise = Normaliser(MEAN, STD)
     for step in loader.steps(LoaderState()):
-        batch = step.micro_batches[0]
-        unit_BCHW, _ = augment(batch.images, batch.labels, seed=0)
-        yield len(normalise_(unit_BCHW, MEAN, STD))
+        yield len(normalise(step.micro_batches[0].images))
 
 
-def webdataset_pillow(shards: ShardSet) -> Iterator[int]:
+def webdataset_pillow(shards: ShardSet) -> Generator[int]:
     """webdataset's own pipeline: shuffle buffer, Pillow, torchvision's transforms as in its examples."""
     transform = pillow_transform()
     urls = [str(shards.folder / name) for name in shards.shard_names]
@@ -82,21 +80,23 @@ def webdataset_pillow(shards: ShardSet) -> Iterator[int]:
             yield len(batch[0])
 
 
-def reads_in_random_order(shards: ShardSet) -> Iterator[int]:
+def reads_in_random_order(shards: ShardSet) -> Generator[int]:
     """Index and pread, every checksum compared."""
     with ShardReader(shards) as reader:
         while True:
-            for index in keyed_permutation(shards.num_samples, "benchmark").tolist():
+            for number, index in enumerate(keyed_permutation(shards.num_samples, "benchmark").tolist(), 1):
                 reader.read(index)
-                yield 1
+                if number % BATCH == 0:
+                    yield BATCH
 
 
-def reads_by_webdataset(shards: ShardSet) -> Iterator[int]:
+def reads_by_webdataset(shards: ShardSet) -> Generator[int]:
     """webdataset's sequential reader, nothing decoded."""
     urls = [str(shards.folder / name) for name in shards.shard_names]
     while True:
-        for _ in webdataset.WebDataset(urls, shardshuffle=False, empty_check=False):
-            yield 1
+        for number, _ in enumerate(webdataset.WebDataset(urls, shardshuffle=False, empty_check=False), 1):
+            if number % BATCH == 0:
+                yield BATCH
 
 
 def median_rates(pipelines: dict[str, Callable[[], float]], rounds: int) -> dict[str, dict[str, Any]]:
@@ -140,8 +140,10 @@ def memory_growth_bytes(shards: ShardSet, num_epochs: int) -> dict[str, int]:
     return {"resident": resident[4], "growth": resident[-1] - resident[4], "epochs": num_epochs}
 
 
-def measure(folder: Path, peers: dict[str, list[Path]], num_images: int, rounds: int) -> dict[str, Any]:
-    """All figures, over photos that are written to `folder`."""
+def measure(
+    folder: Path, peers: dict[str, list[Path]], *, num_images: int, rounds: int, seconds: float
+) -> dict[str, Any]:
+    """All figures, over photos that are written to `folder`, in rounds of `seconds` of processor time."""
     write_photos(folder / "images", num_images)
     write_photos(folder / "few", 2 * BATCH)
     for name in ("images", "few"):
@@ -150,18 +152,18 @@ def measure(folder: Path, peers: dict[str, list[Path]], num_images: int, rounds:
     few = open_shards(folder / "few-shards")
     running, versions, missing = start_peers(peers, folder / "images", folder)
     try:
-        training = {
-            "webdataset + Pillow + torchvision": lambda: cpu_rate(lambda: webdataset_pillow(shards), num_images),
-            "sret_scale": lambda: cpu_rate(lambda: ours(shards), num_images),
-            **{name: partial(peer.rate, num_images) for name, peer in running.items()},
+        training: dict[str, Callable[[], float]] = {
+            "webdataset + Pillow + torchvision": lambda: cpu_rate(lambda: webdataset_pillow(shards), seconds),
+            "sret_scale": lambda: cpu_rate(lambda: ours(shards), seconds),
+            **{name: partial(peer.rate, seconds) for name, peer in running.items()},
         }
         rates = median_rates(training, rounds)
     finally:
         for peer in running.values():
             peer.close()
-    reading = {
-        "webdataset, in sequence": lambda: cpu_rate(lambda: reads_by_webdataset(shards), 20 * num_images),
-        "sret_scale, in random order": lambda: cpu_rate(lambda: reads_in_random_order(shards), 20 * num_images),
+    reading: dict[str, Callable[[], float]] = {
+        "webdataset, in sequence": lambda: cpu_rate(lambda: reads_by_webdataset(shards), seconds),
+        "sret_scale, in random order": lambda: cpu_rate(lambda: reads_in_random_order(shards), seconds),
     }
     return {
         "peer_versions": versions,
@@ -177,6 +179,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.data", description=str(__doc__).splitlines()[0])
     parser.add_argument("--images", type=int, default=320)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=3.0, help="processor time of a round of one pipeline")
     parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
     parser.add_argument(
         "--peer",
@@ -197,19 +200,23 @@ def main() -> None:
     """Print a table and write the figures as JSON."""
     args = _arguments()
     torch.set_num_threads(1)
+    # The processes of the peers inherit it.
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     warnings.filterwarnings("ignore", module="webdataset")
     peers = {name: [Path(folder) for folder in folders] for name, *folders in args.peer}
     load_before = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder:
-        figures = measure(Path(folder), peers, args.images, args.rounds)
+        sizes = {"num_images": args.images, "rounds": args.rounds, "seconds": args.seconds}
+        figures = measure(Path(folder), peers, **sizes)
     names = ("torch", "torchvision", "webdataset", "pillow", "simplejpeg")
     versions = {name: importlib.metadata.version(name) for name in names} | figures.pop("peer_versions")
     base = figures["training"]["webdataset + Pillow + torchvision"]["median"]
     facts = {
         "command": f"python -m benchmarks.data --images {args.images} --rounds {args.rounds} "
+        + f"--seconds {args.seconds:g} "
         + " ".join(f"--peer {name} FOLDER..." for name in peers),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "unit": "images per second of processor time, all threads of the process; medians of alternating rounds",
+        "unit": "images per second of processor time, all threads, on one core; medians of rounds in turns",
         "machine": {"processor": processor_name(), "cores": os.cpu_count(), "load": [load_before, os.getloadavg()[0]]},
         "versions": versions,
         "region_of_interest_decoding": roi.LIBRARY.exists(),

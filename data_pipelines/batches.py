@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data_pipelines.order import Indices
-from data_pipelines.samples import Sample, SampleSource
+from data_pipelines.recycle import Recycler
+from data_pipelines.samples import SampleSource
 from data_pipelines.waiting import warn_of_stall
 
 # Samples that a thread decodes before it takes the next piece of work.
@@ -38,11 +39,18 @@ class Batch:
     view_numbers: Tensor  # int32 (B,) which view of its sample a row shows
 
 
-def empty_batch(indices_B: Indices, image_size: int) -> Batch:
-    """A batch of zeros for the samples `indices_B`."""
+def empty_batch(indices_B: Indices, image_size: int, recycler: Recycler) -> Batch:
+    """A batch for the samples `indices_B`, zero where there is none. Its pixels are in memory of batches that are gone,
+    or in pinned memory, which torch itself uses again."""
     num_rows, pin_memory = len(indices_B), torch.cuda.is_available()
+    shape = (num_rows, 3, image_size, image_size)
+    if pin_memory:
+        images_BCHW = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+    else:
+        images_BCHW = recycler.take(shape, torch.uint8)
+    images_BCHW.numpy()[indices_B == PADDING] = 0
     return Batch(
-        images=torch.zeros(num_rows, 3, image_size, image_size, dtype=torch.uint8, pin_memory=pin_memory),
+        images=images_BCHW,
         labels=torch.zeros(num_rows, dtype=torch.int64, pin_memory=pin_memory),
         indices=torch.from_numpy(indices_B.copy()),
         valid=torch.from_numpy(indices_B != PADDING),
@@ -51,9 +59,12 @@ def empty_batch(indices_B: Indices, image_size: int) -> Batch:
     )
 
 
-def fill_row(columns: Mapping[str, NDArray[Any]], row: int, sample: Sample) -> None:
-    """Writes a sample into one row of a batch, given by its columns as arrays."""
-    columns["images"][row] = sample.pixels.numpy()
+def fill_row(columns: Mapping[str, NDArray[Any]], row: int, source: SampleSource, epoch: int, repeat: int) -> None:
+    """Fills one row of a batch, given by its columns as arrays, with the sample that its index names."""
+    index = int(columns["indices"][row])
+    if index == PADDING:
+        return
+    sample = source(epoch, index, repeat, columns["images"][row])
     columns["labels"][row], columns["indices"][row] = sample.label, sample.index
     columns["views"][row], columns["view_numbers"][row] = sample.view, sample.view_number
 
@@ -87,12 +98,12 @@ class BatchFiller:
         self, source: SampleSource, *, image_size: int, num_threads: int, stall_s: float, in_progress: object
     ) -> None:
         self._source, self._stall_s, self._in_progress = source, stall_s, in_progress
-        self._image_size = image_size
+        self._image_size, self._recycler = image_size, Recycler()
         self._executor = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
 
     def submit(self, epoch: int, indices_B: Indices, repeats_B: Indices) -> PendingBatch:
         """Begins a batch of the samples `indices_B` of `epoch`, each in its `repeats_B`-th view."""
-        batch = empty_batch(indices_B, self._image_size)
+        batch = empty_batch(indices_B, self._image_size, self._recycler)
         starts = range(0, len(indices_B), _SAMPLES_PER_TASK)
         tasks = [self._executor.submit(self._fill, batch, epoch, repeats_B, start) for start in starts]
         return PendingBatch(batch, tasks, stall_s=self._stall_s, in_progress=self._in_progress)
@@ -103,9 +114,7 @@ class BatchFiller:
             name: getattr(batch, name).numpy() for name in ("images", "labels", "indices", "view_numbers", "views")
         }
         for row in range(start, min(start + _SAMPLES_PER_TASK, len(repeats_B))):
-            index = int(columns["indices"][row])
-            if index != PADDING:
-                fill_row(columns, row, self._source(epoch, index, int(repeats_B[row])))
+            fill_row(columns, row, self._source, epoch, int(repeats_B[row]))
 
     def __enter__(self) -> "BatchFiller":
         return self

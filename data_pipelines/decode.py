@@ -40,10 +40,8 @@ def decode_rgb(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Tensor:
     return torch.from_numpy(pixels_HWC).permute(2, 0, 1)
 
 
-def decode_view(
-    data: bytes, draw: Callable[[int, int], View], config: DataConfig, image_size: int
-) -> tuple[Tensor, View]:
-    """The pixels of a `resized` view, as `box_pixels` of the box in `decode_rgb(data)` gives them; and the view.
+def decode_view(data: bytes, draw: Callable[[int, int], View], config: DataConfig, out_CHW: NDArray[np.uint8]) -> View:
+    """Writes the pixels of a `resized` view to `out_CHW`: those that `box_pixels` makes of its box in decode_rgb(data).
 
     `draw(height, width)` gives the view of an image of that size. Raises DecodeError as decode_rgb does.
     """
@@ -51,13 +49,14 @@ def decode_view(
         size = _jpeg_size(data, config.max_pixels)
         if size is not None:
             view = draw(*size)
-            pixels_CHW = roi.decode_view(data, view, image_size, config.interpolation)
-            if pixels_CHW is not None:
-                return torch.from_numpy(pixels_CHW), view
+            if roi.decode_view(data, view, config.interpolation, out_CHW):
+                return view
     image_CHW = decode_rgb(data, max_pixels=config.max_pixels)
     view = draw(*image_CHW.shape[1:])
     top, left, height, width, flip = view
-    return box_pixels(image_CHW[:, top : top + height, left : left + width], flip, config, image_size), view
+    box_CHW = image_CHW[:, top : top + height, left : left + width]
+    out_CHW[...] = box_pixels(box_CHW, flip, config, out_CHW.shape[1]).numpy()
+    return view
 
 
 def _decode_jpeg(data: bytes, max_pixels: int) -> NDArray[np.uint8] | None:

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import chain, islice
 
 import numpy as np
@@ -24,7 +25,7 @@ from data_pipelines.index import ShardSet
 from data_pipelines.mixture import MixedShardSet
 from data_pipelines.order import Indices, Order, advance, rank_positions, steps_per_epoch
 from data_pipelines.quarantine import Quarantine
-from data_pipelines.reader import BadSampleError, ShardReader
+from data_pipelines.reader import BadSampleError, ShardReader, sample_name
 from data_pipelines.remote import Prefetcher, bytes_by_cache, cache_of
 from data_pipelines.samples import EvaluationSamples, TrainingSamples
 from data_pipelines.worker_batches import BadSamples, PendingSharedBatch, ProcessBatchFiller
@@ -69,7 +70,6 @@ class TrainingSource:
 
     shards: ShardSet
     config: DataConfig
-    image_size: int
     seed: int
 
     def over(self, reader: ShardReader, on_bad_sample: Callable[[int, BadSampleError], None]) -> TrainingSamples:
@@ -77,7 +77,6 @@ class TrainingSource:
             reader,
             self.shards,
             self.config,
-            image_size=self.image_size,
             seed=self.seed,
             on_bad_sample=on_bad_sample,
         )
@@ -150,11 +149,16 @@ class TrainLoader:
 
     def _filler(self, stack: ExitStack) -> BatchFiller | ProcessBatchFiller:
         """Threads or processes, which leaving `stack` ends."""
-        source = TrainingSource(self._shards, self._config, self._image_size, self.order.seed)
+        source = TrainingSource(self._shards, self._config, self.order.seed)
         size, workers, stall_s = self._image_size, self._config.workers, self._config.stall_s
         if self._config.worker_kind == "processes":
             processes = ProcessBatchFiller(
-                source, image_size=size, num_workers=workers, stall_s=stall_s, on_bad_sample=self._quarantine.add
+                source,
+                image_size=size,
+                num_workers=workers,
+                stall_s=stall_s,
+                on_bad_sample=self._quarantine.add,
+                name_of=partial(sample_name, self._shards),
             )
             return stack.enter_context(processes)
         reader = stack.enter_context(ShardReader(self._shards))
@@ -264,7 +268,7 @@ def evaluation_batches(
     num_batches = -(-shards.num_samples // global_batch_size)
     upcoming: deque[PendingBatch] = deque()
     with ShardReader(shards) as reader:
-        source = EvaluationSamples(reader, shards, config, image_size)
+        source = EvaluationSamples(reader, shards, config)
         filler = BatchFiller(
             source,
             image_size=image_size,

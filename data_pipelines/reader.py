@@ -19,6 +19,12 @@ from data_pipelines.remote import RemoteShardSet, part_of
 from data_pipelines.waiting import InProgress
 
 
+def sample_name(shards: ShardSet, index: int) -> str:
+    """Where a sample is, for messages: shard, key and offset."""
+    path = Path(shards.folder) / shards.shard_names[int(shards.shard_of[index])]
+    return f"{path}: sample {shards.key(index)!r} at offset {int(shards.offset[index])}"
+
+
 class BadSampleError(ValueError):
     """A sample that cannot be read or decoded: names shard, key, offset and reason."""
 
@@ -28,7 +34,7 @@ class BadSampleError(ValueError):
         self.offset = int(shards.offset[index])
         self.index = index
         self.reason = reason
-        super().__init__(f"{Path(shards.folder) / self.shard}: sample {self.key!r} at offset {self.offset}: {reason}")
+        super().__init__(f"{sample_name(shards, index)}: {reason}")
 
     def __reduce__(self) -> tuple[Any, ...]:
         """So that it can come from a worker process."""

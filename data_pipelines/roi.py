@@ -1,4 +1,4 @@
-"""Views of JPEGs, decoded and resized where they are needed: an optional small library.
+"""Views of JPEGs, decoded and resized where they are needed, and their normalisation: an optional small library.
 
 Set-up builds it (`python -m data_pipelines.roi`) where there are a C compiler and the headers of libjpeg-turbo. It
 gives the bits that decoding the whole image and resizing with torch gives, so a run does not depend on whether a
@@ -12,13 +12,28 @@ import os
 import shlex
 import subprocess
 import sys
+import zlib
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("roi_decode.c", "roi_entropy.c", "roi_resize.c"))
-LIBRARY = Path(__file__).with_name("_roi_decode.so")
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SOURCES = tuple(sorted(Path(__file__).parent.glob("roi_*.c")))
+
+
+def _library_path() -> Path:
+    """The library of these sources: one that was built from others has another name, and is not loaded."""
+    files = [*SOURCES, *sorted(Path(__file__).parent.glob("roi_*.h"))]
+    digest = zlib.crc32(b"".join(file.read_bytes() for file in files))
+    return Path(__file__).with_name(f"_roi_decode.{digest:08x}.so")
+
+
+LIBRARY = _library_path()
 _END_OF_IMAGE = b"\xff\xd9"
 
 
@@ -30,43 +45,66 @@ def _library() -> ctypes.CDLL | None:
 
 def _load(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
-    library.roi_view.argtypes = [
-        ctypes.c_char_p,
-        ctypes.c_size_t,
-        ctypes.c_void_p,
-        ctypes.c_int,
-        ctypes.c_void_p,
-    ]
+    pointer, size, number = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    library.roi_view.argtypes = [ctypes.c_char_p, size, pointer, number, pointer]
+    library.roi_normalise.argtypes = [pointer, size, size, pointer, pointer, number, pointer]
+    library.roi_normalise.restype = None
     return library
 
 
 def decode_view(
-    data: bytes, view: tuple[int, int, int, int, int], image_size: int, interpolation: str
-) -> NDArray[np.uint8] | None:
-    """RGB pixels (3, image_size, image_size) of a view of a JPEG, or None when it has to be had in another way.
+    data: bytes, view: tuple[int, int, int, int, int], interpolation: str, out_CHW: NDArray[np.uint8]
+) -> bool:
+    """Writes the RGB pixels of a view of a JPEG to `out_CHW`, or returns False when they have to be had in another way.
 
     That is so without the library, and for data that libjpeg-turbo complains about or that lacks its end: whether
     such an image is usable must not depend on where the box lies.
     """
     library = _library()
     if library is None or not data.endswith(_END_OF_IMAGE):
-        return None
-    return _view(library, data, view, image_size, interpolation)
+        return False
+    return _view(library, data, view, interpolation, out_CHW)
 
 
 def _view(
     library: ctypes.CDLL,
     data: bytes,
     view: tuple[int, int, int, int, int],
-    image_size: int,
     interpolation: str,
+    out_CHW: NDArray[np.uint8],
     *,
     is_plain: bool = False,
-) -> NDArray[np.uint8] | None:
-    pixels_CHW = np.empty((3, image_size, image_size), dtype=np.uint8)
-    wanted = (ctypes.c_int * 7)(*view, image_size, interpolation == "bicubic")
-    failed = library.roi_view(data, len(data), ctypes.addressof(wanted), is_plain, pixels_CHW.ctypes.data)
-    return None if failed else pixels_CHW
+) -> bool:
+    size = out_CHW.shape[1]
+    assert out_CHW.shape == (3, size, size) and out_CHW.dtype == np.uint8 and out_CHW.flags.c_contiguous
+    wanted = (ctypes.c_int * 7)(*view, size, interpolation == "bicubic")
+    failed = library.roi_view(data, len(data), ctypes.addressof(wanted), is_plain, out_CHW.ctypes.data)
+    return not failed
+
+
+def normalise(images_BCHW: "Tensor", mean: Sequence[float], std: Sequence[float], out_BCHW: "Tensor") -> bool:
+    """Writes (pixel / 255 - mean) / std of uint8 pixels to floats; both contiguous. False without the library."""
+    library = _library()
+    if library is None:
+        return False
+    _normalise(library, images_BCHW, mean, std, out_BCHW)
+    return True
+
+
+def _normalise(
+    library: ctypes.CDLL, images_BCHW: "Tensor", mean: Sequence[float], std: Sequence[float], out_BCHW: "Tensor"
+) -> None:
+    assert images_BCHW.is_contiguous() and out_BCHW.is_contiguous() and images_BCHW.shape == out_BCHW.shape
+    num_channels = images_BCHW.shape[1]
+    of_channels = [(ctypes.c_float * num_channels)(*values) for values in (mean, std)]
+    library.roi_normalise(
+        images_BCHW.data_ptr(),
+        images_BCHW.shape[0] * num_channels,
+        images_BCHW.shape[2] * images_BCHW.shape[3],
+        *of_channels,
+        num_channels,
+        out_BCHW.data_ptr(),
+    )
 
 
 def build() -> None:
@@ -75,11 +113,15 @@ def build() -> None:
     # A process that has the old library loaded keeps it: the new one gets its name at once, by renaming.
     unfinished = LIBRARY.with_name(f"{LIBRARY.stem}.{os.getpid()}.so")
     # Multiplying and adding in one step would round weights otherwise than torch does.
-    flags = ["-O2", "-Wall", "-ffp-contract=off", "-shared", "-fPIC"]
+    flags = ["-O3", "-Wall", "-ffp-contract=off", "-shared", "-fPIC"]
     try:
         _run([*shlex.split(compiler), *flags, *map(str, SOURCES), "-o", str(unfinished), "-ljpeg", "-lm"])
         # Another process, because a library that does not fit its libjpeg may end it.
         _run([sys.executable, "-m", "data_pipelines.roi", "check", str(unfinished)])
+        for other in LIBRARY.parent.glob("_roi_decode*.so"):
+            # Those of other sources; of these, another node may be building.
+            if not other.name.startswith(LIBRARY.stem):
+                other.unlink(missing_ok=True)
         unfinished.replace(LIBRARY)
     except FileNotFoundError as error:
         raise RuntimeError(f"no C compiler {compiler!r}; set CC") from error
@@ -98,7 +140,7 @@ def _run(command: list[str]) -> None:
 
 
 def check(path: Path) -> None:
-    """Raises ValueError unless the library at `path` gives the pixels of simplejpeg and torch."""
+    """Raises ValueError unless the library at `path` gives the pixels and floats of simplejpeg and torch."""
     import simplejpeg
     import torch
 
@@ -114,11 +156,17 @@ def check(path: Path) -> None:
             data = bytes(simplejpeg.encode_jpeg(pixels_HWC, 90, "RGB", subsampling))
             whole_CHW = torch.from_numpy(simplejpeg.decode_jpeg(data)).permute(2, 0, 1)
             for interpolation in CHOICES["interpolation"]:
-                got_CHW = _view(library, data, (20, 30, 50, 70, 1), 32, interpolation)
+                got_CHW = np.empty((3, 32, 32), np.uint8)
+                is_there = _view(library, data, (20, 30, 50, 70, 1), interpolation, got_CHW)
                 config = DataConfig(interpolation=interpolation)  # type: ignore[arg-type]
                 expected_CHW = box_pixels(whole_CHW[:, 20:70, 30:100], 1, config, 32)
-                if got_CHW is None or not np.array_equal(got_CHW, expected_CHW.numpy()):
+                if not is_there or not np.array_equal(got_CHW, expected_CHW.numpy()):
                     raise ValueError("error: its pixels are not those of simplejpeg and torch")
+    bytes_1CHW = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    floats_1CHW = torch.empty(bytes_1CHW.shape)
+    _normalise(library, bytes_1CHW, (0.485,), (0.229,), floats_1CHW)
+    if not torch.equal(floats_1CHW, bytes_1CHW.float().div_(255).sub_(torch.tensor(0.485)).div_(torch.tensor(0.229))):
+        raise ValueError("error: its floats are not those of torch")
 
 
 def main(arguments: list[str]) -> int:

@@ -10,9 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from data_pipelines.keyed import keyed_words
 
@@ -41,17 +39,19 @@ def load_transform(name: str) -> Transform:
     return function
 
 
-def apply_transform(name: str, function: Transform, pixels_CHW: Tensor, *, key: str, labels: tuple[int, ...]) -> Tensor:
-    """The transformed pixels of sample `key`. `labels` decide the seed. Raises TransformError."""
+def apply_transform(
+    name: str, function: Transform, pixels_CHW: NDArray[np.uint8], *, sample: str, labels: tuple[int, ...]
+) -> None:
+    """Transforms pixels where they are. `labels` decide the seed, `sample` is named by TransformError."""
     seed = int(keyed_words(1, "transform", *labels)[0] >> np.uint64(1))
     try:
-        # A copy, because pixels may be a view of the image, or flipped, and a transform may work in place.
-        result = function(np.ascontiguousarray(pixels_CHW.numpy()).copy(), seed)
+        # A copy, because a transform may keep what it is given, and this memory will hold other pixels.
+        result = function(pixels_CHW.copy(), seed)
     except Exception as error:
         # Whatever a user's function raises ends the run, and names the sample; a worker process could not send it.
-        raise TransformError(f"data.transform {name}: sample {key!r}: {type(error).__name__}: {error}") from error
-    shape = tuple(pixels_CHW.shape)
+        raise TransformError(f"data.transform {name}: {sample}: {type(error).__name__}: {error}") from error
+    shape = pixels_CHW.shape
     if not isinstance(result, np.ndarray) or result.dtype != np.uint8 or result.shape != shape:
         got = f"{result.dtype} {result.shape}" if isinstance(result, np.ndarray) else type(result).__name__
-        raise TransformError(f"data.transform {name}: sample {key!r}: expected uint8 {shape}, got {got}")
-    return torch.from_numpy(np.ascontiguousarray(result))
+        raise TransformError(f"data.transform {name}: {sample}: expected uint8 {shape}, got {got}")
+    pixels_CHW[...] = result

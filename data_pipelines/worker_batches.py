@@ -29,6 +29,7 @@ from data_pipelines.batches import PADDING, Batch, empty_batch, fill_row
 from data_pipelines.order import Indices
 from data_pipelines.processes import die_with
 from data_pipelines.reader import BadSampleError
+from data_pipelines.recycle import Recycler
 from data_pipelines.samples import SampleSource
 from data_pipelines.waiting import warn_of_stall
 
@@ -59,22 +60,33 @@ def _columns(memory: mmap.mmap, num_rows: int, image_size: int) -> dict[str, NDA
     return columns
 
 
-class SharedBatch:
-    """Memory for one batch, which other processes can map by `name`. Raises OSError when there is no memory for it."""
+class SharedMemory:
+    """Bytes that other processes can map by `name`. Raises OSError when there is no memory for them."""
 
-    def __init__(self, num_rows: int, image_size: int) -> None:
-        num_bytes = num_rows * np.dtype(_row_type(image_size)).itemsize
+    def __init__(self, num_bytes: int) -> None:
         self._descriptor = os.memfd_create("batch", os.MFD_CLOEXEC)
         # Fails here rather than by a signal at the first write.
         os.posix_fallocate(self._descriptor, 0, num_bytes)
         self.name = f"/proc/{os.getpid()}/fd/{self._descriptor}"
-        self.num_rows = num_rows
-        self.columns = _columns(mmap.mmap(self._descriptor, num_bytes), num_rows, image_size)
+        self.map = mmap.mmap(self._descriptor, num_bytes)
 
     def close(self) -> None:
         """The memory itself goes with the last array that uses it."""
-        self.columns = {}
         os.close(self._descriptor)
+
+
+class SharedBatch:
+    """Memory for one batch. Raises OSError when there is none for it."""
+
+    def __init__(self, num_rows: int, image_size: int) -> None:
+        self._memory = SharedMemory(num_rows * np.dtype(_row_type(image_size)).itemsize)
+        self.name = self._memory.name
+        self.num_rows = num_rows
+        self.columns = _columns(self._memory.map, num_rows, image_size)
+
+    def close(self) -> None:
+        self.columns = {}
+        self._memory.close()
 
 
 @dataclass(frozen=True)
@@ -101,7 +113,7 @@ class PendingSharedBatch:
         """
         self._filler.wait()
         columns = self._batch.columns
-        batch = empty_batch(columns["indices"], columns["images"].shape[-1])
+        batch = empty_batch(columns["indices"], columns["images"].shape[-1], self._filler.recycler)
         for name in ("images", "labels", "views", "view_numbers"):
             getattr(batch, name).numpy()[:] = columns[name]
         self._filler.release(self._batch)
@@ -112,7 +124,8 @@ class ProcessBatchFiller:
     """Fills batches in `num_workers` processes. Leaving the `with` ends them, whatever they are doing.
 
     `make_source(bad_samples)` is called once in each process, so it must be picklable, and its source reports bad
-    samples there; `on_bad_sample` hears of them in this process.
+    samples there; `on_bad_sample` hears of them in this process. `name_of(index)` is what a message calls the sample
+    that a process stands still at, or died of.
     """
 
     def __init__(
@@ -123,8 +136,15 @@ class ProcessBatchFiller:
         num_workers: int,
         stall_s: float,
         on_bad_sample: Callable[[int, BadSampleError], None],
+        name_of: Callable[[int], str],
     ) -> None:
-        self._image_size, self._stall_s, self._on_bad_sample = image_size, stall_s, on_bad_sample
+        self._image_size, self._stall_s = image_size, stall_s
+        self._on_bad_sample, self._name_of = on_bad_sample, name_of
+        self.recycler = Recycler()
+        # The sample that each process is at.
+        self._places = SharedMemory(num_workers * 8)
+        self._samples = np.frombuffer(self._places.map, np.int64)
+        self._samples[:] = PADDING
         self._free: list[SharedBatch] = []
         self._all: list[SharedBatch] = []
         # Not forked: the caller has threads (torch), and a fork of those can hang.
@@ -132,7 +152,7 @@ class ProcessBatchFiller:
         self._workers: list[tuple[BaseProcess, Connection]] = []
         for number in range(num_workers):
             ours, theirs = context.Pipe()
-            arguments = (os.getpid(), theirs, make_source, image_size)
+            arguments = (os.getpid(), theirs, make_source, image_size, (self._places.name, number))
             process = context.Process(target=_work, args=arguments, name=f"data-worker-{number}", daemon=True)
             process.start()
             theirs.close()
@@ -143,12 +163,12 @@ class ProcessBatchFiller:
         num_rows = len(indices_B)
         batch = self._take(num_rows)
         batch.columns["indices"][:], batch.columns["repeats"][:] = indices_B, repeats_B
-        for number, (process, pipe) in enumerate(self._workers):
+        for number, (_, pipe) in enumerate(self._workers):
             start, end = (num_rows * part // len(self._workers) for part in (number, number + 1))
             try:
                 pipe.send(_Task(batch.name, num_rows, epoch, start, end))
             except (BrokenPipeError, ConnectionResetError) as error:
-                raise _death(process) from error
+                raise self._death(number) from error
         return PendingSharedBatch(self, batch)
 
     def _take(self, num_rows: int) -> SharedBatch:
@@ -163,14 +183,14 @@ class ProcessBatchFiller:
     def wait(self) -> None:
         """Waits for the next answer of every worker."""
         answers = []
-        for process, pipe in self._workers:
+        for number, (_, pipe) in enumerate(self._workers):
             start = time.monotonic()
             try:
                 while not pipe.poll(self._stall_s):
-                    warn_of_stall(time.monotonic() - start, f"{process.name} (process {process.pid})")
+                    warn_of_stall(time.monotonic() - start, self._worker_name(number))
                 answers.append(pipe.recv())
             except (EOFError, ConnectionResetError) as error:
-                raise _death(process) from error
+                raise self._death(number) from error
         for bad_samples, _ in answers:
             for epoch, bad_sample in bad_samples:
                 self._on_bad_sample(epoch, bad_sample)
@@ -194,18 +214,25 @@ class ProcessBatchFiller:
             process.join()
         for batch in self._all:
             batch.close()
+        self._places.close()
+
+    def _worker_name(self, number: int) -> str:
+        """A process, and the sample that it is at."""
+        process, index = self._workers[number][0], int(self._samples[number])
+        place = "between two samples" if index == PADDING else f"at {self._name_of(index)}"
+        return f"{process.name} (process {process.pid}), {place}"
+
+    def _death(self, number: int) -> OSError:
+        process = self._workers[number][0]
+        process.join()
+        code = process.exitcode or 0
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+        advice = "; out of memory? Lower data.workers or data.prefetch_batches" if code == -signal.SIGKILL else ""
+        return OSError(f"{self._worker_name(number)}: the process, which reads and transforms samples, {how}{advice}")
 
 
-def _death(process: BaseProcess) -> OSError:
-    process.join()
-    code = process.exitcode or 0
-    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
-    advice = "; out of memory? Lower data.workers or data.prefetch_batches" if code == -signal.SIGKILL else ""
-    return OSError(f"{process.name} (process {process.pid}), which reads and transforms samples, {how}{advice}")
-
-
-def _work(parent: int, pipe: Connection, make_source: MakeSource, image_size: int) -> None:
-    """Fills rows until the parent closes the pipe, or dies."""
+def _work(parent: int, pipe: Connection, make_source: MakeSource, image_size: int, place: tuple[str, int]) -> None:
+    """Fills rows until the parent closes the pipe, or dies. `place` is the name and cell of where it says at which."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     die_with(parent)
     torch.set_num_threads(1)
@@ -216,6 +243,7 @@ def _work(parent: int, pipe: Connection, make_source: MakeSource, image_size: in
     except Exception as error:
         # It goes to the parent, as the answer to every task.
         failure = error
+    samples, number = np.frombuffer(_mapped(place[0]), np.int64), place[1]
     batches: dict[str, dict[str, NDArray[Any]]] = {}
     while True:
         try:
@@ -223,30 +251,32 @@ def _work(parent: int, pipe: Connection, make_source: MakeSource, image_size: in
         except EOFError:
             os._exit(0)
         if task.name not in batches:
-            batches[task.name] = _mapped(task, image_size)
+            batches[task.name] = _columns(_mapped(task.name), task.num_rows, image_size)
         if failure is None:
-            failure = _fill(source, batches[task.name], task)
+            failure = _fill(source, batches[task.name], task, samples[number : number + 1])
         pipe.send((bad_samples, failure))
         bad_samples.clear()
 
 
-def _mapped(task: _Task, image_size: int) -> dict[str, NDArray[Any]]:
-    descriptor = os.open(task.name, os.O_RDWR | os.O_CLOEXEC)
+def _mapped(name: str) -> mmap.mmap:
+    descriptor = os.open(name, os.O_RDWR | os.O_CLOEXEC)
     try:
-        return _columns(mmap.mmap(descriptor, 0), task.num_rows, image_size)
+        return mmap.mmap(descriptor, 0)
     finally:
         os.close(descriptor)
 
 
-def _fill(source: SampleSource, columns: dict[str, NDArray[Any]], task: _Task) -> Exception | None:
-    """Fills the rows of a task; the error that ended it."""
+def _fill(
+    source: SampleSource, columns: dict[str, NDArray[Any]], task: _Task, sample: NDArray[np.int64]
+) -> Exception | None:
+    """Fills the rows of a task, and says in `sample` at which it is; the error that ended it."""
     columns["view_numbers"][task.start : task.end] = 0
     for row in range(task.start, task.end):
-        if columns["indices"][row] == PADDING:
-            continue
+        sample[0] = columns["indices"][row]
         try:
-            fill_row(columns, row, source(task.epoch, int(columns["indices"][row]), int(columns["repeats"][row])))
+            fill_row(columns, row, source, task.epoch, int(columns["repeats"][row]))
         except Exception as error:
             # Any error of a sample is the run's: it is raised in the parent.
             return error
+    sample[0] = PADDING
     return None

@@ -1,7 +1,7 @@
 """Views have the bits of decoding the whole image and resizing by torch, with the optional library and without it."""
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,18 @@ def _expected(data: bytes, view: View, size: int, interpolation: str) -> torch.T
     return box_pixels(decode_rgb(data)[:, top : top + height, left : left + width], flip, config, size)
 
 
+def _got(data: bytes, view: View, size: int, interpolation: str) -> torch.Tensor | None:
+    """What the library makes of a view, or None when it leaves it."""
+    out_CHW = np.empty((3, size, size), np.uint8)
+    return torch.from_numpy(out_CHW) if roi.decode_view(data, view, interpolation, out_CHW) else None
+
+
+def _decoded(data: bytes, draw: Callable[[int, int], View], size: int) -> tuple[torch.Tensor, View]:
+    out_CHW = np.empty((3, size, size), np.uint8)
+    view = decode_view(data, draw, CONFIG, out_CHW)
+    return torch.from_numpy(out_CHW), view
+
+
 @pytest.mark.parametrize("is_progressive", [False, True])
 @pytest.mark.parametrize("subsampling", ["444", "422", "420", "440", "411", "grey"])
 @pytest.mark.usefixtures("library")
@@ -64,9 +76,9 @@ def test_a_view_has_the_bits_of_the_whole_image_resized(subsampling: str, is_pro
         for index in range(12):
             view = draw_view(DataConfig(), *pixels.shape[:2], seed=0, number=0, index=index)
             size, interpolation = (7, 32, 50)[index % 3], ("bilinear", "bicubic")[index % 2]
-            got_CHW = roi.decode_view(data, view, size, interpolation)
+            got_CHW = _got(data, view, size, interpolation)
             assert got_CHW is not None
-            assert torch.equal(torch.from_numpy(got_CHW), _expected(data, view, size, interpolation))
+            assert torch.equal(got_CHW, _expected(data, view, size, interpolation))
 
 
 @given(
@@ -85,9 +97,9 @@ def test_any_size_and_quality_has_the_same_bits(
     noise = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     data = encoded(noise, "JPEG", quality=quality, optimize=bool(seed % 2))
     view = draw_view(DataConfig(crop_scale=(0.01, 1.0)), height, width, seed=seed, number=0, index=0)
-    got_CHW = roi.decode_view(data, view, size, interpolation)
+    got_CHW = _got(data, view, size, interpolation)
     assert got_CHW is not None
-    assert torch.equal(torch.from_numpy(got_CHW), _expected(data, view, size, interpolation))
+    assert torch.equal(got_CHW, _expected(data, view, size, interpolation))
 
 
 @given(places=st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), min_size=1, max_size=4))
@@ -97,8 +109,8 @@ def test_damaged_bytes_give_pixels_or_nothing(places: list[tuple[int, int]]) -> 
     data = bytearray(jpeg(smooth_image(60, 80, 0)))
     for place, value in places:
         data[place % (len(data) - 2)] = value
-    pixels_CHW = roi.decode_view(bytes(data), (20, 20, 30, 30, 0), 16, "bilinear")
-    assert pixels_CHW is None or pixels_CHW.shape == (3, 16, 16)
+    for top in (0, 20):
+        _got(bytes(data), (top, 20, 30, 30, 0), 16, "bilinear")
 
 
 CONFIG = DataConfig()
@@ -114,7 +126,7 @@ def test_what_the_library_leaves_is_decoded_whole() -> None:
     Image.fromarray(smooth_image(40, 50, 0)).convert("CMYK").save(stream, "JPEG")
     with_tail = jpeg(smooth_image(40, 50, 0)) + b"tail"
     for data in (stream.getvalue(), with_tail, encoded(smooth_image(40, 50, 0), "PNG")):
-        pixels_CHW, view = decode_view(data, _draw, CONFIG, 24)
+        pixels_CHW, view = _decoded(data, _draw, 24)
         assert torch.equal(pixels_CHW, _expected(data, view, 24, "bicubic"))
 
 
@@ -122,18 +134,18 @@ def test_what_the_library_leaves_is_decoded_whole() -> None:
 def test_a_cut_image_is_refused_wherever_the_box_lies() -> None:
     data = jpeg(smooth_image(400, 50, 0))[:-100]
     with pytest.raises(DecodeError, match="truncated"):
-        decode_view(data, lambda height, width: (0, 0, 8, 8, 0), CONFIG, 8)
+        _decoded(data, lambda height, width: (0, 0, 8, 8, 0), 8)
     # An end of image in the middle is too few bits, which the library must notice itself.
     cut = data[: len(data) // 2] + b"\xff\xd9"
-    assert roi.decode_view(cut, (300, 0, 50, 50, 0), 8, "bilinear") is None
+    assert _got(cut, (300, 0, 50, 50, 0), 8, "bilinear") is None
 
 
 def test_without_the_library_the_pixels_are_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(roi, "LIBRARY", tmp_path / "absent.so")
     roi._library.cache_clear()
     data = jpeg(smooth_image(40, 50, 0))
-    assert roi.decode_view(data, (0, 0, 8, 8, 0), 8, "bilinear") is None
-    pixels_CHW, view = decode_view(data, _draw, CONFIG, 24)
+    assert _got(data, (0, 0, 8, 8, 0), 8, "bilinear") is None
+    pixels_CHW, view = _decoded(data, _draw, 24)
     assert torch.equal(pixels_CHW, _expected(data, view, 24, "bicubic"))
     roi._library.cache_clear()
 

@@ -84,7 +84,7 @@ def test_processes_give_the_batches_of_threads_and_resume(shards: TarShards, tmp
 @pytest.mark.parametrize("kind", ["threads", "processes"])
 def test_errors_are_the_same_and_name_the_sample(shards: TarShards, kind: str) -> None:
     name = "tests.stream_transforms:fails_on_grey_20"
-    message = rf"{name}: sample '00000020': RuntimeError: no grey of 20"
+    message = rf"{name}: .*shard-000001\.tar: sample '00000020' at offset \d+: RuntimeError: no grey of 20"
     with (
         _batches(shards, transform=name, worker_kind=kind, workers=1) as batches,
         pytest.raises(TransformError, match=message),
@@ -104,7 +104,10 @@ def test_too_many_bad_samples_stop_processes_too(shards: TarShards) -> None:
 
 def test_a_worker_that_dies_is_named(shards: TarShards) -> None:
     name = "tests.stream_transforms:dies_on_grey_20"
-    message = r"data-worker-0 \(process \d+\), which reads.*was killed by SIGKILL; out of memory\?"
+    place = r"at .*shard-000001\.tar: sample '00000020' at offset \d+"
+    message = (
+        rf"data-worker-0 \(process \d+\), {place}: the process, which reads.*was killed by SIGKILL; out of memory\?"
+    )
     with (
         _batches(shards, transform=name, worker_kind="processes", workers=1) as batches,
         pytest.raises(OSError, match=message),
@@ -120,7 +123,7 @@ def test_a_worker_that_is_killed_while_it_waits_is_named(shards: TarShards) -> N
         (worker,) = [child for child in multiprocessing.active_children() if child.name == "data-worker-0"]
         worker.terminate()
         worker.join()
-        with pytest.raises(OSError, match=r"data-worker-0 .* was killed by SIGTERM"):
+        with pytest.raises(OSError, match=r"data-worker-0 .*, between two samples: .* was killed by SIGTERM"):
             list(islice(batches, 10))
 
 

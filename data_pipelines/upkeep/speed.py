@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 
+import numpy as np
+
 from data_pipelines.config import DataConfig
 from data_pipelines.decode import DecodeError, decode_rgb, decode_view
 from data_pipelines.index import ShardSet, open_shards
@@ -112,7 +114,10 @@ def _samples(shards: ShardSet, use: Callable[[bytes, int], object]) -> Pieces:
 
 def _view(data: bytes, index: int, config: DataConfig, image_size: int) -> object:
     return decode_view(
-        data, lambda height, width: draw_view(config, height, width, seed=0, number=0, index=index), config, image_size
+        data,
+        lambda height, width: draw_view(config, height, width, seed=0, number=0, index=index),
+        config,
+        np.empty((3, image_size, image_size), np.uint8),
     )
 
 

@@ -84,7 +84,7 @@ def _batches(plan: LabelPlan, shards: ShardSet, data: DataConfig, chosen: NDArra
     """The views `chosen` (view * number of samples + sample), a batch of one view at a time."""
     strict = Quarantine(None, max_bad_rate=0.0, samples_per_epoch=shards.num_samples)
     with ShardReader(shards) as reader:
-        source = TrainingSamples(reader, shards, data, image_size=plan.image_size, seed=0, on_bad_sample=strict.add)
+        source = TrainingSamples(reader, shards, data, seed=0, on_bad_sample=strict.add)
         with BatchFiller(
             source,
             image_size=plan.image_size,

@@ -113,7 +113,7 @@ def write_labels(job: LabelJob, *, rank: int, world_size: int, report: Callable[
     with ShardReader(job.shards) as reader:
         # No image may be replaced by another: the first bad one stops the writer.
         strict = Quarantine(None, max_bad_rate=0.0, samples_per_epoch=job.shards.num_samples)
-        source = TrainingSamples(reader, job.shards, data, image_size=size, seed=0, on_bad_sample=strict.add)
+        source = TrainingSamples(reader, job.shards, data, seed=0, on_bad_sample=strict.add)
         with BatchFiller(
             source, image_size=size, num_threads=data.workers, stall_s=data.stall_s, in_progress=reader.in_progress
         ) as filler:

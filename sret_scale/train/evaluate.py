@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from data_pipelines.index import ShardSet
 from data_pipelines.loader import evaluation_batches
-from data_pipelines.augment import normalise_
+from data_pipelines.normalise import Normaliser
 from sret_scale.train.config import RunConfig
 from sret_scale.train.distributed import Ranks, sum_over_ranks
 from sret_scale.train.ds_config import load_ds_config, precision_of
@@ -47,6 +47,7 @@ def evaluate(
     precision = precision_of(ds_config)
     started = time.monotonic()
     totals = torch.zeros(4, dtype=torch.float64, device=ranks.device)
+    normalise = Normaliser(config.train.image_mean, config.train.image_std)
     for batch in evaluation_batches(
         shards,
         config.data,
@@ -55,10 +56,10 @@ def evaluate(
         rank=ranks.rank,
         world_size=ranks.world_size,
     ):
-        unit_BCHW = batch.images.to(ranks.device).float() / 255
+        images_BCHW = normalise(batch.images.to(ranks.device))
         # Around the model alone: in inference mode the loader would make batches that nobody may write to.
         with torch.inference_mode(), autocast(ranks.device.type, precision):
-            logits_BC = model(normalise_(unit_BCHW, config.train.image_mean, config.train.image_std)).float()
+            logits_BC = model(images_BCHW).float()
         after_batch(batch.valid)
         totals += count(logits_BC, batch.labels.to(ranks.device), batch.valid.to(ranks.device))
         if sum_over_ranks(torch.tensor(float(must_stop()), device=ranks.device)) > 0:
