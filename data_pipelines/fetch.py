@@ -36,6 +36,8 @@ class RemoteFolder:
         # Instances are not shared with other users of fsspec, as these settings are ours.
         options = {"skip_instance_cache": True, **_timeouts(scheme, stall_s)}
         self._files, self._path = fsspec.core.url_to_fs(self.url, **options)
+        # Files of the hub are read through a buffer that would fetch 5 MiB more than is asked for.
+        self._exactly = {"cache_type": "none"} if scheme == "hf" else {}
 
     def read(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
         """The bytes of file `name` from `start` to before `end`; all of them without these."""
@@ -49,13 +51,13 @@ class RemoteFolder:
         ):
             with attempt:
                 try:
-                    data = bytes(self._files.cat_file(f"{self._path}/{name}", start=start, end=end))
+                    data = bytes(self._files.cat_file(f"{self._path}/{name}", start=start, end=end, **self._exactly))
                     if start is not None and end is not None and len(data) != end - start:
                         raise _ShortReadError(f"{len(data)} of {end - start} bytes")
                     return data
-                except FileNotFoundError:
-                    raise FileNotFoundError(f"{self.url}/{name}: not found") from None
                 except Exception as error:
+                    if _is_missing(error):
+                        raise FileNotFoundError(f"{self.url}/{name}: not found") from None
                     # Each protocol's library has its own errors; whatever it was, it is named and tried again.
                     reason = f"{self.url}/{name}: {type(error).__name__}: {error}".rstrip(": ")
                     logger.warning("attempt %d of %d: %s", attempt.num, self._attempts, reason)
@@ -81,6 +83,11 @@ class RemoteFolder:
 
 class _ShortReadError(OSError):
     """Fewer bytes than were asked for."""
+
+
+def _is_missing(error: Exception) -> bool:
+    """Whether a server said that there is no such file; huggingface_hub has an error of its own for that."""
+    return isinstance(error, FileNotFoundError) or getattr(getattr(error, "response", None), "status_code", 0) == 404
 
 
 def _is_worth_a_retry(error: Exception) -> bool:

@@ -1,6 +1,8 @@
-"""Shards from servers that other people wrote: nginx with faults put in between, S3 and GCS servers from PyPI."""
+"""Shards from servers that other people wrote: nginx with faults put in between, S3 and GCS servers from PyPI; and from
+a hub as huggingface_hub asks for it."""
 
 import contextlib
+import os
 import re
 import shutil
 import socket
@@ -25,8 +27,10 @@ from data_pipelines.loader import LoaderState, TrainLoader
 from data_pipelines.reader import ShardReader
 from data_pipelines.remote import open_data
 from data_pipelines.write import WriteConfig, write_shards
+from tests.hub_server import serve_hub
 
-SAMPLE = Path(__file__).parents[1] / "data_pipelines" / "sample" / "fashion_mnist"
+ROOT = Path(__file__).parents[1]
+SAMPLE = ROOT / "data_pipelines" / "sample" / "fashion_mnist"
 STALL_S = 2.0
 
 
@@ -229,3 +233,55 @@ def test_a_gcs_server_gives_the_batches_of_the_disk(
                 open_data("gs://bucket/none", _config(tmp_path))
         finally:
             process.terminate()
+
+
+HUB_READER = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from data_pipelines.index import open_shards
+from data_pipelines.reader import BadSampleError, ShardReader
+from data_pipelines.remote import open_data
+from tests.test_stream_servers import _config, _same_as_local
+
+folder, work, what = sys.argv[1:]
+url, config = "hf://datasets/someone/photos/set", _config(Path(work))
+local = open_shards(folder)
+if what == "batches":
+    _same_as_local(url, local, config)
+    with pytest.raises(FileNotFoundError, match=r"hf://datasets/someone/photos/none/manifest\\.json: not found"):
+        open_data("hf://datasets/someone/photos/none", config)
+    with pytest.raises(FileNotFoundError, match=r"hf://datasets/someone/other/set/manifest\\.json: not found"):
+        open_data("hf://datasets/someone/other/set", config)
+else:
+    for reads in ("shards", "ranges"):
+        shards = open_data(url, replace(config, remote_reads=reads))
+        with ShardReader(shards) as reader, pytest.raises(BadSampleError, match=r"not found"):
+            reader.read(450)
+"""
+
+
+@pytest.mark.slow
+def test_a_hub_gives_the_batches_of_the_disk(local: ShardSet, tmp_path: Path) -> None:
+    pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
+    with serve_hub(local.folder, "someone/photos", "set") as hub:
+        # The package reads the address when it is imported.
+        environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1"}
+
+        def read(what: str) -> None:
+            command = [sys.executable, "-W", "ignore", "-c", HUB_READER, str(local.folder), str(tmp_path / what), what]
+            result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+            assert result.returncode == 0, result.stderr
+
+        read("batches")
+        # Shards are fetched once each, and a sample read by a range is that range and no more.
+        for number, name in enumerate(local.shard_names):
+            size = local.manifest.shards[number].bytes
+            assert hub.requests.count((name, f"bytes=0-{size - 1}")) == 1
+        ranges = [asked for name, asked in hub.requests if name.endswith(".tar")][-20:]
+        lengths = [int(end) - int(start) + 1 for start, end in (asked[6:].split("-") for asked in ranges)]
+        assert lengths == local.length[390:410].tolist()
+        hub.gone.add(local.shard_names[1])
+        read("gone")
