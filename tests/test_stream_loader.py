@@ -49,12 +49,12 @@ def _loader(
 
 
 def _global_batches(
-    shards: TarShards, num_steps: int, state: LoaderState, *, world_size: int, micro: int, accum: int
+    shards: TarShards, num_steps: int, state: LoaderState, *, world_size: int, micro: int, accum: int, **fields: Any
 ) -> list[list[int]]:
     """Sample indices of each global batch, the parts of all ranks joined."""
     parts = []
     for rank in range(world_size):
-        loader = _loader(shards, rank=rank, world_size=world_size, micro=micro, accum=accum)
+        loader = _loader(shards, rank=rank, world_size=world_size, micro=micro, accum=accum, **fields)
         steps = loader.steps(state)
         parts.append([torch.cat([batch.indices for batch in step.micro_batches]) for step in islice(steps, num_steps)])
         steps.close()  # type: ignore[attr-defined]
@@ -83,14 +83,16 @@ def test_the_global_batches_do_not_depend_on_the_topology(
         assert len({sample for batch in epoch for sample in batch}) == 48
 
 
-@pytest.mark.parametrize("stop", [1, 3, 4, 5])
-def test_resume_on_another_topology_continues_the_sequence(shards: TarShards, stop: int) -> None:
-    whole = _global_batches(shards, 9, LoaderState(), world_size=2, micro=6, accum=1)
-    steps = _loader(shards, world_size=2, micro=6).steps(LoaderState())
+@pytest.mark.parametrize(("order", "stop"), [("full", 1), ("block", 3), ("full", 4), ("sequential", 5)])
+def test_resume_on_another_topology_continues_the_sequence(shards: TarShards, order: str, stop: int) -> None:
+    whole = _global_batches(shards, 9, LoaderState(), world_size=2, micro=6, accum=1, order=order, workers=1)
+    steps = _loader(shards, world_size=2, micro=6, order=order).steps(LoaderState())
     state = list(islice(steps, stop))[-1].next_state
     text = state.to_json()
     assert len(text) < 200
-    resumed = _global_batches(shards, 9 - stop, LoaderState.from_json(text), world_size=4, micro=1, accum=3)
+    resumed = _global_batches(
+        shards, 9 - stop, LoaderState.from_json(text), world_size=4, micro=1, accum=3, order=order, workers=3
+    )
     assert resumed == whole[stop:]
 
 

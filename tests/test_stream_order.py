@@ -16,8 +16,8 @@ FINGERPRINT = "ab" * 32
 
 
 def _order(num_samples: int, **changes: Any) -> Order:
-    fields: dict[str, Any] = {"kind": "full", "fingerprint": FINGERPRINT, "seed": 0, "global_batch_size": 8, **changes}
-    return Order(shard_sizes=[num_samples], **fields)
+    fields: dict[str, Any] = {"kind": "full", "fingerprint": FINGERPRINT, "seed": 0, "global_batch_size": 8}
+    return Order(**{**fields, "shard_sizes": [num_samples], **changes})
 
 
 def _all(order: Order, epoch: int) -> list[int]:
@@ -123,6 +123,59 @@ def test_a_resumed_walk_is_the_rest_of_the_walk(num_samples: int, global_batch_s
     assert walk(epoch, position + global_batch_size, 40 - stop) == whole[stop:]
     steps = steps_per_epoch(num_samples, global_batch_size, last)  # type: ignore[arg-type]
     assert whole == [(step // steps, step % steps * global_batch_size) for step in range(40)]
+
+
+@given(data=st.data(), kind=st.sampled_from(["full", "block", "sequential"]), last=st.sampled_from(["drop", "pad"]))
+@settings(max_examples=50, deadline=None)
+def test_a_run_resumed_on_another_world_goes_on_as_the_twin(data: st.DataObject, kind: str, last: str) -> None:
+    """Worlds of 1 to 64 ranks before and after, any accumulation, counts that nothing divides, over several epochs."""
+    before = data.draw(st.integers(1, 64), "world before")
+    global_batch_size = before * data.draw(st.integers(1, 6), "samples of a rank")
+    divisors = [size for size in range(1, 65) if global_batch_size % size == 0]
+    after = data.draw(st.sampled_from(divisors), "world after")
+    num_samples = global_batch_size + data.draw(st.integers(0, 700), "surplus")
+    sizes = [num_samples // 3, num_samples - num_samples // 3]
+    order = _order(num_samples, kind=kind, seed=9, shard_sizes=sizes, global_batch_size=global_batch_size)
+    twins = {
+        "full": lambda epoch: reference.permutation(num_samples, "order", FINGERPRINT, 9, epoch),
+        "block": lambda epoch: reference.block_order(sizes, global_batch_size, 8192, (FINGERPRINT, 9, epoch)),
+        "sequential": lambda epoch: list(range(num_samples)),
+    }
+    first = data.draw(st.integers(0, 1000), "first epoch")
+    epochs = [reference.epoch_batches(twins[kind](epoch), global_batch_size, last) for epoch in (first, first + 1)]
+    expected = [batch for batches in epochs for batch in batches]
+    stop = data.draw(st.integers(0, len(expected)), "stop")
+    got: list[list[int]] = []
+    state = (first, 0)
+    for world_size, num_steps in ((before, stop), (after, len(expected) - stop)):
+        batches, state = _walk(order, state, num_steps, world_size, last)
+        got += batches
+    assert got == expected
+
+
+def _walk(
+    order: Order, state: tuple[int, int], num_steps: int, world_size: int, last: Any
+) -> tuple[list[list[int]], tuple[int, int]]:
+    """The global batches of the next steps, the parts of all ranks joined, and the state after them."""
+    size, (epoch, position), batches = order.global_batch_size, state, []
+    per_rank = size // world_size
+    accum = 2 if per_rank % 2 == 0 else 1
+    for _ in range(num_steps):
+        epoch, position = advance(epoch, position, epoch_length=order.epoch_length, global_batch_size=size, last=last)
+        ranks = [
+            rank_positions(
+                position,
+                rank=rank,
+                world_size=world_size,
+                micro_batch_size=per_rank // accum,
+                grad_accum_steps=accum,
+            )
+            for rank in range(world_size)
+        ]
+        assert {part.shape for part in ranks} == {(accum, per_rank // accum)}
+        batches.append(order.samples(epoch, np.concatenate([part.ravel() for part in ranks])).tolist())
+        position += size
+    return batches, (epoch, position)
 
 
 def test_any_position_of_an_imagenet_epoch_is_restored_in_a_second() -> None:
