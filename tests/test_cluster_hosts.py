@@ -3,6 +3,7 @@
 tests/cluster/install.sh && ./launch.sh test -m slow tests/test_cluster_hosts.py
 """
 
+import json
 import os
 import signal
 import subprocess
@@ -19,6 +20,22 @@ from tests.cluster.hosts import Hosts, why_not
 pytestmark = [pytest.mark.slow, pytest.mark.multi_process, pytest.mark.skipif(bool(why_not()), reason=why_not())]
 
 ROOT = Path(__file__).parents[1]
+EXPERIMENT = """
+base: demo_control_20
+set:
+  train.total_images: 48
+  train.global_batch_size: 24
+  train.micro_batch_size: 12
+  optim.warmup_images: 0
+  data.train_folder: {folder}/train
+  data.test_folder: {folder}/test
+runs:
+  - {{name: first, train.seed: 1}}
+  - {{name: broken, distill.teacher: "module:tests.no_such_teacher:make"}}
+  - {{name: second, train.seed: 2}}
+  - {{name: third, train.seed: 3}}
+retries: 0
+"""
 START = """
 import sys
 from pathlib import Path
@@ -174,3 +191,56 @@ def test_elastic_run_goes_on_by_itself_without_the_lost_host(hosts: Hosts, data:
     assert "host 10.77.0.3" in errors
     assert '"finished"' in (tmp_path / "run" / "status.json").read_text()
     hosts.join(2)
+
+
+def test_sweep_packs_runs_on_single_devices_and_one_fails_alone(hosts: Hosts, data: list[str], tmp_path: Path) -> None:
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text("10.77.0.1 devices=0,3\n10.77.0.2 devices=2\n10.77.0.3 slots=1\n")
+    experiment = tmp_path / "packed.yaml"
+    experiment.write_text(EXPERIMENT.format(folder=Path(data[0].partition("=")[2]).parent))
+    command = [sys.executable, "-m", "sret_scale.cli", "sweep", str(experiment), "--folder", str(tmp_path / "runs")]
+    process = subprocess.run(
+        [*command, "--hostfile", str(hostfile), "--per-gpu"],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "SRET_SCALE_SSH_CONFIG": str(hosts.ssh_config)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert process.returncode == 1, process.stdout + process.stderr
+    assert "3 of 4 runs finished" in process.stdout and "failed: broken: " in process.stdout, process.stdout
+    places = {}
+    for run in ("first", "second", "third"):
+        assert '"finished"' in (tmp_path / "runs" / run / "status.json").read_text()
+        heartbeat = json.loads((tmp_path / "runs" / run / "heartbeats" / "rank-00000.json").read_text())
+        places[run] = heartbeat["host"]
+    # Three of the four slots are on different hosts.
+    assert set(places.values()) <= {"host-1", "host-2", "host-3"} and len(set(places.values())) > 1, places
+    assert [ranks_on(hosts, index) for index in range(3)] == [[], [], []]
+
+
+def test_teacher_ranks_of_two_hosts_give_the_weights_of_teachers_beside_the_students(
+    hosts: Hosts, data: list[str], tmp_path: Path
+) -> None:
+    sizes = ["train.total_images=96", "train.global_batch_size=24", "train.micro_batch_size=6", "optim.warmup_images=0"]
+    teacher = "distill.teacher=module:tests.test_distill_apart:ten_classes"
+    command = [sys.executable, "-m", "sret_scale.cli", "train", "demo_control_20", *data, *sizes, teacher]
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text("10.77.0.1 slots=2\n10.77.0.2 slots=2\n")
+    places = {"beside": ["--ranks", "2"], "apart": ["--hostfile", str(hostfile), "distill.num_teacher_ranks=1"]}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "SRET_SCALE_SSH_CONFIG": str(hosts.ssh_config),
+        "OMP_NUM_THREADS": "1",
+    }
+    weights = {}
+    for name, place in places.items():
+        run = tmp_path / name
+        subprocess.run([*command, "--run", str(run), *place], env=environment, check=True, cwd=tmp_path, timeout=300)
+        weights[name] = next(run.glob("checkpoints/*/weights.safetensors")).read_bytes()
+    assert weights["beside"] == weights["apart"]
+    # Ranks 1 and 3 of the job are the teachers; students 0 and 1 are its ranks 0 and 2.
+    phases = {file.stem: json.loads(file.read_text())["phase"] for file in (tmp_path / "apart/heartbeats").iterdir()}
+    assert [phases[f"rank-0000{rank}"] == "serving" for rank in range(4)] == [False, True, False, True]
