@@ -83,7 +83,7 @@ static void read_view(j_decompress_ptr decoder, const struct view *view, unsigne
   axis_fill(&down, memory_of(decoder, axis_bytes(view->height, view->size, view->cubic)), view->height, view->size,
             view->cubic, 0);
   size_t stride = ((size_t)view->size + 15) / 16 * 16, shift = (size_t)(view->left - (int)start_x) * 3;
-  size_t line_bytes = (size_t)read_width * 3 + 3 * (size_t)across.taps + 16;
+  size_t line_bytes = (size_t)read_width * 3 + 3 * (size_t)across.taps + 128;
   struct lines lines = {.down = &down, .stride = stride, .out = out};
   unsigned char *line = memset(memory_of(decoder, line_bytes), 0, line_bytes);
   lines.ring = memory_of(decoder, (size_t)down.taps * stride * 3);

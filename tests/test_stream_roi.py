@@ -20,7 +20,7 @@ from data_pipelines.view import View, box_pixels, draw_view
 from tests.stream_shards import encoded, jpeg, smooth_image
 
 
-@pytest.fixture(scope="module", params=["cc", "cc -DROI_PLAIN"])
+@pytest.fixture(scope="module", params=["cc", "cc -DROI_AVX2", "cc -DROI_PLAIN"])
 def library(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[None]:
     """The library, built for this test alone; skips where there is no compiler or no libjpeg-turbo."""
     with pytest.MonkeyPatch.context() as patch:
@@ -89,7 +89,7 @@ def test_a_view_has_the_bits_of_the_whole_image_resized(subsampling: str, is_pro
     quality=st.integers(5, 100),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=30, deadline=None)
 @pytest.mark.usefixtures("library")
 def test_any_size_and_quality_has_the_same_bits(
     height: int, width: int, size: int, interpolation: str, quality: int, seed: int
@@ -103,7 +103,7 @@ def test_any_size_and_quality_has_the_same_bits(
 
 
 @given(places=st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), min_size=1, max_size=4))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=30, deadline=None)
 @pytest.mark.usefixtures("library")
 def test_damaged_bytes_give_pixels_or_nothing(places: list[tuple[int, int]]) -> None:
     data = bytearray(jpeg(smooth_image(60, 80, 0)))
