@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from sret_scale.model import Noise, SReT, Stage
-from sret_scale.model.stem import Stem, SyncBatchNorm
+from sret_scale.model import Noise, SReT, Stage, Stem
+from sret_scale.model.stem import SyncBatchNorm
 from sret_scale.train.config import OptimConfig
 from sret_scale.train.distributed import (
     Ranks,
@@ -59,7 +59,7 @@ def make_engine(name: str) -> Engine:
         ds_config,
         micro_batch_size=MICRO_BATCH,
         grad_accum_steps=ACCUMULATION,
-        z3_leaf_modules=(Stage,),
+        z3_leaf_modules=(Stage, Stem),
     )
 
 

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from sret_scale.memory.instrument import LiveBytes
 from sret_scale.model import Application, Noise, SReT, SReTConfig, StageConfig
 from sret_scale.model.depth import drop_path_rates
 from sret_scale.model.noise import drop_path_masks
-from sret_scale.model.stem import SyncBatchNorm, stem_norm
+from sret_scale.model.stem import Stem, SyncBatchNorm, stem_norm
 
 STAGE = StageConfig(width=8, num_heads=2, num_blocks=2, num_loops=3, groups=(4, 2), mlp_ratio=1.5)
 CONFIG = SReTConfig(stages=(STAGE,), image_size=16, num_classes=5, stem_strides=(2, 1, 1), drop_path=0.4, dropout=0.2)
@@ -105,3 +106,32 @@ def test_sample_norms_do_not_depend_on_the_batch(channels: int) -> None:
     for kind in ("group", "layer"):
         norm = stem_norm(kind, channels)
         torch.testing.assert_close(norm(x_BCHW)[:1], norm(x_BCHW[:1]))
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("kind", ["batch", "sync_batch", "group", "layer"])
+def test_a_stem_that_repeats_its_norms_gives_the_same_bits(kind: str, autocast: bool) -> None:
+    results = []
+    for repeats_norms in (False, True):
+        torch.manual_seed(0)
+        stem = Stem(replace(CONFIG, stem_norm=kind)).train()
+        stem.repeats_norms = repeats_norms
+        for number in range(2):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                y_BCHW = stem(IMAGES_BCHW + number)
+            y_BCHW.float().square().sum().backward()
+        results.append([y_BCHW, *(p.grad for p in stem.parameters()), *stem.buffers()])
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
+def test_a_stem_that_repeats_its_norms_holds_about_half() -> None:
+    held = []
+    for repeats_norms in (False, True):
+        stem = Stem(replace(CONFIG, stem_norm="batch"))
+        stem.repeats_norms = repeats_norms
+        images_BCHW = IMAGES_BCHW.contiguous(memory_format=torch.channels_last)
+        with LiveBytes(stem.parameters()) as counter:
+            y_BCHW = stem(images_BCHW)
+            held.append(counter.live - y_BCHW.nbytes)
+    # Two layers of 8 x 8 and one of 16 channels at 8 x 8, stored once instead of twice; statistics are small.
+    assert held[1] < 0.65 * held[0]

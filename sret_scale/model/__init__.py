@@ -6,6 +6,7 @@ from sret_scale.model.noise import Noise
 from sret_scale.model.presets import PRESETS, preset
 from sret_scale.model.sret import ParameterTag, SReT
 from sret_scale.model.stage import Application, Stage
+from sret_scale.model.stem import Stem
 
 __all__ = [
     "PRESETS",
@@ -16,6 +17,7 @@ __all__ = [
     "SReTConfig",
     "Stage",
     "StageConfig",
+    "Stem",
     "describe",
     "preset",
 ]
