@@ -21,8 +21,8 @@ from sret_scale.model import Noise, SReT, preset
 from sret_scale.train.telemetry import Telemetry, TelemetryConfig
 
 # Model, images of a step. The smallest step that anybody would train with makes the probe look largest. The first two
-# take images of 28 pixels, the last of 224.
-CASES = (("demo_control_20", 64), ("demo_student_108", 32), ("sret_t_108", 16))
+# take images of 28 pixels, the others of 224.
+CASES = (("demo_control_20", 64), ("demo_student_108", 32), ("sret_t", 16), ("sret_t_108", 16))
 
 
 def seconds(work: Callable[[], None]) -> float:

@@ -7,6 +7,8 @@ import pytest
 
 from sret_scale import cli
 from sret_scale.lab.experiments.declared import load_experiment
+from sret_scale.lab.experiments.forecast import read_speed
+from sret_scale.lab.numbers import compact, grouped
 from sret_scale.train.config import from_yaml
 from sret_scale.train.start import check_run
 from tests.tiny import ROOT, tiny_shards
@@ -69,6 +71,22 @@ def test_the_depths_and_controls_of_imagenet_are_those_that_the_file_tells() -> 
     for depth in (108, 300):
         assert runs[f"wide_as_{depth}"].macs == pytest.approx(runs[f"t_{depth}"].macs, rel=0.1)
     assert runs["untied_108"].parameters > 3 * runs["t_108"].parameters
+
+
+def test_the_hours_in_the_documentation_are_those_of_the_measured_speeds() -> None:
+    speed = read_speed(FOLDER / "imagenet_speeds.csv")
+    documented = {}
+    for line in (ROOT / "docs" / "lab.md").read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) == 6 and cells[-1].replace(",", "").isdecimal():
+            documented[cells[0].removeprefix("reproduce: ").partition(",")[0]] = cells
+    planned = [run for name in NOT_RUN for run in load_experiment(FOLDER / name)[1]]
+    assert [run.name for run in planned] == list(documented)
+    for run in planned:
+        _, applications, parameters, macs, images, hours = documented[run.name]
+        assert int(applications.replace(",", "")) == run.applications and compact(run.parameters) == parameters
+        assert (compact(run.macs), grouped(run.config.train.total_images)) == (macs, images)
+        assert int(hours.replace(",", "")) == round(speed.run_s(run) / 3600)
 
 
 @pytest.mark.slow
