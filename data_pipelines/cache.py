@@ -42,6 +42,8 @@ class ShardCache:
     def __init__(self, download: Download, folder: Path, manifest: Manifest, *, max_bytes: int) -> None:
         self._download, self._folder, self.max_bytes = download, folder, max_bytes
         self._shards = manifest.shards
+        # Shards that have changed on the server, and what was said: each of their samples would fetch them anew.
+        self._changed: dict[int, str] = {}
         largest = max((shard.bytes for shard in manifest.shards), default=0)
         if largest > max_bytes:
             raise ValueError(f"{folder}: a cache of {max_bytes:,} bytes cannot hold a shard of {largest:,}")
@@ -52,12 +54,17 @@ class ShardCache:
 
     @contextmanager
     def lease(self, shard: int) -> Iterator[Path]:
-        """The path of the shard's file, which stays until the `with` is left."""
+        """The path of the shard's file, which stays until the `with` is left.
+
+        Raises ChangedFileError for a shard that is not that of the manifest; this process fetches it once.
+        """
         path = self._folder / self._shards[shard].file
         with _locked(_lock_of(path), fcntl.LOCK_SH) as lock:
             if not path.exists():
                 # Between giving up the shared lock and having the other one, another process may have fetched it.
                 fcntl.flock(lock, fcntl.LOCK_EX)
+                if not path.exists() and shard in self._changed:
+                    raise ChangedFileError(self._changed[shard])
                 if not path.exists():
                     self._fetch(shard, path)
                 fcntl.flock(lock, fcntl.LOCK_SH)
@@ -81,9 +88,11 @@ class ShardCache:
             self._download(entry.file, part, num_bytes=entry.bytes, file_hash=entry.hash)
             with self._room():
                 part.rename(path)
-        except BaseException:
+        except BaseException as error:
             with self._room():
                 part.unlink(missing_ok=True)
+            if isinstance(error, ChangedFileError):
+                self._changed[shard] = str(error)
             raise
         _sync_folder(self._folder)
 

@@ -147,6 +147,38 @@ def test_a_changed_shard_never_enters_the_cache(local: ShardSet, config: DataCon
         assert not cache.has(1) and not list(shards.folder.glob("*.part"))
 
 
+@pytest.mark.parametrize("what", ["missing", "changed"])
+def test_a_shard_that_goes_wrong_on_the_server_during_the_epoch(
+    local: ShardSet, config: DataConfig, tmp_path: Path, what: str
+) -> None:
+    copy, name, file = tmp_path / "copy", local.shard_names[8], tmp_path / "quarantine.jsonl"
+    copy.mkdir()
+    for path in local.folder.iterdir():
+        if path.is_file():
+            (copy / path.name).write_bytes(path.read_bytes())
+    changes: dict[str, Any] = {"order": "sequential", "max_bad_rate": 0.2, "quarantine_file": str(file)}
+    config = replace(config, fetch_ahead_steps=1, prefetch_batches=1, **changes)
+    with serve(copy) as site:
+        shards, _ = _remote(site, config)
+        steps = _loader(shards, config).steps(LoaderState())
+        seen = [next(steps).micro_batches[0].indices.tolist()]
+        content = (copy / name).read_bytes()
+        (copy / name).unlink()
+        if what == "changed":
+            (copy / name).write_bytes(content[:5000] + bytes([content[5000] ^ 1]) + content[5001:])
+        seen += [step.micro_batches[0].indices.tolist() for step in islice(steps, 39)]
+        steps.close()
+        # All samples of a shard that has changed do not fetch it again and again.
+        assert what == "missing" or site.requests.count(name) == 1
+    assert [len(batch) for batch in seen] == [50] * 40
+    assert not {index for batch in seen for index in batch} & set(range(1600, 1800))
+    records = [record for record in map(json.loads, file.read_text().splitlines()) if record["epoch"] == 0]
+    assert {(record["shard"], record["index"]) for record in records} == {(name, i) for i in range(1600, 1800)}
+    assert all(
+        ("not found" if what == "missing" else "has changed: its hash") in record["reason"] for record in records
+    )
+
+
 def test_the_cap_is_kept_and_the_longest_unused_shard_goes(
     site: Site, config: DataConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
