@@ -127,8 +127,8 @@ def test_equal_memory_lets_the_planner_choose_batch_and_schedule(base: str) -> N
     ("tree", "message"),
     [
         (
-            {"grid": {LOOPS: [300]}, "match": "equal_parameters"},
-            r"run num_loops-300: equal_parameters: the nearest model has [\d,]+ parameters at widths .* the base has",
+            {"grid": {LOOPS: [90]}, "match": "equal_parameters"},
+            r"run num_loops-90: equal_parameters: the nearest model has [\d,]+ parameters at widths .* the base has",
         ),
         ({"grid": {"model.stages.0.mlp_ratio": [1.0]}, "match": "equal_parameters"}, "chooses .*mlp_ratio itself"),
         ({"grid": {"train.micro_batch_size": [4]}, "match": "equal_memory"}, "chooses train.micro_batch_size itself"),
@@ -147,8 +147,8 @@ def test_equal_memory_lets_the_planner_choose_batch_and_schedule(base: str) -> N
         ({"grid": {"train.seed": [1, 1]}}, "two runs would be called 'seed-1'"),
         ({"grid": {LOOPS: [[1, 2, 3]]}}, "expected one value for all or 2 values"),
         (
-            {"grid": {LOOPS: [900]}, "match": "equal_flops"},
-            "run num_loops-900: equal_flops: .* one global batch of 32",
+            {"grid": {LOOPS: [90]}, "match": "equal_flops"},
+            "run num_loops-90: equal_flops: .* one global batch of 32",
         ),
         ({"grid": {"train.seed": [1]}, "match": "equal_luck"}, "match"),
         ({"grid": {"train.seed": [1]}, "retry": 2}, "unknown key 'retry': did you mean 'retries'"),

@@ -4,7 +4,7 @@ Thresholds are far from what healthy runs of the shipped recipes show (docs/dept
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from sret_scale.train.telemetry.probe import BlockUses
 
@@ -20,13 +20,25 @@ SHARP_ENTROPY = 0.01
 NEAR_LIMIT = 0.1
 
 
-def alarms(blocks: Sequence[BlockUses], schemes: Sequence[str], precision: str) -> list[str]:
+LASTING = ("collapse", "idle", "entropy")
+"""Kinds that say something only if a second probe finds them again: tokens of an untrained model are often alike."""
+
+Findings = dict[tuple[int, str], str]
+"""(stage, kind) -> sentence."""
+
+
+def alarms(found: Findings, before: Collection[tuple[int, str]]) -> list[str]:
+    """The sentences worth a look. before: what the probe before this one found."""
+    return [sentence for key, sentence in found.items() if key[1] not in LASTING or key in before]
+
+
+def findings(blocks: Sequence[BlockUses], schemes: Sequence[str], precision: str) -> Findings:
     """At most one sentence of each kind and stage. schemes: the branch scheme of every stage."""
-    found: dict[tuple[int, str], str] = {}
+    found: Findings = {}
     for block in blocks:
         for kind, sentence in _of_block(block, schemes[block.stage], precision):
             found.setdefault((block.stage, kind), f"stage {block.stage} {sentence}")
-    return list(found.values())
+    return found
 
 
 def _of_block(block: BlockUses, scheme: str, precision: str) -> list[tuple[str, str]]:

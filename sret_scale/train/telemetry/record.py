@@ -13,7 +13,7 @@ from sret_scale.model import Noise, SReT
 from sret_scale.model.depth import resolved_scheme
 from sret_scale.model.plan import DepthPlan
 from sret_scale.train.precision import Precision
-from sret_scale.train.telemetry.alarms import alarms, growth_per_loop
+from sret_scale.train.telemetry.alarms import alarms, findings, growth_per_loop
 from sret_scale.train.telemetry.config import TelemetryConfig
 from sret_scale.train.telemetry.probe import BlockUses, probe, undisturbed
 from sret_scale.train.telemetry.truncation import gradient_cosines
@@ -32,6 +32,7 @@ class Telemetry:
         for name, tag in model.parameter_tags().items():
             self._kinds.setdefault(tag.kind, []).append(name)
         self._record: dict[str, Any] | None = None
+        self._found: set[tuple[int, str]] = set()
         self._said: set[tuple[str, str]] = set()
         self._before: dict[str, Tensor] = {}
 
@@ -61,14 +62,16 @@ class Telemetry:
                     self._model, images_BCHW, lambda scores: loss_of(scores, part), noise, plan, self._kinds
                 )
             truncation = {"truncation": {kind: _json_number(value) for kind, value in cosines.items()}}
+        found = findings(blocks, self._schemes, self._precision)
         self._record = {
             "num_images": len(images_BCHW),
             "blocks": [_entry(block) for block in blocks],
             "summary": summary(blocks),
-            "alarms": alarms(blocks, self._schemes, self._precision),
+            "alarms": alarms(found, self._found),
             "probe_s": round(time.perf_counter() - started, 4),
             **truncation,
         }
+        self._found = set(found)
 
     def before_update(self) -> None:
         """Keep the weights, if this step is looked at."""
