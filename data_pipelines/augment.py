@@ -6,13 +6,12 @@ are forked and seeded for the length of a call. Shapes: B batch, C channels (or 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from data_pipelines.vision import v2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,12 +50,19 @@ class AugmentConfig:
 _BLUR_REACH = 6
 
 
+def _transforms() -> Any:
+    """torchvision.transforms.v2. Imported by whoever augments: it takes 1.7 s and 1,200 files (2-core AMD EPYC,
+    2026-11-22), which a launcher or a command that only reads a configuration need not wait for."""
+    return import_module("data_pipelines.vision").v2
+
+
 def three_augment() -> Any:
     """3-Augment of DeiT III (arXiv 2204.07118, section 3.2): grey, solarised or blurred, a third of the samples each.
 
     Strengths are those of its code: solarised above half, blurred by a Gaussian of 0.1 to 2 pixels' deviation. Colour
     jitter follows, as there; crop and flip belong to the data.
     """
+    v2 = _transforms()
     blur = v2.GaussianBlur(kernel_size=2 * _BLUR_REACH + 1, sigma=(0.1, 2.0))
     return v2.RandomChoice([v2.Grayscale(num_output_channels=3), v2.RandomSolarize(threshold=128, p=1.0), blur])
 
@@ -70,7 +76,9 @@ class BatchAugment:
     def __init__(self, config: AugmentConfig, num_classes: int) -> None:
         self.config = config
         self.num_classes = num_classes
-        self._sample_transforms = []
+        self._sample_transforms: list[Any] = []
+        used = (config.randaugment_ops, config.three_augment_rate, config.color_jitter)
+        v2: Any = _transforms() if any((*used, config.erase_rate, config.mixup_alpha, config.cutmix_alpha)) else None
         if config.randaugment_ops:
             randaugment = v2.RandAugment(num_ops=config.randaugment_ops, magnitude=config.randaugment_magnitude)
             self._sample_transforms.append(randaugment)

@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -170,3 +171,13 @@ def test_earliest_record_is_the_first_error_and_a_rank_keeps_its_first(tmp_path:
         write_error(tmp_path, RankError(time_s=time_s, rank=rank, host="h", message=message, exit_code=1))
     error = first_error(tmp_path)
     assert error is not None and error.message == "early"
+
+
+def test_a_launcher_imports_neither_torchvision_nor_deepspeed() -> None:
+    """Both cost each command that starts a run seconds and more than a thousand files; only ranks need them."""
+    code = (
+        "import sys, sret_scale.train.elastic; print(*({'torchvision', 'torch._dynamo', 'deepspeed'} & {*sys.modules}))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    process = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert process.stdout.split() == []

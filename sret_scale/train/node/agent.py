@@ -26,6 +26,7 @@ from sret_scale.train.node.errors import RankError, first_error, has_error, now_
 from sret_scale.train.node.job import NODE_FOLDER, RANKS_OF_NODES, Job, deepspeed_command
 from sret_scale.train.node.orphans import STOP_SIGNALS, die_with_parent
 from sret_scale.train.node.places import visible_gpus
+from sret_scale.train.node.stage import staged_environment, unpack
 
 # DeepSpeed's launcher looks every second and then the exit status is gone: a short look seldom comes too late.
 _POLL_S = 0.02
@@ -138,6 +139,9 @@ def start_launcher(job: Job, node_rank: int, node_folder: str) -> "subprocess.Po
     devices = list(job.world.values())[node_rank]
     environment = {**os.environ, **job.environment, NODE_FOLDER: node_folder}
     environment[RANKS_OF_NODES] = ",".join(str(len(devices)) for devices in job.world.values())
+    if job.archive:
+        staged = unpack(Path(job.archive), Path(job.local_folder))
+        environment = staged_environment(staged, environment, job.working_folder)
     cores = len(os.sched_getaffinity(0))
     environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // len(devices))))
     if not visible_gpus():
@@ -243,7 +247,13 @@ def main() -> int:
 
 def _run(job: Job, node_rank: int, node_folder: str, requests: "queue.SimpleQueue[str]") -> int:
     """0 when all ranks of this node ended well."""
-    launcher = start_launcher(job, node_rank, node_folder)
+    try:
+        launcher = start_launcher(job, node_rank, node_folder)
+    except OSError as error:
+        host = socket.gethostname()
+        record = RankError(time_s=now_s(), rank=-1, host=host, message=f"host {host}: {error}", exit_code=2)
+        write_error(Path(job.run_folder), record)
+        return 1
 
     def listen() -> None:
         for line in sys.stdin:
