@@ -59,7 +59,7 @@ def make_engine(name: str) -> Engine:
         ds_config,
         micro_batch_size=MICRO_BATCH,
         grad_accum_steps=ACCUMULATION,
-        z3_leaf_modules=(Stage, Stem),
+        z3_leaf_modules=(Stage,),
     )
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sret_scale.memory import MemoryConfig, apply_recomputation
-from sret_scale.model import Noise, SReT, SReTConfig, Stage, StageConfig, Stem
+from sret_scale.model import Noise, SReT, SReTConfig, Stage, StageConfig
 from sret_scale.train.config import OptimConfig
 from sret_scale.train.distributed import leave, ranks_from_environment
 from sret_scale.train.ds_config import load_ds_config
@@ -130,7 +130,7 @@ def engine_of(cell: Cell, model: SReT) -> Engine:
         ds_config,
         micro_batch_size=GLOBAL_BATCH // cell.world_size,
         grad_accum_steps=1 if cell.accumulation == "1" else 3,
-        z3_leaf_modules=(Stage, Stem),
+        z3_leaf_modules=(Stage,),
     )
 
 

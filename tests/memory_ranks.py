@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from sret_scale.memory import MemoryConfig, apply_recomputation
-from sret_scale.model import Noise, Stage, Stem
+from sret_scale.model import Noise, Stage
 from sret_scale.train.config import OptimConfig
 from sret_scale.train.distributed import leave, ranks_from_environment
 from sret_scale.train.engine import Engine, start_communication
@@ -26,7 +26,7 @@ def train(ds_config: dict[str, Any], memory: MemoryConfig | None, rank: int) -> 
     if memory is not None:
         apply_recomputation(model, memory)
     optimizer = build_optimizer(model, model.parameter_tags(), OptimConfig(learning_rate=1e-3))
-    engine = Engine(model, optimizer, ds_config, micro_batch_size=2, grad_accum_steps=2, z3_leaf_modules=(Stage, Stem))
+    engine = Engine(model, optimizer, ds_config, micro_batch_size=2, grad_accum_steps=2, z3_leaf_modules=(Stage,))
     for micro_step in range(4):
         seed = 10 * micro_step + rank
         images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(seed))

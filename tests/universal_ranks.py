@@ -11,7 +11,7 @@ import torch
 from deepspeed.checkpoint import ds_to_universal
 from safetensors.torch import save_file
 
-from sret_scale.model import SReT, Stage, Stem
+from sret_scale.model import SReT, Stage
 from sret_scale.train.config import OptimConfig
 from sret_scale.train.distributed import barrier, leave, ranks_from_environment
 from sret_scale.train.ds_config import load_ds_config
@@ -32,7 +32,7 @@ def make_engine(name: str) -> Engine:
         {**load_ds_config(name), "checkpoint": {"load_universal": True}},
         micro_batch_size=MICRO_BATCH,
         grad_accum_steps=ACCUMULATION,
-        z3_leaf_modules=(Stage, Stem),
+        z3_leaf_modules=(Stage,),
     )
 
 

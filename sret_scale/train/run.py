@@ -23,7 +23,7 @@ from sret_scale.distill import (
     stored_labels,
 )
 from sret_scale.memory import Prepared
-from sret_scale.model import SReT, Stage, Stem
+from sret_scale.model import SReT, Stage
 from sret_scale.model.stem import SyncBatchNorm
 from sret_scale.train.apex import choose_kernels
 from sret_scale.train.config import RunConfig, grad_accum_steps
@@ -155,7 +155,7 @@ def set_up_engine(config: RunConfig, ranks: Ranks, accumulation: int) -> tuple[E
         ds_config,
         micro_batch_size=config.train.micro_batch_size,
         grad_accum_steps=accumulation,
-        z3_leaf_modules=(Stage, Stem),
+        z3_leaf_modules=(Stage,),
     )
     return engine, memory
 
