@@ -8,6 +8,7 @@ everything.
 
 import hashlib
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ class ShardSet:
     def num_shards(self) -> int:
         return len(self.manifest.shards)
 
-    @property
+    @cached_property
     def shard_names(self) -> list[str]:
         return [shard.file for shard in self.manifest.shards]
 

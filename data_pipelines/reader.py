@@ -5,14 +5,12 @@ Plain files at random offsets read faster than a tar stream, and need no state: 
 
 import os
 import threading
-import zlib
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from data_pipelines import roi
 from data_pipelines.cache import UnavailableError
 from data_pipelines.index import ShardSet
 from data_pipelines.remote import RemoteShardSet, part_of
@@ -59,26 +57,27 @@ class ShardReader:
         self._max_open_shards = max_open_shards
         self._lock = threading.Lock()
         # What threads read now.
-        self.in_progress = InProgress()
+        self.in_progress = InProgress(self._name_of)
         # shard -> [file descriptor, reads in progress], the least recently used first
         self._open: OrderedDict[int, list[int]] = OrderedDict()
 
     def read(self, index: int) -> bytes:
         """The image bytes of sample `index`. Raises BadSampleError when they are not those that were indexed."""
         shards = self._shards
-        length = int(shards.length[index])
+        length, shard = int(shards.length[index]), int(shards.shard_of[index])
+        number = self.in_progress.begin(shard)
         try:
-            shard = int(shards.shard_of[index])
-            with self.in_progress.of(self._name_of(shard)):
-                data = self._read_somewhere(shard, length, int(shards.offset[index]))
+            data = self._read_somewhere(shard, length, int(shards.offset[index]))
         except UnavailableError:
             # A server that does not answer is no fault of the sample.
             raise
         except OSError as error:
             raise BadSampleError(shards, index, f"cannot read the shard: {error.strerror or error}") from error
+        finally:
+            self.in_progress.end(number)
         if len(data) != length:
             raise BadSampleError(shards, index, f"the shard ends after {len(data)} of {length} bytes")
-        crc = zlib.crc32(data)
+        crc = roi.crc32(data)
         expected = int(shards.crc[index])
         if crc != expected:
             raise BadSampleError(shards, index, f"checksum {crc:08x}, expected {expected:08x}: the bytes have changed")
@@ -103,8 +102,7 @@ class ShardReader:
     def _read_somewhere(self, shard: int, length: int, offset: int) -> bytes:
         part, number = part_of(self._shards, shard)
         if not isinstance(part, RemoteShardSet):
-            with self._kept_open(shard) as descriptor:
-                return _read_exactly(descriptor, length, offset)
+            return self._read_file(shard, length, offset)
         if part.cache is None:
             return part.read_range(part.shard_names[number], offset, offset + length)
         # Opened for one read: an open file would take up room after it was evicted.
@@ -120,8 +118,8 @@ class ShardReader:
         location = part.url if isinstance(part, RemoteShardSet) else part.folder
         return f"{location}/{part.shard_names[number]}"
 
-    @contextmanager
-    def _kept_open(self, shard: int) -> Iterator[int]:
+    def _read_file(self, shard: int, length: int, offset: int) -> bytes:
+        """Reads from a file of a local set, which stays open."""
         with self._lock:
             entry = self._open.get(shard)
             if entry is None:
@@ -131,7 +129,7 @@ class ShardReader:
             self._open.move_to_end(shard)
             entry[1] += 1
         try:
-            yield entry[0]
+            return _read_exactly(entry[0], length, offset)
         finally:
             with self._lock:
                 entry[1] -= 1

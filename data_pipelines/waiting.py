@@ -3,8 +3,7 @@
 import logging
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 logger = logging.getLogger(__name__)
 
@@ -13,34 +12,39 @@ _MAX_NAMED = 4
 
 
 class InProgress:
-    """Names with the time when each began. Safe for threads."""
+    """Numbers of files with the time when each began. Safe for threads.
 
-    def __init__(self) -> None:
-        self._began: dict[int, tuple[str, float]] = {}
+    `begin` and `end` are called for each sample, `name_of(file)` only for what is shown.
+    """
+
+    def __init__(self, name_of: Callable[[int], str]) -> None:
+        self._name_of = name_of
+        self._began: dict[int, tuple[int, float]] = {}
         self._lock = threading.Lock()
         self._next = 0
 
-    @contextmanager
-    def of(self, name: str) -> Iterator[None]:
-        """`name` is in progress until the `with` is left."""
+    def begin(self, file: int) -> int:
+        """`file` is in progress until `end` of the number that this returns."""
+        began = (file, time.monotonic())
         with self._lock:
             number = self._next = self._next + 1
-            self._began[number] = (name, time.monotonic())
-        try:
-            yield
-        finally:
-            with self._lock:
-                del self._began[number]
+            self._began[number] = began
+        return number
+
+    def end(self, number: int) -> None:
+        with self._lock:
+            del self._began[number]
 
     def __str__(self) -> str:
         """The names, the one that takes longest first, each with its seconds."""
         now = time.monotonic()
         with self._lock:
             began = sorted(self._began.values(), key=lambda entry: entry[1])
-        longest: dict[str, float] = {}
-        for name, start in began:
-            longest.setdefault(name, now - start)
-        named = [f"{name} (for {seconds:.0f} s)" for name, seconds in list(longest.items())[:_MAX_NAMED]]
+        longest: dict[int, float] = {}
+        for file, start in began:
+            longest.setdefault(file, now - start)
+        first = list(longest.items())[:_MAX_NAMED]
+        named = [f"{self._name_of(file)} (for {seconds:.0f} s)" for file, seconds in first]
         rest = len(longest) - len(named)
         return ", ".join(named) + (f" and {rest} more" if rest else "") if named else "nothing"
 

@@ -1,6 +1,7 @@
 """Views have the bits of decoding the whole image and resizing by torch, with the optional library and without it."""
 
 import io
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,14 @@ def test_damaged_bytes_give_pixels_or_nothing(places: list[tuple[int, int]]) -> 
         data[place % (len(data) - 2)] = value
     for top in (0, 20):
         _got(bytes(data), (top, 20, 30, 30, 0), 16, "bilinear")
+
+
+@given(data=st.binary(max_size=700), start=st.integers(0, 5))
+@settings(max_examples=30, deadline=None)
+@pytest.mark.usefixtures("library")
+def test_sums_are_those_of_zlib(data: bytes, start: int) -> None:
+    assert roi.crc32(data[start:]) == zlib.crc32(data[start:])
+    assert roi.crc32(data * 50) == zlib.crc32(data * 50)
 
 
 CONFIG = DataConfig()
