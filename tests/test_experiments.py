@@ -21,6 +21,7 @@ FASHION = {
     "fashion_branch": [50, 108, 512],
     "fashion_projections": [108],
     "fashion_taught": [10, 20, 50, 108],
+    "fashion_gpu": [20, 108, 300, 1000],
     "rate_transfer": [20, 50, 108],
 }
 
