@@ -11,9 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_pipelines.index import open_shards
 from data_pipelines.loader import DataConfig, LoaderState, TrainLoader
 from data_pipelines.order import Order
 from data_pipelines.trace import trace_keys
+from data_pipelines.upkeep.foreign import index_shards
+from sret_scale.cli import main
+from tests.shard_sources import make_tar
 from tests.stream_shards import TarShards, encoded, grey_level_shards, jpeg, smooth_image
 
 PIXELS = smooth_image(20, 24, 0)
@@ -168,3 +172,22 @@ def test_a_state_is_small_at_its_largest(kind: str) -> None:
     # Names that differ stay different.
     other = Order(**{**vars(order), "part_weights": (1.0,) * 100})
     assert other.name != order.name
+
+
+@pytest.mark.parametrize("index", BAD)
+def test_bad_images_of_foreign_shards_are_named(tmp_path: Path, index: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """By the command that makes the index where the header is broken, otherwise by verify."""
+    data, reasons = BAD[index]
+    files = {"good.jpg": jpeg(PIXELS), "good.cls": b"0", "odd.jpg": data, "odd.cls": b"0"}
+    make_tar(tmp_path / "some.tar", files)
+    if index != 12:
+        what = r"empty file|not an image, or its header|too large: 30000 x 30000 pixels|animated: 2 frames"
+        with pytest.raises(ValueError, match=rf"some\.tar: at offset \d+: sample 'odd': ({what})"):
+            index_shards(tmp_path)
+        return
+    index_shards(tmp_path)
+    shards = open_shards(tmp_path)
+    assert main(["shards", "verify", str(tmp_path), "--workers", "1"]) == 1
+    line, last = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"some.tar: sample 'odd' at offset {int(shards.offset[1])}: does not decode: ")
+    assert any(reason in line for reason in reasons.split("|")) and last.endswith("not sound, 1 found")
