@@ -1,12 +1,15 @@
 """Activation peak and step time over depth, beside torch's own checkpoint: `python -m benchmarks.memory`.
 
 SReT-T widths with projections per loop, fp32, one thread. Peaks are read off `LiveBytes` (operators' storages without
-gradients of parameters). Times are processor seconds of one forward and backward pass: the machine may be shared.
+gradients of parameters) and do not depend on what else the machine does; times do. So the parts of the table can be
+measured one by one, and each replaces its own rows: `--part peaks`, `predictions`, `times`.
 Writes benchmarks/results/memory.json and memory.png.
 """
 
 import argparse
+import itertools
 import json
+import os
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -21,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from sret_scale.memory import MemoryConfig, apply_recomputation, apply_schedules, schedule_for
+from sret_scale.memory import MemoryConfig, apply_recomputation, apply_schedules, prepare_memory
 from sret_scale.memory.instrument import LiveBytes
 from sret_scale.memory.predict import predict_chain
 from sret_scale.memory.probe import probe_step
@@ -33,6 +36,8 @@ from sret_scale.model import Application, Noise, SReT, SReTConfig, StageConfig, 
 RESULTS = Path(__file__).parent / "results"
 LOOPS = {20: (2, 2, 2), 50: (5, 5, 5), 108: (12, 12, 8), 300: (30, 33, 25), 1000: (115, 130, 40)}
 MAX_PLAIN = 108  # plain autograd at 1000 applications needs 2 GiB per image: not every machine has it
+
+PARTS = ("peaks", "predictions", "times")
 
 RunChain = Callable[[Sequence[Application], Tensor], Tensor]
 
@@ -73,35 +78,46 @@ TWINS: dict[str, RunChain] = {
 class Bench:
     """One model and one micro-batch."""
 
-    def __init__(self, config: SReTConfig, micro_batch_size: int) -> None:
+    def __init__(self, config: SReTConfig, micro_batch_size: int, precision: str = "fp32") -> None:
         torch.manual_seed(0)
+        self.precision = precision
         self.model = SReT(config).train()
         self.images = torch.randn(micro_batch_size, config.in_channels, config.image_size, config.image_size)
         self.labels = torch.zeros(micro_batch_size, dtype=torch.int64)
-        self.costs = probe_step(config, micro_batch_size=micro_batch_size)
+        self.costs = probe_step(config, micro_batch_size=micro_batch_size, precision=precision, repeats_norms=True)
 
     def use(self, name: str) -> int | None:
         """Sets the model up under the schedule called `name`; returns the predicted peak, None for a twin."""
         if name in TWINS:
+            apply_recomputation(self.model, MemoryConfig(schedule="none"))  # the stem as torch would store it
             for stage in self.model.stages:
                 stage.run_chain = TWINS[name]  # type: ignore[assignment]
             return None
         if name.startswith("planned"):
             search = Search(self.costs, DEVICES["cpu"], max_passes=int(name[-1]))
-            choice = search.fastest(search.smallest_bytes())
+            choice = search.fastest(search.smallest_bytes(accuracy=0.002))
             assert choice is not None
             schedules = choice.schedules
-            apply_schedules(self.model, schedules, MemoryConfig())
+            apply_schedules(self.model, schedules, MemoryConfig(), repeats_norms=True)
         else:
             memory = MemoryConfig(schedule=name)
-            apply_recomputation(self.model, memory)
-            schedules = tuple(schedule_for(memory, len(stage)) for stage in self.costs.stages)
+            # As a run does it at ZeRO 0 to 2.
+            return prepare_memory(
+                self.model,
+                memory,
+                micro_batch_size=len(self.images),
+                precision=self.precision,
+                world_size=1,
+                zero_stage=0,
+            ).activations
         return step_peak_bytes(
             self.costs, [predict_chain(*pair) for pair in zip(schedules, self.costs.stages, strict=True)]
         )
 
     def step(self) -> None:
-        F.cross_entropy(self.model(self.images, Noise(0, 0)), self.labels).backward()  # type: ignore[no-untyped-call]
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bf16"):
+            loss = F.cross_entropy(self.model(self.images, Noise(0, 0)).float(), self.labels)
+        loss.backward()  # type: ignore[no-untyped-call]
 
     def seconds(self) -> float:
         """Processor time of one step."""
@@ -109,30 +125,61 @@ class Bench:
         self.step()
         return time.process_time() - start
 
-    def measure(self, name: str) -> dict[str, Any]:
-        """Peak and time under one schedule. The time includes the instrument: about 20 microseconds per operator."""
+    def peak(self, name: str) -> dict[str, Any]:
+        """Measured and predicted peak under one schedule."""
         predicted = self.use(name)
         with LiveBytes(self.model.parameters()) as counter:
-            seconds = self.seconds()
-        return {"schedule": name, "peak_bytes": counter.peak, "predicted_bytes": predicted, "seconds": seconds}
+            self.step()
+        return {"schedule": name, "peak_bytes": counter.peak, "predicted_bytes": predicted}
 
 
 def published_layers_peak(image_size: int, micro_batch_size: int) -> int:
     """Peak of 20 applications without recomputation, with layers that store what autograd stores by itself."""
     bench = Bench(deep_config(20, image_size), micro_batch_size)
     with patch.object(layers, "fused", plain):
-        peak: int = bench.measure("none")["peak_bytes"]
+        peak: int = bench.peak("none")["peak_bytes"]
     return peak
 
 
-def over_depth(depths: Sequence[int], image_size: int, micro_batch_size: int) -> list[dict[str, Any]]:
+def names_at(depth: int) -> list[str]:
+    """The schedules measured at a depth."""
+    names = ["per_application", "planned r=1", "planned r=2", "torch per application", "torch sqrt(n)"]
+    return ["none", *names] if depth <= MAX_PLAIN else names
+
+
+def peaks_over_depth(depths: Sequence[int], image_size: int, micro_batch_size: int) -> list[dict[str, Any]]:
     """One row per depth and schedule."""
     rows = []
     for depth in depths:
         bench = Bench(deep_config(depth, image_size), micro_batch_size)
-        names = ["per_application", "planned r=1", "planned r=2", "torch per application", "torch sqrt(n)"]
-        for name in ["none", *names] if depth <= MAX_PLAIN else names:
-            rows.append({"depth": depth, **bench.measure(name)})
+        for name in names_at(depth):
+            rows.append({"depth": depth, **bench.peak(name)})
+            print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def times_over_depth(depths: Sequence[int], image_size: int, micro_batch_size: int) -> list[dict[str, Any]]:
+    """One row per depth and schedule: processor seconds of one step, the faster of two up to 300 applications."""
+    rows = []
+    for depth in depths:
+        bench = Bench(deep_config(depth, image_size), micro_batch_size)
+        for name in names_at(depth):
+            bench.use(name)
+            seconds = min(bench.seconds() for _ in range(1 if depth > MAX_PLAIN else 2))
+            rows.append({"depth": depth, "schedule": name, "seconds": seconds})
+            print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def predictions(image_size: int) -> list[dict[str, Any]]:
+    """Predicted against measured peaks of published and deep presets at real sizes, 30 combinations."""
+    rows = []
+    sizes = ((1, "fp32"), (3, "bf16"))
+    for name, (micro_batch_size, precision) in itertools.product(("sret_t", "sret_t_108", "sret_s"), sizes):
+        bench = Bench(preset(name, image_size=image_size), micro_batch_size, precision)
+        for schedule in ("none", "per_application", "segments", "binomial", "planned r=2"):
+            row = {"preset": name, "micro_batch": micro_batch_size, "precision": precision, **bench.peak(schedule)}
+            rows.append({**row, "error": row["predicted_bytes"] / row["peak_bytes"] - 1})
             print(json.dumps(rows[-1]), flush=True)
     return rows
 
@@ -154,25 +201,42 @@ def toy_10000() -> dict[str, Any]:
     for loops, name in ((20, "none"), (10_000, "planned r=2")):
         stage = StageConfig(width=16, num_heads=1, num_blocks=1, num_loops=loops, projections="per_block")
         bench = Bench(SReTConfig(image_size=128, num_classes=10, stages=(stage,)), 1)
-        peaks[loops] = bench.measure(name)["peak_bytes"]
+        peaks[loops] = bench.peak(name)["peak_bytes"]
     return {"peak_20": peaks[20], "peak_10000": peaks[10_000], "ratio": peaks[10_000] / peaks[20]}
 
 
-def summary(rows: Sequence[dict[str, Any]], published_peak: int) -> dict[str, float]:
-    """The promises of the memory room as ratios; `published_peak` belongs to 20 applications of published layers."""
+def even_1000(image_size: int, micro_batch_size: int) -> list[dict[str, Any]]:
+    """1000 applications with the same loops in each stage: the model of 20 applications, 50 times as deep.
+
+    The preset of 1000 has most of its loops where tokens are many.
+    """
+    stages = tuple(replace(stage, num_loops=100) for stage in deep_config(20, image_size).stages)
+    bench = Bench(replace(deep_config(20, image_size), stages=stages), micro_batch_size)
+    return [bench.peak(f"planned r={r}") for r in (1, 2)]
+
+
+def summary(result: dict[str, Any]) -> dict[str, float]:
+    """The promises of the memory room as ratios, as far as their parts are measured.
+
+    `none` is this package's model without recomputation; `stored` the same with layers that store what autograd stores.
+    """
+    rows = result["rows"]
     peak = {(row["depth"], row["schedule"]): row["peak_bytes"] for row in rows}
-    ours = [row for row in rows if row["predicted_bytes"]]
-    found = {"worst_prediction_error": max(abs(row["predicted_bytes"] / row["peak_bytes"] - 1) for row in ours)}
-    for depth in {row["depth"] for row in rows}:
+    pairs = [(row["predicted_bytes"], row["peak_bytes"]) for row in (*rows, *result.get("predictions", []))]
+    found = {"worst_prediction_error": max(abs(ours / real - 1) for ours, real in pairs if ours)}
+    for depth in sorted({row["depth"] for row in rows}):
         found[f"r1_over_torch_sqrt_at_{depth}"] = peak[depth, "planned r=1"] / peak[depth, "torch sqrt(n)"]
-        if (20, "none") in peak:
-            for r in (1, 2):
-                found[f"r{r}_at_{depth}_over_none_at_20"] = peak[depth, f"planned r={r}"] / peak[20, "none"]
-                found[f"r{r}_at_{depth}_over_published_at_20"] = peak[depth, f"planned r={r}"] / published_peak
-    return dict(sorted(found.items()))
+        for r in (1, 2):
+            found[f"r{r}_at_{depth}_over_none_at_20"] = peak[depth, f"planned r={r}"] / peak[20, "none"]
+            found[f"r{r}_at_{depth}_over_stored_at_20"] = peak[depth, f"planned r={r}"] / result["stored_peak_at_20"]
+    for row in result["even_1000"]:
+        r = row["schedule"][-1]
+        found[f"r{r}_at_even_1000_over_none_at_20"] = row["peak_bytes"] / peak[20, "none"]
+        found[f"r{r}_at_even_1000_over_stored_at_20"] = row["peak_bytes"] / result["stored_peak_at_20"]
+    return found
 
 
-def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
+def draw(result: dict[str, Any], path: Path) -> None:
     """Peak and time over depth, one line a schedule."""
     import matplotlib
 
@@ -180,11 +244,10 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for name in dict.fromkeys(row["schedule"] for row in rows):
-        mine = [row for row in rows if row["schedule"] == name]
-        style = "--" if name in TWINS else "-"
-        for axis, value in zip(axes, ("peak_bytes", "seconds"), strict=True):
-            scale = 2**20 if value == "peak_bytes" else 1
+    for axis, part, value, scale in zip(axes, ("rows", "times"), ("peak_bytes", "seconds"), (2**20, 1), strict=True):
+        for name in dict.fromkeys(row["schedule"] for row in result.get(part, [])):
+            mine = [row for row in result[part] if row["schedule"] == name]
+            style = "--" if name in TWINS else "-"
             axis.loglog([r["depth"] for r in mine], [r[value] / scale for r in mine], style, marker="o", label=name)
     axes[0].set(xlabel="applications", ylabel="activation peak, MiB")
     axes[1].set(xlabel="applications", ylabel="processor time of a step, s")
@@ -198,23 +261,35 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--micro-batch", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3, help="rounds of the overhead measurement")
+    parser.add_argument("--part", nargs="+", default=PARTS, choices=PARTS, help="what to measure (default: all)")
+    parser.add_argument("--out", type=Path, default=RESULTS / "memory.json", help="where other parts are kept")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    rows = over_depth(args.depths, args.image_size, args.micro_batch)
-    result = {
+    size = (args.image_size, args.micro_batch)
+    result = json.loads(args.out.read_text()) if args.out.exists() else {}
+    result |= {
+        "command": "python -m benchmarks.memory",
         "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{platform.machine()}, one thread",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, one thread",
         "torch": torch.__version__,
         "image_size": args.image_size,
         "micro_batch": args.micro_batch,
-        "summary": summary(rows, published_layers_peak(args.image_size, args.micro_batch)),
-        "overhead_at_108": overhead(args.image_size, args.micro_batch, args.rounds),
-        "toy_10000": toy_10000(),
-        "rows": rows,
     }
-    print(json.dumps({key: result[key] for key in ("summary", "overhead_at_108", "toy_10000")}, indent=2))
-    (RESULTS / "memory.json").write_text(json.dumps(result, indent=2) + "\n")
-    draw(rows, RESULTS / "memory.png")
+    if "peaks" in args.part:
+        result["stored_peak_at_20"] = published_layers_peak(*size)
+        result["rows"] = peaks_over_depth(args.depths, *size)
+        result["even_1000"] = even_1000(*size)
+        result["toy_10000"] = toy_10000()
+    if "predictions" in args.part:
+        result["predictions"] = predictions(args.image_size)
+    if "times" in args.part:
+        result["times"] = times_over_depth(args.depths, *size)
+        result["overhead_at_108"] = overhead(*size, args.rounds)
+    if "rows" in result:
+        result["summary"] = summary(result)
+    print(json.dumps({key: result.get(key) for key in ("summary", "overhead_at_108", "toy_10000")}, indent=2))
+    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    draw(result, args.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -76,15 +76,15 @@ def compare(bench: Bench, batches: BatchSearch, activation_bytes: int, rounds: i
 
     def use(name: str) -> int:
         if name == "planner":
-            apply_schedules(bench.model, plan.schedules, MemoryConfig())
+            apply_schedules(bench.model, plan.schedules, MemoryConfig(), repeats_norms=True)
             return plan.micro_batch_size
         size, memory = by_hand[name]
-        apply_recomputation(bench.model, memory)
+        apply_recomputation(bench.model, memory, repeats_norms=memory.schedule != "none")
         return size
 
     by_hand: dict[str, tuple[int, MemoryConfig]] = {}
     for memory in plans_by_hand():
-        apply_recomputation(bench.model, memory)
+        apply_recomputation(bench.model, memory, repeats_norms=memory.schedule != "none")
         for size in MICRO_BATCHES:
             if bench.peak_bytes(size) > activation_bytes:
                 break
@@ -119,7 +119,7 @@ def main() -> None:
     rows = []
     for depth in args.depths:
         bench = Bench(small_config(depth))
-        batches = BatchSearch(bench.config, "fp32", DEVICES["cpu"])
+        batches = BatchSearch(bench.config, "fp32", DEVICES["cpu"], repeats_norms=True)
         smallest = batches.search(1).smallest_bytes()
         for factor in (1.5, 4, 16):
             rows.append({"applications": depth, **compare(bench, batches, int(factor * smallest), args.rounds)})

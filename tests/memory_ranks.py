@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from sret_scale.memory import MemoryConfig, apply_recomputation
+from sret_scale.memory.config import stem_repeats_norms
 from sret_scale.model import Noise, Stage
 from sret_scale.train.config import OptimConfig
 from sret_scale.train.distributed import leave, ranks_from_environment
@@ -24,7 +25,8 @@ def train(ds_config: dict[str, Any], memory: MemoryConfig | None, rank: int) -> 
     """Weights after two updates of two micro-steps each."""
     model = make_model()
     if memory is not None:
-        apply_recomputation(model, memory)
+        zero_stage = ds_config["zero_optimization"]["stage"]
+        apply_recomputation(model, memory, repeats_norms=stem_repeats_norms(memory, zero_stage))
     optimizer = build_optimizer(model, model.parameter_tags(), OptimConfig(learning_rate=1e-3))
     engine = Engine(model, optimizer, ds_config, micro_batch_size=2, grad_accum_steps=2, z3_leaf_modules=(Stage,))
     for micro_step in range(4):

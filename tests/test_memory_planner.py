@@ -17,6 +17,7 @@ from sret_scale.memory import (
     schedule,
 )
 from sret_scale.memory.batches import BatchSearch
+from sret_scale.memory.config import stem_repeats_norms
 from sret_scale.memory.instrument import measure_peak
 from sret_scale.memory.state import format_bytes, parse_bytes
 from sret_scale.memory.step import DEVICES
@@ -58,9 +59,12 @@ def test_predicted_peaks_are_within_ten_percent(
 ) -> None:
     """30 combinations; most agree to the byte."""
     memory = MemoryConfig(schedule=schedule)
-    predicted = predict_activations(MODELS[name], memory, micro_batch_size=micro_batch_size, precision=precision)
+    repeats_norms = stem_repeats_norms(memory, zero_stage=0)
+    predicted = predict_activations(
+        MODELS[name], memory, micro_batch_size=micro_batch_size, precision=precision, repeats_norms=repeats_norms
+    )
     model = SReT(MODELS[name]).train()
-    apply_recomputation(model, memory)
+    apply_recomputation(model, memory, repeats_norms=repeats_norms)
     assert predicted == pytest.approx(measured_peak(model, micro_batch_size, precision), rel=0.10)
 
 
@@ -149,13 +153,16 @@ def test_training_is_prepared_within_a_budget_or_refused() -> None:
     assert predicted < 20 * 2**20
     assert prepared.plan is not None and prepared.plan.activations == predicted
     # The record makes the same schedules again.
-    made = [schedule.binomial(**chain) for chain in prepared.plan.to_json()["chains"]]
+    made = [schedule.tapered(**chain) for chain in prepared.plan.to_json()["chains"]]
     assert [(one.forward, one.backward) for one in made] == [(s.forward, s.backward) for s in prepared.plan.schedules]
     with pytest.raises(ValueError, match="next cheaper choice"):
         prepare_memory(model, MemoryConfig(schedule="planned", budget_bytes=2**20), **state)
     fixed = MemoryConfig(schedule="nested")
-    activations = predict_activations(DEEP, fixed, micro_batch_size=4)
-    assert prepare_memory(model, fixed, **state) == Prepared(activations=activations)
+    for zero_stage in (0, 3):
+        activations = predict_activations(DEEP, fixed, micro_batch_size=4, repeats_norms=zero_stage < 3)
+        prepared = prepare_memory(model, fixed, **{**state, "zero_stage": zero_stage})
+        assert prepared == Prepared(activations=activations)
+        assert measured_peak(model, 4, "fp32") == pytest.approx(activations, rel=0.10)
 
 
 @pytest.mark.parametrize(

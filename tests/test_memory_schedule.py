@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from sret_scale.memory import schedule as schedules
 from sret_scale.memory.config import SCHEDULES, MemoryConfig, schedule_for
-from sret_scale.memory.ledger import account
+from sret_scale.memory.ledger import account, draw_rows
 from sret_scale.memory.schedule import Schedule
 
 lengths = st.integers(1, 60)
@@ -68,6 +68,41 @@ def test_leaves_and_a_kept_tape_keep_within_the_slots(length: int, slots: int, d
     ledger = account(schedules.binomial(length, slots, leaf, num_taped))
     assert ledger.peak_slots <= slots
     assert ledger.peak_taped <= max(leaf, num_taped)
+
+
+@st.composite
+def tapers(draw: st.DrawFn) -> tuple[int, ...]:
+    """Leaves for up to four slots."""
+    return tuple(sorted(draw(st.lists(st.integers(1, 5), min_size=2, max_size=5)), reverse=True))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 24), tapers(), st.data())
+def test_no_schedule_with_these_leaves_has_a_smaller_r(
+    length: int, leaves: tuple[int, ...], data: st.DataObject
+) -> None:
+    num_taped = data.draw(st.integers(0, length))
+    tail = length - num_taped
+
+    @cache
+    def passes(count: int, used: int, is_spine: bool) -> float:
+        """By brute force: r of the best way to reverse `count` applications while `used` boundaries wait."""
+        if count <= (0 if is_spine else leaves[used]):
+            return 0
+        if used == len(leaves) - 1:
+            return float("inf")
+        return min(
+            max(1 + passes(middle, used, False), passes(count - middle, used + 1, is_spine))
+            for middle in range(1, count + is_spine)
+        )
+
+    schedule = schedules.tapered(length, leaves, num_taped)
+    ledger = account(schedule)
+    assert ledger.passes == max(0 if num_taped == length else 1, passes(tail, 0, num_taped > 0))
+    for kind, lo, hi, kept in draw_rows(schedule):
+        assert len(kept) < len(leaves)
+        if kind is schedules.Kind.TAPE and hi <= tail:
+            assert hi - lo <= leaves[len(kept)]
 
 
 def test_none_runs_nothing_twice() -> None:

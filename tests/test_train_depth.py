@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sret_scale.memory import MemoryConfig, apply_recomputation, apply_schedules, schedule
+from sret_scale.memory.chain import candidates
 from sret_scale.memory.costs import ApplicationCost
 from sret_scale.memory.predict import predict_chain
-from sret_scale.memory.search import candidates
 from sret_scale.model import Noise, SReT, SReTConfig, StageConfig
 from sret_scale.model.plan import StageDepth, first_loops, planned_config
 from sret_scale.train.config import RunConfig, build, override, split_differences, to_plain

@@ -53,7 +53,8 @@ def run(args: argparse.Namespace) -> None:
     budget_bytes = free_bytes(args.device) if args.memory == "auto" else parse_bytes(args.memory)
     micro_batch_size = None if args.micro_batch == "auto" else _positive(args.micro_batch)
     config = preset(args.preset, **overrides)
-    batches = BatchSearch(config, args.precision, DEVICES[args.device])
+    # As in a run with a budget: `stem_repeats_norms`.
+    batches = BatchSearch(config, args.precision, DEVICES[args.device], repeats_norms=args.zero_stage < 3)
     beside = teacher_of(args, config.num_classes, micro_batch_size or TEACHER_MICRO_BATCH)
     reserved_bytes = parse_bytes(args.reserve) + beside
     plan = plan_for(

@@ -9,21 +9,35 @@ from torch import Tensor, nn
 from sret_scale.memory.config import MemoryConfig, schedule_for
 from sret_scale.memory.recompute import Chained, run_chain
 from sret_scale.memory.schedule import Schedule, shortened
+from sret_scale.model.stem import Stem
 
 
-def apply_recomputation(model: nn.Module, config: MemoryConfig) -> None:
-    """Makes every stage of `model.stages` run its applications under `config`; may be called again to change it."""
+def apply_recomputation(model: nn.Module, config: MemoryConfig, *, repeats_norms: bool = False) -> None:
+    """Makes every stage of `model.stages` run its applications under `config`; may be called again to change it.
+
+    repeats_norms: the stem's (see `stem.Stem`). Not for ZeRO 3, where its parameters are away in the backward pass.
+    """
+    _set_stem(model, repeats_norms)
     for stage in _stages(model):
         stage.run_chain = partial(_run_configured, config)
 
 
-def apply_schedules(model: nn.Module, schedules: Sequence[Schedule], config: MemoryConfig) -> None:
+def apply_schedules(
+    model: nn.Module, schedules: Sequence[Schedule], config: MemoryConfig, *, repeats_norms: bool = False
+) -> None:
     """Makes each stage of `model.stages` run its own schedule; the other settings are those of `config`.
 
     A stage that runs fewer applications than its schedule has takes the shortened one (`schedule.shortened`).
     """
+    _set_stem(model, repeats_norms)
     for stage, schedule in zip(_stages(model), schedules, strict=True):
         stage.run_chain = partial(_run_scheduled, config, schedule)
+
+
+def _set_stem(model: nn.Module, repeats_norms: bool) -> None:
+    for module in model.modules():
+        if isinstance(module, Stem):
+            module.repeats_norms = repeats_norms
 
 
 def _stages(model: nn.Module) -> Iterable[Any]:

@@ -17,11 +17,11 @@ PROBED_SIZES = (2, 4)
 class BatchSearch:
     """The costs of a model at every micro-batch, and the choices among them."""
 
-    def __init__(self, config: SReTConfig, precision: str, device: Device) -> None:
+    def __init__(self, config: SReTConfig, precision: str, device: Device, *, repeats_norms: bool = False) -> None:
         self.device = device
         small, large = PROBED_SIZES
-        self._small = probe_step(config, micro_batch_size=small, precision=precision)
-        self._large = probe_step(config, micro_batch_size=large, precision=precision)
+        self._small = probe_step(config, micro_batch_size=small, precision=precision, repeats_norms=repeats_norms)
+        self._large = probe_step(config, micro_batch_size=large, precision=precision, repeats_norms=repeats_norms)
         self._searches: dict[int, Search] = {}
 
     def costs(self, micro_batch_size: int) -> StepCosts:

@@ -1,6 +1,7 @@
 """Plans any chain of modules within a number of bytes: exact dynamic programming over unequal applications."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
@@ -11,13 +12,15 @@ from torch import Tensor
 from sret_scale.memory.costs import ApplicationCost, measure_application
 from sret_scale.memory.predict import predict_chain
 from sret_scale.memory.recompute import Chained
-from sret_scale.memory.schedule import Schedule, grow
-from sret_scale.memory.search import candidates
+from sret_scale.memory.schedule import Schedule, binomial, grow, none, slots_needed
+from sret_scale.memory.search import MAX_PASSES
 from sret_scale.memory.state import format_bytes
 from sret_scale.memory.step import DEVICES, application_seconds
 
 MAX_EXACT = 64
 """Longest chain for the exact program, whose time grows with the cube; longer ones take the best of `candidates`."""
+
+TAPED_STEPS = 8
 
 LEVELS = 400
 """Steps into which a budget is divided; boundaries are rounded up to them."""
@@ -120,16 +123,42 @@ class _Program:
 
     def _leaf_peak(self, lo: int, hi: int) -> int:
         """Bytes to tape [lo, hi) and go back, as `predict` counts them."""
-        held, peak = self.boundary[lo], 0
+        held, peak = 0, 0
         for index in range(lo, hi):
             cost = self.costs[index]
             counted_twice = self.boundary[hi] if index + 1 == hi else 0
-            peak = max(peak, held + cost.taped_bytes, held + cost.backward_bytes - counted_twice)
-            held += cost.tape_bytes + self.boundary[index + 1]
+            taped = held + self.boundary[index] + cost.taped_bytes
+            peak = max(peak, taped, held + cost.backward_bytes - counted_twice)
+            held += cost.tape_bytes
         return peak + self._gradient(hi)
 
     def _gradient(self, at: int) -> int:
         return self.boundary[at] if at < self.n else 0
+
+
+@lru_cache(maxsize=64)
+def candidates(num_applications: int) -> tuple[Schedule, ...]:
+    """Schedules worth considering for a long chain of whatever costs, from no recomputation to r = MAX_PASSES."""
+    leaves = [leaf for power in range(12) for leaf in (2**power, 3 * 2**power) if leaf <= num_applications]
+    found = {none(num_applications): None}
+    for leaf in leaves:
+        for slots in _slot_counts(-(-num_applications // leaf)):
+            found[binomial(num_applications, slots, leaf)] = None
+    for eighth in range(1, TAPED_STEPS):
+        num_taped = num_applications * eighth // TAPED_STEPS
+        head = num_applications - num_taped
+        for leaf in leaves if num_taped else ():
+            found[binomial(num_applications, num_applications, min(leaf, head), num_taped)] = None
+    return tuple(found)
+
+
+def _slot_counts(num_leaves: int) -> Iterator[int]:
+    """Numbers of slots from r = 1 to r = MAX_PASSES: the fewest for each r, and two between."""
+    for passes in range(1, MAX_PASSES + 1):
+        fewest = slots_needed(num_leaves, passes)
+        yield fewest
+        after = slots_needed(num_leaves, passes + 1)
+        yield from {after + (fewest - after) * third // 3 for third in (1, 2)} - {fewest, after}
 
 
 def _least_bytes(costs: Sequence[ApplicationCost]) -> int:

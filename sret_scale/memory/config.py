@@ -53,3 +53,8 @@ def schedule_for(config: MemoryConfig, num_applications: int) -> Schedule:
     num_segments = min(config.slots or schedules.default_segments(num_applications), num_applications)
     make = schedules.segments if config.schedule == "segments" else schedules.nested
     return make(num_applications, num_segments)
+
+
+def stem_repeats_norms(config: MemoryConfig, zero_stage: int) -> bool:
+    """Whether a run's stem normalises again in its backward pass: if anything runs twice and parameters are whole."""
+    return config.schedule != "none" and zero_stage < 3

@@ -9,18 +9,18 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.utils.flop_counter import FlopCounterMode
 
-from sret_scale.memory.gradients import GradientSums
+from sret_scale.memory.gradients import GradientSums, entered
 from sret_scale.memory.instrument import LiveBytes
 from sret_scale.memory.recompute import Chained
 
 
 @dataclass(frozen=True, kw_only=True)
 class ApplicationCost:
-    """Bytes that an application needs on top of its input boundary, and the work of one forward run.
+    """Bytes that an application needs, and the work of one forward run. A run holds its input boundary on top of them.
 
     forward_bytes: peak of an untaped run, its output included.
     taped_bytes: peak of a taped run, its output included.
-    tape_bytes: what the tape holds afterwards, without input and output.
+    tape_bytes: what the tape holds afterwards; its input and its output are in it where the tape needs them.
     backward_bytes: peak while the gradient goes through the tape; tape and incoming gradient included, gradients of
         parameters not.
     """
@@ -49,17 +49,17 @@ def measure_application(application: Chained, x: Tensor) -> ApplicationCost:
         for _ in range(2):  # the second time the sums of parameter gradients exist, as in a long chain
             start = counter.live
             counter.restart_peak()
-            leaf = x.detach().requires_grad_(x.is_floating_point())
+            own, entry = entered(x.clone()) if x.is_floating_point() else (x.clone(), None)
             with torch.enable_grad():
-                output = application(leaf)
-            taped_bytes = counter.peak - start
+                output = application(own)
+            taped_bytes = counter.peak - start - size_bytes(x)
             edge, gradient = get_gradient_edge(output), torch.empty_like(output)
-            del output
+            del output, own
             tape_bytes = counter.live - start - size_bytes(gradient)
             counter.restart_peak()
-            sums.backward(edge, gradient, leaf, range(len(parameters)))
+            sums.backward(edge, gradient, entry, range(len(parameters)))
             backward_bytes = counter.peak - start
-            del edge, gradient, leaf
+            del edge, gradient, entry
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping={_FLASH_ON_CPU: _flash_flops}) as flops:
         application(x)
     return ApplicationCost(

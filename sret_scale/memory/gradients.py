@@ -1,6 +1,7 @@
 """Gradients of the parameters of a chain, summed over all their uses as plain autograd would sum them."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,15 +24,17 @@ class GradientSums:
         self._edges: dict[int, GradientEdge] = {}
         self._sums: dict[int, Tensor] = {}
 
-    def backward(self, output: GradientEdge, grad_output: Tensor, leaf: Tensor, used: Sequence[int]) -> Tensor | None:
-        """Propagates through one taped range, which is freed; returns the gradient of its input `leaf` if it needs one.
+    def backward(
+        self, output: GradientEdge, grad_output: Tensor, entry: GradientEdge | None, used: Sequence[int]
+    ) -> Tensor | None:
+        """Propagates through one taped range, which is freed; returns the gradient at its `entry` if it has one.
 
         `used` are the indices of the trainable parameters that the range may use.
         """
         seeded = [k for k in used if k in self._sums and self._parameters[k].dtype not in HALF_DTYPES]
-        inputs = [self._parameters[k] for k in used]
-        if leaf.requires_grad:
-            inputs.append(leaf)
+        inputs: list[Any] = [self._parameters[k] for k in used]
+        if entry is not None:
+            inputs.append(entry)
         results = torch.autograd.grad(
             [output, *(self._edge(k) for k in seeded)],
             inputs,
@@ -46,7 +49,7 @@ class GradientSums:
                 if k in self._sums:
                     gradient += self._sums[k]
             self._sums[k] = gradient
-        return results[-1] if leaf.requires_grad else None
+        return results[-1] if entry is not None else None
 
     def totals(self) -> list[Tensor | None]:
         """The summed gradient of each parameter in its own type; None where no application used it."""
@@ -56,3 +59,26 @@ class GradientSums:
         if index not in self._edges:
             self._edges[index] = get_gradient_edge(self._parameters[index])
         return self._edges[index]
+
+
+def entered(x: Tensor) -> tuple[Tensor, GradientEdge]:
+    """`x` as the input of a taped range, and the place where its gradient arrives.
+
+    A leaf would do, but its graph holds it until it has its gradient; this input is held only by operations that
+    need it, and one that is merely permuted first is free as soon as it was.
+    """
+    with torch.enable_grad():
+        y = _Entry.apply(torch.empty(0, requires_grad=True), x.detach())  # type: ignore[no-untyped-call]
+    return y, get_gradient_edge(y)
+
+
+class _Entry(torch.autograd.Function):
+    """The beginning of a graph; the first input makes it require a gradient. Nobody propagates beyond it."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, x: Tensor) -> Tensor:
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
+        return None, None

@@ -8,7 +8,7 @@ from typing import Any
 
 from sret_scale.memory.apply import apply_recomputation, apply_schedules
 from sret_scale.memory.batches import BatchSearch
-from sret_scale.memory.config import MemoryConfig, schedule_for
+from sret_scale.memory.config import MemoryConfig, schedule_for, stem_repeats_norms
 from sret_scale.memory.predict import predict_chain
 from sret_scale.memory.probe import StepCosts, probe_step
 from sret_scale.memory.schedule import Schedule
@@ -40,15 +40,13 @@ class Plan:
         return self.state.total + self.reserved + self.activations
 
     def to_json(self) -> dict[str, Any]:
-        """The plan for programs; schedules by name, and as what `binomial` takes to make them again."""
+        """The plan for programs; schedules by name, and as what `tapered` takes to make them again."""
         record = {field.name: getattr(self, field.name) for field in fields(self)}
         chains = []
         for schedule in self.schedules:
             assert schedule.shape is not None, "the planner chooses among binomial schedules"
-            slots, leaf, num_taped = schedule.shape
-            chains.append(
-                {"num_applications": schedule.num_applications, "slots": slots, "leaf": leaf, "num_taped": num_taped}
-            )
+            leaves, num_taped = schedule.shape
+            chains.append({"num_applications": schedule.num_applications, "leaves": leaves, "num_taped": num_taped})
         return record | {
             "schedules": [schedule.name for schedule in self.schedules],
             "chains": chains,
@@ -118,28 +116,43 @@ def prepare_memory(
 
     ValueError if a budget cannot be kept, before anything is set.
     """
+    repeats_norms = stem_repeats_norms(memory, zero_stage)
     if memory.budget_bytes is None:
-        activations = predict_activations(model.config, memory, micro_batch_size=micro_batch_size, precision=precision)
-        apply_recomputation(model, memory)
+        activations = predict_activations(
+            model.config,
+            memory,
+            micro_batch_size=micro_batch_size,
+            precision=precision,
+            repeats_norms=repeats_norms,
+        )
+        apply_recomputation(model, memory, repeats_norms=repeats_norms)
         return Prepared(activations=activations)
     device = "gpu" if next(model.parameters()).is_cuda else "cpu"
     plan = plan_for(
-        BatchSearch(model.config, precision, DEVICES[device]),
+        BatchSearch(model.config, precision, DEVICES[device], repeats_norms=repeats_norms),
         budget_bytes=memory.budget_bytes,
         micro_batch_size=micro_batch_size,
         world_size=world_size,
         zero_stage=zero_stage,
         reserved_bytes=reserved_bytes,
     )
-    apply_schedules(model, plan.schedules, memory)
+    apply_schedules(model, plan.schedules, memory, repeats_norms=repeats_norms)
     return Prepared(activations=plan.activations, plan=plan)
 
 
 def predict_activations(
-    config: SReTConfig, memory: MemoryConfig, *, micro_batch_size: int, precision: str = "fp32"
+    config: SReTConfig,
+    memory: MemoryConfig,
+    *,
+    micro_batch_size: int,
+    precision: str = "fp32",
+    repeats_norms: bool = False,
 ) -> int:
-    """The predicted peak of activation bytes in a step; ValueError if `memory` leaves the schedule to the planner."""
-    costs = probe_step(config, micro_batch_size=micro_batch_size, precision=precision)
+    """The predicted peak of activation bytes in a step; ValueError if `memory` leaves the schedule to the planner.
+
+    repeats_norms: as in `apply_recomputation`.
+    """
+    costs = probe_step(config, micro_batch_size=micro_batch_size, precision=precision, repeats_norms=repeats_norms)
     return _predict(costs, tuple(schedule_for(memory, len(stage)) for stage in costs.stages))[0]
 
 

@@ -49,7 +49,7 @@ class _Walk:
         self.slots: dict[int, int] = {}
         self.slot_bytes = 0
         self.hand: int | None = 0
-        self.tape_bytes = 0  # input boundary of the taped range included
+        self.tape_bytes = 0
         self.reached = len(costs)  # the boundary whose gradient is at hand
         self.peak = 0
 
@@ -83,16 +83,16 @@ class _Walk:
 
     def _tape(self, lo: int, hi: int) -> None:
         base = self.slot_bytes + self._gradient()
-        held = self.boundary[lo]
+        held = 0
         for index in range(lo, hi):
-            self.peak = max(self.peak, base + held + self.costs[index].taped_bytes)
-            held += self.costs[index].tape_bytes + (self.boundary[index + 1] if index + 1 < hi else 0)
+            self.peak = max(self.peak, base + held + self.boundary[index] + self.costs[index].taped_bytes)
+            held += self.costs[index].tape_bytes
         self.hand, self.tape_bytes = None, held
 
     def _back(self, lo: int, hi: int) -> None:
         base, held = self.slot_bytes + self._gradient(), self.tape_bytes
         for index in reversed(range(lo, hi)):
-            held -= self.costs[index].tape_bytes + (self.boundary[index + 1] if index + 1 < hi else 0)
+            held -= self.costs[index].tape_bytes
             # The range's own gradient is counted in `base` (or belongs to the caller), and by its last application.
             counted_twice = self.boundary[hi] if index + 1 == hi else 0
             self.peak = max(self.peak, base + held + self.costs[index].backward_bytes - counted_twice)

@@ -44,8 +44,13 @@ class StepCosts:
 
 
 @lru_cache(maxsize=64)
-def probe_step(config: SReTConfig, *, micro_batch_size: int, precision: str = "fp32") -> StepCosts:
-    """The costs of training `config` on micro-batches of this size, without data and without a device."""
+def probe_step(
+    config: SReTConfig, *, micro_batch_size: int, precision: str = "fp32", repeats_norms: bool = False
+) -> StepCosts:
+    """The costs of training `config` on micro-batches of this size, without data and without a device.
+
+    repeats_norms: the stem's (`apply_recomputation`).
+    """
     if precision not in PRECISIONS:
         raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
     if micro_batch_size < 1:
@@ -54,6 +59,7 @@ def probe_step(config: SReTConfig, *, micro_batch_size: int, precision: str = "f
         model = SReT(config).train()
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
+        model.stem.repeats_norms = repeats_norms
         shape = (micro_batch_size, config.in_channels, config.image_size, config.image_size)
         images, labels = torch.empty(shape), torch.zeros(micro_batch_size, dtype=torch.int64)
         probe = _Probe(model)

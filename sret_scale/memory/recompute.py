@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from sret_scale.memory.gradients import GradientSums
+from sret_scale.memory.gradients import GradientSums, entered
 from sret_scale.memory.schedule import Action, Kind, Schedule
 from sret_scale.memory.slots import DeviceSlots, HostSlots, Slots, require_unchanged
 
@@ -87,7 +87,7 @@ class _Chain:
         self.takes = deque(action.lo for action in schedule.backward if action.kind is Kind.TAKE)
         self.hand: Tensor | None = None
         self.hand_version = 0  # of what is in hand between the passes
-        self.tape: list[tuple[Tensor, GradientEdge | None]] = []
+        self.tape: list[tuple[GradientEdge | None, GradientEdge | None]] = []
         self.is_input_differentiable = False
 
     def forward(self, x: Tensor) -> Tensor:
@@ -148,16 +148,16 @@ class _Chain:
         """Tapes each application by itself, so that the gradients of one are summed before the next one's arise."""
         with torch.enable_grad(), self.autocast():
             for index in range(lo, hi):
-                leaf = x.detach().requires_grad_(index > 0 or self.is_input_differentiable)
-                x = self._run(index, index + 1, leaf)
-                self.tape.append((leaf, get_gradient_edge(x) if x.requires_grad else None))
+                x, entry = entered(x) if index > 0 or self.is_input_differentiable else (x.detach(), None)
+                x = self._run(index, index + 1, x)
+                self.tape.append((entry, get_gradient_edge(x) if x.requires_grad else None))
         return x
 
     def _back(self, index: int, gradient: Tensor | None, sums: GradientSums) -> Tensor | None:
-        leaf, edge = self.tape.pop()
+        entry, edge = self.tape.pop()
         if gradient is None or edge is None:
             return None
-        return sums.backward(edge, gradient, leaf, self._trainable(index))
+        return sums.backward(edge, gradient, entry, self._trainable(index))
 
     def _run(self, lo: int, hi: int, x: Tensor) -> Tensor:
         for index in range(lo, hi):

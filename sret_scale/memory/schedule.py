@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import lru_cache
+from itertools import accumulate, pairwise
 from math import ceil, comb, isqrt
 from typing import NamedTuple
 
@@ -42,14 +43,14 @@ class Action(NamedTuple):
 class Schedule:
     """What a chain does in its forward and in its backward pass. Hashed by identity: the constructors are cached.
 
-    shape: (slots, leaf, num_taped) of `binomial`, with which it makes schedules of other lengths too; None of others.
+    shape: (leaves, num_taped) of `tapered`, with which it makes schedules of other lengths too; None of others.
     """
 
     name: str
     num_applications: int
     forward: tuple[Action, ...]
     backward: tuple[Action, ...]
-    shape: tuple[int, int, int] | None = None
+    shape: tuple[tuple[int, ...], int] | None = None
 
 
 def grow(
@@ -94,49 +95,83 @@ def grow(
 def binomial(num_applications: int, slots: int, leaf: int = 1, num_taped: int = 0) -> Schedule:
     """Revolve: the fewest untaped runs that `slots` kept boundaries allow.
 
-    `leaf` applications (or one fewer, where they do not divide the chain) are taped at a time and treated as one.
-    The last `num_taped` are taped by the forward pass and never run again.
+    At most `leaf` applications are taped at a time. The last `num_taped` are taped by the forward pass and never run
+    again.
     """
-    tail = num_applications - num_taped
-    _require("num_taped", num_taped, 0, num_applications)
     _require("leaf", leaf, 1, num_applications)
-    num_leaves = ceil(tail / leaf)
-    starts = [index * tail // num_leaves for index in range(num_leaves)] + [tail]
-    leaf_at = {start: index for index, start in enumerate(starts)}
-    if slots < 1 and num_leaves + (num_taped > 0) > 1:
-        raise ValueError(f"slots: expected at least 1 for a chain of {num_leaves} leaves, got {slots}")
+    return tapered(num_applications, (leaf,) * (max(0, slots) + 1), num_taped)
+
+
+@lru_cache(maxsize=4096)
+def tapered(num_applications: int, leaves: tuple[int, ...], num_taped: int = 0) -> Schedule:
+    """Revolve with longer leaves where fewer boundaries wait, so that a number of bytes is used in full at every time.
+
+    `leaves[u]` applications at most are taped at a time while u boundaries are in slots: a sequence that never rises,
+    one longer than the number of slots. No schedule that keeps to it has a smaller r (see `reach`). The last
+    `num_taped` applications are taped by the forward pass and never run again.
+    """
+    tail, slots = num_applications - num_taped, len(leaves) - 1
+    _require("num_taped", num_taped, 0, num_applications)
+    assert leaves[-1] >= 1 and all(a >= b for a, b in pairwise(leaves)), leaves
+    if tail and not slots and (num_taped or tail > leaves[0]):
+        raise ValueError(f"slots: expected at least 1 for a chain of {num_applications} applications, got 0")
+    reach = _Reach(leaves)
 
     def split(lo: int, hi: int, room: int) -> int | None:
-        is_before_tail = num_taped > 0 and hi == num_applications
-        count = leaf_at[min(hi, tail)] - leaf_at[lo]
-        if count > 1 and room > is_before_tail:
-            # The last leaf before a taped tail waits in a slot, not in the hand.
-            return starts[leaf_at[lo] + _binomial_split(count, room - is_before_tail)]
-        return tail if is_before_tail and count > 0 else None
+        used, is_before_tail = slots - room, num_taped > 0 and hi == num_applications
+        length = min(hi, tail) - lo
+        if length <= (0 if is_before_tail else leaves[used]):
+            return None
+        return lo + reach.first_step(length, used, is_before_tail=is_before_tail)
 
-    name = f"binomial({slots}" + f", leaf={leaf}" * (leaf > 1) + f", taped={num_taped}" * (num_taped > 0) + ")"
+    longest, shortest = leaves[0], leaves[-1]
+    leaf = f", leaf={longest}" if longest == shortest else f", leaf={shortest} to {longest}"
+    name = f"binomial({slots}" + leaf * (longest > 1) + f", taped={num_taped}" * (num_taped > 0) + ")"
     schedule = grow(name, num_applications, split, room=slots, is_last_taped=num_taped > 0)
-    return replace(schedule, shape=(slots, leaf, num_taped))
+    return replace(schedule, shape=(leaves, num_taped))
+
+
+class _Reach:
+    """How long a chain can be: `(r, u)` is the length that r untaped runs reverse while u boundaries wait elsewhere.
+
+    A chain of that length has a first segment of `(r - 1, u)`, reversed last, and then a chain of `(r, u + 1)`. With
+    leaves of one application this is the binomial coefficient of `capacity`.
+    """
+
+    def __init__(self, leaves: tuple[int, ...]) -> None:
+        self.leaves = leaves
+        self.rows = [list(leaves)]
+
+    def __call__(self, passes: int, used: int, *, is_before_tail: bool = False) -> int:
+        """The length. Before a taped tail every segment's boundary waits in a slot, that of the last one too."""
+        while passes >= len(self.rows):
+            self.rows.append([*accumulate(reversed(self.rows[-1]))][::-1])
+        if not is_before_tail:
+            return self.rows[passes][used]
+        return self.rows[passes][used] - self.leaves[-1] if passes and used < len(self.leaves) else 0
+
+    def first_step(self, length: int, used: int, *, is_before_tail: bool) -> int:
+        """Where to keep the next boundary: the farthest of the optimal places, as the fewest then wait."""
+        passes = 1
+        while self(passes, used, is_before_tail=is_before_tail) < length:
+            passes += 1
+        return min(self(passes - 1, used), length - self(passes - 1, used + 1, is_before_tail=is_before_tail))
 
 
 @lru_cache(maxsize=4096)
 def shortened(schedule: Schedule, num_applications: int) -> Schedule:
-    """The schedule of a shorter chain that holds at most one boundary more than `schedule`, and runs nothing oftener.
+    """The schedule of a shorter chain that never holds more than `schedule`, and runs nothing oftener.
 
-    It has as many slots and taped applications, and leaves no longer; where leaves differ by one, a longer one may lie
-    deeper. Raises ValueError for a longer chain, and for a schedule that is not binomial.
+    It has as many slots, taped applications and leaves no longer. Raises ValueError for a longer chain, and for a
+    schedule that is not binomial.
     """
     if schedule.shape is None or not 1 <= num_applications <= schedule.num_applications:
         raise ValueError(
             f"schedule {schedule.name} of {schedule.num_applications} applications cannot be made one of "
             f"{num_applications}"
         )
-    slots, leaf, num_taped = schedule.shape
-    if tail := schedule.num_applications - num_taped:
-        # Its leaves are equal, and so may all be shorter than they were allowed to be.
-        leaf = ceil(tail / ceil(tail / leaf))
-    num_taped = min(num_taped, num_applications)
-    return binomial(num_applications, slots, min(leaf, max(1, num_applications - num_taped)), num_taped)
+    leaves, num_taped = schedule.shape
+    return tapered(num_applications, leaves, min(num_taped, num_applications))
 
 
 @lru_cache(maxsize=64)
@@ -155,8 +190,8 @@ def per_application(num_applications: int) -> Schedule:
 def segments(num_applications: int, num_segments: int) -> Schedule:
     """Keeps the boundaries of `num_segments` equal segments and tapes one whole segment at a time (r = 1)."""
     _require("segments", num_segments, 1, num_applications)
-    leaf = ceil(num_applications / num_segments)
-    return replace(binomial(num_applications, num_segments, leaf), name=f"segments({num_segments})")
+    length = ceil(num_applications / num_segments)
+    return replace(binomial(num_applications, num_segments, length), name=f"segments({num_segments})")
 
 
 @lru_cache(maxsize=64)
@@ -214,10 +249,3 @@ def default_segments(num_applications: int) -> int:
 def _require(name: str, value: int, lowest: int, highest: int) -> None:
     if not lowest <= value <= highest:
         raise ValueError(f"{name}: expected {lowest} to {highest}, got {value}")
-
-
-def _binomial_split(length: int, slots: int) -> int:
-    """How far to advance before the next boundary is kept: an optimal first step of `length` >= 2 with `slots` >= 1."""
-    r = passes_needed(length, slots)
-    shortest = capacity(slots, r - 2) if r >= 2 else 1
-    return max(shortest, length - capacity(slots - 1, r))

@@ -1,45 +1,38 @@
 """Finds the fastest schedules of a model's stages that keep a step within a number of activation bytes."""
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 
-from sret_scale.memory.predict import predict_chain
+import numpy as np
+
+from sret_scale.memory.options import Room, StageOptions
 from sret_scale.memory.probe import StepCosts
-from sret_scale.memory.schedule import Schedule, binomial, none, slots_needed
-from sret_scale.memory.step import Device, chain_seconds, outside_seconds, stage_peak_bytes
+from sret_scale.memory.schedule import Schedule
+from sret_scale.memory.step import TAPED_RUNS, Device, application_seconds, outside_seconds
 
 MAX_PASSES = 4
-TAPED_STEPS = 8
+MAX_FRONT = 200
+"""Choices of the first stages that are followed up, evenly spread over those that no other one beats."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A schedule for each of the first stages, the bytes they hold at rest, and their modelled time."""
+    """A schedule for each stage, and their modelled time."""
 
     schedules: tuple[Schedule, ...]
-    resting_bytes: int
     seconds: float
 
 
-@lru_cache(maxsize=64)
-def candidates(num_applications: int) -> tuple[Schedule, ...]:
-    """Schedules worth considering for a chain of equal applications, from no recomputation to r = MAX_PASSES."""
-    leaves = [leaf for power in range(12) for leaf in (2**power, 3 * 2**power) if leaf <= num_applications]
-    found = {none(num_applications): None}
-    for leaf in leaves:
-        for slots in _slot_counts(-(-num_applications // leaf)):
-            found[binomial(num_applications, slots, leaf)] = None
-    for eighth in range(1, TAPED_STEPS):
-        num_taped = num_applications * eighth // TAPED_STEPS
-        head = num_applications - num_taped
-        for leaf in leaves if num_taped else ():
-            found[binomial(num_applications, num_applications, min(leaf, head), num_taped)] = None
-    return tuple(found)
+@dataclass(frozen=True)
+class _Partial:
+    """Slots and taped applications of the first stages, the room that each had, what they hold at rest, their time."""
+
+    picks: tuple[tuple[Room, int, int], ...]
+    resting: int
+    seconds: float
 
 
 class Search:
-    """All candidates of all stages with their costs, worked out once; then any budget is answered quickly.
+    """The best schedules of all stages for any budget, from the bytes that each stage leaves to the next ones.
 
     max_passes: the most untaped runs (r) of any application.
     """
@@ -47,38 +40,30 @@ class Search:
     def __init__(self, costs: StepCosts, device: Device, *, max_passes: int = MAX_PASSES) -> None:
         self.costs = costs
         self.outside_seconds = outside_seconds(costs, device)
-        # (schedule, peak, bytes at rest, seconds) per candidate and stage
-        self.options: list[list[tuple[Schedule, int, int, float]]] = []
-        for index, stage in enumerate(costs.stages):
-            row = []
-            for schedule in candidates(len(stage)):
-                chain = predict_chain(schedule, stage)
-                if max(chain.untaped) > max_passes:
-                    continue
-                seconds = chain_seconds(stage, chain.untaped, device)
-                row.append((schedule, stage_peak_bytes(costs, index, chain), chain.resting_bytes, seconds))
-            self.options.append(row)
+        self.stages = [StageOptions(stage, max_passes) for stage in costs.stages]
+        self.seconds = [sum(application_seconds(cost, device) for cost in stage) for stage in costs.stages]
 
     def fastest(self, budget_bytes: int) -> Choice | None:
-        """The choice of least modelled time whose predicted activation peak fits; None if no candidate does."""
-        partial = [Choice((), 0, self.outside_seconds)]
-        for row in self.options:
-            partial = _pareto(
-                Choice((*before.schedules, schedule), before.resting_bytes + resting, before.seconds + seconds)
-                for before in partial
-                for schedule, peak, resting, seconds in row
-                if before.resting_bytes + peak <= budget_bytes
+        """The choice of least modelled time whose activation peak fits; None if there is none."""
+        front = [_Partial((), 0, self.outside_seconds)]
+        for index in range(len(self.stages)):
+            front = _spread(
+                _undominated([after for before in front for after in self._after(before, index, budget_bytes)])
             )
         last_peak = self.costs.peaks_before[-1]
-        fitting = [choice for choice in partial if last_peak + choice.resting_bytes <= budget_bytes]
-        return min(fitting, key=lambda choice: choice.seconds, default=None)
+        fitting = [partial for partial in front if last_peak + partial.resting <= budget_bytes]
+        best = min(fitting, key=lambda partial: partial.seconds, default=None)
+        if best is None:
+            return None
+        schedules = tuple(stage.schedule(*pick) for stage, pick in zip(self.stages, best.picks, strict=True))
+        return Choice(schedules, best.seconds)
 
-    def smallest_bytes(self) -> int:
-        """The fewest activation bytes with which `fastest` finds a choice, to within 1 percent (upwards)."""
+    def smallest_bytes(self, accuracy: float = 0.01) -> int:
+        """The fewest activation bytes with which `fastest` finds a choice, to within this part of them (upwards)."""
         low, high = 0, 1
         while self.fastest(high) is None:
             low, high = high, 2 * high
-        while high - low > high // 100 + 1:
+        while high - low > high * accuracy + 1:
             middle = (low + high) // 2
             if self.fastest(middle) is None:
                 low = middle
@@ -86,20 +71,34 @@ class Search:
                 high = middle
         return high
 
+    def _after(self, before: _Partial, index: int, budget_bytes: int) -> list[_Partial]:
+        """The choices of one more stage, in the bytes that the stages before it leave."""
+        costs, stage = self.costs, self.stages[index]
+        left = budget_bytes - before.resting
+        if left < max(costs.peaks_before[index], costs.peaks_after[index]):
+            return []
+        input_bytes = costs.stages[index][0].boundary_bytes  # the caller holds it too while the forward pass runs
+        room = Room(forward=left - costs.held_forward[index] + input_bytes, backward=left - costs.held_backward[index])
+        options = stage.within(room)
+        seconds = before.seconds + self.seconds[index] * (options.runs / stage.length + TAPED_RUNS)
+        return [
+            _Partial((*before.picks, (room, slots, taped)), before.resting + resting, time)
+            for slots, taped, resting, time in zip(
+                options.slots.tolist(), options.taped.tolist(), options.resting.tolist(), seconds.tolist(), strict=True
+            )
+        ]
 
-def _pareto(choices: Iterable[Choice]) -> list[Choice]:
+
+def _undominated(choices: list[_Partial]) -> list[_Partial]:
     """The choices that no other one beats in bytes at rest and in time."""
-    front: list[Choice] = []
-    for choice in sorted(choices, key=lambda choice: (choice.resting_bytes, choice.seconds)):
+    front: list[_Partial] = []
+    for choice in sorted(choices, key=lambda choice: (choice.resting, choice.seconds)):
         if not front or choice.seconds < front[-1].seconds:
             front.append(choice)
     return front
 
 
-def _slot_counts(num_leaves: int) -> Iterator[int]:
-    """Numbers of slots from r = 1 to r = MAX_PASSES: the fewest for each r, and two between."""
-    for passes in range(1, MAX_PASSES + 1):
-        fewest = slots_needed(num_leaves, passes)
-        yield fewest
-        after = slots_needed(num_leaves, passes + 1)
-        yield from {after + (fewest - after) * third // 3 for third in (1, 2)} - {fewest, after}
+def _spread(front: list[_Partial]) -> list[_Partial]:
+    if len(front) <= MAX_FRONT:
+        return front
+    return [front[index] for index in np.linspace(0, len(front) - 1, MAX_FRONT).round().astype(int).tolist()]
