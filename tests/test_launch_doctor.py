@@ -2,17 +2,32 @@
 
 import argparse
 import importlib.metadata
+import os
 import shlex
+import shutil
+import socket
 from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from sret_scale import cli
 from sret_scale.commands import doctor
-from sret_scale.train.node.checks import Finding, check_apex, check_folder, check_versions
+from sret_scale.train.distributed import Ranks, join_ranks
+from sret_scale.train.node.checks import (
+    Finding,
+    check_apex,
+    check_devices,
+    check_folder,
+    check_locks,
+    check_torchvision,
+    check_versions,
+)
 from sret_scale.train.node.inputs import check_teacher
 from sret_scale.train.node.measured import Probe, judge
 from sret_scale.train.node.sbatch import BatchOptions, batch_file
@@ -155,3 +170,62 @@ def test_value_that_is_not_plain_is_refused(value: str) -> None:
     for name in ("time", "partition", "account", "job_name"):
         with pytest.raises(ValueError, match="without blanks or quotes"):
             batch_file(options(**{name: value}), ["train"])
+
+
+def test_torchvision_of_another_torch_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str) -> None:
+        raise RuntimeError("operator torchvision::nms does not exist\nand a long trace")
+
+    monkeypatch.setattr("sret_scale.train.node.checks.importlib.import_module", broken)
+    found = check_torchvision()
+    assert (found.state, found.text) == ("fail", "operator torchvision::nms does not exist")
+    assert "constraints.txt torchvision" in found.advice
+
+
+def test_gpus_that_torch_does_not_see_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.setattr("sret_scale.train.node.checks.visible_gpus", lambda: ("0", "1"))
+    found = check_devices()
+    assert found.state == "fail" and "nvidia-smi shows 2 GPUs" in found.text and "driver" in found.advice
+
+
+def test_little_room_no_right_to_write_and_stale_locks_are_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "py311_cpu" / "op").mkdir(parents=True)
+    (tmp_path / "py311_cpu" / "op" / "lock").touch()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    assert [check_locks().state for _ in range(2)] == ["warn", "ok"]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**30))
+    few = check_folder(tmp_path)
+    assert few.state == "warn" and "20 GiB" in few.advice
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert check_folder(tmp_path).state == "fail"
+
+
+def test_taken_port_says_which_address_and_what_must_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        monkeypatch.setenv("MASTER_PORT", str(taken.getsockname()[1]))
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        alone = Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
+        with pytest.raises(OSError, match=r"rank 0 cannot listen on 127\.0\.0\.1:\d+ .*MASTER_ADDR must be"):
+            join_ranks(alone, "gloo")
+
+
+def test_doctor_and_evaluate_show_what_they_would_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("{}")
+    (tmp_path / "hosts").write_text("127.0.0.2 devices=1,3\n")
+    before = sorted(tmp_path.rglob("*"))
+    for command in (["doctor"], ["evaluate", "run"], ["evaluate", "run", "--early-exit", "entropy"]):
+        assert cli.main([*command, "--hostfile", "hosts", "--dry-run"]) == 0
+        said = capsys.readouterr().out
+        assert "start on 127.0.0.2: ssh" in said and "devices 1,3" in said and "deepspeed.launcher.launch" in said
+    assert cli.main(["evaluate", "run", "--dry-run"]) == 0
+    assert "evaluate in this process" in capsys.readouterr().out
+    assert sorted(tmp_path.rglob("*")) == before

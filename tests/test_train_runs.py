@@ -15,9 +15,10 @@ import pytest
 from safetensors.torch import load_file
 
 from data_pipelines.index import open_shards
+from sret_scale.cli import main
 from sret_scale.train.checkpoint import list_checkpoints, read_state
 from tests.runs import complete_lines, digest, rank_processes, wait_for_images
-from tests.tiny import NUM_IMAGES, TINY_MODEL, sret_scale, tiny_config, tiny_shards, write_config
+from tests.tiny import CANARY, NUM_IMAGES, TINY_MODEL, sret_scale, tiny_config, tiny_shards, write_config
 
 pytestmark = pytest.mark.multi_process
 
@@ -310,4 +311,14 @@ def test_dry_run_prints_command_and_configuration_and_starts_nothing(shards: Pat
     out, error = process.communicate(timeout=60)
     assert process.returncode == 0, error
     assert "deepspeed.launcher.launch" in out and "seed: 11" in out
+    assert re.search(r"^memory of a rank: .*weights .*optimizer .*activations .*per_application$", out, re.MULTILINE)
+    # 128 images in shards of 50; a step of 32 in a random order touches all three of them.
+    assert "localhost: reads 3 of 3 shards in the first epoch, 3 in the first step" in out
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.yaml"]
+
+
+def test_a_secret_of_the_environment_reaches_no_log_checkpoint_or_report(untouched: Path, tmp_path: Path) -> None:
+    assert main(["report", str(untouched), "-o", str(tmp_path / "report.html")]) == 0
+    files = [file for folder in (untouched, tmp_path) for file in folder.rglob("*") if file.is_file()]
+    assert {"rank-00001.log", "environment.json", "weights.safetensors", "report.html"} <= {file.name for file in files}
+    assert [file for file in files if CANARY.encode() in file.read_bytes()] == []

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 EXAMPLE = """example: sret-scale doctor --hostfile hosts --folder runs --shards shards/train
 
 Exit status: 0 when nothing failed, 1 otherwise."""
+_PROBE = "sret_scale.train.node.probe"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,6 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ranks", type=int, help="ranks on this machine (default: its GPUs, or 2 on CPU)")
     parser.add_argument("--folder", type=Path, default=Path("runs"), help="where runs are written, shared by all nodes")
     parser.add_argument("--shards", type=Path, action="append", default=[], help="a shard folder to check; may repeat")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print how ranks would be started to measure, and no more"
+    )
     parser.add_argument("--teacher", help="a teacher to load on every node, for the classes of the first --shards")
 
 
@@ -32,12 +36,33 @@ def run(args: argparse.Namespace) -> int:
 
     if args.teacher and not args.shards:
         raise ValueError("--teacher needs --shards, whose classes it must have")
+    if args.dry_run:
+        return _dry_run(args)
     failed = 0
     for finding in (*check_machine(args.folder), *check_shards(args.shards), *check_ranks(args)):
         print(finding.line(), flush=True)
         failed += finding.state == "fail"
     print(f"{failed} checks failed" if failed else "nothing found that would stop a run")
     return int(failed > 0)
+
+
+def _request(args: argparse.Namespace) -> str:
+    """What the ranks are to look at, as JSON."""
+    shards = [str(shards.resolve()) for shards in args.shards]
+    return json.dumps({"folder": str(args.folder.resolve()), "shards": shards, "teacher": args.teacher})
+
+
+def _dry_run(args: argparse.Namespace) -> int:
+    """Starts and writes nothing."""
+    from sret_scale.train.launcher import launch
+    from sret_scale.train.node.hostfile import hosts_of
+
+    with tempfile.TemporaryDirectory() as temporary:
+        config = Path(temporary) / "config.yaml"
+        config.write_text(_request(args), encoding="utf-8")
+        return launch(
+            args.folder, config, num_ranks=args.ranks, hosts=hosts_of(args.hostfile), module=_PROBE, dry_run=True
+        )
 
 
 def check_ranks(args: argparse.Namespace) -> "Iterator[Finding]":
@@ -51,12 +76,9 @@ def check_ranks(args: argparse.Namespace) -> "Iterator[Finding]":
     with tempfile.TemporaryDirectory(prefix="doctor-", dir=args.folder) as temporary:
         folder = Path(temporary).resolve()
         config = folder / "config.yaml"
-        shards = [str(shards.resolve()) for shards in args.shards]
-        request = {"folder": str(args.folder.resolve()), "shards": shards, "teacher": args.teacher}
-        config.write_text(json.dumps(request), encoding="utf-8")
-        module = "sret_scale.train.node.probe"
+        config.write_text(_request(args), encoding="utf-8")
         try:
-            status = launch(folder, config, num_ranks=args.ranks, hosts=hosts_of(args.hostfile), module=module)
+            status = launch(folder, config, num_ranks=args.ranks, hosts=hosts_of(args.hostfile), module=_PROBE)
         except (ValueError, OSError) as error:
             yield Finding(name="start", state="fail", text=str(error))
             return

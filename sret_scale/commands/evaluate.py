@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--thresholds", help="of the rule, commas between (default: from eager to reluctant)")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print what would be evaluated, and how ranks are started"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -38,6 +42,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--loops: expected at least 1, got {args.loops}")
     if args.thresholds and not args.early_exit:
         raise ValueError("--thresholds says when images stop: give --early-exit too")
+    if args.dry_run:
+        return _dry_run(args)
     if args.early_exit:
         return _early_exit(args)
     if args.ranks or args.hostfile:
@@ -94,6 +100,25 @@ def _request(args: argparse.Namespace) -> dict[str, Any]:
     """What to evaluate, in words that hold in any working folder."""
     shards = args.shards and (args.shards if ":" in args.shards else str(Path(args.shards).resolve()))
     return {"run": str(args.run.resolve()), "shards": shards, "weights": args.weights, "loops": args.loops}
+
+
+def _dry_run(args: argparse.Namespace) -> int:
+    """Starts and writes nothing."""
+    from sret_scale.train.launcher import launch
+    from sret_scale.train.load import load_config
+    from sret_scale.train.node.hostfile import hosts_of
+
+    load_config(args.run)
+    request = json.dumps(_request(args), indent=1)
+    if not (args.ranks or args.hostfile):
+        print(f"evaluate in this process:\n{request}")
+        return 0
+    with tempfile.TemporaryDirectory() as temporary:
+        file = Path(temporary) / "request.json"
+        file.write_text(request, encoding="utf-8")
+        module = "sret_scale.lab.exit_main" if args.early_exit else "sret_scale.train.evaluate_main"
+        hosts = hosts_of(args.hostfile)
+        return launch(args.run / "evaluation", file, num_ranks=args.ranks, hosts=hosts, module=module, dry_run=True)
 
 
 def _on_ranks(args: argparse.Namespace, asked: dict[str, Any], module: str) -> tuple[int, Any]:

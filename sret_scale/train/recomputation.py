@@ -21,11 +21,11 @@ def set_up_recomputation(model: SReT, config: RunConfig, world_size: int) -> Pre
         precision=precision_of(ds_config),
         world_size=world_size,
         zero_stage=zero_stage_of(ds_config),
-        reserved_bytes=_bytes_beside(config, world_size) if config.memory.budget_bytes is not None else 0,
+        reserved_bytes=bytes_beside(config, world_size) if config.memory.budget_bytes is not None else 0,
     )
 
 
-def _bytes_beside(config: RunConfig, world_size: int) -> int:
+def bytes_beside(config: RunConfig, world_size: int) -> int:
     """What the live teacher takes of a rank. `auto` is counted as fp32, the larger of what it may mean."""
     distill = config.distill
     if distill.teacher is None or distill.num_teacher_ranks:

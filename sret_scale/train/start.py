@@ -2,7 +2,7 @@
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,11 +13,12 @@ from sret_scale.distill.spec import parse_teacher
 from sret_scale.model import SReT, describe
 from sret_scale.train.config import RunConfig, from_yaml, grad_accum_steps, split_differences, to_yaml
 from sret_scale.train.depth import check_depth
+from sret_scale.train.dry_run import describe_run
 from sret_scale.train.ds_config import load_ds_config, zero_stage_of
 from sret_scale.train.launcher import launch
 from sret_scale.train.load import initial_state
 from sret_scale.train.node.hostfile import Host
-from sret_scale.train.node.places import Place, choose_nodes
+from sret_scale.train.node.places import choose_nodes
 from sret_scale.train.optim import check_optimizer
 from sret_scale.train.recomputation import set_up_recomputation
 from sret_scale.train.roles import student_ranks, teacher_ranks_of
@@ -49,7 +50,7 @@ def start_run(
     if config.train.initial_weights and (is_fresh or not RunFolder(path).checkpoints.exists()):
         initial_state(config.train.initial_weights, config.model)
     if dry_run:
-        for line in describe_roles(config, place):
+        for line in describe_run(config, place):
             print(line)
         with tempfile.TemporaryDirectory() as temporary:
             file = Path(temporary) / "config.yaml"
@@ -74,14 +75,6 @@ def start_run(
         place.check_reachable(path)
         write_description(folder, config, world_size)
         return launch(path, folder.config, num_ranks=num_ranks, hosts=hosts)
-
-
-def describe_roles(config: RunConfig, place: Place) -> Iterator[str]:
-    """Which devices of every node train and which run the teacher; nothing where the job has no teacher ranks."""
-    number = teacher_ranks_of(config)
-    for host in place.hosts if number else ():
-        students, teachers = host.devices[:-number], host.devices[-number:]
-        yield f"{host.name}: students on devices {','.join(students)}, the teacher on {','.join(teachers)}"
 
 
 def check_run(config: RunConfig, world_size: int) -> None:
