@@ -178,18 +178,16 @@ def _projection_backward(
         grad = grad * mask
     summed = grad.flatten(0, 1).sum(dim=0)
     grad = grad.to(dtype)
-    product = weight_gradient(grad, a.to(dtype)).to(weight.dtype)
+    product = weight_gradient(grad, a.to(dtype)).to(weight.dtype).contiguous()
     del a  # often the last reference
     if gain is None:
         return input_gradient(grad, weight.to(dtype)), product, summed, None
-    grad_gain = (product * weight).sum(dim=1) + summed * bias
     grad_a = input_gradient(grad, (gain[:, None] * weight).to(dtype))
-    return (
-        grad_a,
-        product * gain[:, None],
-        summed * gain,
-        grad_gain if len(gain) > 1 else grad_gain.sum(0, keepdim=True),
-    )
+    if len(gain) > 1:
+        grad_gain = (product * weight).sum(dim=1) + summed * bias
+    else:
+        grad_gain = (torch.dot(product.view(-1), weight.reshape(-1)) + torch.dot(summed, bias)).view(1)
+    return grad_a, product.mul_(gain[:, None]), summed.mul_(gain), grad_gain
 
 
 def _norm_linear_backward(

@@ -63,7 +63,10 @@ class LearnableResidual(nn.Module):
             alpha = constant if alpha is None else alpha * constant
         if draw is not None:
             mask = draw(x_BND.shape) if mask is None else mask * draw(x_BND.shape)
-        gain_R = None if self.beta is None else self.beta * multiplier
+        gain_R: Tensor | None = self.beta
+        # In the published scheme the multiplier is 1, and 60 products of two scalars a step cost what they cost.
+        if gain_R is not None and multiplier != 1.0:
+            gain_R = gain_R * multiplier
         return {"alpha": alpha, "gain_R": gain_R, "mask": mask}
 
 

@@ -29,14 +29,15 @@ def input_gradient(grad_MF: Tensor, weight_FK: Tensor) -> Tensor:
 
 
 def weight_gradient(grad_MF: Tensor, x_MK: Tensor) -> Tensor:
-    """(F, K): the gradient of a linear layer's weight; leading dimensions are summed over."""
+    """(F, K): the gradient of a linear layer's weight; leading dimensions are summed over. It may lie transposed."""
     grad_MF, x_MK = grad_MF.flatten(0, -2), x_MK.flatten(0, -2)
     if not _uses_onednn(grad_MF):
         return grad_MF.t() @ x_MK
-    # The first operand is copied into row order, so it is the narrower one.
-    if grad_MF.shape[1] < x_MK.shape[1]:
+    # The first operand is copied into row order, so it is the narrower one. A product that comes out transposed is left
+    # so: autograd sums the uses of a weight as they lie, and copies the sum once.
+    if grad_MF.shape[1] <= x_MK.shape[1]:
         return linear(grad_MF.t(), x_MK.t())
-    return linear(x_MK.t(), grad_MF.t()).t().contiguous()
+    return linear(x_MK.t(), grad_MF.t()).t()
 
 
 def _uses_onednn(x: Tensor) -> bool:
