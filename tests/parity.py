@@ -95,6 +95,16 @@ def differences(name: str, golden: dict[str, np.ndarray]) -> dict[str, float]:
 
     Raises ValueError or KeyError where the entries do not describe a run of this model.
     """
+    model, logits, loss = computed(name, golden)
+    return {
+        "logits": largest_difference("logits", logits, golden["logits"]),
+        "loss": largest_difference("loss", loss, golden["loss"]),
+        "gradient norms": largest_difference("grad_norms", gradient_norms(model, golden), golden["grad_norms"]),
+    }
+
+
+def computed(name: str, golden: dict[str, np.ndarray]) -> tuple[SReT, np.ndarray, np.ndarray]:
+    """The model with the gradients of its loss, its logits, and the loss, for the inputs that the entries describe."""
     model = golden_model(name, golden)
     draw = golden_permutations()
     for stage in model.stages:
@@ -107,11 +117,7 @@ def differences(name: str, golden: dict[str, np.ndarray]) -> dict[str, float]:
         raise ValueError(f"drew {drawn} permutations, golden {int(golden['num_permutations'])}")
     loss = F.cross_entropy(logits, torch.tensor(LABELS))
     loss.backward()
-    return {
-        "logits": largest_difference("logits", logits.detach().numpy(), golden["logits"]),
-        "loss": largest_difference("loss", loss.detach().numpy(), golden["loss"]),
-        "gradient norms": largest_difference("grad_norms", gradient_norms(model, golden), golden["grad_norms"]),
-    }
+    return model, logits.detach().numpy(), loss.detach().numpy()
 
 
 def gradient_norms(model: SReT, golden: dict[str, np.ndarray]) -> np.ndarray:

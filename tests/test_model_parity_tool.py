@@ -25,6 +25,24 @@ def golden() -> Entries:
         return {entry.rpartition("/")[2]: file[entry] for entry in file.files if entry.startswith(f"{NAME}/")}
 
 
+@pytest.fixture(autouse=True)
+def computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Entries that say the same of the run share one: most cases differ in what they expect of it."""
+    monkeypatch.setattr(parity, "computed", _computed)
+
+
+def _computed(name: str, golden: Entries) -> tuple[SReT, np.ndarray, np.ndarray]:
+    inputs = ("image_size", "input_seed", "num_permutations", "state_names", "state_shapes")
+    key = (name, golden["logits"].shape, *(golden[field].tobytes() for field in inputs))
+    if key not in _RUNS:
+        _RUNS[key] = _COMPUTED(name, golden)
+    return _RUNS[key]
+
+
+_COMPUTED = parity.computed
+_RUNS: dict[tuple[object, ...], tuple[SReT, np.ndarray, np.ndarray]] = {}
+
+
 def judge(folder: Path, entries: Entries, name: str = NAME) -> int:
     path = folder / "golden.npz"
     np.savez(path, **{f"{name}/{field}": value for field, value in entries.items()})
