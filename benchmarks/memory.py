@@ -2,7 +2,7 @@
 
 SReT-T widths with projections per loop, fp32, one thread. Peaks are read off `LiveBytes` (operators' storages without
 gradients of parameters) and do not depend on what else the machine does; times do. So the parts of the table can be
-measured one by one, and each replaces its own rows: `--part peaks`, `predictions`, `times`.
+measured one by one, and each replaces its own rows: `--part peaks toy predictions times`.
 Writes benchmarks/results/memory.json and memory.png.
 """
 
@@ -12,7 +12,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -37,7 +37,7 @@ RESULTS = Path(__file__).parent / "results"
 LOOPS = {20: (2, 2, 2), 50: (5, 5, 5), 108: (12, 12, 8), 300: (30, 33, 25), 1000: (115, 130, 40)}
 MAX_PLAIN = 108  # plain autograd at 1000 applications needs 2 GiB per image: not every machine has it
 
-PARTS = ("peaks", "predictions", "times")
+PARTS = ("peaks", "toy", "predictions", "times")
 
 RunChain = Callable[[Sequence[Application], Tensor], Tensor]
 
@@ -147,41 +147,37 @@ def names_at(depth: int) -> list[str]:
     return ["none", *names] if depth <= MAX_PLAIN else names
 
 
-def peaks_over_depth(depths: Sequence[int], image_size: int, micro_batch_size: int) -> list[dict[str, Any]]:
+def over_depth(
+    depths: Sequence[int],
+    image_size: int,
+    micro_batch_size: int,
+    measure: Callable[["Bench", int, str], dict[str, Any]],
+) -> Iterator[dict[str, Any]]:
     """One row per depth and schedule."""
-    rows = []
     for depth in depths:
         bench = Bench(deep_config(depth, image_size), micro_batch_size)
         for name in names_at(depth):
-            rows.append({"depth": depth, **bench.peak(name)})
-            print(json.dumps(rows[-1]), flush=True)
-    return rows
+            yield {"depth": depth, "schedule": name, **measure(bench, depth, name)}
 
 
-def times_over_depth(depths: Sequence[int], image_size: int, micro_batch_size: int) -> list[dict[str, Any]]:
-    """One row per depth and schedule: processor seconds of one step, the faster of two up to 300 applications."""
-    rows = []
-    for depth in depths:
-        bench = Bench(deep_config(depth, image_size), micro_batch_size)
-        for name in names_at(depth):
-            bench.use(name)
-            seconds = min(bench.seconds() for _ in range(1 if depth > MAX_PLAIN else 2))
-            rows.append({"depth": depth, "schedule": name, "seconds": seconds})
-            print(json.dumps(rows[-1]), flush=True)
-    return rows
+def peak_at(bench: Bench, depth: int, name: str) -> dict[str, Any]:
+    return bench.peak(name)
 
 
-def predictions(image_size: int) -> list[dict[str, Any]]:
+def time_at(bench: Bench, depth: int, name: str) -> dict[str, Any]:
+    """Processor seconds of one step, the faster of two up to 108 applications."""
+    bench.use(name)
+    return {"seconds": min(bench.seconds() for _ in range(1 if depth > MAX_PLAIN else 2))}
+
+
+def predictions(image_size: int) -> Iterator[dict[str, Any]]:
     """Predicted against measured peaks of published and deep presets at real sizes, 30 combinations."""
-    rows = []
     sizes = ((1, "fp32"), (3, "bf16"))
     for name, (micro_batch_size, precision) in itertools.product(("sret_t", "sret_t_108", "sret_s"), sizes):
         bench = Bench(preset(name, image_size=image_size), micro_batch_size, precision)
         for schedule in ("none", "per_application", "segments", "binomial", "planned r=2"):
             row = {"preset": name, "micro_batch": micro_batch_size, "precision": precision, **bench.peak(schedule)}
-            rows.append({**row, "error": row["predicted_bytes"] / row["peak_bytes"] - 1})
-            print(json.dumps(rows[-1]), flush=True)
-    return rows
+            yield {**row, "error": row["predicted_bytes"] / row["peak_bytes"] - 1}
 
 
 def overhead(image_size: int, micro_batch_size: int, rounds: int) -> dict[str, float]:
@@ -205,14 +201,14 @@ def toy_10000() -> dict[str, Any]:
     return {"peak_20": peaks[20], "peak_10000": peaks[10_000], "ratio": peaks[10_000] / peaks[20]}
 
 
-def even_1000(image_size: int, micro_batch_size: int) -> list[dict[str, Any]]:
+def even_1000(image_size: int, micro_batch_size: int) -> Iterator[dict[str, Any]]:
     """1000 applications with the same loops in each stage: the model of 20 applications, 50 times as deep.
 
     The preset of 1000 has most of its loops where tokens are many.
     """
     stages = tuple(replace(stage, num_loops=100) for stage in deep_config(20, image_size).stages)
     bench = Bench(replace(deep_config(20, image_size), stages=stages), micro_batch_size)
-    return [bench.peak(f"planned r={r}") for r in (1, 2)]
+    yield from (bench.peak(f"planned r={r}") for r in (1, 2))
 
 
 def summary(result: dict[str, Any]) -> dict[str, float]:
@@ -226,10 +222,10 @@ def summary(result: dict[str, Any]) -> dict[str, float]:
     found = {"worst_prediction_error": max(abs(ours / real - 1) for ours, real in pairs if ours)}
     for depth in sorted({row["depth"] for row in rows}):
         found[f"r1_over_torch_sqrt_at_{depth}"] = peak[depth, "planned r=1"] / peak[depth, "torch sqrt(n)"]
-        for r in (1, 2):
+        for r in (1, 2) if (20, "none") in peak else ():
             found[f"r{r}_at_{depth}_over_none_at_20"] = peak[depth, f"planned r={r}"] / peak[20, "none"]
             found[f"r{r}_at_{depth}_over_stored_at_20"] = peak[depth, f"planned r={r}"] / result["stored_peak_at_20"]
-    for row in result["even_1000"]:
+    for row in result.get("even_1000", []) if (20, "none") in peak else ():
         r = row["schedule"][-1]
         found[f"r{r}_at_even_1000_over_none_at_20"] = row["peak_bytes"] / peak[20, "none"]
         found[f"r{r}_at_even_1000_over_stored_at_20"] = row["peak_bytes"] / result["stored_peak_at_20"]
@@ -275,16 +271,24 @@ def main() -> None:
         "image_size": args.image_size,
         "micro_batch": args.micro_batch,
     }
+    parts: dict[str, Iterator[dict[str, Any]]] = {}
     if "peaks" in args.part:
         result["stored_peak_at_20"] = published_layers_peak(*size)
-        result["rows"] = peaks_over_depth(args.depths, *size)
-        result["even_1000"] = even_1000(*size)
+        parts = {"rows": over_depth(args.depths, *size, peak_at), "even_1000": even_1000(*size)}
+    if "toy" in args.part:
         result["toy_10000"] = toy_10000()
     if "predictions" in args.part:
-        result["predictions"] = predictions(args.image_size)
+        parts["predictions"] = predictions(args.image_size)
     if "times" in args.part:
-        result["times"] = times_over_depth(args.depths, *size)
         result["overhead_at_108"] = overhead(*size, args.rounds)
+        parts["times"] = over_depth(args.depths, *size, time_at)
+    for part, rows in parts.items():
+        result[part] = []
+        for row in rows:
+            result[part].append(row)
+            result[part].sort(key=lambda row: row.get("depth", 0))
+            print(json.dumps(row), flush=True)
+            args.out.write_text(json.dumps(result, indent=1) + "\n")  # what is measured is kept if the rest is cut off
     if "rows" in result:
         result["summary"] = summary(result)
     print(json.dumps({key: result.get(key) for key in ("summary", "overhead_at_108", "toy_10000")}, indent=2))

@@ -35,7 +35,11 @@ def draw_schedules(schedules: Sequence[Schedule], path: Path, *, title: str) -> 
         axis.add_collection(LineCollection(slot_lines(schedule), colors=SLOT_COLOUR, linewidths=1.2))
         for kind, lines in drawn.items():
             axis.add_collection(LineCollection(lines, colors=COLOURS[kind], linewidths=1.8))
-        axis.set(xlim=(0, duration), ylim=(schedule.num_applications, 0), ylabel="application")
+        axis.set(
+            xlim=(0, duration),
+            ylim=(schedule.num_applications, -0.03 * schedule.num_applications),
+            ylabel="application",
+        )
         ledger = account(schedule)
         axis.set_title(
             f"stage {index}: {schedule.name}; {ledger.peak_slots} slots, {ledger.peak_taped} taped at once,"
