@@ -23,6 +23,7 @@ import torch
 
 from data_pipelines.write import WriteConfig, write_shards
 from sret_scale.cli import COMMANDS
+from sret_scale.train.node.stage import LOCAL
 
 ROOT = Path(__file__).parents[1]
 OPENED = re.compile(r'openat\([^"]*"(?P<path>[^"]+)"[^)]*\) = (?P<result>-?\d+)')
@@ -63,32 +64,51 @@ def help_s(command: str, repeats: int) -> float:
     return statistics.median(times)
 
 
+SHARED = ("environment", "project", "run folder", "shards")
+"""What lies on the folder that all nodes share."""
+
+
 def kind_of(path: str, shards: Path, run: Path) -> str:
     """Whose file it is."""
-    places = {str(run): "run folder", str(shards): "shards", "site-packages": "installed packages"}
-    for part, kind in places.items():
-        if part in path:
-            return kind
-    return "project" if path.startswith(str(ROOT)) else "system"
+    places = {str(run.parent / "local"): "node's own copy", str(run): "run folder", str(shards): "shards"}
+    places |= {sys.prefix: "environment", str(ROOT): "project"}
+    return next((kind for part, kind in places.items() if path.startswith(part)), "system")
 
 
-def opened_files(folder: Path, shards: Path) -> dict[str, Any]:
-    """Files that each rank of two opened and looked for in vain, by whose they are (strace)."""
-    run = folder / "traced"
-    trace = folder / "trace"
-    command = ["strace", "-ff", "-f", "-e", "trace=openat", "-o", str(trace), *train_command(shards, run, 2)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
-    ranks: list[dict[str, Counter[str]]] = []
-    for file in sorted(folder.glob("trace.*")):
-        text = file.read_text(errors="replace")
-        if f"{run}/logs/rank-" not in text:
-            continue
-        found: dict[str, Counter[str]] = {"opened": Counter(), "not found": Counter()}
-        for match in OPENED.finditer(text):
+def counts(files: list[Path], shards: Path, run: Path) -> dict[str, dict[str, int]]:
+    """Files that processes opened and looked for in vain, by whose they are."""
+    found: dict[str, Counter[str]] = {"opened": Counter(), "not found": Counter()}
+    for file in files:
+        for match in OPENED.finditer(file.read_text(errors="replace")):
             outcome = "opened" if int(match["result"]) >= 0 else "not found"
             found[outcome][kind_of(match["path"], shards, run)] += 1
-        ranks.append(found)
-    return {f"rank {index}": {key: dict(value) for key, value in found.items()} for index, found in enumerate(ranks)}
+    return {outcome: dict(kinds) for outcome, kinds in found.items()}
+
+
+def opened_files(folder: Path, shards: Path, *, has_copy: bool) -> dict[str, Any]:
+    """What each rank of two opens, what its node's agent and launcher do, and what that makes for 128 ranks (strace).
+
+    has_copy: the node has a copy of the environment on its own disk, from an earlier start.
+    """
+    run = folder / f"traced-{has_copy}"
+    trace = folder / f"trace-{has_copy}"
+    environment = {**os.environ, **({LOCAL: str(folder / "local")} if has_copy else {})}
+    if has_copy:
+        first = train_command(shards, folder / "copying", 2)
+        subprocess.run(first, check=True, stdout=subprocess.DEVNULL, cwd=ROOT, env=environment)
+    command = ["strace", "-ff", "-f", "-y", "-s", "4096", "-e", "trace=openat,execve", "-o", str(trace)]
+    command += train_command(shards, run, 2)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT, env=environment)
+    texts = {file: file.read_text(errors="replace") for file in sorted(folder.glob(f"{trace.name}.*"))}
+    ranks = [file for file, text in texts.items() if f"{run}/logs/rank-" in text]
+    node = [file for file, text in texts.items() if "node.agent" in text[:4096] or "deepspeed.launcher" in text[:4096]]
+    rank, others = counts(ranks[1:2], shards, run), counts(node, shards, run)
+    shared = [sum(found["opened"].get(kind, 0) for kind in SHARED) for found in (rank, others)]
+    return {
+        "a rank": rank,
+        "agent and DeepSpeed's launcher of a node": others,
+        "on the shared folder, 128 ranks on 16 nodes": 128 * shared[0] + 16 * shared[1],
+    }
 
 
 def main() -> None:
@@ -115,7 +135,10 @@ def main() -> None:
             # The first round warms the caches.
             "seconds to the first step (median)": {key: statistics.median(value[1:]) for key, value in times.items()},
             "seconds of --help (median)": {command: help_s(command, args.repeats) for command in COMMANDS},
-            "files opened by a rank": opened_files(folder, shards) if shutil.which("strace") else "strace is missing",
+            "files opened": {
+                name: opened_files(folder, shards, has_copy=has_copy) if shutil.which("strace") else "no strace here"
+                for name, has_copy in (("as installed", False), ("with a copy on the node's own disk", True))
+            },
         }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

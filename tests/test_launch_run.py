@@ -12,6 +12,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from sret_scale.train.launcher import exit_status
+from sret_scale.train.node.rank import run_module
+
 pytestmark = pytest.mark.multi_process
 
 ROOT = Path(__file__).parents[1]
@@ -83,9 +86,18 @@ def test_first_error_is_the_last_line_and_later_ones_are_not_shown(tmp_path: Pat
     assert left_over(tmp_path) == []
 
 
-def test_mistake_is_one_line_with_status_2(tmp_path: Path) -> None:
-    _, errors = (process := start(tmp_path / "run", "mistake")).communicate(timeout=120)
-    assert process.returncode == 2
+def test_mistake_is_one_line_with_status_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a rank does after it was started, and what the launcher says of it, in this process."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(sys, "argv", [])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    (tmp_path / "config.yaml").write_text("mistake")
+    assert run_module(tmp_path, "tests.toy_rank", [str(tmp_path / "config.yaml")]) == 2
+    assert "Traceback" in capsys.readouterr().err, "the rank's own log has it"
+    assert exit_status(tmp_path, all_ended_well=False, requests=[]) == 2
+    errors = capsys.readouterr().err
     assert errors.splitlines()[-1] == "error: expected this, got that"
     assert "Traceback" not in errors
 
@@ -141,10 +153,11 @@ def test_killed_rank_is_named_and_its_peer_ends(tmp_path: Path) -> None:
     assert left_over(folder) == []
 
 
-def test_end_without_a_status_file_is_a_failure(tmp_path: Path) -> None:
-    process = start(folder := tmp_path / "run", "silent")
-    wait_for(lambda: (folder / "status.json").exists() or process.poll() is not None)
-    (folder / "status.json").unlink(missing_ok=True)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert "left no status.json" in errors.splitlines()[-1]
+@pytest.mark.parametrize("status", ["", '{"state": "running"}', '{"state": "finished"}', "[]"])
+def test_end_without_a_whole_status_file_is_a_failure(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], status: str
+) -> None:
+    if status:
+        (tmp_path / "status.json").write_text(status)
+    assert exit_status(tmp_path, all_ended_well=True, requests=[]) == 1
+    assert "ended well and left " in capsys.readouterr().err.splitlines()[-1]

@@ -1,5 +1,6 @@
 """Nothing that a stranger writes becomes code or a command, and nothing secret leaves the environment."""
 
+import gzip
 import io
 import json
 import os
@@ -7,6 +8,7 @@ import pickle
 import subprocess
 import sys
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +17,16 @@ from PIL import Image
 
 from data_pipelines.config import DataConfig
 from data_pipelines.index import open_shards
+from data_pipelines.label_store import open_labels
 from data_pipelines.loader import evaluation_batches
+from data_pipelines.soft_labels import parse_header
+from data_pipelines.tar.scan import TarError, scan_members
 from sret_scale.cli import main
-from sret_scale.train.checkpoint import read_tensors
+from sret_scale.train.checkpoint import read_state, read_tensors
 from sret_scale.train.config import from_yaml
 from sret_scale.train.node.hostfile import read_hostfile
 from sret_scale.train.node.places import choose_nodes
-from sret_scale.train.run_folder import environment
+from sret_scale.train.run_folder import RunFolder, environment, read_status
 
 ROOT = Path(__file__).parents[1]
 CANARY = "canary-4f1d9a"
@@ -55,6 +60,31 @@ def test_pickle_in_place_of_weights_is_refused_unread(tmp_path: Path) -> None:
     assert (tmp_path / "evil").exists()
 
 
+def read_label_header(file: Path) -> object:
+    return parse_header(file.read_bytes(), file.stat().st_size)
+
+
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("config.yaml", from_yaml),
+        ("hosts", read_hostfile),
+        ("manifest.json", lambda file: open_shards(file.parent)),
+        ("plan.json", lambda file: open_labels(file.parent)),
+        ("unit-00000.soft", read_label_header),
+        ("state.json", lambda file: read_state(file.parent)),
+        ("status.json", lambda file: read_status(RunFolder(file.parent))),
+    ],
+)
+def test_pickle_in_any_place_is_an_error_and_runs_nothing(
+    tmp_path: Path, name: str, read: Callable[[Path], object]
+) -> None:
+    (tmp_path / name).write_bytes(pickle.dumps(Bomb(tmp_path / "evil")))
+    with pytest.raises((ValueError, OSError)):
+        read(tmp_path / name)
+    assert not (tmp_path / "evil").exists()
+
+
 def test_pickled_members_of_a_foreign_shard_stay_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     image = io.BytesIO()
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(image, "png")
@@ -73,6 +103,29 @@ def test_pickled_members_of_a_foreign_shard_stay_bytes(tmp_path: Path, capsys: p
     assert batch.images.shape == (1, 3, 8, 8) and not (tmp_path / "evil").exists()
 
 
+def tar_header(name: str, size: int, kind: bytes = tarfile.REGTYPE, target: str = "") -> bytes:
+    member = tarfile.TarInfo(name)
+    member.size, member.type, member.linkname = size, kind, target
+    return member.tobuf()
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (gzip.compress(bytes(10240)), "is gzip, not tar"),
+        # 8 TiB that are not there: refused from the header, before any room is made for them.
+        (tar_header("a.jpg", 1 << 43), "a member of 8,796,093,022,208 bytes, 0 are there"),
+        (tar_header("x", 1 << 20, tarfile.XHDTYPE) + bytes(1 << 20), "an extended header of 1,048,576 bytes"),
+        (tar_header("a.jpg", 0, tarfile.SYMTYPE, "/etc/passwd"), "is a link"),
+        (tar_header("a.jpg", 0, tarfile.CHRTYPE), "device or other special member"),
+        (tar_header("../a.jpg", 0), "leads out of the folder"),
+    ],
+)
+def test_tar_that_lies_is_refused_from_its_header(data: bytes, message: str) -> None:
+    with pytest.raises(TarError, match=message):
+        list(scan_members(memoryview(data)))
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -89,8 +142,8 @@ def test_yaml_tag_is_refused(tmp_path: Path, text: str, monkeypatch: pytest.Monk
     assert not (tmp_path / "evil").exists()
 
 
-def test_secret_of_the_environment_reaches_no_file_and_no_output(tmp_path: Path) -> None:
-    folder = tmp_path / "run"
+def test_secret_reaches_no_file_and_no_output_and_a_command_in_a_name_is_only_a_name(tmp_path: Path) -> None:
+    folder = tmp_path / "$(touch evil); `touch evil` -rf"
     folder.mkdir()
     (folder / "config.yaml").write_text("finish")
     secret = {**os.environ, "PYTHONPATH": str(ROOT), "HF_TOKEN": CANARY, "AWS_SECRET_ACCESS_KEY": CANARY}
@@ -107,6 +160,7 @@ def test_secret_of_the_environment_reaches_no_file_and_no_output(tmp_path: Path)
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert len(files) >= 3
     assert [path for path in files if CANARY in path.read_text(errors="replace")] == []
+    assert (folder / "status.json").exists() and not list(tmp_path.rglob("evil"))
 
 
 def test_saved_environment_and_remote_nodes_get_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,14 +179,3 @@ def test_master_address_of_the_environment_is_checked(
     (tmp_path / "hosts").write_text("127.0.0.2 slots=1\n")
     with pytest.raises(ValueError, match="MASTER_ADDR"):
         choose_nodes(hosts=read_hostfile(tmp_path / "hosts"))
-
-
-def test_run_name_with_a_command_in_it_is_only_a_name(tmp_path: Path) -> None:
-    folder = tmp_path / "$(touch evil); `touch evil` -rf"
-    folder.mkdir()
-    (folder / "config.yaml").write_text("finish")
-    command = [sys.executable, "-c", TOY, str(folder)]
-    environment_ = {**os.environ, "PYTHONPATH": str(ROOT)}
-    subprocess.run(command, env=environment_, check=True, capture_output=True, cwd=tmp_path)
-    assert (folder / "status.json").exists()
-    assert not list(tmp_path.rglob("evil"))

@@ -5,11 +5,13 @@ import subprocess
 import sys
 import tarfile
 import threading
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 
 from sret_scale.train.node import stage
+from sret_scale.train.node.packages import required
 from sret_scale.train.node.stage import LARGEST_COPIED_BYTES, LOCAL, fingerprint, pack, staged_environment, unpack
 from tests.tiny import ROOT
 
@@ -36,7 +38,7 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Pa
         file.write_text(text)
     (site / "torch/lib.so").write_bytes(bytes(LARGEST_COPIED_BYTES + 1))
     # The real one starts Python and imports what a rank imports.
-    monkeypatch.setattr(stage, "_LIST_PACKAGES", f'print(\'{{"torch": "{site}"}}\')')
+    monkeypatch.setattr(stage, "_packages", lambda project: {"torch"})
     return shared / "env", shared / "project", site
 
 
@@ -46,7 +48,14 @@ def test_copy_has_the_small_files_and_links_to_the_large_ones(
     prefix, project, site = installed
     folder = unpack(pack(prefix, project, [site]), tmp_path / "local")
     found = {str(file.relative_to(folder)) for file in folder.rglob("*") if not file.is_dir() or file.is_symlink()}
-    expected = {"torch/__init__.py", "torch/part.py", "torch/lib.so", "torch/include", "pillow.libs/libtiff.so"}
+    expected = {
+        "torch-2.0.dist-info/METADATA",
+        "torch/__init__.py",
+        "torch/part.py",
+        "torch/lib.so",
+        "torch/include",
+        "pillow.libs/libtiff.so",
+    }
     expected |= {"sret_scale/__init__.py", "data_pipelines/sample/image", "ds_configs/zero1.json"}
     assert found == expected
     assert {name for name in expected if (folder / name).is_symlink()} == {"torch/lib.so", "torch/include"}
@@ -58,6 +67,22 @@ def test_copy_has_the_small_files_and_links_to_the_large_ones(
     process = subprocess.run([sys.executable, "-S", "-c", code], env=environment, capture_output=True, text=True)
     value, *files, _ = process.stdout.split()
     assert value == "7" and all(file.startswith(str(folder)) for file in files), process.stderr
+
+
+def test_packages_are_those_that_are_imported_and_what_they_require(monkeypatch: pytest.MonkeyPatch) -> None:
+    needs = {
+        "torch": ["SymPy>=1.13", 'triton; extra == "gpu"', "typing-extensions"],
+        "sympy": ["mpmath<1.4"],
+        "mpmath": None,
+    }
+
+    def requires(name: str) -> list[str] | None:
+        if name not in needs:
+            raise metadata.PackageNotFoundError(name)
+        return needs[name]
+
+    monkeypatch.setattr(metadata, "requires", requires)
+    assert required({"torch"}) == {"torch", "sympy", "mpmath", "typing_extensions"}
 
 
 def test_archive_is_made_again_only_for_another_environment(installed: tuple[Path, Path, Path]) -> None:

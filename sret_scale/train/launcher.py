@@ -8,31 +8,20 @@ import dataclasses
 import json
 import os
 import shlex
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from types import FrameType
 
 from sret_scale.train.node.errors import RankError, clear_errors, first_error, now_s, show_first_error, write_error
 from sret_scale.train.node.hostfile import Host
 from sret_scale.train.node.job import Job, deepspeed_command
-from sret_scale.train.node.orphans import STOP_SIGNALS
+from sret_scale.train.node.orphans import caught_signals
 from sret_scale.train.node.places import NodeStart, choose_nodes
 from sret_scale.train.node.sbatch import requeue_running_job
 from sret_scale.train.node.stage import LOCAL, pack_installed
-
-
-@dataclass
-class _Requests:
-    """What this process was asked to do by signals."""
-
-    last: int = 0
-    count: int = 0
 
 
 def launch(
@@ -75,9 +64,9 @@ def launch(
         job = dataclasses.replace(job, archive=str(pack_installed()))
     (run_folder / "status.json").unlink(missing_ok=True)
     clear_errors(run_folder)
-    with _caught_signals() as requests:
+    with caught_signals() as requests:
         all_ended_well = _supervise(place.starts, job, requests)
-        status = _exit_status(run_folder, all_ended_well, requests)
+        status = exit_status(run_folder, all_ended_well, requests)
     if all_ended_well and _status(run_folder).get("state") == "stopped" and "SLURM_JOB_ID" in os.environ:
         requeue_running_job(os.environ["SLURM_JOB_ID"])
     return status
@@ -98,22 +87,6 @@ def describe_start(starts: Sequence[NodeStart], job: Job, config_path: Path) -> 
     return "\n".join(lines)
 
 
-@contextmanager
-def _caught_signals() -> Iterator[_Requests]:
-    requests = _Requests()
-
-    def on_signal(number: int, _frame: FrameType | None) -> None:
-        requests.last = number
-        requests.count += 1
-
-    before = {number: signal.signal(number, on_signal) for number in STOP_SIGNALS}
-    try:
-        yield requests
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def _tell(agents: Sequence["subprocess.Popen[str]"], text: str) -> None:
     for agent in agents:
         assert agent.stdin is not None
@@ -123,7 +96,7 @@ def _tell(agents: Sequence["subprocess.Popen[str]"], text: str) -> None:
             agent.stdin.flush()
 
 
-def _supervise(starts: Sequence[NodeStart], job: Job, requests: _Requests) -> bool:
+def _supervise(starts: Sequence[NodeStart], job: Job, requests: list[int]) -> bool:
     """Starts the agents and waits for all; True when all returned 0. None is alive afterwards."""
     agents: dict[str, subprocess.Popen[str]] = {}
     told = 0
@@ -139,11 +112,11 @@ def _supervise(starts: Sequence[NodeStart], job: Job, requests: _Requests) -> bo
             if not running:
                 break
             lost = [name for name, agent in agents.items() if agent.returncode not in (None, 0)]
-            if requests.count > told:
+            if len(requests) > told:
                 print("stopping: the ranks save and end; once more ends them at once", file=sys.stderr, flush=True)
                 _tell(running, "stop\n" if told == 0 else "kill\n")
                 deadline_s = min(deadline_s, time.monotonic() + (job.stop_grace_s + 10 if told == 0 else 10))
-                told = requests.count
+                told = len(requests)
             elif lost and deadline_s == float("inf"):
                 _note_lost(lost, agents, job)
                 # The peers of a lost node hang in a collective; SIGTERM alone would not reach them there.
@@ -189,8 +162,11 @@ def _status(run_folder: Path) -> dict[str, object]:
     return {}
 
 
-def _exit_status(run_folder: Path, all_ended_well: bool, requests: _Requests) -> int:
-    """The run's exit status; says on stderr what went wrong, the first error last."""
+def exit_status(run_folder: Path, all_ended_well: bool, requests: Sequence[int]) -> int:
+    """The run's exit status; says on stderr what went wrong, the first error last.
+
+    requests: the signals that asked for the end, in their order.
+    """
     status = _status(run_folder)
     code = status.get("exit_code")
     error = first_error(run_folder)
@@ -202,9 +178,9 @@ def _exit_status(run_folder: Path, all_ended_well: bool, requests: _Requests) ->
         for line in show_first_error(run_folder, error):
             print(line, file=sys.stderr)
         return error.exit_code or 1
-    if requests.count:
+    if requests:
         print("error: stopped before the run could save", file=sys.stderr)
-        return 128 + requests.last
+        return 128 + requests[-1]
     ended = "ended well" if all_ended_well else "failed"
     state = status.get("state", "no status.json")
     print(f"error: the processes {ended} and left {state} in {run_folder}: the run failed", file=sys.stderr)

@@ -14,18 +14,16 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import IO, Protocol
 
 from sret_scale.lab.experiments.declared import PlannedRun
 from sret_scale.lab.experiments.slots import Slot
 from sret_scale.lab.experiments.tail import Standing, standing_of
 from sret_scale.train.config import from_yaml, split_differences, to_yaml
-from sret_scale.train.node.orphans import STOP_SIGNALS, die_with_parent
+from sret_scale.train.node.orphans import caught_signals, die_with_parent
 from sret_scale.train.run_folder import EXIT_FINISHED, EXIT_STOPPED, RunFolder, write_text
 from sret_scale.train.start import is_finished
 
@@ -96,7 +94,7 @@ def run_sweep(
     finished_before = sum(state.state == "finished" for state in states)
     if finished_before:
         view.say(f"{finished_before} of {len(states)} runs finished before")
-    with _signals() as requests:
+    with caught_signals() as requests:
         _Pool(folder / ".sweep", slots, retries, view, command).run(states, requests)
     view.show(states)
     for state in states:
@@ -125,22 +123,6 @@ def _look(state: RunState) -> None:
         state.state, state.reason = "failed", f"{state.folder} {what}; choose another --folder, or remove it"
         return
     state.state, state.standing = "finished", standing_of(state.folder)
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """The stop signals that came, as a list that grows."""
-    requests: list[int] = []
-
-    def on_signal(number: int, _frame: FrameType | None) -> None:
-        requests.append(number)
-
-    before = {number: signal.signal(number, on_signal) for number in STOP_SIGNALS}
-    try:
-        yield requests
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 class _Pool:

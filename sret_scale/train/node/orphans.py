@@ -1,8 +1,14 @@
-"""No process outlives the one that started it: the kernel ends a child when its parent dies (Linux, prctl(2))."""
+"""How a process that starts others ends: signals reach it alone, and nothing it started outlives it.
+
+The kernel ends a child when its parent dies (Linux, prctl(2)).
+"""
 
 import ctypes
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 
 # What asks a run to save and end.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
@@ -22,3 +28,19 @@ def die_with_parent() -> None:
     if os.getppid() != parent:
         # The parent died before the request, so no signal will come.
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+@contextmanager
+def caught_signals() -> Iterator[list[int]]:
+    """The stop signals that come inside the `with`, as a list that grows; what they did before is restored after it."""
+    requests: list[int] = []
+
+    def on_signal(number: int, _frame: FrameType | None) -> None:
+        requests.append(number)
+
+    before = {number: signal.signal(number, on_signal) for number in STOP_SIGNALS}
+    try:
+        yield requests
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -26,18 +26,6 @@ LARGEST_COPIED_BYTES = 1 << 20
 KEPT_S = 3600.0
 """An archive that is no longer current is removed by the next one after so long."""
 _PROJECT = ("sret_scale", "data_pipelines", "ds_configs")
-# What a rank has imported after its first step, by the first part of the name, and where each lies: the last two are
-# imported late, by torch's optimizers and by augmentation.
-_LIST_PACKAGES = """
-import json, sys
-import sret_scale.train.main, torch._dynamo, data_pipelines.vision
-places = {}
-for name, module in list(sys.modules.items()):
-    file = getattr(module, "__file__", None)
-    if file and "site-packages" in file:
-        places.setdefault(name.partition(".")[0], file.rpartition("site-packages")[0] + "site-packages")
-print(json.dumps(places))
-"""
 
 
 def pack(prefix: Path, project: Path, folders: Sequence[Path]) -> Path:
@@ -117,19 +105,23 @@ def pack_installed() -> Path:
 
 def _entries(project: Path, folders: Sequence[Path]) -> Iterator[tuple[Path, str]]:
     """(folder, name in it) of everything that is packed."""
-    environment = {**os.environ, "PYTHONPATH": str(project)}
-    listed = subprocess.run(
-        [sys.executable, "-P", "-c", _LIST_PACKAGES], env=environment, capture_output=True, text=True, check=True
-    ).stdout
-    places: dict[str, str] = json.loads(listed.splitlines()[-1])
+    wanted = _packages(project)
     for folder in folders:
         for name in _names(folder):
-            is_of_package = name.partition(".")[0] in places and not name.endswith((".dist-info", ".pth"))
+            first = name.partition("-")[0].lower() if name.endswith(".dist-info") else name.partition(".")[0]
             # NAME.libs holds the libraries of a wheel, whose name is not that of its package.
-            if is_of_package or name.endswith(".libs"):
+            if name.endswith(".libs") or (first in wanted and not name.endswith(".pth")):
                 yield folder, name
     for name in _PROJECT:
         yield project, name
+
+
+def _packages(project: Path) -> set[str]:
+    """What ranks import of the installed packages, asked in a process of its own: it imports all of it."""
+    command = [sys.executable, "-P", "-m", "sret_scale.train.node.packages"]
+    environment = {**os.environ, "PYTHONPATH": str(project)}
+    listed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    return set(json.loads(listed.splitlines()[-1]))
 
 
 def _names(folder: Path) -> list[str]:
