@@ -106,7 +106,7 @@ def test_pickled_members_of_a_foreign_shard_stay_bytes(tmp_path: Path, capsys: p
 def tar_header(name: str, size: int, kind: bytes = tarfile.REGTYPE, target: str = "") -> bytes:
     member = tarfile.TarInfo(name)
     member.size, member.type, member.linkname = size, kind, target
-    return member.tobuf()
+    return member.tobuf(tarfile.GNU_FORMAT)
 
 
 @pytest.mark.parametrize(
