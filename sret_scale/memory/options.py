@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from sret_scale.memory.costs import ApplicationCost
 from sret_scale.memory.schedule import Schedule, tapered
 
-SHARES = 8
-"""Into how many parts the longest possible taped tail of a stage is divided."""
+SHARES = 16
+"""A taped tail is a whole number of these parts of a stage, so that more bytes never take a choice away."""
 
 Numbers = NDArray[np.int64]
 
@@ -51,10 +51,13 @@ class Options:
 
 
 class StageOptions:
-    """The choices of one stage under any room."""
+    """The choices of one stage under any room.
 
-    def __init__(self, costs: Sequence[ApplicationCost], max_passes: int) -> None:
-        self.length, self.max_passes = len(costs), max_passes
+    is_last: nothing comes between the stage's passes, so its taped tail may also be as long as fits.
+    """
+
+    def __init__(self, costs: Sequence[ApplicationCost], max_passes: int, *, is_last: bool = True) -> None:
+        self.length, self.max_passes, self.is_last = len(costs), max_passes, is_last
         self.cost = highest(costs)
         boundary = max(self.cost.boundary_bytes, self.cost.output_bytes)
         # To tape one application and come back, the gradient that it gets included.
@@ -90,17 +93,16 @@ class StageOptions:
         return self._options(slots, np.zeros_like(slots), (slots + 1) * self.boundary, self._runs(leaves, lengths))
 
     def _taped(self, leaves: Numbers, room: Room) -> list[Options]:
-        """Choices that tape the last applications once, in shares of as many as fit beside the slots."""
+        """Choices that tape the last applications in the forward pass."""
         slots = np.arange(len(leaves))
         bytes_left = np.minimum(room.backward - self.one_bytes, room.forward - self.cost.taped_bytes - self.boundary)
         longest = np.clip(1 + (bytes_left - slots * self.boundary) // self.tape, 0, self.length)
+        tails = [np.full(len(slots), taped) for taped in {-(-self.length * k // SHARES) for k in range(1, SHARES + 1)}]
         found = []
-        for share in range(1, SHARES + 1):
-            taped = -(-longest * share // SHARES)
-            lengths = self.length - taped
-            runs = self._runs(leaves, lengths, is_before_tail=True)
+        for taped in [*tails, longest] if self.is_last else tails:
+            runs = self._runs(leaves, self.length - taped, is_before_tail=True)
             resting = slots * self.boundary + taped * self.tape
-            keep = taped > 0
+            keep = (taped > 0) & (taped <= longest)
             found.append(self._options(slots[keep], taped[keep], resting[keep], runs[keep]))
         return found
 

@@ -40,7 +40,10 @@ class Search:
     def __init__(self, costs: StepCosts, device: Device, *, max_passes: int = MAX_PASSES) -> None:
         self.costs = costs
         self.outside_seconds = outside_seconds(costs, device)
-        self.stages = [StageOptions(stage, max_passes) for stage in costs.stages]
+        last = len(costs.stages) - 1
+        self.stages = [
+            StageOptions(stage, max_passes, is_last=index == last) for index, stage in enumerate(costs.stages)
+        ]
         self.seconds = [sum(application_seconds(cost, device) for cost in stage) for stage in costs.stages]
 
     def fastest(self, budget_bytes: int) -> Choice | None:
