@@ -1,12 +1,13 @@
 """Activation peak and step time over depth, beside torch's own checkpoint: `python -m benchmarks.memory`.
 
 SReT-T widths with projections per loop, fp32, one thread. Peaks are read off `LiveBytes` (operators' storages without
-gradients of parameters) and do not depend on what else the machine does; times do. So the parts of the table can be
-measured one by one, and each replaces its own rows: `--part peaks toy predictions times`.
-Writes benchmarks/results/memory.json and memory.png.
+gradients of parameters), above 108 applications with tensors that have no data; they do not depend on what else the
+machine does, times do. So the parts can be measured one by one, and each replaces its own rows: `--part peaks toy
+predictions times`. Writes benchmarks/results/memory.json and memory.png.
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -22,6 +23,7 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from sret_scale.memory import MemoryConfig, apply_recomputation, apply_schedules, prepare_memory
@@ -40,6 +42,7 @@ MAX_PLAIN = 108  # plain autograd at 1000 applications needs 2 GiB per image: no
 PARTS = ("peaks", "toy", "predictions", "times")
 
 RunChain = Callable[[Sequence[Application], Tensor], Tensor]
+Measure = Callable[["Bench", int, str], dict[str, Any]]
 
 
 def deep_config(depth: int, image_size: int) -> SReTConfig:
@@ -76,14 +79,24 @@ TWINS: dict[str, RunChain] = {
 
 
 class Bench:
-    """One model and one micro-batch."""
+    """One model and one micro-batch.
 
-    def __init__(self, config: SReTConfig, micro_batch_size: int, precision: str = "fp32") -> None:
+    is_fake: tensors have no data. Every operator runs on storages of the right size, so peaks are the same to the byte.
+    """
+
+    def __init__(
+        self, config: SReTConfig, micro_batch_size: int, precision: str = "fp32", *, is_fake: bool = False
+    ) -> None:
         torch.manual_seed(0)
         self.precision = precision
-        self.model = SReT(config).train()
-        self.images = torch.randn(micro_batch_size, config.in_channels, config.image_size, config.image_size)
-        self.labels = torch.zeros(micro_batch_size, dtype=torch.int64)
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True) if is_fake else contextlib.nullcontext()
+        with torch.device("meta") if is_fake else contextlib.nullcontext():
+            self.model = SReT(config).train()
+        with self.mode:
+            if is_fake:
+                self.model.to_empty(device="cpu")
+            self.images = torch.randn(micro_batch_size, config.in_channels, config.image_size, config.image_size)
+            self.labels = torch.zeros(micro_batch_size, dtype=torch.int64)
         self.costs = probe_step(config, micro_batch_size=micro_batch_size, precision=precision, repeats_norms=True)
 
     def use(self, name: str) -> int | None:
@@ -115,9 +128,9 @@ class Bench:
         )
 
     def step(self) -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bf16"):
+        with self.mode, torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bf16"):
             loss = F.cross_entropy(self.model(self.images, Noise(0, 0)).float(), self.labels)
-        loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()  # type: ignore[no-untyped-call]
 
     def seconds(self) -> float:
         """Processor time of one step."""
@@ -128,7 +141,7 @@ class Bench:
     def peak(self, name: str) -> dict[str, Any]:
         """Measured and predicted peak under one schedule."""
         predicted = self.use(name)
-        with LiveBytes(self.model.parameters()) as counter:
+        with self.mode, LiveBytes(self.model.parameters()) as counter:
             self.step()
         return {"schedule": name, "peak_bytes": counter.peak, "predicted_bytes": predicted}
 
@@ -148,20 +161,18 @@ def names_at(depth: int) -> list[str]:
 
 
 def over_depth(
-    depths: Sequence[int],
-    image_size: int,
-    micro_batch_size: int,
-    measure: Callable[["Bench", int, str], dict[str, Any]],
+    depths: Sequence[int], size: tuple[int, int], measure: Measure, *, is_fake: bool = False
 ) -> Iterator[dict[str, Any]]:
-    """One row per depth and schedule."""
+    """One row per depth and schedule; `size` is of image and micro-batch."""
+    image_size, micro_batch_size = size
     for depth in depths:
-        bench = Bench(deep_config(depth, image_size), micro_batch_size)
+        bench = Bench(deep_config(depth, image_size), micro_batch_size, is_fake=is_fake and depth > MAX_PLAIN)
         for name in names_at(depth):
             yield {"depth": depth, "schedule": name, **measure(bench, depth, name)}
 
 
-def peak_at(bench: Bench, depth: int, name: str) -> dict[str, Any]:
-    return bench.peak(name)
+def peak_at(bench: "Bench", depth: int, name: str) -> dict[str, Any]:
+    return {**bench.peak(name), "is_fake": isinstance(bench.mode, FakeTensorMode)}
 
 
 def time_at(bench: Bench, depth: int, name: str) -> dict[str, Any]:
@@ -207,7 +218,7 @@ def even_1000(image_size: int, micro_batch_size: int) -> Iterator[dict[str, Any]
     The preset of 1000 has most of its loops where tokens are many.
     """
     stages = tuple(replace(stage, num_loops=100) for stage in deep_config(20, image_size).stages)
-    bench = Bench(replace(deep_config(20, image_size), stages=stages), micro_batch_size)
+    bench = Bench(replace(deep_config(20, image_size), stages=stages), micro_batch_size, is_fake=True)
     yield from (bench.peak(f"planned r={r}") for r in (1, 2))
 
 
@@ -274,14 +285,14 @@ def main() -> None:
     parts: dict[str, Iterator[dict[str, Any]]] = {}
     if "peaks" in args.part:
         result["stored_peak_at_20"] = published_layers_peak(*size)
-        parts = {"rows": over_depth(args.depths, *size, peak_at), "even_1000": even_1000(*size)}
+        parts = {"rows": over_depth(args.depths, size, peak_at, is_fake=True), "even_1000": even_1000(*size)}
     if "toy" in args.part:
         result["toy_10000"] = toy_10000()
     if "predictions" in args.part:
         parts["predictions"] = predictions(args.image_size)
     if "times" in args.part:
         result["overhead_at_108"] = overhead(*size, args.rounds)
-        parts["times"] = over_depth(args.depths, *size, time_at)
+        parts["times"] = over_depth(args.depths, size, time_at)
     for part, rows in parts.items():
         result[part] = []
         for row in rows:
