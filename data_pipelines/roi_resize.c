@@ -1,8 +1,7 @@
-/* Separable resizing with the filters of Pillow and the fixed-point arithmetic of torch's uint8 kernel: weights are
- * rounded to 16 bits, sums are exact in 32 bits, and bytes are rounded after each of the two passes. ROI_PLAIN leaves
- * the instructions of AVX2 and AVX-512 out, ROI_AVX2 those of AVX-512. */
+/* Both passes of separable resizing in the fixed-point arithmetic of torch's uint8 kernel: sums are exact in 32 bits,
+ * bytes are rounded after each pass. ROI_PLAIN leaves the instructions of AVX2 and AVX-512 out, ROI_AVX2 those of
+ * AVX-512. */
 
-#include <math.h>
 #include <stddef.h>
 #include <string.h>
 
@@ -20,128 +19,6 @@
 #define WITH_AVX512
 #define HAS_AVX512 (__builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bw"))
 #endif
-
-static double triangle(double x) {
-  x = fabs(x);
-  return x < 1.0 ? 1.0 - x : 0.0;
-}
-
-/* Keys' cubic with a = -0.5. */
-static double keys(double x) {
-  const double a = -0.5;
-  x = fabs(x);
-  if (x < 1.0) return ((a + 2.0) * x - (a + 3.0)) * x * x + 1.0;
-  if (x < 2.0) return ((x - 5.0) * x + 8.0) * x * a - 4.0 * a;
-  return 0.0;
-}
-
-/* Half the width of the filter, in pixels of the box. */
-static double support_of(int in, int out, int cubic) {
-  double scale = (double)in / out;
-  return (cubic ? 2.0 : 1.0) * (scale > 1.0 ? scale : 1.0);
-}
-
-/* Where the filter of output pixel `i` begins; how many pixels it counts. */
-static int window_of(int i, int in, int out, int cubic, int *count) {
-  double centre = (double)in / out * (i + 0.5), support = support_of(in, out, cubic);
-  int first = centre - support + 0.5 > 0.0 ? (int)(centre - support + 0.5) : 0;
-  int end = (int)(centre + support + 0.5);
-  *count = (end < in ? end : in) - first;
-  return first;
-}
-
-/* Rounded up to a multiple of 4, as many as one instruction weighs. */
-static int taps_of(int in, int out, int cubic) {
-  int most = 1, count;
-  for (int i = 0; i < out; i++) {
-    window_of(i, in, out, cubic, &count);
-    if (count > most) most = count;
-  }
-  return (most + 3) / 4 * 4;
-}
-
-/* Places are rounded up to a multiple of 4 too; those that are too many have weights of zero. */
-static size_t places_of(int out) { return ((size_t)out + 3) / 4 * 4; }
-
-/* Places of an instruction of 64 bytes that sums in 32 bits. */
-#define GROUP 16
-
-static size_t groups_of(int out) { return ((size_t)out + GROUP - 1) / GROUP; }
-
-size_t axis_bytes(int in, int out, int cubic) {
-  size_t taps = (size_t)taps_of(in, out, cubic);
-  return places_of(out) * (2 * sizeof(int) + taps * (sizeof(int16_t) + sizeof(double))) +
-         groups_of(out) * (sizeof(int) + taps / 2 * (2 * GROUP * sizeof(int16_t) + 4 * GROUP));
-}
-
-/* Fills in what concerns groups. */
-static void fill_groups(struct axis *axis) {
-  axis->pairs = axis->span = 0;
-  for (int place = 0; place < axis->num_places; place++)
-    if ((axis->count[place] + 1) / 2 > axis->pairs) axis->pairs = (axis->count[place] + 1) / 2;
-  for (int group = 0; group * GROUP < axis->num_places; group++) {
-    int start = group * GROUP, rest = axis->num_places - start, num_places = rest < GROUP ? rest : GROUP;
-    int base = axis->first[start];
-    for (int i = 1; i < num_places; i++)
-      if (axis->first[start + i] < base) base = axis->first[start + i];
-    axis->bases[group] = base;
-    for (int pair = 0; pair < axis->pairs; pair++) {
-      int16_t *weights = axis->spread_weights + (size_t)(group * axis->pairs + pair) * 2 * GROUP;
-      unsigned char *bytes = axis->bytes + (size_t)(group * axis->pairs + pair) * 4 * GROUP;
-      for (int i = 0; i < 2 * num_places; i++) {
-        int place = start + i / 2, tap = 2 * pair + i % 2;
-        if (tap >= axis->count[place]) continue;
-        int byte = 3 * (axis->first[place] + tap - base);
-        if (byte + 3 > axis->span) axis->span = byte + 3;
-        weights[i] = axis->weights[(size_t)place * axis->taps + tap];
-        bytes[2 * i] = (unsigned char)byte;
-      }
-    }
-  }
-}
-
-/* As many bits as the largest weight leaves room for in 16. */
-static int precision_of(double largest) {
-  int precision = 0;
-  while (precision < 22 && (int)(0.5 + largest * (1 << (precision + 1))) < 1 << 15) precision++;
-  return precision;
-}
-
-void axis_fill(struct axis *axis, void *memory, int in, int out, int cubic, int flip) {
-  double scale = (double)in / out, inverse = scale > 1.0 ? 1.0 / scale : 1.0, largest = 0.0;
-  size_t taps = (size_t)taps_of(in, out, cubic), places = places_of(out);
-  double *exact = memory;
-  memset(memory, 0, axis_bytes(in, out, cubic));
-  axis->num_places = out;
-  axis->taps = (int)taps;
-  axis->first = (int *)(exact + places * taps);
-  axis->count = axis->first + places;
-  axis->bases = axis->count + places;
-  axis->weights = (int16_t *)(axis->bases + groups_of(out));
-  axis->spread_weights = axis->weights + places * taps;
-  axis->bytes = (unsigned char *)(axis->spread_weights + groups_of(out) * (taps / 2) * 2 * GROUP);
-  for (int i = 0; i < out; i++) {
-    int place = flip ? out - 1 - i : i, count, first = window_of(i, in, out, cubic, &count);
-    double total = 0.0, *weights = exact + (size_t)place * taps;
-    axis->first[place] = first;
-    axis->count[place] = count;
-    for (int j = 0; j < count; j++) {
-      double x = (j + first - scale * (i + 0.5) + 0.5) * inverse;
-      weights[j] = cubic ? keys(x) : triangle(x);
-      total += weights[j];
-    }
-    for (int j = 0; j < count; j++) {
-      if (total != 0.0) weights[j] /= total;
-      if (weights[j] > largest) largest = weights[j];
-    }
-  }
-  axis->precision = precision_of(largest);
-  for (size_t j = 0; j < places * taps; j++) {
-    double weight = exact[j] * (1 << axis->precision);
-    axis->weights[j] = (int16_t)(weight < 0 ? weight - 0.5 : weight + 0.5);
-  }
-  fill_groups(axis);
-}
 
 static unsigned char clip(int value) { return (unsigned char)(value < 0 ? 0 : value > 255 ? 255 : value); }
 
@@ -267,13 +144,13 @@ AVX512 __attribute__((always_inline)) static inline void line_of_groups(const st
   const __m512i round = _mm512_set1_epi32(1 << (across->precision - 1)), zero = _mm512_setzero_si512();
   const __m128i shift = _mm_cvtsi32_si128(across->precision);
   const __mmask64 low_bytes = 0x5555555555555555;
-  for (int group = 0; group * GROUP < across->num_places; group++) {
+  for (int group = 0; group * ROI_GROUP < across->num_places; group++) {
     const unsigned char *pixels = line + 3 * across->bases[group];
     __m512i near = _mm512_loadu_si512(pixels), far = is_near ? zero : _mm512_loadu_si512(pixels + 64);
     __m512i sums[3] = {round, round, round};
     for (int pair = group * across->pairs; pair < (group + 1) * across->pairs; pair++) {
-      __m512i bytes = _mm512_loadu_si512(across->bytes + (size_t)pair * 4 * GROUP);
-      __m512i weights = _mm512_loadu_si512(across->spread_weights + (size_t)pair * 2 * GROUP);
+      __m512i bytes = _mm512_loadu_si512(across->bytes + (size_t)pair * 4 * ROI_GROUP);
+      __m512i weights = _mm512_loadu_si512(across->spread_weights + (size_t)pair * 2 * ROI_GROUP);
       for (int channel = 0; channel < 3; channel++) {
         __m512i which = _mm512_add_epi8(bytes, _mm512_set1_epi8((char)channel));
         __m512i words = is_near ? _mm512_maskz_permutexvar_epi8(low_bytes, which, near)
@@ -283,7 +160,7 @@ AVX512 __attribute__((always_inline)) static inline void line_of_groups(const st
     }
     for (int channel = 0; channel < 3; channel++) {
       __m512i sum = _mm512_max_epi32(_mm512_sra_epi32(sums[channel], shift), zero);
-      _mm_storeu_si128((__m128i *)(planes + channel * stride + group * GROUP), _mm512_cvtusepi32_epi8(sum));
+      _mm_storeu_si128((__m128i *)(planes + channel * stride + group * ROI_GROUP), _mm512_cvtusepi32_epi8(sum));
     }
   }
 }

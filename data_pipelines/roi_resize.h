@@ -5,6 +5,9 @@
 
 #include <stdint.h>
 
+/* Places that one instruction of 64 bytes sums in 32 bits. */
+#define ROI_GROUP 16
+
 /* For each place of one axis of the output: the first pixel of the box, how many count, and their weights of 16 bits.
  * Each place has `taps` weights, a multiple of 4, of which the last are zero.
  *

@@ -5,11 +5,9 @@ The twin of `batches.py` for transforms that hold the interpreter lock: the same
     submit: indices into a shared batch ---pipe---> worker w: rows of the w-th part    (a name and two numbers)
     result: copy out, batch is free again <--pipe-- done, or the error; bad samples that were replaced
 
-Shared memory has no name: it is a file of the kernel's (memfd) that a worker opens through its parent, so nothing is
-left behind however either ends. A worker that dies is noticed by its pipe and named.
+A worker that dies is noticed by its pipe, and named with the sample that it was at.
 """
 
-import mmap
 import multiprocessing
 import os
 import signal
@@ -31,62 +29,12 @@ from data_pipelines.processes import die_with
 from data_pipelines.reader import BadSampleError
 from data_pipelines.recycle import Recycler
 from data_pipelines.samples import SampleSource
+from data_pipelines.shared_memory import SharedBatch, SharedMemory, map_shared, shared_columns
 from data_pipelines.waiting import warn_of_stall
 
 # What one worker makes of the bad samples that it met: (epoch, error).
 BadSamples = list[tuple[int, BadSampleError]]
 MakeSource = Callable[[BadSamples], SampleSource]
-
-_COLUMNS = {
-    "labels": ("<i8", ()),
-    "indices": ("<i8", ()),
-    "repeats": ("<i8", ()),
-    "view_numbers": ("<i4", ()),
-    "views": ("<i4", (5,)),
-}
-
-
-def _row_type(image_size: int) -> list[tuple[str, str, tuple[int, ...]]]:
-    return [*((name, *facts) for name, facts in _COLUMNS.items()), ("images", "u1", (3, image_size, image_size))]
-
-
-def _columns(memory: mmap.mmap, num_rows: int, image_size: int) -> dict[str, NDArray[Any]]:
-    """The columns of a shared batch, one behind another."""
-    columns: dict[str, NDArray[Any]] = {}
-    offset = 0
-    for name, kind, shape in _row_type(image_size):
-        columns[name] = np.ndarray((num_rows, *shape), kind, memory, offset)
-        offset += columns[name].nbytes
-    return columns
-
-
-class SharedMemory:
-    """Bytes that other processes can map by `name`. Raises OSError when there is no memory for them."""
-
-    def __init__(self, num_bytes: int) -> None:
-        self._descriptor = os.memfd_create("batch", os.MFD_CLOEXEC)
-        # Fails here rather than by a signal at the first write.
-        os.posix_fallocate(self._descriptor, 0, num_bytes)
-        self.name = f"/proc/{os.getpid()}/fd/{self._descriptor}"
-        self.map = mmap.mmap(self._descriptor, num_bytes)
-
-    def close(self) -> None:
-        """The memory itself goes with the last array that uses it."""
-        os.close(self._descriptor)
-
-
-class SharedBatch:
-    """Memory for one batch. Raises OSError when there is none for it."""
-
-    def __init__(self, num_rows: int, image_size: int) -> None:
-        self._memory = SharedMemory(num_rows * np.dtype(_row_type(image_size)).itemsize)
-        self.name = self._memory.name
-        self.num_rows = num_rows
-        self.columns = _columns(self._memory.map, num_rows, image_size)
-
-    def close(self) -> None:
-        self.columns = {}
-        self._memory.close()
 
 
 @dataclass(frozen=True)
@@ -243,7 +191,7 @@ def _work(parent: int, pipe: Connection, make_source: MakeSource, image_size: in
     except Exception as error:
         # It goes to the parent, as the answer to every task.
         failure = error
-    samples, number = np.frombuffer(_mapped(place[0]), np.int64), place[1]
+    samples, number = np.frombuffer(map_shared(place[0]), np.int64), place[1]
     batches: dict[str, dict[str, NDArray[Any]]] = {}
     while True:
         try:
@@ -251,19 +199,11 @@ def _work(parent: int, pipe: Connection, make_source: MakeSource, image_size: in
         except EOFError:
             os._exit(0)
         if task.name not in batches:
-            batches[task.name] = _columns(_mapped(task.name), task.num_rows, image_size)
+            batches[task.name] = shared_columns(map_shared(task.name), task.num_rows, image_size)
         if failure is None:
             failure = _fill(source, batches[task.name], task, samples[number : number + 1])
         pipe.send((bad_samples, failure))
         bad_samples.clear()
-
-
-def _mapped(name: str) -> mmap.mmap:
-    descriptor = os.open(name, os.O_RDWR | os.O_CLOEXEC)
-    try:
-        return mmap.mmap(descriptor, 0)
-    finally:
-        os.close(descriptor)
 
 
 def _fill(
