@@ -37,7 +37,8 @@ class Stem(nn.Module):
         # Channels last is faster in convolutions on every device, and is how a stage wants its tokens.
         x_BCHW = self.convs[0](x_BCHW.contiguous(memory_format=torch.channels_last))
         for norm, conv in zip(self.norms, (*list(self.convs)[1:], None), strict=True):
-            if self.repeats_norms and _is_repeatable(norm) and x_BCHW.requires_grad:
+            repeats = self.repeats_norms and _is_repeatable(norm) and not torch.compiler.is_compiling()
+            if repeats and x_BCHW.requires_grad:
                 x_BCHW = _NormReluConv.apply(  # type: ignore[no-untyped-call]
                     norm, conv, x_BCHW, norm.weight, norm.bias, *(() if conv is None else (conv.weight, conv.bias))
                 )
