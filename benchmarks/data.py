@@ -219,7 +219,7 @@ def main() -> None:
         "unit": "images per second of processor time, all threads, on one core; medians of rounds in turns",
         "machine": {"processor": processor_name(), "cores": os.cpu_count(), "load": [load_before, os.getloadavg()[0]]},
         "versions": versions,
-        "region_of_interest_decoding": roi.LIBRARY.exists(),
+        "compiled_library": roi.is_in_use(),
         "times_webdataset": round(figures["training"]["sret_scale"]["median"] / base, 2),
         **figures,
     }
