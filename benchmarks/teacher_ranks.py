@@ -40,7 +40,7 @@ def changes(shards: Path) -> list[str]:
     sizes = [f"train.total_images={2 * MICRO_BATCH * STEPS}", f"train.global_batch_size={2 * MICRO_BATCH}"]
     sizes += [f"train.micro_batch_size={MICRO_BATCH}", "train.log_interval_steps=1", "optim.warmup_images=0"]
     data = [f"data.train_folder={shards / 'train'}", f"data.test_folder={shards / 'test'}"]
-    return [*sizes, *data, f"distill.teacher=module:{teacher.__module__}:teacher"]
+    return [*sizes, *data, "distill.teacher=module:benchmarks.teacher_ranks:teacher"]
 
 
 def observed(shards: Path, run: Path, num_teacher_ranks: int) -> float:
