@@ -6,6 +6,7 @@ publication does. Achieved FLOP/s are set against the peak of a matrix product m
 """
 
 import argparse
+import itertools
 import json
 import platform
 import statistics
@@ -106,6 +107,8 @@ def compare(name: str, batch: int, repeats: int, peak: float, clock: Callable[[]
         "inference_speedup": inference["twin"] / inference["model"],
         "stored_bytes": stored,
         "stored_ratio": stored["model"] / stored["twin"],
+        "train_flops": 3 * flops / train["model"],
+        "inference_flops": flops / inference["model"],
         "train_share_of_peak": 3 * flops / train["model"] / peak,
         "inference_share_of_peak": flops / inference["model"] / peak,
     }
@@ -117,7 +120,7 @@ def parsed_arguments() -> argparse.Namespace:
     parser.add_argument("--presets", nargs="+", help="default: sret_t and sret_s, on a GPU also at 108 and 1000")
     parser.add_argument("--out", type=Path, help="JSON file; on a GPU by default benchmarks/results/GPU_NAME.json")
     cpu = parser.add_argument_group("on a CPU")
-    cpu.add_argument("--batch", type=int, default=8)
+    cpu.add_argument("--batch", type=int, nargs="+", default=[8, 16])
     cpu.add_argument("--repeats", type=int, default=7)
     cpu.add_argument("--threads", type=int, default=2)
     cpu.add_argument("--clock", choices=CLOCKS, default="wall", help="processor: for a machine that has other work")
@@ -146,15 +149,16 @@ def main() -> None:
     products_text = ", ".join(f"{name} {value / 1e9:.0f}" for name, value in peaks.items())
     print(f"peak, GFLOP/s: {products_text}; {args.threads} threads, {args.clock} time, torch {torch.__version__}")
     rows = []
-    for name in args.presets or ("sret_t", "sret_s"):
-        row = compare(name, args.batch, args.repeats, peak, clock)
+    for name, batch in itertools.product(args.presets or ("sret_t", "sret_s"), args.batch):
+        row = compare(name, batch, args.repeats, peak, clock)
         rows.append(row)
         print(
-            f"{name:<10} train {row['train_s']['model']:.2f} s, {row['train_speedup']:.2f}x; "
+            f"{name:<10} batch {batch}: train {row['train_s']['model']:.2f} s, {row['train_speedup']:.2f}x; "
             f"inference {row['inference_s']['model']:.2f} s, {row['inference_speedup']:.2f}x; "
-            f"stored {row['stored_bytes']['model'] / 2**20 / args.batch:.1f} MiB an image, ratio "
+            f"stored {row['stored_bytes']['model'] / 2**20 / batch:.1f} MiB an image, ratio "
             f"{row['stored_ratio']:.2f}; of peak {row['train_share_of_peak']:.0%} / "
-            f"{row['inference_share_of_peak']:.0%}"
+            f"{row['inference_share_of_peak']:.0%}",
+            flush=True,
         )
     if args.out is not None:
         machine = {
