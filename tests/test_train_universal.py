@@ -41,7 +41,10 @@ def random_sets(*, with_ema: bool) -> dict[str, dict[str, Tensor]]:
         for kind in ("exp_avg", "exp_avg_sq")
     }
     sets = {"weights": weights | buffers, "optimizer": {"step": torch.tensor(float(STEP)), **moments}}
-    return sets | ({"ema": {name: value + 1 for name, value in sets["weights"].items()}} if with_ema else {})
+    if not with_ema:
+        return sets
+    statistics = {name: value + 2 for name, value in buffers.items() if value.is_floating_point()}
+    return sets | {"ema": {name: value + 1 for name, value in sets["weights"].items()}, "ema_statistics": statistics}
 
 
 def make_run(folder: Path, config: RunConfig, *, has_checkpoint: bool = True) -> Path:
@@ -51,6 +54,7 @@ def make_run(folder: Path, config: RunConfig, *, has_checkpoint: bool = True) ->
         "time_s": 1.5,
         "loader": json.dumps({"epoch": 0, "position": STEP * BATCH}),
         "ema_updates": STEP,
+        "missed_updates": {"head.weight": 1},
         "is_evaluated": True,
         "model": to_plain(TINY_MODEL),
         "teacher": None,
@@ -69,14 +73,17 @@ def assert_equal(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert [name for name in expected if not torch.equal(got[name], expected[name])] == []
 
 
-def test_out_and_in_again_is_the_same_checkpoint(config: RunConfig, tmp_path: Path) -> None:
+def test_out_and_in_again_is_the_same_checkpoint(
+    config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     source = make_run(tmp_path / "source", config)
     target = make_run(tmp_path / "target", config, has_checkpoint=False)
     assert main(["checkpoint", "convert", str(source), "--to", str(tmp_path / "universal")]) == 0
     assert main(["checkpoint", "convert", str(target), "--from", str(tmp_path / "universal")]) == 0
-    for what in ("weights", "optimizer", "ema"):
+    for what in ("weights", "optimizer", "ema", "ema_statistics"):
         assert_equal(read_tensors(newest(target), what), read_tensors(newest(source), what))
     assert read_state(newest(target)) == read_state(newest(source))
+    assert "parameters that missed updates: 1 (most of all head.weight: 1); DeepSpeed counts" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
@@ -103,12 +110,13 @@ def test_deepspeed_loads_our_export_bit_for_bit(from_deepspeed: Path, stage: str
 @pytest.mark.multi_process
 @pytest.mark.parametrize("stage", STAGES)
 def test_we_import_what_deepspeed_wrote_bit_for_bit(
-    from_deepspeed: Path, config: RunConfig, stage: str, tmp_path: Path
+    from_deepspeed: Path, config: RunConfig, stage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # Two micro-steps of four images on two ranks are a global batch of 16.
     config = replace(config, train=replace(config.train, global_batch_size=16, micro_batch_size=4))
     run = make_run(tmp_path / "run", config, has_checkpoint=False)
     assert main(["checkpoint", "convert", str(run), "--from", str(from_deepspeed / stage / "universal")]) == 0
+    assert "trained by DeepSpeed up to step 2: " in capsys.readouterr().out
     for what in ("weights", "optimizer"):
         trained = load_file(from_deepspeed / f"{stage}.trained.{what}.safetensors")
         assert_equal(read_tensors(newest(run), what), trained)

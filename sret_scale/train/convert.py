@@ -12,7 +12,7 @@ from data_pipelines.loader import LoaderState
 from data_pipelines.order import Order, steps_per_epoch
 from data_pipelines.remote import open_training_data
 from sret_scale.model import SReT
-from sret_scale.train.checkpoint import list_checkpoints, newest_valid, save_checkpoint
+from sret_scale.train.checkpoint import list_checkpoints, newest_valid, read_state, save_checkpoint
 from sret_scale.train.config import RunConfig, to_plain
 from sret_scale.train.distributed import saved_buffers
 from sret_scale.train.load import check_architecture, load_config
@@ -26,7 +26,16 @@ def export_run(run: Path, target: Path) -> Path:
     checkpoint = newest_valid(RunFolder(run).checkpoints, print)
     if checkpoint is None:
         raise FileNotFoundError(f"{run} has no checkpoint yet: train it first")
-    return export_universal(checkpoint, target, parameters=dict(_model(config).named_parameters()))
+    exported = export_universal(checkpoint, target, parameters=dict(_model(config).named_parameters()))
+    missed = read_state(checkpoint).get("missed_updates")
+    if missed:
+        # DeepSpeed 0.19.8 refuses parameters of one group with different counts ("Steps ... are not equal").
+        name, count = max(missed.items(), key=lambda item: item[1])
+        print(
+            f"parameters that missed updates: {len(missed)} (most of all {name}: {count}); DeepSpeed counts by group "
+            "and will take the updates as made; `checkpoint convert --from` brings the counts back"
+        )
+    return exported
 
 
 def import_run(run: Path, source: Path) -> Path:
@@ -42,6 +51,10 @@ def import_run(run: Path, source: Path) -> Path:
     sets, counters, state = import_universal(source, shapes, saved_buffers(model))
     if state is None:
         state = _state_from_counters(config, counters)
+        print(
+            f"trained by DeepSpeed up to step {state['step']:,}: clock and data position follow from its count of "
+            "samples, the moving average begins anew, and no parameter counts as having missed an update"
+        )
     check_architecture(config.model, state["model"], str(source))
     if config.optim.ema_horizon_images and "ema" not in sets:
         sets["ema"] = dict(sets["weights"])

@@ -27,6 +27,8 @@ MODEL_FILE = "mp_rank_00_model_states.pt"
 ZERO_3_MODEL_FILE = "zero_pp_rank_0_mp_rank_00_model_states.pt"
 OURS = "sret_scale"
 """Key of our own state in the model file; DeepSpeed hands unknown keys on as its `client_state`."""
+OUR_SETS = ("ema", "ema_statistics")
+"""What DeepSpeed has no place for: the moving average, and BatchNorm's statistics measured for it."""
 
 
 def export_universal(checkpoint: Path, folder: Path, *, parameters: Iterable[str]) -> Path:
@@ -58,8 +60,8 @@ def export_universal(checkpoint: Path, folder: Path, *, parameters: Iterable[str
         torch.save(optimizer["step"].clone(), partial / "zero" / name / "step.pt")
     torch.save(_optimizer_file(optimizer["step"], len(names)), partial / "zero" / "optimizer_state.pt")
     counters = _counters(state)
-    ours = {"state": state, "ema": read_tensors(checkpoint, "ema")}
-    torch.save({**counters, "module": weights, OURS: ours}, partial / MODEL_FILE)
+    ours = {name: read_tensors(checkpoint, name) for name in OUR_SETS}
+    torch.save({**counters, "module": weights, OURS: {"state": state, **ours}}, partial / MODEL_FILE)
     torch.save({**counters, "module": {}}, partial / ZERO_3_MODEL_FILE)
     partial.rename(target)
     (folder / "latest_universal").write_text(target.name)
@@ -124,8 +126,8 @@ def import_universal(
     ours = model.get(OURS)
     if not isinstance(ours, dict) or ours["state"]["step"] != model["global_steps"]:
         return sets, model, None
-    if ours["ema"]:
-        sets["ema"] = ours["ema"]
+    # An export of an earlier version may lack one of them.
+    sets |= {name: ours[name] for name in OUR_SETS if ours.get(name)}
     return sets, model, ours["state"]
 
 
