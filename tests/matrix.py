@@ -84,13 +84,18 @@ def pairs_of(cell: Cell) -> set[tuple[tuple[str, Any], tuple[str, Any]]]:
 
 
 def pairwise_cells() -> list[Cell]:
-    """Few cells that try every pair of values together: each time the first of those with the most new pairs."""
+    """Few cells that try every pair of values together: each time the cheapest of those with the most new pairs."""
     cells, chosen = all_cells(), []
     missing = set().union(*map(pairs_of, cells))
     while missing:
-        chosen.append(max(cells, key=lambda cell: len(pairs_of(cell) & missing)))
+        chosen.append(max(cells, key=lambda cell: (len(pairs_of(cell) & missing), -num_passes(cell))))
         missing -= pairs_of(chosen[-1])
     return chosen
+
+
+def num_passes(cell: Cell) -> int:
+    """Micro-batches of all ranks together: what a cell costs."""
+    return cell.world_size * sum(windows(cell.accumulation))
 
 
 def windows(accumulation: str) -> Iterator[int]:

@@ -1,12 +1,18 @@
 """What tests that start whole runs share: waiting for a step, finding the ranks, the digest of an end."""
 
+import atexit
+import functools
 import json
 import os
+import select
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -60,7 +66,10 @@ def digest_of(checkpoint: Path) -> dict[str, str]:
 
 
 def run_two_ranks(module: str, *arguments: str | Path) -> None:
-    """`python -m MODULE ARGUMENTS` as two gloo ranks on this machine, without a launcher; both must end well."""
+    """`python -m MODULE ARGUMENTS` as two gloo ranks on this machine, without a launcher; both must end well.
+
+    They are forks of one process for all tests (`tests.rank_server`), and see the environment as it is at the call.
+    """
     run_ranks(2, module, *arguments)
 
 
@@ -70,16 +79,47 @@ def run_ranks(world_size: int, module: str, *arguments: str | Path, timeout_s: f
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", module, *map(str, arguments)],
-            env={**shared, "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            cwd=ROOT,
-            stderr=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            text=True,
-        )
-        for rank in range(world_size)
-    ]
-    errors = [rank.communicate(timeout=timeout_s)[1] for rank in ranks]
-    assert not any(rank.returncode for rank in ranks), "".join(error[-3000:] for error in errors)
+    with tempfile.TemporaryDirectory() as name:
+        errors = [Path(name) / f"rank{rank}" for rank in range(world_size)]
+        job = {
+            "module": module,
+            "arguments": list(map(str, arguments)),
+            "environment": {**shared, "MASTER_PORT": str(port)},
+            "ranks": [
+                {"environment": {"RANK": str(rank), "LOCAL_RANK": str(rank)}, "errors": str(file)}
+                for rank, file in enumerate(errors)
+            ],
+        }
+        statuses = _ask_rank_server(job, timeout_s)
+        assert not any(statuses), "".join(file.read_text()[-3000:] for file in errors)
+
+
+def _ask_rank_server(job: dict[str, Any], timeout_s: float) -> list[int]:
+    """The exit statuses of a job's ranks; one that takes longer is ended with all its processes."""
+    server = _rank_server()
+    assert server.stdin and server.stdout
+    server.stdin.write(json.dumps(job) + "\n")
+    server.stdin.flush()
+    if not select.select([server.stdout], [], [], timeout_s)[0]:
+        _rank_server.cache_clear()
+        os.killpg(server.pid, signal.SIGKILL)
+        raise TimeoutError(f"{job['module']} took longer than {timeout_s:.0f} s")
+    statuses: list[int] = json.loads(server.stdout.readline())
+    return statuses
+
+
+@functools.cache
+def _rank_server() -> Process:
+    server = subprocess.Popen(
+        [sys.executable, "-m", "tests.rank_server"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
+    # It ends with the end of its input.
+    atexit.register(server.communicate)
+    return server

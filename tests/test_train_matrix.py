@@ -21,7 +21,7 @@ CHOSEN = pairwise_cells()
 
 def test_the_chosen_cells_cover_every_pair_of_values() -> None:
     assert set().union(*map(pairs_of, CHOSEN)) == set().union(*map(pairs_of, all_cells()))
-    assert len(CHOSEN) <= 20
+    assert len(CHOSEN) <= 16
 
 
 def train(folder: Path, cells: list[Cell]) -> Path:

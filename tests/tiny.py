@@ -68,7 +68,7 @@ def tiny_config(shards: Path) -> RunConfig:
         ),
         augment=AugmentConfig(randaugment_ops=1, erase_rate=0.2),
         memory=MemoryConfig(schedule="per_application"),
-        optim=OptimConfig(batch_scaling="none", warmup_images=64, ema_horizon_images=200),
+        optim=OptimConfig(batch_scaling="none", warmup_images=64, ema_horizon_images=200, ema_statistics_images=64),
         engine=EngineConfig(ds_config="zero1"),
         train=TrainConfig(
             total_images=512,
