@@ -25,10 +25,11 @@ LIMIT = 3
 
 student_batch = loop.student_batch
 derived_seed = loop.derived_seed
+measured_statistics = loop.measured_statistics
 
 
 def run(config: RunConfig, path: Path, ranks: Ranks, *, bad_steps: range | tuple[int, ...], stop_in: int = -1) -> bool:
-    """`train`, with NaN for rank 1 in the second micro-step of `bad_steps`, and a stop signal in `stop_in`."""
+    """`train`, with NaN for rank 1 in the second micro-step of `bad_steps`; a signal stops rank 1 in step `stop_in`."""
     path.mkdir(parents=True, exist_ok=True)
     place: list[tuple[int, ...]] = []
 
@@ -40,13 +41,18 @@ def run(config: RunConfig, path: Path, ranks: Ranks, *, bad_steps: range | tuple
     def poisoned(*args: Any, **kwargs: Any) -> Any:
         images_BCHW, *others = student_batch(*args, **kwargs)
         _, step, micro_step, rank = place[-1]
-        if step == stop_in and rank == 0:
-            os.kill(os.getpid(), signal.SIGTERM)
+        if step == stop_in and rank == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
         if step in bad_steps and micro_step == 1 and rank == 1:
             images_BCHW = torch.full_like(images_BCHW, torch.nan)
         return images_BCHW, *others
 
-    loop.derived_seed, loop.student_batch = seen, poisoned
+    def measured(*args: Any) -> Any:
+        with (path / f"measured.{ranks.rank}").open("a") as log:
+            log.write("measured\n")
+        return measured_statistics(*args)
+
+    loop.derived_seed, loop.student_batch, loop.measured_statistics = seen, poisoned, measured
     return loop.train(config, RunFolder(path), ranks)
 
 
@@ -54,6 +60,8 @@ def main(config_file: Path, folder: Path) -> None:
     ranks = ranks_from_environment()
     start_communication(ranks)
     config = from_yaml(config_file)
+    assert run(config, folder / "straight", ranks, bad_steps=BAD_STEPS)
+    # It has come to its end: this start evaluates it once more.
     assert run(config, folder / "straight", ranks, bad_steps=BAD_STEPS)
     assert not run(config, folder / "resumed", ranks, bad_steps=BAD_STEPS, stop_in=BAD_STEPS[0])
     assert run(config, folder / "resumed", ranks, bad_steps=BAD_STEPS)

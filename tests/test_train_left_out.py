@@ -87,6 +87,14 @@ def test_the_last_average_has_statistics_that_one_rank_measures_alike(folder: Pa
     assert kind == "ema" and torch.equal(loaded.stem.norms[1].running_var, saved["stem.norms.1.running_var"])
 
 
+def test_statistics_are_measured_once_though_the_end_saves_and_evaluates_and_a_restart_does_again(folder: Path) -> None:
+    for rank in range(2):
+        assert (folder / "straight" / f"measured.{rank}").read_text() == "measured\n"
+    lines = complete_lines(folder / "straight" / "metrics.jsonl")
+    evaluated = [(line["weights"], line["top1"], line["loss"]) for line in lines if line["kind"] == "eval"]
+    assert len(evaluated) == 4 and evaluated[:2] == evaluated[2:]
+
+
 def test_measured_statistics_are_those_of_all_images_at_once(folder: Path) -> None:
     config = from_yaml(folder / "tiny.yaml")
     config = replace(config, optim=replace(config.optim, ema_statistics_images=64))
