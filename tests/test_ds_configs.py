@@ -18,6 +18,7 @@ def write(folder: Path, config: object) -> Path:
 def test_bundled_files_are_the_documented_ones() -> None:
     expected = (
         "zero0",
+        "zero0_autocast",
         "zero1",
         "zero1_autocast",
         "zero1_autocast_fp16",

@@ -107,7 +107,7 @@ class OptimConfig:
 class EngineConfig:
     """How DeepSpeed computes."""
 
-    ds_config: str = "zero1"
+    ds_config: str = "zero0"
     """A file of ds_configs/ by its name, or a path to a JSON of the same kind."""
 
 

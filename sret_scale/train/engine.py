@@ -38,6 +38,9 @@ from sret_scale.train.snapshot import Field, Piece
 from sret_scale.train.update import MOMENTS, Optimizer, Rule
 
 ADAM_MOMENTS = MOMENTS["adamw"]
+ZERO_0_BUCKET = 1_000_000
+"""Values that ranks add up at once at ZeRO 0. DeepSpeed takes all: 35 ms in place of 20 for SReT-T on a CPU, where a
+bucket that fits into a cache saves passes over memory."""
 
 
 def start_communication(ranks: Ranks) -> None:
@@ -107,6 +110,8 @@ class Engine:
             self._engine.torch_autocast_z0_gradscaler = None
             if self.zero_stage:
                 self._optimizer.torch_autocast_gradscaler = None
+        # Where it reduces by itself, the size of its buckets is fixed.
+        self._engine.enable_backward_allreduce = self.zero_stage > 0
         names = {value: name for name, value in model.named_parameters()}
         optimizer.layout = layout_of(self.zero_stage, self._optimizer, names, rank=self._rank)
         optimizer.is_cut = self.zero_stage > 0
@@ -141,6 +146,8 @@ class Engine:
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
             return True
+        if self.zero_stage == 0:
+            self._engine.allreduce_gradients(bucket_size=ZERO_0_BUCKET)
         optimizer = self._client_optimizer
         scale = self.loss_scale.value if self.loss_scale else 1.0
         if self._is_offloaded and self._device.type == "cuda":

@@ -55,7 +55,7 @@ def _sret() -> RunConfig:
             checkpoint_interval_images=IMAGENET_IMAGES,
             log_interval_steps=50,
         ),
-        engine=EngineConfig(ds_config="zero1_autocast"),
+        engine=EngineConfig(ds_config="zero0_autocast"),
     )
 
 
@@ -165,7 +165,7 @@ def _demo(model: str, *, total_images: int, learning_rate: float, micro_batch_si
             image_mean=(0.286, 0.286, 0.286),
             image_std=(0.353, 0.353, 0.353),
         ),
-        engine=EngineConfig(ds_config="zero1"),
+        engine=EngineConfig(ds_config="zero0"),
     )
 
 
