@@ -1,4 +1,4 @@
-"""The fault suite: `python -m tests.faults` (25 minutes on two cores), `--reduced` (8), `--short` (less than one).
+"""The fault suite: `python -m tests.faults` (20 minutes on two cores), `--reduced` (8), `--short` (less than one).
 
 Each fault ends in one line of a table: what was done, how often, and how often it came out as if nothing had happened.
 `docs/reliability.md` holds the figures of the last run, and says of which size it was.
@@ -6,6 +6,7 @@ Each fault ends in one line of a table: what was done, how often, and how often 
 
 import argparse
 import itertools
+import os
 import random
 import re
 import shutil
@@ -80,17 +81,25 @@ class Saver:
 
     def __enter__(self) -> "Saver":
         command = [sys.executable, "-m", "tests.save_once"]
+        self._said = tempfile.TemporaryFile()  # closed in __exit__
         self._server = subprocess.Popen(
-            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, text=True
         )
         return self
 
     def __exit__(self, *_error: object) -> None:
         self._server.communicate()
+        self._said.close()
+
+    def said(self) -> str:
+        """What the last save wrote to its error output."""
+        descriptor = self._said.fileno()
+        return os.pread(descriptor, os.fstat(descriptor).st_size, self._start).decode()
 
     def save(self, folder: Path, step: int, *options: str) -> tuple[int, str]:
         """(exit status of a save of `step`, what `strace OPTIONS` saw of it)."""
         assert self._server.stdin and self._server.stdout
+        self._start = os.fstat(self._said.fileno()).st_size
         trace = folder.parent / "trace.txt"
         self._server.stdin.write(f"{folder} {step}\n")
         self._server.stdin.flush()
@@ -139,7 +148,10 @@ def state_of(folder: Path) -> int:
 
 
 def crashes_while_saving(work: Path, chance: random.Random, most: int | None, fault: str) -> Outcome:
-    """A kill (`signal=KILL`) or an error (`error=EIO`) at every file-system call of one save, or at `most` of them."""
+    """A kill (`signal=KILL`) or an error (`error=EIO`) at every file-system call of one save, or at `most` of them.
+
+    The error must be reported with the path and the number of bytes.
+    """
     first = work / "first"
     save(first, 1)
     # What an earlier crash left, so that cleaning it up is among the calls.
@@ -159,6 +171,9 @@ def crashes_while_saving(work: Path, chance: random.Random, most: int | None, fa
             status = interrupted_save(saver, counted, point, fault)
             if "error" not in fault or point.is_commit:
                 assert status != 0, f"{point} failed, and the save did not say so"
+            if "error" in fault and point.is_commit:
+                said = saver.said()
+                assert f"cannot save checkpoint {counted}" in said and "bytes of tensors" in said, said
             # A save that reports success must be the newest state; a failed one may have got that far.
             survived += state_of(counted) in ((2,) if status == 0 else (1, 2))
     shutil.rmtree(counted)
@@ -241,6 +256,40 @@ def finish(process: Process) -> int:
     return process.returncode
 
 
+def single_faults(work: Path) -> Outcome:
+    """One run, hit by a fault of another kind in each start; the same command always goes on, to the same digest."""
+    shards = tiny_shards(work / "single")
+    config = tiny_config(shards)
+    config = write_config(work / "single.yaml", config, total_images=960, hang_timeout_s=20.0)
+    left_alone, run = work / "single_left_alone", work / "single_run"
+    assert finish(sret_scale("train", config, "--run", left_alone, cwd=work)) == 0
+    faults: list[tuple[Callable[[Process, list[psutil.Process]], object], tuple[int, ...]]] = [
+        (lambda start, _ranks: start.send_signal(signal.SIGTERM), (85,)),
+        (lambda _start, ranks: ranks[1].send_signal(signal.SIGUSR1), (85,)),
+        (lambda _start, ranks: ranks[1].suspend(), (3,)),
+        (lambda _start, ranks: ranks[1].rlimit(psutil.RLIMIT_AS, (ranks[1].memory_info().vms,) * 2), (1, 2, 3)),
+        (lambda _start, _ranks: [os.truncate(tar, 0) for tar in tars], (1, 2)),
+    ]
+    tars = {tar: tar.read_bytes() for tar in (shards / "train").glob("*.tar")}
+    survived = 0
+    for number, (fault, statuses) in enumerate(faults):
+        after = metrics_bytes(run)
+        process = sret_scale("train", config, "--run", run, cwd=work)
+        wait_for_images(run, 160 * number + 32, process, after=after)
+        ranks = sorted(rank_processes(process), key=lambda rank: rank.environ()["RANK"])
+        fault(process, ranks)
+        _, error = process.communicate(timeout=600)
+        survived += process.returncode in statuses and (process.returncode == 85 or "error: " in error)
+        for tar, content in tars.items():
+            tar.write_bytes(content)
+    assert finish(sret_scale("train", config, "--run", run, cwd=work)) == 0
+    return Outcome(
+        fault="SIGTERM, SIGUSR1, SIGSTOP, no memory, no data",
+        num_tried=len(faults),
+        num_survived=survived * (digest(run) == digest(left_alone)),
+    )
+
+
 def other_world_sizes(work: Path) -> Outcome:
     """2 -> 1 -> 4 -> 2 ranks in the middle of epochs: every start continues where the last one stopped."""
     shards = tiny_shards(work / "worlds")
@@ -310,10 +359,12 @@ def suite(work: Path, chance: random.Random, size: Size, part: str) -> Iterator[
     """The faults in turn."""
     if part != "runs":
         yield lambda: crashes_while_saving(work, chance, size.crash_points, "signal=KILL")
-        yield lambda: crashes_while_saving(work, chance, size.crash_points, "error=EIO")
+        for error in ("EIO", "ENOSPC", "EROFS"):
+            yield lambda error=error: crashes_while_saving(work, chance, size.crash_points, f"error={error}")  # type: ignore[misc]
         yield lambda: mutations(work, chance, size.num_mutations)
     if part != "saves" and size.num_kills:
         yield lambda: kills(work, chance, size.num_kills)
+        yield lambda: single_faults(work)
         yield lambda: other_world_sizes(work)
         yield lambda: chaos(work, chance, size.chaos_s)
 
