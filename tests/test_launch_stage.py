@@ -159,7 +159,7 @@ def test_prefix_that_cannot_be_written_says_what_to_do(installed: tuple[Path, Pa
 @pytest.mark.slow
 @pytest.mark.multi_process
 def test_ranks_import_from_the_copy_and_a_refused_copy_is_named(tmp_path: Path) -> None:
-    """The real environment: 350 MB are packed once (10 s), beside the installed packages."""
+    """The real environment: 440 MB are packed once (15 s), beside the installed packages."""
     code = (
         "import sys; from pathlib import Path; from sret_scale.train.launcher import launch; run = Path(sys.argv[1]);"
         "sys.exit(launch(run, run / 'config.yaml', num_ranks=2, module='tests.staged_rank'))"
