@@ -15,7 +15,7 @@ from sret_scale.lab.runs import Run
 from sret_scale.lab.summary import Summary
 from sret_scale.memory import MemoryConfig, Schedule, account, schedule_for
 from sret_scale.memory.draw import COLOURS, LABELS, MAX_DRAWN, SLOT_COLOUR, slot_lines, strokes
-from sret_scale.memory.schedule import binomial
+from sret_scale.memory.schedule import tapered
 from sret_scale.train.config import build
 
 MOST_SCHEDULES = 4
@@ -132,9 +132,7 @@ def _planned(run: Run, num_applications: int) -> Schedule | None:
         for chain in line.get("chains", ()):
             try:
                 if chain["num_applications"] == num_applications:
-                    return binomial(
-                        **{name: int(chain[name]) for name in ("num_applications", "slots", "leaf", "num_taped")}
-                    )
+                    return tapered(num_applications, tuple(map(int, chain["leaves"])), int(chain["num_taped"]))
             except (ValueError, KeyError, TypeError):
                 # Another version's record, or a run of an older one without: the page shows what it can.
                 return None
