@@ -126,11 +126,11 @@ class _Program:
         held, peak = 0, 0
         for index in range(lo, hi):
             cost = self.costs[index]
-            counted_twice = self.boundary[hi] if index + 1 == hi else 0
-            taped = held + self.boundary[index] + cost.taped_bytes
-            peak = max(peak, taped, held + cost.backward_bytes - counted_twice)
+            callers = self.boundary[self.n] if index + 1 == self.n else 0
+            taped = held + self.boundary[index] + cost.taped_bytes + self._gradient(hi)
+            peak = max(peak, taped, held + cost.backward_bytes - callers)
             held += cost.tape_bytes
-        return peak + self._gradient(hi)
+        return peak
 
     def _gradient(self, at: int) -> int:
         return self.boundary[at] if at < self.n else 0

@@ -90,12 +90,12 @@ class _Walk:
         self.hand, self.tape_bytes = None, held
 
     def _back(self, lo: int, hi: int) -> None:
-        base, held = self.slot_bytes + self._gradient(), self.tape_bytes
+        held = self.tape_bytes
         for index in reversed(range(lo, hi)):
             held -= self.costs[index].tape_bytes
-            # The range's own gradient is counted in `base` (or belongs to the caller), and by its last application.
-            counted_twice = self.boundary[hi] if index + 1 == hi else 0
-            self.peak = max(self.peak, base + held + self.costs[index].backward_bytes - counted_twice)
+            # The gradient that comes in is part of the application's bytes; that of the chain's output is the caller's.
+            callers = self.boundary[hi] if index + 1 == len(self.costs) else 0
+            self.peak = max(self.peak, self.slot_bytes + held + self.costs[index].backward_bytes - callers)
         self.tape_bytes, self.reached = 0, lo
 
     def _gradient(self) -> int:
