@@ -1,6 +1,6 @@
 """The engine's cost: our training step against a bare DDP loop, bytes sent per ZeRO stage, and what a checkpoint takes.
 
-    python -m benchmarks.engine --out benchmarks/results/engine.json
+    python -m benchmarks.engine --image-size 224 128 --micro-batch 16 --rounds 8 --out benchmarks/results/engine.json
 
 Two gloo ranks of one thread each train SReT-T (4.8M parameters) from the same shards: by sret_scale.train.loop's own
 step (checks, gradient norm, moving average, agreement between ranks) and by the shortest loop that PyTorch's
@@ -191,16 +191,20 @@ def checkpoint_cost(run: Run, repeats: int) -> dict[str, Any]:
 def one_rank(work: Path, out: Path, args: argparse.Namespace) -> None:
     ranks = ranks_from_environment()
     start_communication(ranks)
-    result: dict[str, Any] = {}
-    with contextlib.ExitStack() as stack:
-        runs = {}
-        for stage in STAGES:
-            folder = RunFolder(work / stage)
-            folder.path.mkdir(exist_ok=True)
-            runs[stage] = set_up(run_config(work, stage, args.image_size, args.micro_batch), folder, ranks, stack)
-        result["parameters"] = sum(value.numel() for value in SReT(runs["zero1"].config.model).parameters())
-        result["steps"] = compare_steps(runs, ranks, args.rounds, args.warm_up)
-        result["checkpoint"] = {stage: checkpoint_cost(run, args.saves) for stage, run in runs.items()}
+    result: dict[str, Any] = {"steps": {}, "parameters": {}}
+    for number, image_size in enumerate(args.image_size):
+        with contextlib.ExitStack() as stack:
+            runs = {}
+            for stage in STAGES:
+                folder = RunFolder(work / f"{image_size}-{stage}")
+                folder.path.mkdir(exist_ok=True)
+                runs[stage] = set_up(run_config(work, stage, image_size, args.micro_batch), folder, ranks, stack)
+            result["steps"][str(image_size)] = compare_steps(runs, ranks, args.rounds, args.warm_up)
+            # The position tensor grows with the image.
+            model = SReT(runs["zero1"].config.model)
+            result["parameters"][str(image_size)] = sum(value.numel() for value in model.parameters())
+            if number == 0:
+                result["checkpoint"] = {stage: checkpoint_cost(run, args.saves) for stage, run in runs.items()}
     (out / f"rank{ranks.rank}.json").write_text(json.dumps(result))
     leave()
 
@@ -227,44 +231,56 @@ def both_ranks(args: argparse.Namespace) -> list[dict[str, Any]]:
         return [json.loads((work / f"rank{rank}.json").read_text()) for rank in range(WORLD_SIZE)]
 
 
-def report(ranks: list[dict[str, Any]], args: argparse.Namespace) -> dict[str, Any]:
-    """Ratios to the bare loop and to a step, from the slower rank's time and all ranks' bytes."""
+def steps_of_all(ranks: list[dict[str, Any]], image_size: int) -> dict[str, dict[str, float]]:
+    """For each kind of loop: the slower rank's time, all ranks' processor time and bytes, ratios to the bare loop."""
+    found = [rank["steps"][str(image_size)] for rank in ranks]
     steps = {
         name: {
-            "wall_s": max(rank["steps"][name]["wall_s"] for rank in ranks),
-            "cpu_s": sum(rank["steps"][name]["cpu_s"] for rank in ranks),
-            "sent_bytes_per_rank": sum(rank["steps"][name]["sent_bytes"] for rank in ranks) / len(ranks),
+            "wall_s": max(rank[name]["wall_s"] for rank in found),
+            "cpu_s": sum(rank[name]["cpu_s"] for rank in found),
+            "sent_bytes_per_rank": sum(rank[name]["sent_bytes"] for rank in found) / len(ranks),
         }
-        for name in ranks[0]["steps"]
+        for name in found[0]
     }
     for values in steps.values():
         values["wall_over_ddp"] = values["wall_s"] / steps["ddp"]["wall_s"]
         values["cpu_over_ddp"] = values["cpu_s"] / steps["ddp"]["cpu_s"]
-        values["sent_bytes_per_parameter"] = values["sent_bytes_per_rank"] / ranks[0]["parameters"]
+        values["sent_bytes_per_parameter"] = values["sent_bytes_per_rank"] / ranks[0]["parameters"][str(image_size)]
+    return steps
+
+
+def report(ranks: list[dict[str, Any]], args: argparse.Namespace) -> dict[str, Any]:
+    """What goes into the file: steps and pauses at the first image size, steps alone at the others."""
+    main_size, *other_sizes = args.image_size
     saves = ranks[0]["checkpoint"]
     for stage, values in saves.items():
         # The thread that pauses waits for nobody, so its processor time is what an idle machine would take.
-        values["pause_over_step"] = max(
-            rank["checkpoint"][stage]["pause_cpu_s"] / rank["steps"][stage]["cpu_s"] for rank in ranks
-        )
+        for name in ("pause", "first_pause"):
+            values[f"{name}_over_step"] = max(
+                rank["checkpoint"][stage][f"{name}_cpu_s"] / rank["steps"][str(main_size)][stage]["cpu_s"]
+                for rank in ranks
+            )
     return {
         "date": time.strftime("%Y-%m-%d"),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {WORLD_SIZE} ranks of one thread, gloo on loopback",
         "load": os.getloadavg(),
         "versions": {name: version(name) for name in ("torch", "deepspeed")},
         "command": "python -m benchmarks.engine " + " ".join(sys.argv[1:]),
-        "parameters": ranks[0]["parameters"],
-        "image_size": args.image_size,
+        "parameters": ranks[0]["parameters"][str(main_size)],
+        "image_size": main_size,
         "micro_batch": args.micro_batch,
         "rounds": args.rounds,
-        "steps": steps,
+        "steps": steps_of_all(ranks, main_size),
+        "other_image_sizes": {str(size): steps_of_all(ranks, size) for size in other_sizes},
         "checkpoint": saves,
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--image-size", type=int, default=128)
+    parser.add_argument(
+        "--image-size", type=int, nargs="+", default=[128], help="the first one's steps are compared with pauses too"
+    )
     parser.add_argument("--micro-batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=12, help="steps of each loop that count")
     parser.add_argument("--warm-up", type=int, default=2)
