@@ -60,7 +60,7 @@ def test_joined_teachers_are_all_held_and_answer_in_turn() -> None:
 
 
 def test_budget_of_a_run_leaves_room_for_its_teacher() -> None:
-    budget = MemoryConfig(schedule="planned", budget_bytes=220 * 2**20)
+    budget = MemoryConfig(schedule="planned", budget_bytes=90 * 2**20)
     config = override(
         RunConfig(model=CONTROL, memory=budget), ["train.micro_batch_size=8", "train.global_batch_size=8"]
     )
