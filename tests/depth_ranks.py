@@ -1,13 +1,17 @@
 """One rank of tests of depth and telemetry in training: `python -m tests.depth_ranks FOLDER RUN...`.
 
 Trains the run folders `FOLDER/RUN` (each with a config.yaml) one after another to their ends, in one process. `RUN@N`
-deletes the checkpoints of a run after step N instead, as if it had been killed before it came further.
+deletes the checkpoints of a run after step N instead, as if it had been killed before it came further. `RUN?` leaves
+RUN/exits.json instead, its curve of early exits.
 """
 
+import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
+from sret_scale.lab.exit_main import exit_points
 from sret_scale.train.checkpoint import list_checkpoints
 from sret_scale.train.config import from_yaml
 from sret_scale.train.distributed import leave, ranks_from_environment
@@ -22,11 +26,21 @@ def forget(folder: RunFolder, step: int) -> None:
             shutil.rmtree(checkpoint)
 
 
+def exit_request(run: Path) -> dict[str, Any]:
+    asked = {"run": str(run), "shards": None, "weights": None, "loops": None}
+    return asked | {"kind": "convergence", "thresholds": [1e6, 0.3, 1e-9]}
+
+
 def main() -> None:
     folder, *runs = sys.argv[1:]
     ranks = ranks_from_environment()
     start_communication(ranks)
     for run in runs:
+        if run.endswith("?"):
+            points = [vars(point) for point in exit_points(exit_request(Path(folder) / run[:-1]))]
+            if ranks.is_main:
+                (Path(folder) / run[:-1] / "exits.json").write_text(json.dumps(points))
+            continue
         run, _, step = run.partition("@")
         if step:
             if ranks.is_main:

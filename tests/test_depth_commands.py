@@ -9,13 +9,11 @@ import pytest
 import torch
 
 from sret_scale.cli import main
-from sret_scale.lab.exit_main import exit_points
 from sret_scale.model import SReT
 from sret_scale.model.files import load_model
 from sret_scale.train.checkpoint import save_checkpoint
 from sret_scale.train.config import from_yaml, override, to_plain
 from sret_scale.train.load import initial_state
-from tests.runs import run_two_ranks
 from tests.tiny import TINY_MODEL, tiny_config, tiny_shards, write_config
 
 
@@ -48,17 +46,21 @@ def test_early_exit_prints_and_draws_its_curve(run: Path, capsys: pytest.Capture
     whole, eager, last = json.loads(capsys.readouterr().out)
     assert (whole["applications"], eager["applications"], last["applications"]) == (12, 6, 12)
     assert eager["macs"] < last["macs"] == whole["macs"] and last["top1"] == whole["top1"]
-    # Two ranks say the same.
-    asked = {"run": str(run), "shards": None, "weights": None, "loops": 2}
-    asked |= {"kind": "convergence", "thresholds": [1e6, 0.4, 1e-9]}
-    request = run.parent / "request.json"
-    request.write_text(json.dumps(asked))
-    run_two_ranks("sret_scale.lab.exit_main", request)
-    together = json.loads((run.parent / "result.json").read_text())
-    for found, alone in zip(together, map(vars, exit_points(asked)), strict=True):
-        assert found.pop("loss") == pytest.approx(alone.pop("loss"), rel=1e-5) and found == alone
-    assert together[1]["applications"] == 6 < together[2]["applications"] < 12
     assert {file.suffix for file in (run / "early_exit").iterdir()} == {".svg", ".png", ".csv"}
+
+
+@pytest.mark.slow
+@pytest.mark.multi_process
+def test_early_exit_on_ranks_is_that_of_one_process(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    command = ["evaluate", str(run), "--loops", "2", "--early-exit", "convergence", "--thresholds", "1e6,0.4", "--json"]
+    found = []
+    for ranks in ([], ["--ranks", "2"]):
+        assert main([*command, *ranks]) == 0
+        text = capfd.readouterr().out
+        found.append(
+            [{**point, "loss": pytest.approx(point["loss"])} for point in json.loads(text[text.index("[\n") :])]
+        )
+    assert found[0] == found[1]
 
 
 def test_a_grown_model_says_its_loss_and_how_to_train_on(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
