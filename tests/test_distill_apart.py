@@ -6,6 +6,7 @@ import socket
 import struct
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,16 @@ from data_pipelines.batches import Batch
 from data_pipelines.loader import LoaderState, Step
 from sret_scale.distill import DistillConfig, RemoteTeacher, TeacherServer, answer_request, build_teacher, student_batch
 from sret_scale.distill.wire import MAX_BYTES, Request, receive_answer, receive_request, send_answer, send_request
-from sret_scale.train.config import TrainConfig
+from sret_scale.train import teacher_plan
+from sret_scale.train.config import RunConfig, TrainConfig, to_yaml
 from sret_scale.train.distributed import Ranks
 from sret_scale.train.elastic import Elastic, fit_hosts
 from sret_scale.train.node.hostfile import Host
 from sret_scale.train.node.job import NODE_FOLDER, RANKS_OF_NODES
 from sret_scale.train.roles import TeacherPlace, place_of, student_ranks
-from sret_scale.train.teacher_plan import Rates, best_teacher_ranks
+from sret_scale.train.teacher_plan import Rates, best_teacher_ranks, with_teacher_ranks
 from sret_scale.train.teacher_ranks import asked_ahead
+from tests.tiny import tiny_config
 
 TEACHER = f"module:{__name__}:ten_classes"
 CPU = torch.device("cpu")
@@ -159,7 +162,10 @@ def test_teachers_of_one_node_must_be_the_same(tmp_path: Path) -> None:
         RemoteTeacher(files, student=0, num_classes=10)
 
 
-def test_a_teacher_that_has_ended_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "last_words", [b"", b"\x80\x04 no message of this protocol", struct.pack("<8sQII", b"SRETSAY1", 1, 2**31, 2**31)]
+)
+def test_a_teacher_that_has_ended_is_named(tmp_path: Path, last_words: bytes) -> None:
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind(str(tmp_path / "teacher"))
     listener.listen(1)
@@ -167,7 +173,7 @@ def test_a_teacher_that_has_ended_is_named(tmp_path: Path) -> None:
     def greet_and_go() -> None:
         connection, _ = listener.accept()
         connection.recv(100)
-        connection.sendall(struct.pack("<8sI", b"SRETWHO1", 2) + b"{}")
+        connection.sendall(struct.pack("<8sI", b"SRETWHO1", 2) + b"{}" + last_words)
         connection.close()
 
     threading.Thread(target=greet_and_go, daemon=True).start()
@@ -249,6 +255,28 @@ def test_the_planned_number_is_the_fastest_of_all(student: float, teacher: float
     best = best_teacher_ranks(rates, nodes, train)
     assert speeds[best] == pytest.approx(max(speeds.values()))
     assert rates.of_job(nodes, best) <= rates.beside(sum(nodes)) * 1.000001
+
+
+def test_a_kept_number_is_measured_again_where_it_cannot_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = replace(
+        tiny_config(tmp_path / "shards"),
+        train=TrainConfig(global_batch_size=12, micro_batch_size=1),
+        distill=DistillConfig(teacher="run:x", num_teacher_ranks="auto"),
+    )
+    kept = replace(asked, distill=replace(asked.distill, num_teacher_ranks=2))
+    (tmp_path / "config.yaml").write_text(to_yaml(kept))
+    measured: list[RunConfig] = []
+
+    def rates(config: RunConfig) -> Rates:
+        measured.append(config)
+        return Rates(student=1.0, teacher=100.0, device="CPU")
+
+    monkeypatch.setattr(teacher_plan, "_measured_apart", rates)
+    assert with_teacher_ranks(asked, tmp_path, [4]) == kept and not measured
+    for nodes, is_fresh in (([4], True), ([2], False), ([7, 7], False)):
+        found = with_teacher_ranks(asked, tmp_path, nodes, is_fresh=is_fresh)
+        assert found.distill.num_teacher_ranks == 1, nodes
+    assert len(measured) == 3
 
 
 @pytest.mark.parametrize(

@@ -134,6 +134,23 @@ def test_a_rank_that_cannot_tell_silences_the_sum(tmp_path: Path, monkeypatch: p
     assert EnergyMeter(torch.device("cuda", 0), is_first_on_node=False, before=ZEROS).read()["gpu_j"] is None
 
 
+@pytest.mark.parametrize("fault", ["gone", "empty"])
+def test_a_counter_that_fails_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    package = zone(tmp_path, "intel-rapl:0", "package-0", 0)
+    monkeypatch.setattr(energy, "POWERCAP", tmp_path)
+    meter = EnergyMeter(CPU, is_first_on_node=True, before=ZEROS)
+    put(package, 5_000_000)
+    assert meter.read()["cpu_j"] == 5.0
+    if fault == "gone":
+        package.unlink()
+    else:
+        package.write_text("")
+    assert cpu_counters(tmp_path) == [] and meter.read()["cpu_j"] is None
+    # What it drew in between is not known: back again, it tells nothing.
+    put(package, 6_000_000)
+    assert meter.read()["cpu_j"] is None
+
+
 def test_a_new_run_has_drawn_nothing(tmp_path: Path) -> None:
     assert spent_before(tmp_path / "metrics.jsonl") == ZEROS
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"kind": "train", "loss": 1.0}) + "\n")

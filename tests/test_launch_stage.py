@@ -88,14 +88,23 @@ def test_packages_are_those_that_are_imported_and_what_they_require(monkeypatch:
 def test_archive_is_made_again_only_for_another_environment(installed: tuple[Path, Path, Path]) -> None:
     prefix, project, site = installed
     first = pack(prefix, project, [site])
-    written_ns = first.stat().st_mtime_ns
-    assert pack(prefix, project, [site]) == first and first.stat().st_mtime_ns == written_ns
+    inode = first.stat().st_ino
+    os.utime(first, (0, 0))
+    assert pack(prefix, project, [site]) == first and first.stat().st_ino == inode
+    # In use again, so that no other job removes it as an old one.
+    assert first.stat().st_mtime > 0
     prints = {fingerprint(project, [site])}
     (site / "torch-2.0.dist-info").rename(site / "torch-2.1.dist-info")
     prints.add(fingerprint(project, [site]))
     (project / "sret_scale/__init__.py").write_text("changed = True")
     prints.add(fingerprint(project, [site]))
-    assert len(prints) == 3
+    (site / "torch-2.1.dist-info/RECORD").write_text("the same version, installed again")
+    prints.add(fingerprint(project, [site]))
+    assert len(prints) == 4
+    # Python writes these while it imports.
+    (project / "sret_scale/__pycache__").mkdir()
+    (project / "sret_scale/__pycache__/part.cpython-311.pyc").write_text("compiled")
+    assert fingerprint(project, [site]) in prints
     # They are large: an old one goes, unless a job may just be starting from it.
     second = pack(prefix, project, [site])
     assert set(prefix.glob("*.tar")) == {first, second}
@@ -145,7 +154,7 @@ def test_member_that_leaves_the_folder_is_refused(tmp_path: Path) -> None:
     archive = tmp_path / "sret-scale-evil.tar"
     with tarfile.open(archive, "w") as tar:
         tar.addfile(tarfile.TarInfo("../evil"))
-    with pytest.raises(tarfile.OutsideDestinationError):
+    with pytest.raises(OSError, match=r"is damaged .*outside"):
         unpack(archive, tmp_path / "local")
     assert not (tmp_path / "local" / "evil").exists()
 
@@ -154,6 +163,18 @@ def test_prefix_that_cannot_be_written_says_what_to_do(installed: tuple[Path, Pa
     prefix, project, site = installed
     with pytest.raises(OSError, match=f"{LOCAL}: .* cannot be written: .*; unset {LOCAL}"):
         pack(prefix / "missing", project, [site])
+
+
+def test_broken_environment_is_named_and_leaves_nothing(
+    tmp_path: Path, installed: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefix, project, site = installed
+    monkeypatch.undo()
+    (project / "sret_scale/train/node").mkdir(parents=True)
+    (project / "sret_scale/train/node/packages.py").write_text("import absent_module")
+    with pytest.raises(OSError, match=r"cannot be listed: .*absent_module.*; mend that or unset"):
+        pack(prefix, project, [site])
+    assert not list(prefix.glob("sret-scale-*"))
 
 
 @pytest.mark.slow

@@ -28,3 +28,18 @@ def test_bf16_gradient_error_does_not_grow_with_loops(num_loops: int) -> None:
         found = tied_gradient(stage, x_BND)
     # 0.2 % at every depth; summed in bf16, as with the weight cache of autocast, 400 uses would be off by 5 %.
     assert float((found - exact).norm() / exact.norm()) < 0.005
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_of_half_precision_train_too(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = SReT(CONFIG)
+    images, weights = torch.randn(2, 3, 8, 8), torch.linspace(-1, 1, 10).view(2, 5)
+    (model(images) * weights).sum().backward()
+    half = copy.deepcopy(model).to(dtype)
+    half.zero_grad()
+    (half(images.to(dtype)) * weights).sum().backward()
+    for (name, found), expected in zip(half.stages.named_parameters(), model.stages.parameters(), strict=True):
+        assert found.grad is not None and found.grad.dtype == dtype and expected.grad is not None
+        scale = max(float(expected.grad.norm()), 1e-2)
+        assert float((found.grad.float() - expected.grad).norm()) < 0.25 * scale, name

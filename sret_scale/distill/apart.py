@@ -106,7 +106,8 @@ class TeacherServer:
         except (EOFError, ConnectionResetError):
             # Killed in the middle of a request.
             self._inbox.put((connection, None))
-        except (ValueError, OSError) as error:
+        except Exception as error:
+            # Raised by `serve`: a thread that dies alone would leave the student waiting.
             self._inbox.put((connection, error))
 
 
@@ -120,7 +121,7 @@ class RemoteTeacher:
         """
         self._ranks = list(files)
         self._answers: dict[int, Tensor] = {}
-        self._lost: list[int] = []
+        self._lost: list[tuple[int, BaseException]] = []
         self._changed = threading.Condition()
         self._connections = [_connect(file, rank) for rank, file in files.items()]
         try:
@@ -162,7 +163,8 @@ class RemoteTeacher:
         with self._changed:
             self._changed.wait_for(lambda: key in self._answers or self._lost)
             if key not in self._answers:
-                raise RuntimeError(self._gone(self._lost[0]))
+                rank, error = self._lost[0]
+                raise RuntimeError(self._gone(rank)) from error
             return self._answers.pop(key)
 
     def _met(self, student: int, num_classes: int) -> dict[str, Any]:
@@ -188,10 +190,10 @@ class RemoteTeacher:
                 with self._changed:
                     self._answers[key] = logits_BC
                     self._changed.notify_all()
-        except (EOFError, OSError):
-            # Its end, or this student's own `close`.
+        except Exception as error:
+            # Its end, this student's own `close`, or words that are not the protocol's: `answer` must not wait on.
             with self._changed:
-                self._lost.append(rank)
+                self._lost.append((rank, error))
                 self._changed.notify_all()
 
 

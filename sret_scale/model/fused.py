@@ -176,7 +176,8 @@ def _projection_backward(
     """Gradients of a, weight, bias and gain of `mask * gain * (a @ weight.T + bias)`."""
     if mask is not None:
         grad = grad * mask
-    summed = grad.flatten(0, 1).sum(dim=0)
+    # A mask is fp32; weights may be of half precision.
+    summed = grad.flatten(0, 1).sum(dim=0, dtype=weight.dtype)
     grad = grad.to(dtype)
     product = weight_gradient(grad, a.to(dtype)).to(weight.dtype).contiguous()
     del a  # often the last reference

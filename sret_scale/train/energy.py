@@ -46,14 +46,12 @@ def cpu_counters(root: Path) -> list[Counter]:
 
     Cores and graphics lie inside their package, `psys` holds everything: counting these too would count twice.
     """
-    zones = []
-    for zone in sorted(root.glob("intel-rapl:*")):
-        name = (zone / "name").read_text().strip()
-        if name.startswith("package") or name == "dram":
-            zones.append(zone)
     try:
+        names = {zone: (zone / "name").read_text().strip() for zone in sorted(root.glob("intel-rapl:*"))}
+        zones = [zone for zone, name in names.items() if name.startswith("package") or name == "dram"]
         return [WrappingCounter(zone) for zone in zones]
-    except PermissionError:
+    except (OSError, ValueError):
+        # Closed to this user, or a driver that answers with an error or with nothing.
         return []
 
 
@@ -69,7 +67,14 @@ def gpu_counters(device: torch.device) -> list[Counter]:
         start_mj = nvml.nvmlDeviceGetTotalEnergyConsumption(handle)
     except nvml.NVMLError:
         return []
-    return [lambda: (nvml.nvmlDeviceGetTotalEnergyConsumption(handle) - start_mj) / 1e3]
+
+    def joules() -> float:
+        try:
+            return float(nvml.nvmlDeviceGetTotalEnergyConsumption(handle) - start_mj) / 1e3
+        except nvml.NVMLError as error:
+            raise OSError(f"NVML tells no energy: {error}") from error
+
+    return [joules]
 
 
 class EnergyMeter:
@@ -106,13 +111,22 @@ class EnergyMeter:
             self.read()
 
     def read(self) -> dict[str, float | None]:
-        """Joules of each kind since the start; None where this rank should tell and cannot, 0 where others do."""
+        """Joules of each kind since the start; None where this rank should tell and cannot, 0 where others do.
+
+        A counter that fails once tells nothing any more: what was drawn in between is not known, and no run may end
+        for want of it.
+        """
         expected = {"cpu_j": self.is_first_on_node, "gpu_j": self.has_gpu}
+        found: dict[str, float | None] = {}
         with self._lock:
-            return {
-                kind: sum(counter() for counter in counters) if counters else (None if expected[kind] else 0.0)
-                for kind, counters in self._counters.items()
-            }
+            for kind, counters in self._counters.items():
+                try:
+                    spent_j = sum(counter() for counter in counters)
+                except (OSError, ValueError):
+                    self._counters[kind] = counters = []
+                    spent_j = 0.0
+                found[kind] = None if expected[kind] and not counters else spent_j
+        return found
 
 
 def spent_before(metrics: Path) -> dict[str, float | None]:

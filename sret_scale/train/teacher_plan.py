@@ -23,6 +23,8 @@ from sret_scale.memory import MemoryConfig, apply_recomputation
 from sret_scale.model import Noise, SReT
 from sret_scale.train.config import RunConfig, TrainConfig, from_yaml, grad_accum_steps, to_yaml
 from sret_scale.train.distributed import ranks_from_environment
+from sret_scale.train.ds_config import load_ds_config, precision_of
+from sret_scale.train.precision import autocast
 from sret_scale.train.roles import student_ranks
 from sret_scale.train.run_folder import RunFolder
 
@@ -72,16 +74,20 @@ def _fits(ranks_of_nodes: Sequence[int], number: int, train: TrainConfig) -> boo
     return True
 
 
-def with_teacher_ranks(config: RunConfig, run: Path, ranks_of_nodes: Sequence[int]) -> RunConfig:
+def with_teacher_ranks(
+    config: RunConfig, run: Path, ranks_of_nodes: Sequence[int], *, is_fresh: bool = False
+) -> RunConfig:
     """`config` with a number in the place of `auto`: that of the run which is continued, or the best one by measuring.
+
+    A fresh run, and one whose number these nodes cannot have, is measured again.
 
     It is measured on this machine, in a process of its own that leaves no memory occupied; the result is printed.
     """
     if config.distill.num_teacher_ranks != "auto":
         return config
     file = RunFolder(run).config
-    kept = from_yaml(file).distill.num_teacher_ranks if file.exists() else 0
-    if kept and kept != "auto":
+    kept = from_yaml(file).distill.num_teacher_ranks if file.exists() and not is_fresh else 0
+    if kept and kept != "auto" and kept < min(ranks_of_nodes) and _fits(ranks_of_nodes, kept, config.train):
         return _with(config, kept)
     # Said before seconds are spent on measuring.
     best_teacher_ranks(Rates(student=1.0, teacher=1.0, device=""), ranks_of_nodes, config.train)
@@ -141,10 +147,12 @@ def student_step_s(config: RunConfig, device: torch.device, micro_batch_size: in
     shape = (micro_batch_size, config.model.in_channels, config.model.image_size, config.model.image_size)
     images_BCHW = torch.zeros(shape, device=device)
     labels_B = torch.zeros(micro_batch_size, dtype=torch.int64, device=device)
+    precision = precision_of(load_ds_config(config.engine.ds_config))
 
     def step(number: int) -> None:
-        scores_BC = model(images_BCHW, Noise(permutation_seed=number, sample_seed=number))
-        F.cross_entropy(scores_BC, labels_B).backward()  # type: ignore[no-untyped-call]
+        with autocast(device.type, precision):
+            scores_BC = model(images_BCHW, Noise(permutation_seed=number, sample_seed=number))
+        F.cross_entropy(scores_BC.float(), labels_B).backward()  # type: ignore[no-untyped-call]
 
     return _fastest_s(step, device)
 

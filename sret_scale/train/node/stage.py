@@ -36,40 +36,49 @@ def pack(prefix: Path, project: Path, folders: Sequence[Path]) -> Path:
     """
     archive = prefix / f"sret-scale-{fingerprint(project, folders)}.tar"
     if archive.exists():
+        # In use again: another job may not remove it before the nodes of this one have read it.
+        os.utime(archive)
         return archive
+    entries = list(_entries(project, folders))
     partial = archive.with_suffix(f".{os.getpid()}.partial")
     try:
         with tarfile.open(partial, "w") as tar:
-            for root, name in _entries(project, folders):
+            for root, name in entries:
                 for file in sorted(_files_below(root / name)):
                     _add(tar, file, file.relative_to(root))
+        partial.replace(archive)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise OSError(error.errno, f"{LOCAL}: {archive} cannot be written: {error.strerror}; unset {LOCAL}") from error
-    for old in prefix.glob("sret-scale-*.tar"):
+    finally:
+        partial.unlink(missing_ok=True)
+    for old in prefix.glob("sret-scale-*"):
         # A node of a job that is just starting may still have to read it.
         if time.time() - old.stat().st_mtime > KEPT_S:
             old.unlink(missing_ok=True)
-    partial.replace(archive)
     return archive
 
 
 def fingerprint(project: Path, folders: Sequence[Path]) -> str:
-    """Changes with every installed version and every file of the project; costs a list of each folder."""
+    """Changes with every installation and every file of the project, compiled ones aside.
+
+    An installer writes a RECORD for each package that it puts in: its time stands for the package's files. Costs a list
+    of each folder and a look at each RECORD.
+    """
     digest = hashlib.sha256(f"{sys.version} {project}".encode())
+    files = [file for name in _PROJECT for file in _files_below(project / name) if file.suffix != ".pyc"]
     for folder in folders:
         digest.update(f"{folder}: {_names(folder)}\n".encode())
-    for name in _PROJECT:
-        for file in sorted(_files_below(project / name)):
-            found = file.stat()
-            digest.update(f"{file} {found.st_size} {found.st_mtime_ns}\n".encode())
+        files += folder.glob("*.dist-info/RECORD")
+    for file in sorted(files):
+        found = file.stat()
+        digest.update(f"{file} {found.st_size} {found.st_mtime_ns}\n".encode())
     return digest.hexdigest()[:16]
 
 
 def unpack(archive: Path, local: Path) -> Path:
     """The folder to import from, on this node's own disk; the first process that comes unpacks, the others wait.
 
-    Raises OSError when the folder belongs to somebody else, who could put code there.
+    Raises OSError when the folder belongs to somebody else, who could put code there, or the archive is damaged.
     """
     own = local / f"sret-{os.geteuid()}"
     own.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -81,8 +90,11 @@ def unpack(archive: Path, local: Path) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():
             partial = own / f"{archive.stem}.partial"
-            with tarfile.open(archive) as tar:
-                tar.extractall(partial, filter=_as_packed)
+            try:
+                with tarfile.open(archive) as tar:
+                    tar.extractall(partial, filter=_as_packed)
+            except tarfile.TarError as error:
+                raise OSError(f"{LOCAL}: {archive} is damaged ({error}); remove it") from error
             partial.rename(target)
     return target
 
@@ -120,8 +132,11 @@ def _packages(project: Path) -> set[str]:
     """What ranks import of the installed packages, asked in a process of its own: it imports all of it."""
     command = [sys.executable, "-P", "-m", "sret_scale.train.node.packages"]
     environment = {**os.environ, "PYTHONPATH": str(project)}
-    listed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-    return set(json.loads(listed.splitlines()[-1]))
+    process = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if process.returncode:
+        lines = process.stderr.splitlines() or [f"exit status {process.returncode}"]
+        raise OSError(f"{LOCAL}: what ranks import cannot be listed: {lines[-1]}; mend that or unset {LOCAL}")
+    return set(json.loads(process.stdout.splitlines()[-1]))
 
 
 def _names(folder: Path) -> list[str]:
