@@ -232,7 +232,7 @@ def told(scheme: BranchScheme, num_loops: int, rates: list[float]) -> list[list[
 
 
 def test_a_run_that_grows_alarms_and_a_healthy_one_does_not() -> None:
-    # Found on Fashion-MNIST too: the published branches grew 1.37-fold a loop at 108 applications (docs/results.md).
+    # Found on Fashion-MNIST too: the published branches grow 1.4- to 1.9-fold a loop at 108 (docs/results.md).
     rates = [8e-3] * 4
     *_, grown = told("published", 108, rates)
     assert "grows" in grown[0] and "expect fp16 overflow at loop" in grown[0] and "try branch scheme" in grown[0]
