@@ -191,10 +191,9 @@ def plain_loop(precision: str, accumulation: str, *, clipping: bool) -> dict[str
         if clipping:
             nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
         optimizer.step()
-        newest = max(1 - math.exp(-GLOBAL_BATCH * window / EMA_HORIZON), 1 / (step + 1))
+        newest = max(-math.expm1(-GLOBAL_BATCH * window / EMA_HORIZON), 1 / (step + 1))
         for name, value in model.state_dict().items():
-            kept = average.get(name, value)
-            average[name] = kept + newest * (value - kept)
+            average[name] = torch.lerp(average.get(name, value), value, newest)
     return {name: value.detach().clone() for name, value in model.state_dict().items()} | {
         f"ema.{name}": value for name, value in average.items()
     }
