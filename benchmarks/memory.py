@@ -228,9 +228,9 @@ def summary(result: dict[str, Any]) -> dict[str, float]:
 
     `none` is this package's model without recomputation; `stored` the same with layers that store what autograd stores.
     """
-    rows = result["rows"]
+    rows, even = result["rows"], result.get("even_1000", [])
     peak = {(row["depth"], row["schedule"]): row["peak_bytes"] for row in rows}
-    pairs = [(row["predicted_bytes"], row["peak_bytes"]) for row in (*rows, *result.get("predictions", []))]
+    pairs = [(row["predicted_bytes"], row["peak_bytes"]) for row in (*rows, *even, *result.get("predictions", []))]
     found = {"worst_prediction_error": max(abs(ours / real - 1) for ours, real in pairs if ours)}
     for (depth, name), size_bytes in peak.items():
         if name == "planned r=1" and (depth, "torch sqrt(n)") in peak:
@@ -238,7 +238,7 @@ def summary(result: dict[str, Any]) -> dict[str, float]:
         if name.startswith("planned") and (20, "none") in peak:
             found[f"r{name[-1]}_at_{depth}_over_none_at_20"] = size_bytes / peak[20, "none"]
             found[f"r{name[-1]}_at_{depth}_over_stored_at_20"] = size_bytes / result["stored_peak_at_20"]
-    for row in result.get("even_1000", []) if (20, "none") in peak else ():
+    for row in even if (20, "none") in peak else ():
         r = row["schedule"][-1]
         found[f"r{r}_at_even_1000_over_none_at_20"] = row["peak_bytes"] / peak[20, "none"]
         found[f"r{r}_at_even_1000_over_stored_at_20"] = row["peak_bytes"] / result["stored_peak_at_20"]
@@ -260,7 +260,12 @@ def draw(result: dict[str, Any], path: Path) -> None:
             axis.loglog([r["depth"] for r in mine], [r[value] / scale for r in mine], style, marker="o", label=name)
     axes[0].set(xlabel="applications", ylabel="activation peak, MiB")
     axes[1].set(xlabel="applications", ylabel="processor time of a step, s")
-    axes[0].legend(fontsize=8)
+    for axis in axes:
+        axis.set_xticks(list(LOOPS), [str(depth) for depth in LOOPS])
+        axis.minorticks_off()
+    axes[0].set_yticks([20, 50, 100, 200, 500], ["20", "50", "100", "200", "500"])
+    axes[1].set_yticks([0.2, 0.5, 1, 2, 5], ["0.2", "0.5", "1", "2", "5"])
+    axes[1].legend(fontsize=8)
     figure.savefig(path, dpi=110)
 
 
@@ -296,7 +301,8 @@ def main() -> None:
         result["overhead_at_108"] = overhead(*size, args.rounds)
         parts["times"] = over_depth(args.depths, size, time_at)
     for part, rows in parts.items():
-        result[part] = []
+        # Other depths keep what was measured for them.
+        result[part] = [row for row in result.get(part, []) if row.get("depth", args.depths[0]) not in args.depths]
         for row in rows:
             result[part].append(row)
             result[part].sort(key=lambda row: row.get("depth", 0))
