@@ -9,6 +9,7 @@ name.
 """
 
 import fcntl
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -20,6 +21,8 @@ from data_pipelines.manifest import Manifest
 
 # How long a fetch waits for room that others use.
 _ROOM_TIMEOUT_S = 60.0
+# For so long a shard that was not that of the manifest is not fetched again: a proxy's error page may pass.
+_CHANGED_S = 300.0
 
 
 class UnavailableError(OSError):
@@ -42,8 +45,8 @@ class ShardCache:
     def __init__(self, download: Download, folder: Path, manifest: Manifest, *, max_bytes: int) -> None:
         self._download, self._folder, self.max_bytes = download, folder, max_bytes
         self._shards = manifest.shards
-        # Shards that have changed on the server, and what was said: each of their samples would fetch them anew.
-        self._changed: dict[int, str] = {}
+        # Shards that have changed on the server, what was said and when: each of their samples would fetch them anew.
+        self._changed: dict[int, tuple[str, float]] = {}
         largest = max((shard.bytes for shard in manifest.shards), default=0)
         if largest > max_bytes:
             raise ValueError(f"{folder}: a cache of {max_bytes:,} bytes cannot hold a shard of {largest:,}")
@@ -56,15 +59,16 @@ class ShardCache:
     def lease(self, shard: int) -> Iterator[Path]:
         """The path of the shard's file, which stays until the `with` is left.
 
-        Raises ChangedFileError for a shard that is not that of the manifest; this process fetches it once.
+        Raises ChangedFileError for a shard that is not that of the manifest; it is fetched again after minutes.
         """
         path = self._folder / self._shards[shard].file
         with _locked(_lock_of(path), fcntl.LOCK_SH) as lock:
             if not path.exists():
                 # Between giving up the shared lock and having the other one, another process may have fetched it.
                 fcntl.flock(lock, fcntl.LOCK_EX)
-                if not path.exists() and shard in self._changed:
-                    raise ChangedFileError(self._changed[shard])
+                said, said_s = self._changed.get(shard, ("", -math.inf))
+                if not path.exists() and time.monotonic() - said_s < _CHANGED_S:
+                    raise ChangedFileError(said)
                 if not path.exists():
                     self._fetch(shard, path)
                 fcntl.flock(lock, fcntl.LOCK_SH)
@@ -92,7 +96,7 @@ class ShardCache:
             with self._room():
                 part.unlink(missing_ok=True)
             if isinstance(error, ChangedFileError):
-                self._changed[shard] = str(error)
+                self._changed[shard] = (str(error), time.monotonic())
             raise
         _sync_folder(self._folder)
 

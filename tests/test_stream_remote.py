@@ -131,7 +131,9 @@ def test_a_shard_that_disappears_is_bad_samples(site: Site, config: DataConfig, 
     assert {json.loads(line)["shard"] for line in file.read_text().splitlines()} == {shards.shard_names[2]}
 
 
-def test_a_changed_shard_never_enters_the_cache(local: ShardSet, config: DataConfig, tmp_path: Path) -> None:
+def test_a_changed_shard_never_enters_the_cache(
+    local: ShardSet, config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     copy = tmp_path / "copy"
     copy.mkdir()
     for path in local.folder.iterdir():
@@ -145,6 +147,14 @@ def test_a_changed_shard_never_enters_the_cache(local: ShardSet, config: DataCon
         with ShardReader(shards) as reader, pytest.raises(BadSampleError, match="has changed: its hash"):
             reader.read(250)
         assert not cache.has(1) and not list(shards.folder.glob("*.part"))
+        # Mended on the server, it is good again after a while.
+        content[5000] ^= 1
+        (copy / local.shard_names[1]).write_bytes(content)
+        with ShardReader(shards) as reader:
+            with pytest.raises(BadSampleError, match="has changed: its hash"):
+                reader.read(250)
+            monkeypatch.setattr("data_pipelines.cache._CHANGED_S", 0.0)
+            assert reader.read(250)
 
 
 @pytest.mark.parametrize("what", ["missing", "changed"])

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.testing import assert_close
 
 from sret_scale.model import ParameterTag, SReT
 from sret_scale.train.config import ClassConfig, OptimConfig
@@ -161,3 +162,21 @@ def test_a_parameter_without_gradient_stays_as_it_is() -> None:
             rule.step()
     for got, expected in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.equal(got, expected)
+
+
+def test_the_fused_update_is_the_plain_one() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(33, 17), torch.nn.Linear(17, 5))
+    tags = {name: ParameterTag("tied", decay=True) for name, _ in model.named_parameters()}
+    optimizer = build_optimizer(model, tags, OptimConfig(weight_decay=0.5, learning_rate=0.01))
+    twin = torch.nn.Sequential(torch.nn.Linear(33, 17), torch.nn.Linear(17, 5))
+    twin.load_state_dict(model.state_dict())
+    plain = torch.optim.AdamW(twin.parameters(), lr=0.01, weight_decay=0.5, fused=False, foreach=False)
+    for _ in range(20):
+        for got, expected in zip(model.parameters(), twin.parameters(), strict=True):
+            got.grad = torch.randn_like(got)
+            expected.grad = got.grad.clone()
+        optimizer.step()
+        plain.step()
+    for got, expected in zip(model.parameters(), twin.parameters(), strict=True):
+        assert_close(got, expected, rtol=1e-6, atol=1e-7)

@@ -283,7 +283,10 @@ def log_memory(run: Run, clock: Clock) -> None:
 
 
 def log_energy(run: Run, clock: Clock) -> None:
-    """Joules that all nodes and GPUs drew in all starts of the run; null where one of them does not tell."""
+    """Joules that all nodes and GPUs drew in all starts of the run; null where one of them does not tell.
+
+    A start that was killed counts up to its last record.
+    """
     spent = run.energy.read()
     shared = torch.tensor(
         [[value or 0.0, float(value is None)] for value in spent.values()], dtype=torch.float64, device=run.ranks.device

@@ -52,8 +52,11 @@ def steps_of(run: Run, clock: Clock) -> Generator[Step]:
     beside, ranks = run.ranks.beside, run.ranks
     assert beside is not None
     teacher = run.teacher
+    end = clock.step + math.ceil((run.config.train.total_images - clock.images) / run.loader.global_batch_size)
 
     def ask(number: int, step: Step) -> None:
+        if number >= end:
+            return
         for micro_step, batch in enumerate(step.micro_batches):
             key = derived_seed("augment", run.config.train.seed, number, micro_step, ranks.rank)
             place = (number * len(step.micro_batches) + micro_step) * beside.students_of_node + beside.student_of_node
