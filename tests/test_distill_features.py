@@ -166,6 +166,7 @@ def test_a_step_of_training_adds_the_weighted_features_to_the_loss() -> None:
         engine=SimpleNamespace(forward=student.eval()),
         features=match_features(config, student, teacher),
         telemetry=None,
+        watchdog=SimpleNamespace(progress=lambda *_: None),
     )
     start, middle, end = (micro_batch_loss(run, batch, Clock(images=images), 0).item() for images in (0, 50, 100))
     assert start - middle == pytest.approx(middle - end, rel=1e-3)
