@@ -2,6 +2,7 @@
 
 import csv
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -113,7 +114,15 @@ def test_seeds_of_one_configuration_are_one_point_of_the_depth_curves(tmp_path: 
         rows = list(csv.DictReader(stream))
     assert [(row["block applications"], row["seeds"]) for row in rows] == [("10.0", "3"), ("20.0", "3"), ("40.0", "3")]
     assert all(float(row["top1_low"]) < float(row["top1_mean"]) < float(row["top1_high"]) for row in rows)
-    assert [len(group) for group in seed_groups(load_runs([tmp_path / "runs"])[0])] == [3, 3, 3]
+    runs = load_runs([tmp_path / "runs"])[0]
+    assert [len(group) for group in seed_groups(runs)] == [3, 3, 3]
+    # How long a run was given before it was taken for hung makes no other run of it; its rate does.
+    runs[0] = replace(
+        runs[0], config={**runs[0].config, "train": {**runs[0].config["train"], "hang_timeout_s": 7200.0}}
+    )
+    assert [len(group) for group in seed_groups(runs)] == [3, 3, 3]
+    runs[0] = replace(runs[0], config={**runs[0].config, "optim": {"learning_rate": 0.5}})
+    assert [len(group) for group in seed_groups(runs)] == [1, 2, 3, 3]
 
 
 def test_the_command_says_what_it_wrote_and_refuses_what_is_not_there(

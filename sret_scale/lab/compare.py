@@ -10,6 +10,14 @@ from sret_scale.lab.runs import ROLES, Run
 
 ABSENT = "-"  # How a field is shown in a run whose config does not have it.
 SEED_KEYS = ("train.seed",)
+_WITHOUT_EFFECT = frozenset(
+    (
+        *("train.hang_timeout_s", "train.keep_checkpoints", "train.log_interval_steps", "train.tensorboard"),
+        *("data.workers", "data.worker_kind", "data.prefetch_batches", "data.cache_folder", "data.cache_gib"),
+        *("data.fetch_threads", "data.fetch_ahead_steps", "data.stall_s", "data.fetch_attempts"),
+        "data.quarantine_file",
+    )
+)
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, str]:
@@ -54,11 +62,16 @@ def teacher_of(run: Run) -> str | None:
     return str(teacher) if teacher else None
 
 
+def decisive(config: Mapping[str, Any]) -> dict[str, str]:
+    """The fields of a run's config that its result may depend on, flat: not how it was watched or fed."""
+    return {key: text for key, text in flatten(config).items() if key not in _WITHOUT_EFFECT}
+
+
 def seed_groups(runs: Sequence[Run]) -> list[list[int]]:
-    """Indices of the runs whose configs are equal but for the seed, grouped, in the order of their first run."""
+    """Indices of the runs whose decisive fields are equal but for the seed, in the order of their first run."""
     groups: dict[tuple[tuple[str, str], ...], list[int]] = {}
     for index, run in enumerate(runs):
-        fields = flatten(run.config)
+        fields = decisive(run.config)
         groups.setdefault(tuple((k, v) for k, v in fields.items() if k not in SEED_KEYS), []).append(index)
     return list(groups.values())
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from sret_scale.lab.compare import flatten, seed_groups
+from sret_scale.lab.compare import decisive, seed_groups
 from sret_scale.lab.runs import Run
 from sret_scale.lab.summary import Summary
 
@@ -73,7 +73,7 @@ def gather(
             points.append(
                 Point(
                     runs=tuple(summaries[i].run for i in scored),
-                    fields=flatten(runs[scored[0]].config),
+                    fields=decisive(runs[scored[0]].config),
                     top1=tuple(summaries[i].top1 or 0.0 for i in scored),
                     losses=tuple(loss for loss in losses if loss is not None and np.isfinite(loss)),
                     costs={name: float(np.mean([cost(summaries[i]) for i in scored])) for name, cost in costs.items()},
