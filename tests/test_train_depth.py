@@ -167,6 +167,8 @@ def test_elastic_depth_suits_shared_models_and_can_be_forced_on_others() -> None
     elastic = DepthConfig(loops="uniform", min_loops=8)
     check_depth(elastic, MODEL, **FITS)  # type: ignore[arg-type]
     own = replace(MODEL, stages=tuple(replace(stage, projections="per_loop") for stage in MODEL.stages))
+    with pytest.raises(ValueError, match="projections"):
+        check_depth(elastic, own, **FITS)  # type: ignore[arg-type]
     for way_out in ({"left_out": "any"}, {"late_loops": "allow"}):
         check_depth(replace(elastic, **way_out), own, **FITS)  # type: ignore[arg-type]
 
