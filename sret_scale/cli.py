@@ -11,20 +11,20 @@ from collections.abc import Sequence
 
 # Name of a sub-command -> what it does. Its parser and its work are in `sret_scale.commands.NAME`.
 COMMANDS = {
-    "demo": "run everything once on the sample images: teacher, 108-application student, control, report",
-    "train": "train a recipe or a preset, on one node or many; the same command continues",
-    "evaluate": "measure the accuracy of a run on a whole test set",
-    "checkpoint": "list, verify or convert the checkpoints of a run",
+    "demo": "run every part once on the sample images: teacher, student of 108 applications, control, report",
+    "train": "train a recipe or a preset on one node or many; repeat the command to continue a run",
+    "evaluate": "measure a run's accuracy on a whole test set",
+    "checkpoint": "list, verify or convert a run's checkpoints",
     "shards": "write, check and inspect webdataset shards",
-    "labels": "store a teacher's answers about views of the images, to train from without it",
-    "describe": "count a model's parameters, multiply-adds and depth",
-    "plan": "fit a model into a device's memory: micro-batch, recomputation, bytes",
-    "weights": "read and write the published layout, grow or tie a trained model",
-    "sweep": "run a declared experiment over depth or any field, and report on it",
-    "report": "draw one page from run folders: curves, tables, what it takes to repeat them",
-    "analyze": "look into trained runs: loss landscape, similarity of loops, what each loop is worth",
-    "doctor": "check this machine, or all nodes together, before hours are lost",
-    "slurm": "print the batch file that runs a command on a Slurm cluster",
+    "labels": "store a teacher's soft labels, to train from them without the teacher",
+    "describe": "show a model's parameters, multiply-adds and depth",
+    "plan": "fit a model into a device's memory: choose micro-batch and recomputation, predict bytes",
+    "weights": "convert published weights in both directions; add loops to a trained model or tie its blocks",
+    "sweep": "run an experiment over depth or any other setting, and report on it",
+    "report": "draw one page from run folders: curves, tables, and how to repeat the runs",
+    "analyze": "analyse trained runs: loss landscape, similarity of loops, contribution of each loop",
+    "doctor": "check this machine, or all nodes together, before a long run",
+    "slurm": "print a batch file that runs a command on a Slurm cluster",
     "export": "write a trained model as ONNX or a torch program",
 }
 
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     top = argparse.ArgumentParser(
         prog="sret-scale",
-        description="Sliced Recursive Transformers of 100 to 1000 and more block applications.",
+        description="Train Sliced Recursive Transformers of 20 to more than 1000 block applications.",
         epilog="commands:\n"
         + "\n".join(f"  {name:<11} {text}" for name, text in COMMANDS.items())
         + "\n\nexample: sret-scale describe sret_t",

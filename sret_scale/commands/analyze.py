@@ -12,20 +12,24 @@ landscape   loss along two filter-normalised random directions (arXiv 1712.09913
 similarity  linear CKA (arXiv 1905.00414) between the streams after a model's loops
 loops       accuracy when a loop is left out, run twice, or swapped with the next
 
-Figures (SVG, PNG, CSV) are written into RUN/analysis, of several runs into that of the first."""
+Figures (SVG, PNG, CSV) are written to RUN/analysis; with several runs, to that of the first."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Which look, at which runs, how closely."""
-    parser.add_argument("kind", choices=("landscape", "similarity", "loops"), help="what to look at")
+    parser.add_argument("kind", choices=("landscape", "similarity", "loops"), help="which analysis")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of trained runs")
-    parser.add_argument("--images", type=int, default=512, help="images of the test set, the first ones (default: 512)")
-    parser.add_argument("-o", "--output", type=Path, help="folder of the figures (default: analysis in the first run)")
-    parser.add_argument("--points", type=int, default=11, help="landscape: points a direction, odd (default: 11)")
-    parser.add_argument("--reach", type=float, default=1.0, help="landscape: ends of the directions (default: 1.0)")
+    parser.add_argument("--images", type=int, default=512, help="number of test images to use (default: 512)")
+    parser.add_argument("-o", "--output", type=Path, help="folder for the figures (default: RUN/analysis)")
+    parser.add_argument("--points", type=int, default=11, help="landscape: points per direction, odd (default: 11)")
+    parser.add_argument(
+        "--reach", type=float, default=1.0, help="landscape: how far to go in each direction (default: 1.0)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="landscape: seed of the directions (default: 0)")
-    parser.add_argument("--uses", type=int, default=32, help="similarity: most uses of blocks a stage (default: 32)")
-    parser.add_argument("--loops", type=int, default=16, help="loops: most loops a stage (default: 16)")
+    parser.add_argument(
+        "--uses", type=int, default=32, help="similarity: at most so many block applications per stage (default: 32)"
+    )
+    parser.add_argument("--loops", type=int, default=16, help="loops: at most so many loops per stage (default: 16)")
 
 
 def run(args: argparse.Namespace) -> None:

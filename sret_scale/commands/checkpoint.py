@@ -15,12 +15,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "action",
         choices=("info", "verify", "convert"),
-        help="list what is there, read and check every file, or write and read DeepSpeed's universal layout",
+        help="info: list the checkpoints; verify: read and check every file; convert: to or from DeepSpeed's universal "
+        "layout",
     )
-    parser.add_argument("run", type=Path, help="folder of a run")
-    parser.add_argument("--to", type=Path, metavar="FOLDER", help="convert: export the newest checkpoint into it")
+    parser.add_argument("run", type=Path, help="folder of the run")
     parser.add_argument(
-        "--from", dest="source", type=Path, metavar="FOLDER", help="convert: import it as the newest checkpoint"
+        "--to", type=Path, metavar="FOLDER", help="with convert: export the newest checkpoint to this folder"
+    )
+    parser.add_argument(
+        "--from",
+        dest="source",
+        type=Path,
+        metavar="FOLDER",
+        help="with convert: import this folder as the newest checkpoint",
     )
 
 

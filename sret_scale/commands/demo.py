@@ -9,10 +9,12 @@ EXAMPLE = "example: sret-scale demo --source /usr/share/datasets/fashion-mnist"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Where from and where to."""
     parser.add_argument(
-        "--output", type=Path, default=Path("runs/demo"), help="folder of the demo (default: %(default)s)"
+        "--output", type=Path, default=Path("runs/demo"), help="folder to write into (default: %(default)s)"
     )
     parser.add_argument(
-        "--source", type=Path, help="folder with the four IDX files of the full Fashion-MNIST (default: the sample)"
+        "--source",
+        type=Path,
+        help="folder with the four IDX files of the full Fashion-MNIST (default: the included sample)",
     )
 
 

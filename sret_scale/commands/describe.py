@@ -9,7 +9,7 @@ EXAMPLE = "example: sret-scale describe sret_t_1000 --image-size 384 --json"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The preset and how to print it."""
-    parser.add_argument("preset", nargs="?", help="name of a model, for example sret_t (default: list all)")
+    parser.add_argument("preset", nargs="?", help="name of a model, such as sret_t (default: list all)")
     parser.add_argument("--image-size", type=int, help="side of the square input in pixels (default: the preset's)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 

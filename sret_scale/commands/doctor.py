@@ -19,14 +19,20 @@ _PROBE = "sret_scale.train.node.probe"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Where to look."""
-    parser.add_argument("--hostfile", type=Path, help="check all hosts of this file together (default: this machine)")
-    parser.add_argument("--ranks", type=int, help="ranks on this machine (default: its GPUs, or 2 on CPU)")
-    parser.add_argument("--folder", type=Path, default=Path("runs"), help="where runs are written, shared by all nodes")
-    parser.add_argument("--shards", type=Path, action="append", default=[], help="a shard folder to check; may repeat")
+    parser.add_argument("--hostfile", type=Path, help="check all hosts in this file together (default: this machine)")
+    parser.add_argument("--ranks", type=int, help="number of ranks on this machine (default: one per GPU, or 2 on CPU)")
     parser.add_argument(
-        "--dry-run", action="store_true", help="print how ranks would be started to measure, and no more"
+        "--folder", type=Path, default=Path("runs"), help="where runs are written; all nodes must share it"
     )
-    parser.add_argument("--teacher", help="a teacher to load on every node, for the classes of the first --shards")
+    parser.add_argument(
+        "--shards", type=Path, action="append", default=[], help="a shard folder to check; may be given repeatedly"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print how the ranks would be started, and start nothing"
+    )
+    parser.add_argument(
+        "--teacher", help="a teacher to load on every node; it must have the classes of the first --shards"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

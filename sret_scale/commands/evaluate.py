@@ -16,23 +16,29 @@ EXAMPLE = """examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The run, what to evaluate of it, and where."""
-    parser.add_argument("run", type=Path, help="folder of a run")
-    parser.add_argument("--weights", choices=("raw", "ema"), help="default: the moving average where one is kept")
-    parser.add_argument("--shards", help="folder or URL of shards (default: the run's test shards)")
-    parser.add_argument("--ranks", type=int, help="ranks on this machine (default: this process alone)")
-    parser.add_argument("--hostfile", type=Path, help="nodes to run on, in deepspeed's format (NAME slots=N a line)")
+    parser.add_argument("run", type=Path, help="folder of the run")
     parser.add_argument(
-        "--loops", type=int, help="loops of the stage with the most, the others in proportion (default: the run's)"
+        "--weights", choices=("raw", "ema"), help="which weights (default: the moving average, if the run keeps one)"
+    )
+    parser.add_argument("--shards", help="folder or URL of the shards (default: the run's test shards)")
+    parser.add_argument("--ranks", type=int, help="number of ranks on this machine (default: this process alone)")
+    parser.add_argument(
+        "--hostfile", type=Path, help="nodes to run on, in DeepSpeed's format: one line `NAME slots=N` each"
+    )
+    parser.add_argument(
+        "--loops",
+        type=int,
+        help="evaluate at another depth: loops of the stage that has most, the others in proportion",
     )
     parser.add_argument(
         "--early-exit",
         choices=("confidence", "entropy", "convergence"),
-        help="let images stop looping by this rule, and draw accuracy over multiply-adds in RUN/early_exit",
+        help="let each image stop looping by this rule; draws accuracy over multiply-adds into RUN/early_exit",
     )
-    parser.add_argument("--thresholds", help="of the rule, commas between (default: from eager to reluctant)")
+    parser.add_argument("--thresholds", help="thresholds of the rule, separated by commas (default: a range of them)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument(
-        "--dry-run", action="store_true", help="print what would be evaluated, and how ranks are started"
+        "--dry-run", action="store_true", help="print what would be evaluated and how, and start nothing"
     )
 
 

@@ -12,20 +12,20 @@ TOLERANCE = 1e-4
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """FILE OUT --format."""
-    parser.add_argument("file", type=Path, help="weights written by `sret-scale weights import` or a training run")
+    parser.add_argument("file", type=Path, help="weights in safetensors, as written by `sret-scale weights`")
     parser.add_argument("out", type=Path, help="the file to write")
     parser.add_argument(
         "--format",
         choices=("onnx", "torch", "safetensors"),
         default="onnx",
-        help="onnx, a torch.export program, or the native weights; the first two take any batch size",
+        help="onnx, a torch.export program, or bare weights; the first two take any batch size",
     )
     parser.add_argument(
         "--loops",
         choices=("unrolled", "kept"),
         default="unrolled",
-        help="one application after another, or an operation that loops: the program then does not grow with the "
-        "number of loops, only by what each loop owns",
+        help="unrolled: one application after another; kept: as loops, so that the program grows only by what each "
+        "loop owns",
     )
 
 

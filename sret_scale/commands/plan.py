@@ -18,26 +18,37 @@ TEACHER_MICRO_BATCH = 64
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The model and the machine."""
-    parser.add_argument("preset", help="name of a model, for example sret_t_108; an unknown name lists all")
+    parser.add_argument("preset", help="name of a model, such as sret_t_108 (`describe` lists all)")
     parser.add_argument(
         "--memory",
         default="80GiB",
-        help="bytes of one device, for example 80GiB, or auto: what is free here (default: %(default)s)",
+        help="memory of one device, such as 80GiB, or auto for what is free here (default: %(default)s)",
     )
-    parser.add_argument("--reserve", default="1GiB", help="of these, for the device's context (default: %(default)s)")
-    parser.add_argument("--teacher", help="a live teacher beside the student, as distill.teacher (no weights needed)")
     parser.add_argument(
-        "--micro-batch", default="auto", help="images per rank and step, or auto (default: %(default)s)"
+        "--reserve", default="1GiB", help="how much of it to leave for the device's context (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--teacher", help="a live teacher beside the student, written as in distill.teacher (needs no weights)"
+    )
+    parser.add_argument(
+        "--micro-batch", default="auto", help="images per rank and forward pass, or auto (default: %(default)s)"
     )
     parser.add_argument("--image-size", type=int, help="side of the square input in pixels (default: the preset's)")
-    parser.add_argument("--precision", default="bf16", choices=("fp32", "bf16"), help="bf16 is autocast, weights fp32")
-    parser.add_argument("--world-size", type=int, default=1, help="number of ranks (default: %(default)s)")
-    parser.add_argument("--zero-stage", type=int, default=1, help="ZeRO stage of DeepSpeed (default: %(default)s)")
     parser.add_argument(
-        "--device", default="gpu", choices=("gpu", "cpu"), help="kind of device the time is modelled for"
+        "--precision",
+        default="bf16",
+        choices=("fp32", "bf16"),
+        help="bf16 means autocast; weights stay fp32 (default: bf16)",
+    )
+    parser.add_argument("--world-size", type=int, default=1, help="number of ranks (default: %(default)s)")
+    parser.add_argument("--zero-stage", type=int, default=1, help="DeepSpeed's ZeRO stage (default: %(default)s)")
+    parser.add_argument(
+        "--device", default="gpu", choices=("gpu", "cpu"), help="kind of device to model times for (default: gpu)"
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--draw", type=Path, metavar="FILE", help="draw the schedules: a .png, .svg or .pdf file")
+    parser.add_argument(
+        "--draw", type=Path, metavar="FILE", help="also draw the schedules, to a .png, .svg or .pdf file"
+    )
 
 
 def run(args: argparse.Namespace) -> None:

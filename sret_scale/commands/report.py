@@ -7,9 +7,14 @@ EXAMPLE = "example: sret-scale report runs/demo -o runs/demo/report.html"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder, or a folder of run folders")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or a folder of several")
     parser.add_argument(
-        "-o", "--output", type=Path, default=Path("report.html"), metavar="PAGE", help="page to write (report.html)"
+        "-o",
+        "--output",
+        type=Path,
+        default=Path("report.html"),
+        metavar="PAGE",
+        help="page to write (default: report.html)",
     )
 
 

@@ -12,13 +12,17 @@ The job saves and requeues itself before its time limit, and continues after a p
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What Slurm is asked for, then the command."""
     parser.add_argument("--nodes", type=int, required=True, help="number of nodes")
-    parser.add_argument("--gpus", type=int, default=0, help="GPUs a node, one rank each (default: none, CPU)")
-    parser.add_argument("--cpus", type=int, required=True, help="CPU cores a node")
-    parser.add_argument("--time", required=True, help="time limit in Slurm's format, for example 1-00:00:00")
+    parser.add_argument(
+        "--gpus", type=int, default=0, help="GPUs per node, one rank each (default: none, train on CPU)"
+    )
+    parser.add_argument("--cpus", type=int, required=True, help="CPU cores per node")
+    parser.add_argument("--time", required=True, help="time limit in Slurm's format, such as 1-00:00:00")
     parser.add_argument("--partition", default="", help="partition (default: the cluster's)")
     parser.add_argument("--account", default="", help="account to charge (default: yours)")
-    parser.add_argument("--name", default="sret-scale", help="name of the job")
-    parser.add_argument("--warning", type=int, default=300, help="seconds before the limit to save and requeue")
+    parser.add_argument("--name", default="sret-scale", help="name of the job (default: %(default)s)")
+    parser.add_argument(
+        "--warning", type=int, default=300, help="how many seconds before the limit to save and requeue (default: 300)"
+    )
     parser.add_argument(
         "arguments", nargs="+", metavar="COMMAND", help="a sret-scale command with its arguments, after --"
     )

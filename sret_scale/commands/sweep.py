@@ -9,53 +9,69 @@ EXAMPLE = """examples:
   sret-scale sweep depth.yaml --hostfile hosts --per-gpu
   sret-scale sweep depth.yaml --slurm time=12:00:00,gpus=1,cpus=12 --jobs 16 > job.sh && sbatch job.sh
 
-A file: base: demo_control_20
-        grid: {model.stages.1.num_loops: [2, 4, 8], train.seed: [0, 1, 2]}
-        match: equal_flops            (or equal_images, equal_parameters, equal_memory)
+Such a file:
+  base: demo_control_20
+  grid: {model.stages.1.num_loops: [2, 4, 8], train.seed: [0, 1, 2]}
+  match: equal_flops            (or equal_images, equal_parameters, equal_memory)
 
-The same command continues. Exit status: 0 finished, 85 stopped by a signal, 2 bad input, 1 a run failed."""
+The same command continues an interrupted sweep. Exit status: 0 finished, 85 stopped by a signal, 2 bad input,
+1 a run failed."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Where runs go and what is printed first; what they compute is the file's."""
-    parser.add_argument("experiment", type=Path, help="YAML file with base, grid or runs, match and retries")
+    parser.add_argument("experiment", type=Path, help="YAML file with base, grid or runs, match, retries")
     parser.add_argument(
-        "overrides", nargs="*", metavar="section.field=value", help="config fields to change in all runs"
+        "overrides", nargs="*", metavar="section.field=value", help="configuration fields to change in all runs"
     )
-    parser.add_argument("--folder", type=Path, help="where the run folders go (default: runs/EXPERIMENT)")
+    parser.add_argument("--folder", type=Path, help="folder of the run folders (default: runs/EXPERIMENT)")
     parser.add_argument(
         "--jobs",
         type=int,
         default=1,
-        help="runs at once: each on a GPU of its own (or --ranks of them), on its share of the CPU, or on a host",
-    )
-    parser.add_argument("--ranks", type=int, help="ranks of each run on this machine (default: as `train`, or 1 a job)")
-    parser.add_argument(
-        "--hostfile", type=Path, help="nodes, in deepspeed's format: each run on all, or with --jobs on one"
+        help="how many runs at once: each on one GPU (or --ranks of them), on a share of the CPU, or on a host",
     )
     parser.add_argument(
-        "--per-gpu", action="store_true", help="with --hostfile: a run on every single GPU of all nodes at once"
+        "--ranks", type=int, help="ranks of each run on this machine (default: as in `train`; 1 with --jobs)"
+    )
+    parser.add_argument(
+        "--hostfile", type=Path, help="nodes, in DeepSpeed's format: each run uses all of them, or with --jobs one"
+    )
+    parser.add_argument(
+        "--per-gpu", action="store_true", help="with --hostfile: one run on every GPU of every node at the same time"
     )
     parser.add_argument(
         "--slurm",
         metavar="OPTIONS",
-        help="print the batch file of a job array, --jobs at once; options: time=,cpus=,gpus=,partition=,account=",
+        help="print the batch file of a job array, --jobs at a time; options: time=,cpus=,gpus=,partition=,account=",
     )
-    parser.add_argument("--array-task", action="store_true", help="run only the run of SLURM_ARRAY_TASK_ID")
+    parser.add_argument(
+        "--array-task",
+        action="store_true",
+        help="do only the run that SLURM_ARRAY_TASK_ID names (used by the --slurm file)",
+    )
     parser.add_argument(
         "--rehearse",
         metavar="RATIO",
         type=float,
         default=1.0,
-        help="every run over this part of its images, such as 0.01, in a folder of its own: a trial of all the parts",
-    )
-    parser.add_argument("--dry-run", action="store_true", help="print the table of runs and what each costs only")
-    parser.add_argument("--measure", action="store_true", help="with --dry-run: measure a few steps here to tell times")
-    parser.add_argument(
-        "--speeds", type=Path, help="with --dry-run: times from a CSV with macs and images_per_s (a report's summary)"
+        help="try everything out: each run over this share of its images, such as 0.01, in a folder of its own",
     )
     parser.add_argument(
-        "--price-per-hour", type=float, help="with --dry-run: price of what one run takes, for the cost"
+        "--dry-run", action="store_true", help="print the table of runs and their costs, and start nothing"
+    )
+    parser.add_argument(
+        "--measure", action="store_true", help="with --dry-run: measure a few steps here, to estimate times"
+    )
+    parser.add_argument(
+        "--speeds",
+        type=Path,
+        help="with --dry-run: estimate times from a CSV with macs and images_per_s, such as a report's summary.csv",
+    )
+    parser.add_argument(
+        "--price-per-hour",
+        type=float,
+        help="with --dry-run: price of one hour of what a run occupies, to estimate the cost",
     )
 
 

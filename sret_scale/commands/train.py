@@ -9,8 +9,8 @@ EXAMPLE = """examples:
   sret-scale train sret_t_1000 memory.schedule=binomial --hostfile hosts --dry-run
   sret-scale train sret_t_1000 --hostfile hosts --elastic 2:8
 
-The same command continues a run that was stopped or killed. Exit status: 0 finished, 85 stopped by a signal after
-saving, 2 bad input, 1 failed, 3 no progress, 128 + n ended by signal n before it could save."""
+The same command continues a run that was stopped or killed. Exit status: 0 finished, 85 saved and stopped by a signal,
+2 bad input, 1 failed, 3 no progress, 128 + n killed by signal n before it could save."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,20 +19,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "recipe",
         help="a recipe (sret, deit, fkd, deit3, finetune_384, ...), a model preset (see `describe`), or a YAML file",
     )
-    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="config fields to change")
-    parser.add_argument("--run", type=Path, help="the run's folder (default: runs/RECIPE)")
-    parser.add_argument("--ranks", type=int, help="ranks on this machine (default: its GPUs, or 2 on CPU)")
-    parser.add_argument("--hostfile", type=Path, help="nodes to run on, in deepspeed's format (NAME slots=N a line)")
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="configuration fields to change")
+    parser.add_argument("--run", type=Path, help="folder of the run (default: runs/RECIPE)")
+    parser.add_argument("--ranks", type=int, help="number of ranks on this machine (default: one per GPU, or 2 on CPU)")
+    parser.add_argument(
+        "--hostfile", type=Path, help="nodes to run on, in DeepSpeed's format: one line `NAME slots=N` each"
+    )
     parser.add_argument(
         "--elastic",
         metavar="MIN:MAX",
-        help="use so many hosts of the hostfile as can be reached, and go on with the rest when one is lost",
+        help="run on as many hosts of the hostfile as can be reached, and carry on with the rest when one is lost",
     )
     parser.add_argument(
-        "--fresh", action="store_true", help="delete the checkpoints and metrics of an earlier run first"
+        "--fresh", action="store_true", help="first delete the checkpoints and metrics of an earlier run in that folder"
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="print the launcher's command and the configuration only"
+        "--dry-run", action="store_true", help="print the launch command and the configuration, and start nothing"
     )
 
 

@@ -18,26 +18,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             name, help=text, description=text, epilog=example, formatter_class=argparse.RawDescriptionHelpFormatter
         )
         for name, text, example in (
-            ("import", "read a published checkpoint, write safetensors", IMPORT_EXAMPLE),
-            ("export", "read safetensors, write the published layout", EXPORT_EXAMPLE),
-            ("grow", "give a trained model more loops (or fewer), and measure what that does", GROW_EXAMPLE),
-            ("tie", "tie the blocks of a trained untied model into few, and measure what that does", TIE_EXAMPLE),
+            ("import", "convert a published checkpoint to safetensors", IMPORT_EXAMPLE),
+            ("export", "convert safetensors to the published layout", EXPORT_EXAMPLE),
+            ("grow", "give a trained model more (or fewer) loops, and measure the effect", GROW_EXAMPLE),
+            (
+                "tie",
+                "merge the blocks of a trained model without loops into a few that loop, and measure the effect",
+                TIE_EXAMPLE,
+            ),
         )
     )
     for action in (grow, tie):
         action.add_argument("run", type=Path, help="folder of the run")
         action.add_argument("out", type=Path, help="the safetensors file to write")
-        action.add_argument("--weights", choices=("raw", "ema"), help="default: the moving average where one is kept")
-        action.add_argument("--shards", help="folder or URL of shards to measure on (default: the run's test shards)")
-    grow.add_argument("--loops", type=int, required=True, help="of the stage with the most, the others in proportion")
-    tie.add_argument("--blocks", required=True, help="blocks of each stage afterwards, with commas between")
-    tie.add_argument("--by", choices=("mean", "first"), default="mean", help="what a block becomes (default: mean)")
-    tie.add_argument("--keep-norms", action="store_true", help="each loop keeps the LayerNorms that it had")
+        action.add_argument(
+            "--weights", choices=("raw", "ema"), help="which weights (default: the moving average, if kept)"
+        )
+        action.add_argument(
+            "--shards", help="folder or URL of the shards to measure on (default: the run's test shards)"
+        )
+    grow.add_argument(
+        "--loops", type=int, required=True, help="loops of the stage that has most, the others in proportion"
+    )
+    tie.add_argument("--blocks", required=True, help="blocks that each stage keeps, separated by commas")
+    tie.add_argument(
+        "--by",
+        choices=("mean", "first"),
+        default="mean",
+        help="a merged block is the mean, or the first, of its originals",
+    )
+    tie.add_argument("--keep-norms", action="store_true", help="let each loop keep its own LayerNorms")
     for action in (to_native, to_published):
         action.add_argument("file", type=Path, help="the weights to read")
         action.add_argument("out", type=Path, help="the file to write")
     to_native.add_argument(
-        "--preset", help="the model, where the weights do not say it: slicing leaves no trace in them"
+        "--preset", help="the model, where the weights do not tell: they show nothing of the slicing"
     )
 
 

@@ -8,9 +8,9 @@ EXAMPLE = "example: sret-scale labels info labels/vit"
 
 # Name of an action -> what it does. Its arguments and its work are in `sret_scale.commands.labels.NAME`.
 ACTIONS = {
-    "write": "ask a teacher about V views of each image and store what it says; continues what was interrupted",
-    "verify": "read all of a store, and ask the teacher again about some of it",
-    "info": "what a store holds, and how much of the teacher it keeps",
+    "write": "store a teacher's answers about several views of each image; continues where it was interrupted",
+    "verify": "check every byte of a store, and compare samples of it with the teacher",
+    "info": "show what a store holds, and how much of the teacher's answers it keeps",
 }
 
 

@@ -9,12 +9,19 @@ EXAMPLE = "example: sret-scale labels verify labels/lite0 shards/train --records
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The store, its images, and how much is asked again."""
     parser.add_argument("folder", type=Path, help="folder of the store")
-    parser.add_argument("shards", help="folder of the image shards that it was made from")
-    parser.add_argument("--records", type=int, default=64, help="random records about which the teacher is asked again")
-    parser.add_argument("--tolerance", type=float, default=2e-3, help="largest allowed difference of a probability")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of records")
-    parser.add_argument("--teacher", metavar="SPEC", help="where the teacher is now, when it was moved")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("shards", help="folder of the image shards it was made from")
+    parser.add_argument(
+        "--records", type=int, default=64, help="how many random records to ask the teacher about (default: 64)"
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=2e-3,
+        help="largest allowed difference in a probability (default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed for choosing the records (default: 0)")
+    parser.add_argument("--teacher", metavar="SPEC", help="where the teacher is now, if it was moved")
+    parser.add_argument("--device", default="cpu", help="where the teacher runs (default: cpu)")
 
 
 def run(args: argparse.Namespace) -> int:

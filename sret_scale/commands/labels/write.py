@@ -9,27 +9,42 @@ EXAMPLE = """examples:
   sret-scale labels write shards/fashion/train labels/fashion --teacher run:runs/demo_teacher --views 4 --top-k 10 \\
       --recipe demo_student_108 --set data.view_seed=1
 
-Start it once per GPU or machine with --rank and --world-size (or under a launcher that sets RANK and WORLD_SIZE): ranks
-do not talk, may be killed, and may be started again in another number."""
+Start it once per GPU or machine with --rank and --world-size, or under a launcher that sets RANK and WORLD_SIZE. Ranks
+do not communicate; they may be killed, and started again in a different number."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What is written, from which views, and which part of it by this process."""
-    parser.add_argument("shards", help="folder of image shards")
+    parser.add_argument("shards", help="folder of the image shards")
     parser.add_argument("folder", type=Path, help="folder of the store; an unfinished one is continued")
-    parser.add_argument("--teacher", required=True, metavar="SPEC", help="as in distill.teacher; several joined with +")
-    parser.add_argument("--views", type=int, required=True, help="views of each image; epoch e trains on e mod V")
-    parser.add_argument("--top-k", type=int, required=True, help="classes that are kept: 11 + 4 K bytes a view")
-    parser.add_argument("--recipe", help="recipe or YAML file of the training to come: its data section and image size")
+    parser.add_argument("--teacher", required=True, metavar="SPEC", help="as in distill.teacher; join several with +")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="data.field=value", help="how views are drawn, as in training"
+        "--views", type=int, required=True, help="number V of views of each image; epoch e trains on view e mod V"
     )
-    parser.add_argument("--image-size", type=int, help="pixels of the views (default: the recipe's, or 224)")
-    parser.add_argument("--views-per-file", type=int, help="default: 8, or all where there are fewer")
-    parser.add_argument("--batch-size", type=int, default=64, help="images in one pass of the teacher")
-    parser.add_argument("--device", help="default: the GPU of LOCAL_RANK, or the CPU")
-    parser.add_argument("--rank", type=int, default=int(os.environ.get("RANK", "0")), help="of this process")
-    parser.add_argument("--world-size", type=int, default=int(os.environ.get("WORLD_SIZE", "1")))
+    parser.add_argument("--top-k", type=int, required=True, help="number K of classes to keep: 11 + 4 K bytes per view")
+    parser.add_argument(
+        "--recipe", help="recipe or YAML file of the training to come, for its data section and image size"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="data.field=value",
+        help="change how views are drawn, as in training",
+    )
+    parser.add_argument("--image-size", type=int, help="side of the views in pixels (default: the recipe's, or 224)")
+    parser.add_argument("--views-per-file", type=int, help="views in one file (default: 8, or all if there are fewer)")
+    parser.add_argument("--batch-size", type=int, default=64, help="images per pass of the teacher (default: 64)")
+    parser.add_argument("--device", help="where the teacher runs (default: the GPU of LOCAL_RANK, or the CPU)")
+    parser.add_argument(
+        "--rank", type=int, default=int(os.environ.get("RANK", "0")), help="rank of this process (default: RANK, or 0)"
+    )
+    parser.add_argument(
+        "--world-size",
+        type=int,
+        default=int(os.environ.get("WORLD_SIZE", "1")),
+        help="number of processes that share the work (default: WORLD_SIZE, or 1)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -8,15 +8,15 @@ EXAMPLE = "example: sret-scale shards info shards/fashion/train"
 
 # Name of an action -> what it does. Its arguments and its work are in `sret_scale.commands.shards.NAME`.
 ACTIONS = {
-    "write": "images to webdataset shards with index and manifest; continues what was interrupted",
-    "verify": "read everything, check every byte, decode every image",
-    "info": "what a shard set holds",
+    "write": "convert images to webdataset shards with an index and a manifest; continues where it was interrupted",
+    "verify": "check every byte and decode every image",
+    "info": "show what a shard set holds",
     "head": "draw the first images with their labels",
-    "index": "index and manifest for webdataset tars that someone else wrote",
-    "repair": "a new set without the bad samples of another, or with good copies of them",
-    "bench": "measure how fast a set is read here, and what the loader reaches",
-    "sidecars": "the small files by which wids, timm, open_clip and DALI open the shards",
-    "trace": "the keys of the samples that a rank reads in training, in order, one a line",
+    "index": "make index and manifest for webdataset tars written by other tools",
+    "repair": "copy a set without its bad samples, or with good copies of them",
+    "bench": "measure how fast a set can be read and loaded on this machine",
+    "sidecars": "write the small files that wids, timm, open_clip and DALI need to open the shards",
+    "trace": "print the keys of the samples a rank reads in training, in order",
 }
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 EXAMPLE = """example: sret-scale shards bench shards/imagenet/train --cold
-All stages but the loader use one thread. Without --cold, what was read lately comes from memory, not the disk."""
+All stages but the loader use one thread. Without --cold, data read recently comes from memory, not from the disk."""
 
 _STAGES = {
     "sequential": "tars front to back",
@@ -21,12 +21,12 @@ _STAGES = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The folder and how to measure."""
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder of the shard set")
-    parser.add_argument("--seconds", type=float, default=5.0, help="of each stage, at most (default: 5)")
+    parser.add_argument("--seconds", type=float, default=5.0, help="at most this long per stage (default: 5)")
     parser.add_argument("--image-size", type=int, default=224, help="side of a view in pixels (default: 224)")
     parser.add_argument(
-        "--threads", type=int, default=os.cpu_count() or 1, help="of the loader (default: one for each core)"
+        "--threads", type=int, default=os.cpu_count() or 1, help="threads of the loader (default: one per core)"
     )
-    parser.add_argument("--cold", action="store_true", help="drop the tars from memory before each stage")
+    parser.add_argument("--cold", action="store_true", help="drop the tars from the page cache before each stage")
     parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
 
 

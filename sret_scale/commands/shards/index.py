@@ -5,13 +5,15 @@ import os
 from pathlib import Path
 
 EXAMPLE = """example: sret-scale shards index shards/from_elsewhere
-Class names come from classes.txt in the folder, one a line; without it a class is called by its number."""
+Class names are read from classes.txt in the folder, one per line; without it, classes are named by number."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The folder."""
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder of webdataset tars with .cls labels")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, help="number of processes (default: one per core)"
+    )
 
 
 def run(args: argparse.Namespace) -> None:

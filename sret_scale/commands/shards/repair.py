@@ -5,16 +5,18 @@ import os
 from pathlib import Path
 
 EXAMPLE = """example: sret-scale shards repair shards/train shards/train_good --copy /backup/shards/train
-Bad samples are taken from the copy where it has them, and left out otherwise."""
+Bad samples are replaced from the copy if it has them, and left out otherwise."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The damaged set, the new one and a copy."""
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="the damaged shard set; it is not changed")
     parser.add_argument("target", type=Path, metavar="TARGET", help="folder of the new shard set")
-    parser.add_argument("--copy", type=Path, help="another copy of the set, to take bad samples from")
-    parser.add_argument("--shard-samples", type=int, help="most samples in a shard (default: by size, 256 MiB)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
+    parser.add_argument("--copy", type=Path, help="another copy of the set, to replace bad samples from")
+    parser.add_argument("--shard-samples", type=int, help="samples per shard (default: by size, 256 MiB)")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, help="number of processes (default: one per core)"
+    )
 
 
 def run(args: argparse.Namespace) -> None:

@@ -7,17 +7,22 @@ example: sret-scale shards trace shards/fashion/train --world-size 2 --rank 1 --
              --count 64 --global-batch 256
 
 Positions count the samples of all ranks from the start of the epoch. Rank r takes the contiguous r-th part of each
-global batch. The trace ends with the epoch: without its last batch where that is not full (--last drop), or with that
-batch filled by the first samples of the same epoch (--last pad)."""
+global batch. The trace ends with the epoch: an incomplete last batch is left out (--last drop) or filled up with the
+first samples of the same epoch (--last pad)."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What decides on a rank's samples."""
     parser.add_argument(
-        "folders", nargs="+", metavar="FOLDER", help="folder or URL of the shard set; several: a mixture"
+        "folders", nargs="+", metavar="FOLDER", help="folder or URL of the shard set; several make a mixture"
     )
     parser.add_argument(
-        "--weights", type=float, nargs="+", default=[], metavar="X", help="of a mixture (default: numbers of samples)"
+        "--weights",
+        type=float,
+        nargs="+",
+        default=[],
+        metavar="X",
+        help="weights of a mixture (default: numbers of samples)",
     )
     parser.add_argument("--world-size", type=int, default=1, metavar="W", help="number of ranks (default 1)")
     parser.add_argument("--rank", type=int, default=0, metavar="R", help="whose samples (default 0)")
@@ -29,15 +34,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0,
         metavar="POSITION",
         dest="position",
-        help="where a global batch begins (default 0)",
+        help="position to start from, where a global batch begins (default 0)",
     )
-    parser.add_argument("--count", type=int, metavar="N", help="samples of this rank (default: to the epoch's end)")
-    parser.add_argument("--global-batch", type=int, required=True, metavar="B", help="samples of all ranks in a step")
-    parser.add_argument("--order", choices=("full", "block", "sequential"), default="full", help="default full")
-    parser.add_argument("--last", choices=("drop", "pad"), default="drop", help="the last batch (default drop)")
-    parser.add_argument("--block-window", type=int, default=8192, metavar="N", help="of --order block (default 8192)")
     parser.add_argument(
-        "--num-repeats", type=int, default=1, metavar="N", help="views of a sample in an epoch (default 1)"
+        "--count", type=int, metavar="N", help="number of keys to print (default: to the end of the epoch)"
+    )
+    parser.add_argument("--global-batch", type=int, required=True, metavar="B", help="samples of all ranks per step")
+    parser.add_argument(
+        "--order", choices=("full", "block", "sequential"), default="full", help="order of the samples (default full)"
+    )
+    parser.add_argument(
+        "--last",
+        choices=("drop", "pad"),
+        default="drop",
+        help="what to do with an incomplete last batch (default drop)",
+    )
+    parser.add_argument(
+        "--block-window", type=int, default=8192, metavar="N", help="window of --order block (default 8192)"
+    )
+    parser.add_argument(
+        "--num-repeats", type=int, default=1, metavar="N", help="views of each sample per epoch (default 1)"
     )
 
 

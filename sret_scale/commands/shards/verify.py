@@ -5,14 +5,18 @@ import os
 from pathlib import Path
 
 EXAMPLE = """example: sret-scale shards verify shards/fashion/train
-Prints one line for each thing that is wrong, with shard, key, offset and reason; the exit status is then 1."""
+Prints one line per problem, with shard, key, offset and reason; the exit status is then 1."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The folder and how thorough to be."""
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder of the shard set")
-    parser.add_argument("--no-decode", action="store_true", help="check bytes and structure only, decode no image")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
+    parser.add_argument(
+        "--no-decode", action="store_true", help="check bytes and structure only, without decoding images"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, help="number of processes (default: one per core)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -12,41 +12,45 @@ HASH_NAMES = ("xxh3_128", "sha256")
 
 EXAMPLE = """example:
   sret-scale shards write idx data_pipelines/sample/fashion_mnist shards/fashion/train --split train
-The same command continues a run that was interrupted. Several nodes with a common TARGET share the work."""
+The same command continues after an interruption. Several nodes with a common TARGET share the work."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Source, target and how the shards are cut."""
-    parser.add_argument("kind", metavar="KIND", choices=KINDS, help=", ".join(KINDS))
+    parser.add_argument("kind", metavar="KIND", choices=KINDS, help="kind of source: " + ", ".join(KINDS))
     parser.add_argument("source", type=Path, metavar="SOURCE", help="where the images are")
-    parser.add_argument("target", type=Path, metavar="TARGET", help="folder of the shard set; made if missing")
+    parser.add_argument("target", type=Path, metavar="TARGET", help="folder of the shard set; created if missing")
     parser.add_argument(
-        "--split", help="part of the source: train or test (idx), train or val (ilsvrc), by name (parquet)"
+        "--split", help="part of the source: train or test (idx), train or val (ilsvrc), file prefix (parquet)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the shuffle at write time (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed for shuffling the images (default: 0)")
     parser.add_argument("--keep-order", action="store_true", help="keep the source's order instead of shuffling")
     parser.add_argument("--shard-mb", type=float, default=256.0, help="size of a shard in MiB (default: 256)")
-    parser.add_argument("--shard-samples", type=int, help="most samples in a shard, instead of --shard-mb")
+    parser.add_argument("--shard-samples", type=int, help="samples per shard, instead of --shard-mb")
     parser.add_argument("--no-metadata", action="store_true", help="leave out the .json member with class and origin")
     parser.add_argument(
         "--on-bad", default="fail", help="what to do with a bad image: fail, skip or quarantine (default: fail)"
     )
     parser.add_argument(
-        "--max-bad-rate", type=float, default=0.01, help="stop when more than this share is bad (default: 0.01)"
+        "--max-bad-rate", type=float, default=0.01, help="stop if more than this share is bad (default: 0.01)"
     )
-    parser.add_argument("--check", default="header", help="check of an image: header or decode (default: header)")
+    parser.add_argument("--check", default="header", help="how to check an image: header or decode (default: header)")
     parser.add_argument(
         "--hash",
         choices=HASH_NAMES,
         default="xxh3_128",
-        help="how the manifest knows the tars again: xxh3_128, which finds accidents (default), or sha256, which is"
-        " slower and withstands forgers",
+        help="checksum of the tars in the manifest: xxh3_128 detects accidents (default); sha256 is slower and also"
+        " detects forgery",
     )
-    parser.add_argument("--resize", type=int, help="reduce images with a longer short side to it, in pixels")
-    parser.add_argument("--quality", type=int, default=95, help="JPEG quality of reduced images (default: 95)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
+    parser.add_argument("--resize", type=int, help="shrink images whose short side is longer than this, in pixels")
+    parser.add_argument("--quality", type=int, default=95, help="JPEG quality of shrunk images (default: 95)")
     parser.add_argument(
-        "--hostfile", type=Path, help="write on these hosts together (NAME slots=N a line, as deepspeed)"
+        "--workers", type=int, default=os.cpu_count() or 1, help="number of processes (default: one per core)"
+    )
+    parser.add_argument(
+        "--hostfile",
+        type=Path,
+        help="share the work among these hosts, in DeepSpeed's format: one line `NAME slots=N` each",
     )
 
 
