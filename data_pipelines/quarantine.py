@@ -57,7 +57,8 @@ class Quarantine:
         if num_bad > self._max_bad_rate * self._samples_per_epoch:
             raise TooManyBadSamplesError(
                 f"{num_bad} bad samples in epoch {epoch}, more than data.max_bad_rate {self._max_bad_rate:g} "
-                f"of this rank's {self._samples_per_epoch} samples; the last: {error}"
+                f"of this rank's {self._samples_per_epoch} samples; the last: {error}. Look at the set with "
+                "`sret-scale shards verify`, or raise the limit"
             ) from error
 
     def _count_on(self, file: Path) -> None:

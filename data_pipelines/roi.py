@@ -7,6 +7,7 @@ machine has it. What it gains is in docs/data.md; the larger the image, the more
 
 import ctypes
 import functools
+import logging
 import os
 import shlex
 import subprocess
@@ -21,6 +22,8 @@ from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 SOURCES = tuple(sorted(Path(__file__).parent.glob("roi_*.c")))
 
@@ -42,6 +45,10 @@ _PARTS = [slice(start, start + length) for start in (0, 3) for length in (0, 63,
 @functools.cache
 def _library() -> ctypes.CDLL | None:
     """The built library, or None where it has not been built."""
+    if is_stale():
+        logger.warning(
+            "the compiled JPEG decoder is older than its sources and is not used: python -m data_pipelines.roi"
+        )
     return _load(LIBRARY) if LIBRARY.exists() else None
 
 
@@ -54,6 +61,11 @@ def _load(path: Path) -> ctypes.CDLL:
     library.roi_crc.argtypes = [ctypes.c_char_p, size, pointer]
     library.roi_crc.restype = size
     return library
+
+
+def is_stale() -> bool:
+    """Whether there is a library here, but only of other sources: after an update it must be built again."""
+    return not LIBRARY.exists() and any(LIBRARY.parent.glob("_roi_decode.*.so"))
 
 
 def is_in_use() -> bool:
@@ -200,7 +212,7 @@ def main(arguments: list[str]) -> int:
     try:
         build()
     except RuntimeError as error:
-        print(f"not built, whole images will be decoded: {error}", file=sys.stderr)
+        print(f"not built, so whole images will be decoded: {error}", file=sys.stderr)
         return 1
     print(f"built {LIBRARY}")
     return 0

@@ -51,4 +51,4 @@ class InProgress:
 
 def warn_of_stall(waited_s: float, what: object) -> None:
     """Says in the log that the next batch is not there, and what is waited for."""
-    logger.warning("the next batch has been waited for %.0f s; in progress: %s", waited_s, what)
+    logger.warning("waiting for the next batch for %.0f s now; in progress: %s", waited_s, what)

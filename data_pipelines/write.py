@@ -49,8 +49,9 @@ class WriteConfig:
 
     def __post_init__(self) -> None:
         source_kind(self.kind)
-        if self.shard_bytes < 1 or (self.shard_samples is not None and self.shard_samples < 1):
-            raise ValueError("shard_bytes and shard_samples: expected 1 or more")
+        for name, value in (("shard_bytes", self.shard_bytes), ("shard_samples", self.shard_samples)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: expected 1 or more, got {value}")
         if self.hash_name not in HASH_NAMES:
             raise ValueError(f"hash {self.hash_name!r}: expected one of {', '.join(HASH_NAMES)}")
 
@@ -80,6 +81,10 @@ def write_shards(
     a share of `max_bad_rate` of bad images, a target that holds something else, a full disk.
     """
     target = Path(target)
+    if not 0 <= max_bad_rate <= 1:
+        raise ValueError(f"max_bad_rate: expected 0 to 1, got {max_bad_rate:g}")
+    if target.exists() and not target.is_dir():
+        raise NotADirectoryError(f"{target}: a file, expected a folder to write the shards into; choose another target")
     if not (target / MANIFEST_NAME).exists():
         try:
             _write(config, target, list_samples, num_workers, max_bad_rate, on_progress)

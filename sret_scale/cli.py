@@ -9,6 +9,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from sret_scale.train.node.errors import in_words
+
 # Name of a sub-command -> what it does. Its parser and its work are in `sret_scale.commands.NAME`.
 COMMANDS = {
     "demo": "run every part once on the sample images: teacher, student of 108 applications, control, report",
@@ -56,6 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     top.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of the commands below")
+    if not argv:
+        top.print_help(sys.stderr)
+        return 2
     parser = build_parser(top.parse_args(argv[:1]).command)
     try:
         # Options may stand between positional arguments: `train NAME --run FOLDER section.field=value`.
@@ -76,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # A user's mistake or a machine's refusal: its message says what to do, a traceback would hide it.
         if args.debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {in_words(error)}", file=sys.stderr)
         return 2
     return int(status or 0)
 

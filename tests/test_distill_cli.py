@@ -49,7 +49,7 @@ def test_write_info_verify(shards: str, tmp_path: Path, capsys: pytest.CaptureFi
     assert values["bytes_per_view"] == 23 and values["view"]["crop_scale"] == [0.5, 1.0]
     assert 0 < values["coverage"]["mass"] < 1
     assert main(["labels", "verify", str(folder), shards, "--records", "24"]) == 0
-    assert "24 records asked again" in capsys.readouterr().out
+    assert "24 records compared" in capsys.readouterr().out
     assert main(["labels", "verify", str(folder), shards, "--tolerance", "0"]) == 1
 
 
@@ -70,7 +70,7 @@ def test_two_ranks_write_one_store(shards: str, tmp_path: Path, capsys: pytest.C
         (("--set", "data.crp=padded"), "", "did you mean 'crop'"),
         ((), "efficientnet-lite3", "did you mean efficientnet-lite"),
         ((), "efficientnet-lite0", "has 1000 outputs, the data has 4 classes"),
-        ((), "labels:somewhere", "stored labels are no network"),
+        ((), "labels:somewhere", "stored labels cannot answer"),
     ],
 )
 def test_bad_input_is_an_error_of_one_line(

@@ -263,9 +263,9 @@ def test_damaged_description_is_an_error_of_one_line(store: Path, name: str) -> 
 
 
 def test_folder_of_another_plan_is_refused_with_what_differs(store: Path, shards: ShardSet) -> None:
-    with pytest.raises(ValueError, match=r"another plan \(top_k 7, now 3\)"):
+    with pytest.raises(ValueError, match=r"other settings \(top_k 7, now 3\)"):
         write_labels(make_job(store, shards, top_k=3), rank=0, world_size=1, report=silent)
-    with pytest.raises(ValueError, match=r"another plan \(teacher "):
+    with pytest.raises(ValueError, match=r"other settings \(teacher "):
         write_labels(make_job(store, shards, function="other_network"), rank=0, world_size=1, report=silent)
 
 
@@ -316,7 +316,7 @@ def test_verify_finds_the_teacher_that_wrote_and_no_other(written: LabelJob, sha
     assert result.num_records == 40 and result.largest_difference < 1e-3
     other = verify_records(store, shards, teacher("other_network"), num_records=40, seed=3)
     assert other.largest_difference > 0.01
-    with pytest.raises(ValueError, match="is another one now: its weights_sha256 differ"):
+    with pytest.raises(ValueError, match="has changed since the labels were written: weights_sha256 differ"):
         plan_teacher(store.plan, "module:tests.distill_shards:other_network", written.device, no_runs)
 
 

@@ -22,6 +22,7 @@ from sret_scale.train.distributed import Ranks, join_ranks
 from sret_scale.train.node.checks import (
     Finding,
     check_apex,
+    check_decoder,
     check_devices,
     check_folder,
     check_locks,
@@ -107,6 +108,8 @@ def test_other_project_called_apex_is_refused(tmp_path: Path) -> None:
 
 def test_folder_that_does_not_exist_yet_is_judged_by_its_parent(tmp_path: Path) -> None:
     assert check_folder(tmp_path / "a" / "b").state in ("ok", "warn")
+    assert [check_decoder(has, False).state for has in (True, False)] == ["ok", "warn"]
+    assert "other sources" in check_decoder(False, True).text
 
 
 @pytest.mark.multi_process

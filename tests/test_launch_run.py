@@ -160,4 +160,4 @@ def test_end_without_a_whole_status_file_is_a_failure(
     if status:
         (tmp_path / "status.json").write_text(status)
     assert exit_status(tmp_path, all_ended_well=True, requests=[]) == 1
-    assert "ended well and left " in capsys.readouterr().err.splitlines()[-1]
+    assert "ended well, and " in capsys.readouterr().err.splitlines()[-1]

@@ -172,7 +172,7 @@ def test_broken_environment_is_named_and_leaves_nothing(
     monkeypatch.undo()
     (project / "sret_scale/train/node").mkdir(parents=True)
     (project / "sret_scale/train/node/packages.py").write_text("import absent_module")
-    with pytest.raises(OSError, match=r"cannot be listed: .*absent_module.*; mend that or unset"):
+    with pytest.raises(OSError, match=r"cannot be listed: .*absent_module.*; fix that or unset"):
         pack(prefix, project, [site])
     assert not list(prefix.glob("sret-scale-*"))
 

@@ -49,7 +49,7 @@ def test_plan_makes_room_for_a_teacher(capsys: pytest.CaptureFixture[str]) -> No
         (["--memory", "1MiB", "--micro-batch", "8"], "next cheaper choice"),
         (["--memory", "lots"], "expected a number of bytes"),
         (["--micro-batch", "0"], "expected a whole number"),
-        (["--memory", "auto"], "--memory auto: no GPU is here"),
+        (["--memory", "auto"], "--memory auto: this machine has no GPU"),
         (["--teacher", "timm:resnet1"], "did you mean"),
         (["--zero-stage", "4"], "zero stage: expected 0, 1, 2 or 3"),
         (["--world-size", "0"], "world size: expected at least 1"),

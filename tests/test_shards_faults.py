@@ -277,7 +277,7 @@ def test_the_command_reports_bad_input_in_a_line(tmp_path: Path, capsys: pytest.
     assert main(["shards", "write", "folder", str(tree), target, "--workers", "0"]) == 2
     skip = ["--on-bad", "skip", "--max-bad-rate", "0.5"]
     assert main(["shards", "write", "folder", str(tree), str(tmp_path / "other"), *skip]) == 0
-    assert "6 samples of 3 classes in 1 shards" in capsys.readouterr().out
+    assert "6 samples of 3 classes in 1 shard," in capsys.readouterr().out
     assert read_manifest(tmp_path / "other").num_rejected == 1
 
 

@@ -185,8 +185,8 @@ def test_a_source_tar_cut_off(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "split", "message"),
     [
-        ("idx", None, "split None of IDX files: expected one of train, test"),
-        ("idx", "train", "no such file, nor with .gz"),
+        ("idx", None, "split of IDX files: expected train or test, got None"),
+        ("idx", "train", "no such file, with or without .gz"),
         ("folder", "train", "an image folder has none"),
         ("folder", None, "no folders in it"),
         ("ilsvrc", "test", "expected train or val"),
@@ -238,7 +238,7 @@ def test_a_folder_that_may_not_be_read() -> None:
         user = os.geteuid()
         os.seteuid(65534 if user == 0 else user)
         try:
-            with pytest.raises(PermissionError, match=f"{IMAGENET_LIKE[1]}: may not be read"):
+            with pytest.raises(PermissionError, match=f"{IMAGENET_LIKE[1]}: cannot be read"):
                 list_samples(tree, None)
         finally:
             os.seteuid(user)

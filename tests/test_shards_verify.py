@@ -36,7 +36,7 @@ def folder(original: Path, tmp_path: Path) -> Path:
 def test_a_sound_set_has_no_findings(original: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert verify_shards(original) == []
     assert main(["shards", "verify", str(original), "--workers", "2"]) == 0
-    assert capsys.readouterr().out == f"{original}: sound\n"
+    assert capsys.readouterr().out == f"{original}: intact\n"
 
 
 def test_100_of_100_flipped_bits_are_found_with_their_sample(folder: Path) -> None:
@@ -74,7 +74,7 @@ def test_the_command_reports_and_exits_with_1(folder: Path, capsys: pytest.Captu
     offset = int(shards.offset[7])
     assert out == [
         f"shard-000000.tar: sample {shards.key(7)!r} at offset {offset}: the image's bytes have changed",
-        f"{folder}: not sound, 1 found",
+        f"{folder}: damaged, 1 found",
     ]
 
 

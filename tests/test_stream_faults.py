@@ -190,4 +190,4 @@ def test_bad_images_of_foreign_shards_are_named(tmp_path: Path, index: int, caps
     assert main(["shards", "verify", str(tmp_path), "--workers", "1"]) == 1
     line, last = capsys.readouterr().out.splitlines()
     assert line.startswith(f"some.tar: sample 'odd' at offset {int(shards.offset[1])}: does not decode: ")
-    assert any(reason in line for reason in reasons.split("|")) and last.endswith("not sound, 1 found")
+    assert any(reason in line for reason in reasons.split("|")) and last.endswith("damaged, 1 found")

@@ -247,7 +247,7 @@ def test_a_stuck_shard_is_named_while_it_is_waited_for(
     steps = _loader(shards, replace(config, stall_s=0.4, workers=1, order="sequential")).steps(LoaderState())
     next(steps)
     steps.close()
-    message = rf"the next batch has been waited for 0 s; in progress: {site.url}/shard-\d+\.tar \(for 0 s\)"
+    message = rf"waiting for the next batch for 0 s now; in progress: {site.url}/shard-\d+\.tar \(for 0 s\)"
     assert re.search(message, caplog.text)
 
 

@@ -169,6 +169,17 @@ def test_without_the_library_the_pixels_are_the_same(monkeypatch: pytest.MonkeyP
     roi._library.cache_clear()
 
 
+def test_a_library_of_older_sources_is_left_alone_and_said(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(roi, "LIBRARY", tmp_path / "_roi_decode.00000002.so")
+    (tmp_path / "_roi_decode.00000001.so").touch()
+    roi._library.cache_clear()
+    assert not roi.is_in_use() and roi.is_stale()
+    assert "python -m data_pipelines.roi" in caplog.text
+    roi._library.cache_clear()
+
+
 @pytest.mark.usefixtures("library")
 def test_a_library_with_other_pixels_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """The build ends with a check: here by another view than the one that is asked for."""

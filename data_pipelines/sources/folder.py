@@ -52,7 +52,7 @@ def _entries(folder: Path) -> list[Path]:
     try:
         return list(folder.iterdir())
     except PermissionError:
-        raise PermissionError(f"{folder}: may not be read; change its permissions or remove it from the tree") from None
+        raise PermissionError(f"{folder}: cannot be read; change its permissions or remove it from the tree") from None
     except FileNotFoundError:
         raise FileNotFoundError(f"{folder}: no such folder") from None
     except NotADirectoryError:

@@ -21,7 +21,7 @@ CLASSES_FILE = "classes.txt"
 def list_samples(folder: Path, split: str | None) -> Listing:
     """The images of one split ("train" or "test") of an IDX folder with the four standard file names."""
     if split is None or split not in PREFIXES:
-        raise ValueError(f"split {split!r} of IDX files: expected one of {', '.join(PREFIXES)}")
+        raise ValueError(f"split of IDX files: expected {' or '.join(PREFIXES)}, got {split!r}")
     images_path = _find(folder, f"{PREFIXES[split]}-images-idx3-ubyte")
     labels_path = _find(folder, f"{PREFIXES[split]}-labels-idx1-ubyte")
     images_NHW, label = read_idx(images_path), read_idx(labels_path).astype(np.int32)
@@ -103,5 +103,5 @@ def _find(folder: Path, name: str) -> Path:
         if path.exists():
             return path
     raise FileNotFoundError(
-        f"{folder / name}: no such file, nor with .gz; name the folder that holds the four IDX files"
+        f"{folder / name}: no such file, with or without .gz; name the folder that holds the four IDX files"
     )

@@ -37,7 +37,7 @@ def list_samples(folder: Path, split: str | None) -> Listing:
         members = sorted(_members(path), key=lambda member: member.name)
         found = list(zip(members, _validation_synsets(folder, len(members)), strict=True))
     else:
-        raise ValueError(f"split {split!r} of ILSVRC 2012: expected train or val")
+        raise ValueError(f"split of ILSVRC 2012: expected train or val, got {split!r}")
     if not found:
         raise ValueError(f"{path}: no images in it")
     class_names = sorted({synset for _, synset in found})

@@ -20,6 +20,8 @@ def draw_contact_sheet(folder: str | Path, *, first: int = 0, num_images: int = 
     """
     shards = open_shards(folder)
     rows = range(first, min(first + num_images, shards.num_samples))
+    if num_images < 1:
+        raise ValueError(f"number of images: expected 1 or more, got {num_images}")
     if first < 0 or not rows:
         raise ValueError(f"{folder}: no images {first} to {first + num_images}; it holds {shards.num_samples:,}")
     columns = min(len(rows), math.ceil(math.sqrt(len(rows) * 4 / 3)))

@@ -70,4 +70,4 @@ def run(args: argparse.Namespace) -> None:
     except OSError as error:
         raise OSError(error.errno, f"cannot make the folder {output}: {error.strerror}; choose another -o") from error
     files = [file for chart in charts + landscape_figures(surfaces) for file in chart.write(output)]
-    print(f"wrote {', '.join(str(file) for file in files if file.suffix == '.svg')}, with PNG and CSV beside")
+    print(f"wrote {', '.join(str(file) for file in files if file.suffix == '.svg')}, each also as PNG and CSV")

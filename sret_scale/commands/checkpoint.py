@@ -63,7 +63,7 @@ def check(args: argparse.Namespace) -> int:
         try:
             if args.action == "verify":
                 verify_checkpoint(path)
-                print(f"{path}: whole")
+                print(f"{path}: intact")
             else:
                 state = read_state(path)
                 num_bytes = sum(file.stat().st_size for file in path.iterdir())

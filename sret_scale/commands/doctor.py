@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     from sret_scale.train.node.inputs import check_shards
 
     if args.teacher and not args.shards:
-        raise ValueError("--teacher needs --shards, whose classes it must have")
+        raise ValueError("--teacher needs --shards: the teacher is checked against their classes")
     if args.dry_run:
         return _dry_run(args)
     failed = 0

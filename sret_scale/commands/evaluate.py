@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     if args.loops is not None and args.loops < 1:
         raise ValueError(f"--loops: expected at least 1, got {args.loops}")
     if args.thresholds and not args.early_exit:
-        raise ValueError("--thresholds says when images stop: give --early-exit too")
+        raise ValueError("--thresholds belongs to --early-exit: give that too, or leave it out")
     if args.dry_run:
         return _dry_run(args)
     if args.early_exit:

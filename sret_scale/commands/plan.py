@@ -98,7 +98,7 @@ def free_bytes(device: str) -> int:
         return int(psutil.virtual_memory().available)
     count = torch.cuda.device_count()
     if not count:
-        raise ValueError("--memory auto: no GPU is here; give its size, such as --memory 80GiB, or --device cpu")
+        raise ValueError("--memory auto: this machine has no GPU; give a size such as --memory 80GiB, or --device cpu")
     return min(torch.cuda.mem_get_info(index)[0] for index in range(count))
 
 

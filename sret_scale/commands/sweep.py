@@ -89,14 +89,15 @@ def run(args: argparse.Namespace) -> int:
 
     hosts = hosts_of(args.hostfile)
     if args.per_gpu and (not hosts or args.jobs != 1):
-        raise ValueError("--per-gpu takes the GPUs of a --hostfile, and as many runs at once as they are: no --jobs")
+        raise ValueError("--per-gpu starts one run on every GPU of a --hostfile: give that file, and no --jobs")
     if hosts and args.ranks is not None:
         raise ValueError("give --hostfile or --ranks, not both: the hostfile's slots are the ranks")
-    world_size = _ranks_of_a_run(args, [len(host.devices) for host in hosts]) or choose_nodes().world_size
-    experiment, planned = load_experiment(args.experiment, world_size, changes=args.overrides, rehearsal=args.rehearse)
+    ranks = _ranks_of_a_run(args, [len(host.devices) for host in hosts])
+    ranks = ranks or [len(host.devices) for host in choose_nodes().hosts]
+    experiment, planned = load_experiment(args.experiment, ranks, changes=args.overrides, rehearsal=args.rehearse)
     folder = args.folder or Path("runs") / (args.experiment.stem + "_rehearsal" * (args.rehearse < 1))
     if args.dry_run:
-        print(_table(args, planned, world_size))
+        print(_table(args, planned, ranks))
         return 0
     for name in ("measure", "speeds", "price_per_hour"):
         if getattr(args, name):
@@ -125,16 +126,16 @@ def _same(args: argparse.Namespace) -> list[str]:
     return [str(args.experiment), *args.overrides, *rehearsal]
 
 
-def _ranks_of_a_run(args: argparse.Namespace, devices: list[int]) -> int | None:
-    """How many ranks each run will have; None where the machine alone tells."""
+def _ranks_of_a_run(args: argparse.Namespace, devices: list[int]) -> list[int]:
+    """How many ranks each run will have on each of its nodes; empty where the machine alone tells."""
     if args.per_gpu:
-        return 1
+        return [1]
     if devices:
-        return sum(devices) if args.jobs == 1 else devices[0]
-    return args.ranks or (1 if args.jobs > 1 else None)
+        return devices if args.jobs == 1 else devices[:1]
+    return [args.ranks or 1] if args.ranks or args.jobs > 1 else []
 
 
-def _table(args: argparse.Namespace, planned: list, world_size: int) -> str:  # type: ignore[type-arg]
+def _table(args: argparse.Namespace, planned: list, ranks: list[int]) -> str:  # type: ignore[type-arg]
     from sret_scale.lab.experiments.forecast import measure_speed, read_speed, sweep_table
 
     if args.measure and args.speeds:
@@ -145,4 +146,4 @@ def _table(args: argparse.Namespace, planned: list, world_size: int) -> str:  # 
             raise ValueError("--price-per-hour needs times: add --measure or --speeds")
         if not 0 <= args.price_per_hour < float("inf"):
             raise ValueError(f"--price-per-hour: expected 0 or more, got {args.price_per_hour}")
-    return sweep_table(planned, world_size=world_size, speed=speed, price_per_hour=args.price_per_hour)
+    return sweep_table(planned, ranks_of_nodes=ranks, speed=speed, price_per_hour=args.price_per_hour)

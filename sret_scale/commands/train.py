@@ -40,18 +40,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Returns the run's exit status."""
-    from sret_scale.train.config import from_yaml, override
+    from sret_scale.train.config import override
     from sret_scale.train.elastic import Elastic, start_elastic
     from sret_scale.train.node.hostfile import hosts_of
-    from sret_scale.train.recipes import recipe
+    from sret_scale.train.recipes import configuration, is_file_name, recipe
     from sret_scale.train.start import start_run
 
     file = Path(args.recipe)
-    is_file = file.suffix in (".yaml", ".yml")
-    config = override(from_yaml(file) if is_file else recipe(args.recipe).config, args.overrides)
+    config = override(configuration(args.recipe), args.overrides)
     is_of_run = file.name == "config.yaml" and (file.parent / "environment.json").exists()
     folder = args.run or (file.parent if is_of_run else Path("runs") / file.stem)
-    if not is_file and args.dry_run:
+    if args.dry_run and not is_file_name(args.recipe):
         print(f"recipe: {recipe(args.recipe).about}")
     hosts = hosts_of(args.hostfile)
     if args.elastic is not None:

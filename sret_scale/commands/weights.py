@@ -98,7 +98,7 @@ def _change(args: argparse.Namespace) -> None:
     from sret_scale.train.evaluate_main import evaluator_of
 
     if args.out.suffix != ".safetensors":
-        raise ValueError(f"expected a file to write that ends in .safetensors, got {args.out}")
+        raise ValueError(f"the file to write must end in .safetensors, got {args.out}")
     model, measure = evaluator_of(args.run, args.shards, args.weights, None)
     if args.action == "grow":
         if args.loops < 1:

@@ -79,7 +79,9 @@ class DistillConfig:
                 f"distill.teacher_micro_batch_size: expected 1 or more, got {self.teacher_micro_batch_size}"
             )
         if self.teacher_compile and self.teacher_placement == "sharded":
-            raise ValueError("distill.teacher_compile: not for a sharded teacher; set one of the two back")
+            raise ValueError(
+                "distill.teacher_compile: does not work with distill.teacher_placement=sharded; change one of the two"
+            )
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"distill.{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")

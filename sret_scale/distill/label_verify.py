@@ -45,7 +45,9 @@ def plan_teacher(plan: LabelPlan, spec: str | None, device: torch.device, load_r
     for member, member_now in zip(members, now.get("members", [now]), strict=True):
         differing = [name for name in member if name != "spec" and member[name] != member_now[name]]
         if differing:
-            raise ValueError(f"teacher {member['spec']!r} is another one now: its {', '.join(differing)} differ")
+            raise ValueError(
+                f"teacher {member['spec']!r} has changed since the labels were written: {', '.join(differing)} differ"
+            )
     return teacher
 
 

@@ -134,7 +134,7 @@ def save_plan(folder: Path, plan: LabelPlan) -> None:
     ]
     if names:
         differing = "; ".join(f"{name} {getattr(there, name)}, now {getattr(plan, name)}" for name in names)
-        raise ValueError(f"{folder}: holds a store of another plan ({differing[:400]}); choose another folder")
+        raise ValueError(f"{folder}: holds labels made with other settings ({differing[:400]}); choose another folder")
 
 
 def is_written(job: LabelJob, unit: Unit) -> bool:

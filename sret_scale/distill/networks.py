@@ -34,7 +34,7 @@ def load_network(spec: TeacherSpec, *, num_classes: int, load_run: LoadRun) -> N
         case "timm":
             return _from_timm(spec, num_classes)
         case "labels":
-            raise ValueError(f"teacher {spec.text!r}: stored labels are no network that can be asked about an image")
+            raise ValueError(f"teacher {spec.text!r}: stored labels cannot answer about new images; name a network")
         case kind:
             module, image_size = efficientnet_lite.load_efficientnet_lite(kind)
             mean, std = efficientnet_lite.MEAN, efficientnet_lite.STD

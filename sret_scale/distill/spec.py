@@ -45,7 +45,7 @@ def stored_labels(text: str | None) -> Path | None:
     if not any(part.kind == "labels" for part in parts):
         return None
     if len(parts) > 1:
-        raise ValueError(f"teacher {text!r}: stored labels cannot be joined with others; write them of the joined ones")
+        raise ValueError(f"teacher {text!r}: stored labels cannot be combined; write labels of the combined teachers")
     return Path(parts[0].value)
 
 

@@ -124,7 +124,7 @@ def load_run(folder: Path) -> Run:
 def _run_folders_in(path: Path) -> list[Path]:
     if not path.exists():
         raise FileNotFoundError(
-            f"no run folder {path}: it does not exist. Training writes one folder a run under runs/"
+            f"no run folder {path}: it does not exist (training writes one folder per run, by default under runs/)"
         )
     if not path.is_dir():
         raise ValueError(f"{path} is a file, not a run folder: name the folder that has config.yaml and metrics.jsonl")
@@ -164,11 +164,11 @@ def _read_json(path: Path, folder: Path) -> dict[str, Any]:
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise FileNotFoundError(
-            f"{folder} has no {path.name}: the run ended before it began, or another version wrote it"
+            f"{folder} has no {path.name}: the run failed before its first step, or another version wrote it"
         ) from None
     except ValueError as error:
         raise ValueError(
-            f"{path} is not valid JSON ({error}): the run was killed while it wrote it, start it again"
+            f"{path} is not valid JSON ({error}): the run was killed while writing it; start the run again"
         ) from None
     return _mapping(value, path)
 
@@ -178,7 +178,7 @@ def _read_yaml(path: Path, folder: Path) -> dict[str, Any]:
         value = yaml.load(path.read_bytes(), Loader=yaml.CSafeLoader)
     except FileNotFoundError:
         raise FileNotFoundError(
-            f"{folder} has no config.yaml: the run ended before it began, or another version wrote it"
+            f"{folder} has no config.yaml: the run failed before its first step, or another version wrote it"
         ) from None
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML ({' '.join(str(error).split())}): train the run again") from None

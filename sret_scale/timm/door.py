@@ -85,7 +85,7 @@ def _published_model(timm: ModuleType, name: str) -> nn.Module:
         model: nn.Module = timm.create_model(name, pretrained=True)
     except (OSError, RuntimeError) as error:
         raise ValueError(
-            f"no published weights for timm:{name}: {type(error).__name__}; without a network give them as "
+            f"cannot get the published weights of timm:{name}: {type(error).__name__}; without a network give them as "
             f"timm:{name}?checkpoint=FILE"
         ) from error
     return model

@@ -70,8 +70,8 @@ def save_checkpoint(
         reason = _reason(error)
         raise OSError(
             getattr(error, "errno", None) or errno.EIO,
-            f"cannot save checkpoint {final} ({num_bytes:,} bytes of tensors): {reason}; checkpoints saved before are "
-            "intact: free the cause and run the same command again",
+            f"cannot save checkpoint {final} ({num_bytes:,} bytes of tensors): {reason}; earlier checkpoints are "
+            "intact: remove the cause and run the same command again",
         ) from error
     _remove_leftovers(folder)
     return final
@@ -151,7 +151,7 @@ def newest_valid(folder: Path, report: Callable[[str], None]) -> Path | None:
             return path
     if checkpoints:
         raise CheckpointError(
-            f"none of the {len(checkpoints)} checkpoints in {folder} is whole (see above); "
+            f"none of the {len(checkpoints)} checkpoints in {folder} is intact (see above); "
             "restore one, or start over with --fresh"
         )
     return None

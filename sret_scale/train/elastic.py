@@ -85,7 +85,9 @@ def start_elastic(
     run's own and ends it too. Raises what `start_run` raises, and ValueError when too few hosts are left.
     """
     if config.distill.num_teacher_ranks == "auto":
-        raise ValueError("--elastic needs a number of distill.num_teacher_ranks: a --dry-run without it tells the best")
+        raise ValueError(
+            "--elastic needs distill.num_teacher_ranks as a number: a --dry-run without --elastic finds the best"
+        )
     if not hosts:
         raise ValueError("--elastic needs a --hostfile; inside Slurm a job that loses a node is requeued")
     remaining = list(hosts) if dry_run else _without_lost(hosts, path)

@@ -113,7 +113,11 @@ def _supervise(starts: Sequence[NodeStart], job: Job, requests: list[int]) -> bo
                 break
             lost = [name for name, agent in agents.items() if agent.returncode not in (None, 0)]
             if len(requests) > told:
-                print("stopping: the ranks save and end; once more ends them at once", file=sys.stderr, flush=True)
+                print(
+                    "stopping: the ranks save their state and end; a second signal ends them at once",
+                    file=sys.stderr,
+                    flush=True,
+                )
                 _tell(running, "stop\n" if told == 0 else "kill\n")
                 deadline_s = min(deadline_s, time.monotonic() + (job.stop_grace_s + 10 if told == 0 else 10))
                 told = len(requests)
@@ -183,5 +187,5 @@ def exit_status(run_folder: Path, all_ended_well: bool, requests: Sequence[int])
         return 128 + requests[-1]
     ended = "ended well" if all_ended_well else "failed"
     state = status.get("state", "no status.json")
-    print(f"error: the processes {ended} and left {state} in {run_folder}: the run failed", file=sys.stderr)
+    print(f"error: the run failed: its processes {ended}, and {run_folder} says {state}", file=sys.stderr)
     return code if isinstance(code, int) and code != 0 else 1

@@ -1,13 +1,14 @@
 """Recipes: complete run configurations by name. Each says where its values come from and what it should reach."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from data_pipelines.augment import AugmentConfig
 from data_pipelines.loader import DataConfig
 from sret_scale.distill import DistillConfig
 from sret_scale.memory import MemoryConfig
 from sret_scale.model import PRESETS, preset
-from sret_scale.train.config import EngineConfig, OptimConfig, RunConfig, TrainConfig, nearest
+from sret_scale.train.config import EngineConfig, OptimConfig, RunConfig, TrainConfig, from_yaml, nearest
 
 IMAGENET_IMAGES = 1_281_167
 # Crop and flip alone; those belong to the data.
@@ -30,6 +31,21 @@ def recipe(name: str) -> Recipe:
         base = RECIPES["sret"]
         return replace(base, config=replace(base.config, model=preset(name)))
     raise ValueError(f"no recipe or model preset {name!r}: {nearest(name, [*RECIPES, *PRESETS])}")
+
+
+def configuration(name: str) -> RunConfig:
+    """Of a recipe, a model preset, or a YAML file, which its ending tells; ValueError or OSError for none of these."""
+    file = Path(name)
+    if is_file_name(name):
+        return from_yaml(file)
+    if file.is_dir():
+        raise ValueError(f"{name} is a folder: expected its configuration, {file / 'config.yaml'}")
+    return recipe(name).config
+
+
+def is_file_name(name: str) -> bool:
+    """True for what is read as a file and not looked up among the recipes."""
+    return name.endswith((".yaml", ".yml"))
 
 
 def _sret() -> RunConfig:

@@ -49,6 +49,19 @@ def student_ranks(ranks_of_nodes: Sequence[int], num_teacher_ranks: int) -> list
     return [number - num_teacher_ranks for number in ranks_of_nodes]
 
 
+def num_students(config: RunConfig, ranks_of_nodes: Sequence[int]) -> int:
+    """The ranks of a job that train: they share its global batch and its optimizer's state.
+
+    ValueError for `auto`, which stands for a number only when a run starts, and where a node would have no student.
+    """
+    if config.distill.num_teacher_ranks == "auto":
+        raise ValueError(
+            "distill.num_teacher_ranks=auto: expected a number, since the ranks that train are counted here; "
+            "`train --dry-run` finds the best"
+        )
+    return sum(student_ranks(ranks_of_nodes, teacher_ranks_of(config)))
+
+
 def place_of(ranks: Ranks, num_teacher_ranks: int) -> Ranks | TeacherPlace:
     """Where this process stands. `ranks`: its place in the whole job, as the launcher wrote it."""
     if num_teacher_ranks == 0:

@@ -39,7 +39,8 @@ def run(args: argparse.Namespace) -> int:
     teacher = plan_teacher(store.plan, args.teacher, torch.device(args.device), load_teacher_run)
     result = verify_records(store, shards, teacher, num_records=args.records, seed=args.seed)
     print(
-        f"{result.num_records} records asked again: probabilities differ by at most {result.largest_difference:.2e} "
-        f"(sample {result.worst_key!r}, view {result.worst_view}), allowed {args.tolerance:.1e}"
+        f"{result.num_records} records compared with the teacher: probabilities differ by at most "
+        f"{result.largest_difference:.2e} (sample {result.worst_key!r}, view {result.worst_view}), allowed are "
+        f"{args.tolerance:.1e}"
     )
     return 0 if result.largest_difference <= args.tolerance else 1

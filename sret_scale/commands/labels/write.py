@@ -57,17 +57,13 @@ def run(args: argparse.Namespace) -> int:
     from data_pipelines.index import open_shards
     from sret_scale.distill import build_teacher
     from sret_scale.distill.label_writer import LabelJob, plan_labels, write_labels
-    from sret_scale.train.config import RunConfig, from_yaml, override
+    from sret_scale.train.config import RunConfig, override
     from sret_scale.train.load import load_teacher_run
-    from sret_scale.train.recipes import recipe
+    from sret_scale.train.recipes import configuration
 
     if not 0 <= args.rank < args.world_size:
         raise ValueError(f"--rank: expected 0 to {args.world_size - 1}, got {args.rank}")
-    base = RunConfig()
-    if args.recipe:
-        is_file = Path(args.recipe).suffix in (".yaml", ".yml")
-        base = from_yaml(Path(args.recipe)) if is_file else recipe(args.recipe).config
-    config = override(base, args.set)
+    config = override(configuration(args.recipe) if args.recipe else RunConfig(), args.set)
     data = dataclasses.replace(config.data, view_seed=config.data.view_seed or 0)
     shards = open_shards(args.shards)
     device = torch.device(args.device or default_device())

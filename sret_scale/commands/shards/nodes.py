@@ -19,6 +19,8 @@ import threading
 import time
 from pathlib import Path
 
+from sret_scale.train.node.errors import in_words
+
 _LOCAL_NAMES = ("localhost", "127.0.0.1")
 _LOOK_EVERY_S = 0.2
 
@@ -101,7 +103,7 @@ def main() -> int:
     try:
         run(argparse.Namespace(**values, hostfile=None))
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {in_words(error)}", file=sys.stderr)
         return 2
     return 0
 

@@ -30,5 +30,5 @@ def run(args: argparse.Namespace) -> int:
         )
     for finding in findings:
         print(finding)
-    print(f"{args.folder}: {f'not sound, {len(findings)} found' if findings else 'sound'}")
+    print(f"{args.folder}: {f'damaged, {len(findings)} found' if findings else 'intact'}")
     return 1 if findings else 0

@@ -88,5 +88,6 @@ def run(args: argparse.Namespace) -> None:
     num_bytes = sum(shard.bytes for shard in manifest.shards)
     print(
         f"{args.target}: {manifest.num_samples:,} samples of {len(manifest.class_names)} classes in"
-        f" {len(manifest.shards)} shards, {num_bytes / 2**20:,.1f} MiB, {manifest.num_rejected} images left out"
+        f" {len(manifest.shards)} {'shard' if len(manifest.shards) == 1 else 'shards'}, {num_bytes / 2**20:,.1f} MiB,"
+        f" {manifest.num_rejected} images left out"
     )

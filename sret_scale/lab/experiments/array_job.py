@@ -26,7 +26,7 @@ def array_file(options: str, experiment: Sequence[str], folder: Path, *, num_run
         name = _KEYS[key]
         is_count = name in ("cpus_per_node", "gpus_per_node")
         if is_count and not value.isdecimal():
-            raise ValueError(f"--slurm: {key} is a number, got {value!r}")
+            raise ValueError(f"--slurm: {key} must be a number, got {value!r}")
         given[name] = int(value) if is_count else value
     missing = [key for key in ("time", "cpus") if _KEYS[key] not in given]
     if missing:
@@ -41,7 +41,9 @@ def array_task(num_runs: int) -> int:
     """Which run this task of the array is; ValueError outside an array, or in one of another experiment."""
     text = os.environ.get("SLURM_ARRAY_TASK_ID", "")
     if not text.isdecimal():
-        raise ValueError("--array-task: expected SLURM_ARRAY_TASK_ID in the environment; the batch file is --slurm's")
+        raise ValueError(
+            "--array-task: expected SLURM_ARRAY_TASK_ID to be set; submit the batch file that --slurm prints"
+        )
     if int(text) >= num_runs:
-        raise ValueError(f"--array-task: task {text} of an experiment of {num_runs} runs: print the batch file anew")
+        raise ValueError(f"--array-task: task {text} of an experiment of {num_runs} runs: print the batch file again")
     return int(text)

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from sret_scale.lab.experiments.matching import Match, counts, matched, with_images
-from sret_scale.train.config import RunConfig, build, from_yaml, override, parse_yaml
-from sret_scale.train.recipes import recipe
+from sret_scale.train.config import RunConfig, build, override, parse_yaml
+from sret_scale.train.recipes import configuration, is_file_name
 
 NAME_LENGTH = 100
 
@@ -61,12 +61,12 @@ class PlannedRun:
 
 
 def load_experiment(
-    file: Path, world_size: int = 1, *, changes: Sequence[str] = (), rehearsal: float = 1.0
+    file: Path, ranks_of_nodes: Sequence[int] = (1,), *, changes: Sequence[str] = (), rehearsal: float = 1.0
 ) -> tuple[Experiment, list[PlannedRun]]:
     """The experiment of a file and its runs, in order. ValueError names the field, or the run and the bound.
 
-    The ranks of a run matter to equal_memory alone: they share the global batch and the optimiser's state. `changes`
-    are `section.field=value` for every run, `rehearsal` the part of its images that each sees.
+    The ranks of a run matter to equal_memory alone: those that train share the global batch and the optimizer's state.
+    `changes` are `section.field=value` for every run, `rehearsal` the part of its images that each sees.
     """
     tree = parse_yaml(file.read_text(encoding="utf-8"), source=str(file))
     if not isinstance(tree, dict):
@@ -75,14 +75,18 @@ def load_experiment(
         tree["fixed"] = tree.pop("set")
     try:
         experiment: Experiment = build(Experiment, tree)
-        planned = plan_runs(experiment, file.parent, world_size, changes=changes)
+        planned = plan_runs(experiment, file.parent, ranks_of_nodes, changes=changes)
         return experiment, [_rehearsed(run, rehearsal) for run in planned]
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
 
 
 def plan_runs(
-    experiment: Experiment, folder: Path = Path(), world_size: int = 1, *, changes: Sequence[str] = ()
+    experiment: Experiment,
+    folder: Path = Path(),
+    ranks_of_nodes: Sequence[int] = (1,),
+    *,
+    changes: Sequence[str] = (),
 ) -> list[PlannedRun]:
     """Every run with its configuration, matched to the base as the experiment asks, under a name of its own."""
     own = _assignments(experiment.fixed)
@@ -93,13 +97,13 @@ def plan_runs(
         name = _run_name({"name": variation["name"]} if "name" in variation else fields)
         if name in planned:
             raise ValueError(
-                f"two runs would be called {name!r}: they do not differ, or only in signs a name cannot have"
+                f"two runs would be called {name!r}: they do not differ, or only in characters that names cannot hold"
             )
         try:
             start = override(_base(variation["base"], folder), own) if "base" in variation else base
             # Once more after the fields: a run that takes another model would undo a change of it.
             config = override(start, [*_assignments(fields), *changes])
-            config = matched(config, base, experiment.match, varied=fields, world_size=world_size)
+            config = matched(config, base, experiment.match, varied=fields, ranks_of_nodes=ranks_of_nodes)
         except ValueError as error:
             raise ValueError(f"run {name}: {error}") from error
         planned[name] = _planned(name, config)
@@ -125,13 +129,13 @@ def _rehearsed(run: PlannedRun, ratio: float) -> PlannedRun:
 
 
 def _base(name: str, folder: Path) -> RunConfig:
-    if not name.endswith((".yaml", ".yml")):
-        return recipe(name).config
+    if not is_file_name(name):
+        return configuration(name)
     beside = folder / name
     file = beside if beside.exists() else Path(name)
     if not file.exists():
         raise ValueError(f"base: there is no {beside}" + ("" if beside == file else f", and no {file}"))
-    return from_yaml(file)
+    return configuration(str(file))
 
 
 def _variations(experiment: Experiment) -> list[dict[str, Any]]:

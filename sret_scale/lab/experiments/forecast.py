@@ -17,6 +17,7 @@ from sret_scale.lab.numbers import binary_size, compact, duration, grouped
 from sret_scale.memory import MemoryConfig
 from sret_scale.model import SReTConfig
 from sret_scale.train.config import RunConfig
+from sret_scale.train.roles import num_students
 from sret_scale.train.teacher_plan import student_step_s
 
 MEASURED_IMAGES = 8
@@ -89,7 +90,7 @@ def _seconds_an_image(config: RunConfig) -> float:
 def sweep_table(
     planned: Sequence[PlannedRun],
     *,
-    world_size: int = 1,
+    ranks_of_nodes: Sequence[int] = (1,),
     speed: Speed | None = None,
     price_per_hour: float | None = None,
 ) -> str:
@@ -105,7 +106,9 @@ def sweep_table(
         images = run.config.train.total_images
         row = [run.name, grouped(run.applications), compact(run.parameters), compact(run.macs), grouped(images)]
         row.append(compact(_flops(run)))
-        row.append(binary_size(_memory(run.config.model, _MemoryKey.of(run.config, world_size))))
+        row.append(
+            binary_size(_memory(run.config.model, _MemoryKey.of(run.config, num_students(run.config, ranks_of_nodes))))
+        )
         if speed is not None:
             run_s = speed.run_s(run)
             total_s += run_s

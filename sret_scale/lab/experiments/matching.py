@@ -11,7 +11,7 @@ A rule that a run cannot keep is a ValueError with the bound.
 
 import functools
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any, Literal, get_args
 
@@ -22,6 +22,7 @@ from sret_scale.memory.step import DEVICES
 from sret_scale.model import SReTConfig, describe
 from sret_scale.train.config import RunConfig
 from sret_scale.train.ds_config import load_ds_config, precision_of, zero_stage_of
+from sret_scale.train.roles import num_students
 
 Match = Literal["equal_images", "equal_flops", "equal_parameters", "equal_memory"]
 PARAMETER_TOLERANCE = 0.01
@@ -38,7 +39,9 @@ def counts(model: SReTConfig) -> dict[str, Any]:
     return describe(model)
 
 
-def matched(config: RunConfig, base: RunConfig, rule: Match, *, varied: Collection[str], world_size: int) -> RunConfig:
+def matched(
+    config: RunConfig, base: RunConfig, rule: Match, *, varied: Collection[str], ranks_of_nodes: Sequence[int]
+) -> RunConfig:
     """`config` changed so that it is equal to `base` in what the rule names. `varied` are the fields the run sets."""
     assert rule in get_args(Match)
     if rule == "equal_flops":
@@ -52,7 +55,8 @@ def matched(config: RunConfig, base: RunConfig, rule: Match, *, varied: Collecti
         return replace(config, model=with_parameters(config.model, counts(base.model)["parameters"]))
     if rule == "equal_memory":
         _require_free(rule, varied, _CHOSEN_BY_MEMORY)
-        return within_memory(config, memory_of(base, world_size), world_size)
+        budget_bytes = memory_of(base, num_students(base, ranks_of_nodes))
+        return within_memory(config, budget_bytes, num_students(config, ranks_of_nodes))
     return config
 
 
@@ -151,7 +155,10 @@ def _with_ratio(model: SReTConfig, parameters: int) -> SReTConfig:
 
 
 def memory_of(config: RunConfig, world_size: int) -> int:
-    """Bytes that a run needs on a rank: its budget, or what is predicted for state and activations together."""
+    """Bytes that a run needs on a rank: its budget, or what is predicted for state and activations together.
+
+    world_size: the ranks that train.
+    """
     if config.memory.budget_bytes is not None:
         return config.memory.budget_bytes
     ds_config = load_ds_config(config.engine.ds_config)
@@ -177,7 +184,7 @@ def within_memory(config: RunConfig, budget_bytes: int, world_size: int) -> RunC
     if remainder:
         raise ValueError(
             f"equal_memory: train.global_batch_size={config.train.global_batch_size} is not a multiple of the "
-            f"{world_size} ranks"
+            f"{world_size} ranks that train"
         )
     plans, refusal = [], ""
     for size in reversed([size for size in range(1, min(per_rank, MAX_MICRO_BATCH) + 1) if per_rank % size == 0]):

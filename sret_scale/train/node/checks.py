@@ -14,6 +14,7 @@ from typing import Literal
 
 import psutil
 
+from data_pipelines import roi
 from sret_scale.train.node.build_lock import clear_stale_locks
 from sret_scale.train.node.places import visible_gpus
 
@@ -43,6 +44,7 @@ def check_machine(folder: Path) -> Iterator[Finding]:
     yield check_torchvision()
     yield check_apex(importlib.util.find_spec("apex"))
     yield check_devices()
+    yield check_decoder(roi.is_in_use(), roi.is_stale())
     yield check_folder(folder)
     yield check_locks()
     yield check_own_name()
@@ -102,6 +104,15 @@ def check_devices() -> Finding:
         return Finding(name="devices", state="fail", text=text, advice="install a torch build for your driver's CUDA")
     cores, memory = len(os.sched_getaffinity(0)), psutil.virtual_memory().total / 2**30
     return Finding(name="devices", state="ok", text=f"no GPU; {cores} CPU cores, {memory:.0f} GiB of memory")
+
+
+def check_decoder(is_in_use: bool, is_stale: bool) -> Finding:
+    """The optional library that decodes JPEGs belongs to these sources: without it runs are right, but slower."""
+    if is_in_use:
+        return Finding(name="JPEG decoder", state="ok", text="compiled")
+    text = "compiled from other sources, and not used" if is_stale else "not compiled; whole images are decoded"
+    advice = "python -m data_pipelines.roi builds it (needs a C compiler and libjpeg-turbo's headers)"
+    return Finding(name="JPEG decoder", state="warn", text=text, advice=advice)
 
 
 def check_folder(folder: Path) -> Finding:

@@ -80,6 +80,13 @@ def _read(path: Path) -> RankError:
     return RankError(**{field.name: content[field.name] for field in fields(RankError)})
 
 
+def in_words(error: BaseException) -> str:
+    """What an exception says, an operating system's refusal without its number: `FILE: No such file or directory`."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error)
+
+
 def now_s() -> float:
     """Seconds since 1970; the clocks of nodes must agree to well under a second for the order to be right."""
     return time.time()

@@ -27,7 +27,7 @@ def check_host_name(name: str, where: str) -> str:
     if not _HOST_NAME.fullmatch(name):
         raise ValueError(
             f"{where}: {name!r} is not a host name: expected letters, digits, dots, hyphens and underscores, "
-            "beginning with a letter or digit (user names and ports belong into ~/.ssh/config)"
+            "beginning with a letter or digit (user names and ports belong in ~/.ssh/config)"
         )
     return name
 

@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from sret_scale.train.node.errors import RankError, log_path, now_s, write_error
+from sret_scale.train.node.errors import RankError, in_words, log_path, now_s, write_error
 from sret_scale.train.node.orphans import STOP_SIGNALS, die_with_parent
 
 
@@ -50,7 +50,7 @@ def run_module(run_folder: Path, module: str, arguments: Sequence[str]) -> int:
             time_s=now_s(),
             rank=int(os.environ["RANK"]),
             host=socket.gethostname(),
-            message=str(error) if expected and str(error) else f"{type(error).__name__}: {error}",
+            message=in_words(error) if expected and str(error) else f"{type(error).__name__}: {error}",
             exit_code=2 if expected else 1,
             trace="" if expected else trace,
         )

@@ -135,7 +135,7 @@ def _packages(project: Path) -> set[str]:
     process = subprocess.run(command, env=environment, capture_output=True, text=True)
     if process.returncode:
         lines = process.stderr.splitlines() or [f"exit status {process.returncode}"]
-        raise OSError(f"{LOCAL}: what ranks import cannot be listed: {lines[-1]}; mend that or unset {LOCAL}")
+        raise OSError(f"{LOCAL}: what ranks import cannot be listed: {lines[-1]}; fix that or unset {LOCAL}")
     return set(json.loads(process.stdout.splitlines()[-1]))
 
 
