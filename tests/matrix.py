@@ -1,26 +1,31 @@
-"""The axes of the engine's parity matrix, its cells, and the rank process that trains them one after another.
+"""The engine's parity matrix: its axes, its cells, and the rank process that trains them one after another.
 
-`python -m tests.matrix OUT_FOLDER CELL ...` is one rank: it joins its process group once, and leaves for each cell what
-20 optimizer steps made of a small SReT, whose tied blocks are used 2 and 40 times.
+`python -m tests.matrix TASK` is one rank: it joins its process group once, trains each cell of the task for 20
+optimizer steps of a small SReT, whose tied blocks are used 2 and 40 times, and compares what came out with a plain
+loop. `python -m tests.product` runs them all.
 """
 
+import functools
+import gc
 import itertools
+import json
 import math
 import sys
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sret_scale.memory import MemoryConfig, apply_recomputation
 from sret_scale.model import Noise, SReT, SReTConfig, Stage, StageConfig
 from sret_scale.train.config import OptimConfig
-from sret_scale.train.distributed import leave, ranks_from_environment
+from sret_scale.train.distributed import from_rank, leave, ranks_from_environment
 from sret_scale.train.ds_config import load_ds_config
 from sret_scale.train.engine import Engine, start_communication
 from sret_scale.train.optim import WeightAverage, build_optimizer, set_rates
@@ -75,6 +80,9 @@ AXES: dict[str, tuple[Any, ...]] = {
 
 def all_cells() -> list[Cell]:
     return [Cell(**dict(zip(AXES, values, strict=True))) for values in itertools.product(*AXES.values())]
+
+
+CELLS = {cell.name: cell for cell in all_cells()}
 
 
 def pairs_of(cell: Cell) -> set[tuple[tuple[str, Any], tuple[str, Any]]]:
@@ -199,16 +207,94 @@ def plain_loop(precision: str, accumulation: str, *, clipping: bool) -> dict[str
     }
 
 
-def main(folder: Path, names: list[str]) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """How far a cell's weights and averages came out from those of the plain loop."""
+
+    largest: float
+    """Absolute, over all weights and averages."""
+    share: float
+    """L2 over all weights, relative to the way that they went in training."""
+    problem: str
+    """What does not hold; empty where all does."""
+
+
+def compare(cell: Cell, got: dict[str, Tensor], plain: dict[str, Tensor]) -> Found:
+    """Hold what a cell made against what the plain loop of its precision, accumulation and clipping made."""
+    start = make_model().state_dict()
+    names = [name for name in plain if cell.ema or not name.startswith("ema.")]
+    if sorted(got) != sorted(names):
+        return Found(largest=math.nan, share=math.nan, problem="other names than the plain loop's")
+    moved = sum(float((plain[name] - start[name]).square().sum()) for name in start)
+    apart = sum(float((got[name] - plain[name]).square().sum()) for name in start)
+    # torch's max, because Python's drops a NaN that does not come first.
+    largest = float(torch.stack([(got[name] - plain[name]).abs().max() for name in names]).max())
+    problems = []
+    if cell.precision == "fp32" and not largest <= 1e-6:
+        problems.append("further apart than 1e-6")
+    # A batch cut over ranks rounds other sums to bf16, and Adam gives small gradients full steps (seen: 2.5 %).
+    if cell.precision == "bf16" and not apart <= 0.05**2 * moved:
+        problems.append("further apart than 5 % of the way")
+    if cell.world_size == 1 and cell.precision == "fp32" and not cell.clipping:
+        # Nothing is summed in another order: recomputation, ZeRO and accumulation change no bit.
+        others = [name for name in names if not torch.equal(got[name], plain[name])]
+        if others:
+            problems.append(f"other bits: {len(others)} tensors, first {others[0]}")
+    return Found(largest=largest, share=(apart / moved) ** 0.5, problem="; ".join(problems))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What the rank processes of one start have to do."""
+
+    cells: tuple[str, ...]
+    plain: str
+    """The folder of the plain loops' weights."""
+    out: str
+    """The file to which rank 0 adds a line for each cell."""
+    commit: str
+    until_s: float = math.inf
+    """No cell begins later, in Unix time."""
+
+    def save(self, file: Path) -> None:
+        file.write_text(json.dumps(asdict(self)))
+        for name in self.cells:
+            # All ways of computing and all numbers of ranks share one plain loop.
+            cell = CELLS[name]
+            if not plain_file(Path(self.plain), cell).exists():
+                plain = plain_loop(cell.precision, cell.accumulation, clipping=cell.clipping)
+                save_file(plain, plain_file(Path(self.plain), cell))
+
+
+def plain_file(folder: Path, cell: Cell) -> Path:
+    return folder / f"plain-{cell.precision}-{cell.accumulation}-{cell.clipping}.safetensors"
+
+
+def main(file: Path) -> None:
+    """Do the task that lies in `file`."""
+    task = Task(**json.loads(file.read_text()))
     ranks = ranks_from_environment()
     start_communication(ranks)
-    for cell in all_cells():
-        if cell.name in names:
-            result = train_cell(cell, ranks.rank)
-            if ranks.is_main:
-                save_file(result, folder / f"{cell.name}.safetensors")
+    known_plain = functools.cache(load_file)
+    # What is imported stays; without this, collections of garbage, which DeepSpeed forces, walk all of it.
+    gc.freeze()
+    for name in task.cells:
+        if from_rank(time.time() > task.until_s):
+            break
+        started_s, started_cpu_s = time.monotonic(), time.process_time()
+        result = train_cell(CELLS[name], ranks.rank)
+        if ranks.is_main:
+            line = {
+                "cell": name,
+                "commit": task.commit,
+                **asdict(compare(CELLS[name], result, known_plain(plain_file(Path(task.plain), CELLS[name])))),
+                "wall_s": time.monotonic() - started_s,
+                "cpu_s": time.process_time() - started_cpu_s,
+            }
+            with Path(task.out).open("a") as out:
+                out.write(json.dumps(line) + "\n")
     leave()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    main(Path(sys.argv[1]))
