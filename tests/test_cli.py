@@ -22,11 +22,28 @@ def test_errors_are_said_without_pythons_numbers(error: Exception, words: str) -
     assert in_words(error) == words
 
 
+FILES = {
+    "empty.yaml": b"",
+    "cut.yaml": b"train: {seed: 1}\ndata: [",
+    "twice.yaml": b"train:\n  seed: 1\n  seed: 2\n",
+    "binary.yaml": b"\xff\xfe\x00",
+    "other.yaml": b"train: {sed: 1}",
+}
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
         (["train", "missing.yaml"], "error: missing.yaml: No such file or directory"),
         (["train", "runs/old"], "error: runs/old is a folder: expected its configuration, runs/old/config.yaml"),
+        (["train", "empty.yaml"], "error: empty.yaml: expected sections of a run configuration, got NoneType"),
+        (["train", "cut.yaml"], "error: cut.yaml is not valid YAML in line 2: expected "),
+        (["train", "twice.yaml"], "error: twice.yaml line 3: the key 'seed' is given twice"),
+        (["train", "binary.yaml"], "error: binary.yaml is not text in UTF-8"),
+        (["train", "other.yaml"], "error: other.yaml: unknown key 'train.sed': did you mean 'seed'?"),
+        (["train", "sret_t", "train.seed=a"], "error: train.seed: expected a valid integer, got 'a' (str)"),
+        (["train", "sret_t", "train.image_mean=[1]"], "error: train.image_mean: expected more values, got [1] (list)"),
+        (["checkpoint", "info", "absent"], "error: no run folder absent"),
         (["train", "train.seed=1"], "error: no recipe or model preset 'train.seed=1'"),
         (
             ["labels", "write", "a", "b", "--teacher", "t", "--views", "1", "--top-k", "1", "--recipe", "runs/old"],
@@ -34,11 +51,13 @@ def test_errors_are_said_without_pythons_numbers(error: Exception, words: str) -
         ),
     ],
 )
-def test_a_wrong_recipe_is_one_line(
+def test_a_wrong_name_file_or_value_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], expected: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs/old").mkdir(parents=True)
+    for name, text in FILES.items():
+        (tmp_path / name).write_bytes(text)
     assert main(words) == 2
     error = capsys.readouterr().err
     assert expected in error and error.count("\n") == 1

@@ -340,7 +340,7 @@ def test_packing_needs_a_hostfile_and_no_jobs(tmp_path: Path, base: str, capsys:
     (tmp_path / "hosts").write_text("localhost slots=1\n")
     for extra in ([], ["--hostfile", str(tmp_path / "hosts"), "--jobs", "2"]):
         assert cli.main(["sweep", base, "--per-gpu", *extra]) == 2
-        assert "--per-gpu takes the GPUs of a --hostfile" in capsys.readouterr().err
+        assert "--per-gpu starts one run on every GPU of a --hostfile" in capsys.readouterr().err
 
 
 def test_the_table_says_what_each_run_costs(tmp_path: Path, base: str) -> None:

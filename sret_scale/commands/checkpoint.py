@@ -55,9 +55,11 @@ def check(args: argparse.Namespace) -> int:
     from sret_scale.train.checkpoint import CheckpointError, list_checkpoints, read_state, verify_checkpoint
     from sret_scale.train.run_folder import RunFolder
 
+    if not args.run.is_dir():
+        raise FileNotFoundError(f"no run folder {args.run}: expected the folder of a run")
     checkpoints = list_checkpoints(RunFolder(args.run).checkpoints)
     if not checkpoints:
-        raise FileNotFoundError(f"{args.run} has no checkpoints")
+        raise FileNotFoundError(f"{args.run} has no checkpoints: expected the folder of a run that has saved one")
     num_bad = 0
     for path in checkpoints:
         try:

@@ -56,15 +56,29 @@ def open_stored_teacher(
 
     Raises ValueError or OSError when it is damaged, unfinished, or does not belong to the run's shards and views.
     """
+    store = open_matching_labels(folder, config, shards=shards, data=data, augment=augment, run_seed=run_seed)
+    check_files(folder, store.plan, rank=rank, world_size=world_size)
+    return StoredTeacher(store)
+
+
+def open_matching_labels(
+    folder: Path,
+    config: DistillConfig,
+    *,
+    shards: ShardSet,
+    data: DataConfig,
+    augment: AugmentConfig,
+    run_seed: int,
+) -> LabelStore:
+    """The store in a folder, without reading its labels; ValueError or OSError where it does not belong to the run."""
     store = open_labels(folder)
     check_labels(store, shards, data, run_seed)
     if config.teacher_input == "augmented" and changes_views(augment):
         raise ValueError(
-            f"{folder}: holds labels of plain views, distill.teacher_input=augmented asks for augmented images; "
+            f"{folder}: holds labels of plain views, but distill.teacher_input=augmented asks about augmented images; "
             "set distill.teacher_input=view, which mixes the stored labels like the hard ones"
         )
-    check_files(folder, store.plan, rank=rank, world_size=world_size)
-    return StoredTeacher(store)
+    return store
 
 
 def changes_views(augment: AugmentConfig) -> bool:

@@ -192,14 +192,19 @@ def grad_accum_steps(config: TrainConfig, world_size: int) -> int:
 class _StrictLoader(yaml.SafeLoader):
     """YAML without its two classic traps: a key given twice is an error, and 1e-3 is a number."""
 
+    def __init__(self, text: str, source: str) -> None:
+        super().__init__(text)
+        self._source = source
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            place = f"{self._source} line {key_node.start_mark.line + 1}"
             if not isinstance(key, str):
-                raise ValueError(f"{key_node.start_mark}: a key must be text, got {key!r}")
+                raise ValueError(f"{place}: a key must be text, got {key!r}")
             if key in seen:
-                raise ValueError(f"{key_node.start_mark}: the key {key!r} is given twice; keep one")
+                raise ValueError(f"{place}: the key {key!r} is given twice; keep one")
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -212,7 +217,10 @@ _StrictLoader.add_implicit_resolver(
 def parse_yaml(text: str, *, source: str) -> Any:
     """The value of a YAML text (strict, see _StrictLoader); ValueError with `source` and the place for a bad one."""
     try:
-        return yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader: it builds no objects from tags
+        return _StrictLoader(text, source).get_single_data()
+    except yaml.MarkedYAMLError as error:
+        place = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ValueError(f"{source} is not valid YAML{place}: {error.problem}") from error
     except yaml.YAMLError as error:
         raise ValueError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from error
     except RecursionError as error:
@@ -243,7 +251,10 @@ def build(kind: type[Any], value: Any, path: str = "") -> Any:
         # 1e6 is how people write a million images.
         if kind is int and isinstance(value, float) and value.is_integer():
             return int(value)
-        reason = error.errors()[0]["msg"]
+        first = error.errors()[0]
+        # Of a tuple that is too short, pydantic says which place lacks its value.
+        is_short = first["type"] == "missing"
+        reason = "expected more values" if is_short else first["msg"].replace("Input should be", "expected")
         raise ValueError(f"{path}: {reason}, got {value!r} ({type(value).__name__})") from error
     except TypeError as error:
         raise ValueError(f"{path}: {error}") from error
@@ -302,12 +313,19 @@ def to_yaml(config: Any) -> str:
 
 def from_yaml(file: Path) -> RunConfig:
     """The RunConfig of a YAML file, which may leave out what keeps its default, and give `model` by preset name."""
-    tree = parse_yaml(file.read_text(encoding="utf-8"), source=str(file))
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not text in UTF-8: expected a YAML file ({error.reason})") from error
+    tree = parse_yaml(text, source=str(file))
     if not isinstance(tree, dict):
         raise ValueError(f"{file}: expected sections of a run configuration, got {type(tree).__name__}")
-    if isinstance(tree.get("model"), str):
-        tree["model"] = to_plain(preset(tree["model"]))
-    config: RunConfig = build(RunConfig, tree)
+    try:
+        if isinstance(tree.get("model"), str):
+            tree["model"] = to_plain(preset(tree["model"]))
+        config: RunConfig = build(RunConfig, tree)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
     return config
 
 

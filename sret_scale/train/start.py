@@ -10,6 +10,7 @@ import torch
 from data_pipelines.loader import check_node_cache
 from data_pipelines.remote import open_data, open_training_data
 from sret_scale.distill.spec import parse_teacher
+from sret_scale.distill.stored import open_matching_labels
 from sret_scale.model import SReT, describe
 from sret_scale.train.config import RunConfig, from_yaml, grad_accum_steps, split_differences, to_yaml
 from sret_scale.train.depth import check_depth
@@ -104,9 +105,7 @@ def check_run(config: RunConfig, world_size: int) -> None:
             f"optim.warmup_images={config.optim.warmup_images} leaves nothing of train.total_images="
             f"{train.total_images}: the rate would never reach its peak; set a shorter warm-up"
         )
-    for part in parse_teacher(config.distill.teacher) if config.distill.teacher else ():
-        if part.kind == "run":
-            check_teacher_run(Path(part.value))
+    check_teacher(config)
 
 
 def check_data(config: RunConfig, world_size: int) -> None:
@@ -144,6 +143,22 @@ def check_cache(config: RunConfig, ranks_of_nodes: Sequence[int]) -> None:
             global_batch_size=config.train.global_batch_size,
             num_nodes=len(ranks_of_nodes),
         )
+
+
+def check_teacher(config: RunConfig) -> None:
+    """Raise ValueError or OSError for a teacher that cannot be, as far as is known without loading a network."""
+    for part in parse_teacher(config.distill.teacher) if config.distill.teacher else ():
+        if part.kind == "run":
+            check_teacher_run(Path(part.value))
+        elif part.kind == "labels":
+            open_matching_labels(
+                Path(part.value),
+                config.distill,
+                shards=open_training_data(config.data),
+                data=config.data,
+                augment=config.augment,
+                run_seed=config.train.seed,
+            )
 
 
 def check_teacher_run(path: Path) -> None:
