@@ -278,6 +278,7 @@ def main(file: Path) -> None:
     known_plain = functools.cache(load_file)
     # What is imported stays; without this, collections of garbage, which DeepSpeed forces, walk all of it.
     gc.freeze()
+    gc.disable()
     for name in task.cells:
         if from_rank(time.time() > task.until_s):
             break
@@ -293,6 +294,7 @@ def main(file: Path) -> None:
             }
             with Path(task.out).open("a") as out:
                 out.write(json.dumps(line) + "\n")
+        gc.collect()
     leave()
 
 

@@ -19,7 +19,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,12 @@ Line = dict[str, Any]
 def run_cells(folder: Path, cells: Sequence[Cell], *, until_s: float) -> None:
     """Run cells of one world size until `until_s` (Unix time); their lines are added to FOLDER/cells.jsonl.
 
-    Ranks are started once for all of their cells. Those that are a world of their own run two at a time.
+    Ranks are started once for all of their cells. Two worlds run at a time: ranks that wait for each other leave cores
+    idle.
     Raises RuntimeError with the end of its output where a rank fails.
     """
-    num_jobs = 2 if cells[0].world_size == 1 else 1
-    places = [prepare(folder, cells[number::num_jobs], until_s=until_s) for number in range(min(num_jobs, len(cells)))]
+    num_worlds = min(2, len(cells))
+    places = [prepare(folder, cells[number::num_worlds], until_s=until_s) for number in range(num_worlds)]
     processes = [process for place in places for process in _start(place, cells[0].world_size)]
     # All of them, whatever the first one's status.
     statuses = [process.wait() for process in processes]
@@ -87,7 +89,7 @@ def run_product(folder: Path, *, seconds: float, world_sizes: Sequence[int] = (1
     cells = [cell for cell in all_cells() if newest.get(cell.name, {}).get("commit") != here]
     # In any order, so that a part of the product is a fair sample of it; what no commit ran comes first.
     random.Random(0).shuffle(cells)
-    cells.sort(key=lambda cell: cell.name in newest)
+    cells.sort(key=lambda cell: _turn(cell, newest))
     end_s = time.time() + seconds
     for number, world_size in enumerate(world_sizes):
         chosen = [cell for cell in cells if cell.world_size == world_size]
@@ -95,6 +97,12 @@ def run_product(folder: Path, *, seconds: float, world_sizes: Sequence[int] = (1
             rest_s = end_s - time.time()
             run_cells(folder, chosen, until_s=time.time() + rest_s / (len(world_sizes) - number))
     return [line for line in read_lines(folder).values() if line["commit"] == here]
+
+
+def _turn(cell: Cell, newest: Collection[str]) -> tuple[bool, bool, bool]:
+    """An average follows a training without touching it, so of two cells that only differ in it one comes first."""
+    is_twin_run = replace(cell, ema=not cell.ema).name in newest
+    return cell.name in newest, is_twin_run, not cell.ema
 
 
 def read_lines(folder: Path) -> dict[str, Line]:
