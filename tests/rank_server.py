@@ -8,16 +8,29 @@ import importlib
 import json
 import os
 import runpy
+import signal
 import sys
+import time
 import traceback
 from typing import Any
 
+PRELOADED = (
+    # What `sret_scale.train.main` imports; itself it must not be there yet, because a rank runs it as its program.
+    *("sret_scale.train.engine", "sret_scale.train.loop", "sret_scale.train.teacher_ranks"),
+    # What is imported late, by DeepSpeed for any optimizer, the measurement of a step and images: seconds of a rank.
+    *("deepspeed.runtime.zero.muon.muon_optimizer", "torch._dynamo", "data_pipelines.vision"),
+)
+FAILURE_GRACE_S = 10.0
+"""How long the other ranks may live after one failed, as below the agent of a node."""
 
-def be_rank(module: str, arguments: list[str], environment: dict[str, str], errors: str) -> int:
+
+def be_rank(job: dict[str, Any], rank: dict[str, Any]) -> int:
     """What the forked process does: `python -m MODULE ARGUMENTS`; returns its exit status."""
+    module, arguments = job["module"], job["arguments"]
     os.environ.clear()
-    os.environ.update(environment)
-    for descriptor, path in ((0, os.devnull), (1, os.devnull), (2, errors)):
+    os.environ.update(job["environment"] | rank["environment"])
+    os.chdir(job["folder"])
+    for descriptor, path in ((0, os.devnull), (1, rank["output"]), (2, rank["errors"])):
         os.dup2(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), descriptor)
     sys.argv = [module, *arguments]
     try:
@@ -36,18 +49,37 @@ def run_job(job: dict[str, Any]) -> list[int]:
     for rank in job["ranks"]:
         child = os.fork()
         if child == 0:
-            status = be_rank(job["module"], job["arguments"], job["environment"] | rank["environment"], rank["errors"])
+            status = be_rank(job, rank)
+            sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)
         children.append(child)
-    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    return wait_for_all(children)
+
+
+def wait_for_all(children: list[int]) -> list[int]:
+    """Their exit statuses; what still runs `FAILURE_GRACE_S` after one failed waits for it in vain, and is killed."""
+    statuses: dict[int, int] = {}
+    deadline_s = float("inf")
+    while len(statuses) < len(children):
+        for child in children:
+            if child not in statuses and (ended := os.waitpid(child, os.WNOHANG))[0]:
+                statuses[child] = os.waitstatus_to_exitcode(ended[1])
+        if any(statuses.values()):
+            deadline_s = min(deadline_s, time.monotonic() + FAILURE_GRACE_S)
+        if time.monotonic() > deadline_s:
+            for child in set(children) - set(statuses):
+                os.kill(child, signal.SIGKILL)
+        time.sleep(0.005)
+    return [statuses[child] for child in children]
 
 
 def main() -> None:
     # DeepSpeed prints while it is imported.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    importlib.import_module("sret_scale.train.engine")
+    for name in PRELOADED:
+        importlib.import_module(name)
     for line in sys.stdin:
         print(json.dumps(run_job(json.loads(line))), file=answers, flush=True)
 

@@ -85,17 +85,26 @@ def run_ranks(world_size: int, module: str, *arguments: str | Path, timeout_s: f
             "module": module,
             "arguments": list(map(str, arguments)),
             "environment": {**shared, "MASTER_PORT": str(port)},
+            "folder": str(ROOT),
             "ranks": [
-                {"environment": {"RANK": str(rank), "LOCAL_RANK": str(rank)}, "errors": str(file)}
+                {
+                    "environment": {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    "output": os.devnull,
+                    "errors": str(file),
+                }
                 for rank, file in enumerate(errors)
             ],
         }
-        statuses = _ask_rank_server(job, timeout_s)
+        statuses = ask_rank_server(job, timeout_s)
         assert not any(statuses), "".join(file.read_text()[-3000:] for file in errors)
 
 
-def _ask_rank_server(job: dict[str, Any], timeout_s: float) -> list[int]:
-    """The exit statuses of a job's ranks; one that takes longer is ended with all its processes."""
+def ask_rank_server(job: dict[str, Any], timeout_s: float) -> list[int]:
+    """The exit statuses of a job's ranks; one that takes longer is ended with all its processes.
+
+    job: `module`, `arguments`, `environment` and `folder` of all ranks, and of each of its `ranks` an `environment` and
+    the files `output` and `errors`.
+    """
     server = _rank_server()
     assert server.stdin and server.stdout
     server.stdin.write(json.dumps(job) + "\n")

@@ -14,7 +14,8 @@ from sret_scale.model import SReT, preset
 from sret_scale.model.files import save_model
 from sret_scale.model.official import to_published
 from sret_scale.train.load import initial_state, load_model
-from tests.tiny import ROOT, sret_scale, tiny_config, tiny_shards, write_config
+from tests.forked import sret_scale_forked
+from tests.tiny import ROOT, tiny_config, tiny_shards, write_config
 
 pytestmark = pytest.mark.multi_process
 TEACHER = f"module:{__name__}:ten_classes"
@@ -51,9 +52,8 @@ def store(config: Path) -> Path:
 
 def losses(config: Path, name: str, *overrides: str) -> list[float]:
     run = config.parent / name
-    process = sret_scale("train", config, *overrides, "--run", run, "--ranks", "1", cwd=ROOT)
-    out, error = process.communicate(timeout=240)
-    assert process.returncode == 0, out + error
+    ended = sret_scale_forked("train", config, *overrides, "--run", run, "--ranks", "1", cwd=ROOT)
+    assert ended.returncode == 0, ended
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [line["loss"] for line in lines if line["kind"] == "train"]
 
@@ -73,10 +73,9 @@ def test_run_with_stored_labels_has_the_losses_of_the_live_teacher(
 def test_store_of_other_views_stops_the_run_before_its_first_step(config: Path, store: Path) -> None:
     overrides = [f"distill.teacher=labels:{store}", "data.view_seed=8"]
     run = config.parent / "other"
-    process = sret_scale("train", config, *overrides, "--run", run, "--ranks", "1", cwd=ROOT)
-    out, error = process.communicate(timeout=240)
-    assert process.returncode == 2 and "data.view_seed=9" in out + error, out + error
-    assert "Traceback" not in out + error
+    ended = sret_scale_forked("train", config, *overrides, "--run", run, "--ranks", "1", cwd=ROOT)
+    assert ended.returncode == 2 and "data.view_seed=9" in ended.stdout + ended.stderr, ended
+    assert "Traceback" not in ended.stdout + ended.stderr
     metrics = run / "metrics.jsonl"
     assert not metrics.exists() or '"train"' not in metrics.read_text()
 

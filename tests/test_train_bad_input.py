@@ -18,6 +18,7 @@ from data_pipelines.index import open_shards, render_index
 from data_pipelines.manifest import INDEX_NAME, MANIFEST_NAME, read_manifest, render_manifest
 from sret_scale.cli import main
 from sret_scale.train.checkpoint import list_checkpoints
+from tests.forked import sret_scale_forked
 from tests.runs import digest
 from tests.tiny import sret_scale, tiny_config, tiny_idx, tiny_shards, write_config
 
@@ -36,9 +37,8 @@ def trained(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished run of one rank and four steps, with checkpoints after the third and the last."""
     folder = tmp_path_factory.mktemp("trained")
     config = write_config(folder / "tiny.yaml", tiny_config(shards), total_images=128)
-    process = sret_scale("train", config, "--run", folder / "run", "--ranks", "1", cwd=folder)
-    out, error = process.communicate(timeout=240)
-    assert process.returncode == 0, out + error
+    ended = sret_scale_forked("train", config, "--run", folder / "run", "--ranks", "1", cwd=folder)
+    assert ended.returncode == 0, ended
     return folder / "run"
 
 
@@ -232,10 +232,9 @@ def test_an_image_that_does_not_decode_is_named_in_train(shards: Path, tmp_path:
     config = tiny_config(shards)
     config = replace(config, data=replace(config.data, train_folder=str(tmp_path / "train")))
     tiny = write_config(tmp_path / "tiny.yaml", config, total_images=128)
-    process = sret_scale("train", tiny, "--ranks", "1", cwd=tmp_path)
-    _, error = process.communicate(timeout=120)
-    last = error.strip().splitlines()[-1]
-    assert process.returncode == 2, error
+    ended = sret_scale_forked("train", tiny, "--ranks", "1", cwd=tmp_path)
+    last = ended.stderr.strip().splitlines()[-1]
+    assert ended.returncode == 2, ended
     assert last.startswith("error: ") and str(tar) in last and repr(key) in last and "data.max_bad_rate" in last
     (bad,) = (tmp_path / "runs" / "tiny" / "quarantine.jsonl").read_text().splitlines()
     assert (json.loads(bad)["shard"], json.loads(bad)["key"]) == (tar.name, key)
@@ -271,8 +270,7 @@ def test_a_disk_that_fills_while_saving_leaves_the_last_checkpoint_to_continue_f
     assert "run the same command again" in last
     assert list_checkpoints(run / "checkpoints") == [previous]
     assert main(["checkpoint", "verify", str(run)]) == 0
-    process = sret_scale(*command, cwd=tmp_path)
-    out, error = process.communicate(timeout=120)
-    assert process.returncode == 0, out + error
+    ended = sret_scale_forked(*command, cwd=tmp_path)
+    assert ended.returncode == 0, ended
     assert digest(run) == digest(trained)
     assert json.loads((run / "status.json").read_text())["state"] == "finished"

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from sret_scale.train.run_folder import scalars
+from tests.forked import sret_scale_forked
 from tests.runs import complete_lines, rank_processes, wait_for_images
 from tests.tiny import NUM_IMAGES, sret_scale, tiny_config, tiny_shards, write_config
 
@@ -42,10 +43,9 @@ def continued(tmp_path_factory: pytest.TempPathFactory) -> Continued:
     main_rank.kill()
     _, error = process.communicate(timeout=120)
     assert process.returncode != 0, error
-    process = sret_scale("train", file, "--run", run, cwd=folder)
-    out, error = process.communicate(timeout=120)
-    assert process.returncode == 0, out + error
-    return Continued(run, out, complete_lines(run / "metrics.jsonl"))
+    ended = sret_scale_forked("train", file, "--run", run, cwd=folder)
+    assert ended.returncode == 0, ended
+    return Continued(run, ended.stdout, complete_lines(run / "metrics.jsonl"))
 
 
 def test_each_accuracy_is_printed_once(continued: Continued) -> None:

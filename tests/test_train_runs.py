@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from data_pipelines.index import open_shards
 from sret_scale.cli import main
 from sret_scale.train.checkpoint import list_checkpoints, read_state
+from tests.forked import sret_scale_forked
 from tests.runs import complete_lines, digest, rank_processes, wait_for_images
 from tests.tiny import CANARY, NUM_IMAGES, TINY_MODEL, sret_scale, tiny_config, tiny_shards, write_config
 
@@ -61,9 +62,8 @@ def test_a_run_leaves_what_its_readers_need(untouched: Path) -> None:
 
 def test_a_finished_run_is_not_run_again(untouched: Path, shards: Path) -> None:
     before = (untouched / "metrics.jsonl").read_bytes()
-    process = sret_scale("train", untouched / "config.yaml", cwd=untouched)
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 0 and "is finished" in out
+    ended = sret_scale_forked("train", untouched / "config.yaml", cwd=untouched)
+    assert ended.returncode == 0 and "is finished" in ended.stdout
     assert (untouched / "metrics.jsonl").read_bytes() == before
 
 
@@ -81,7 +81,7 @@ def test_killed_three_times_ends_with_the_weights_of_a_run_left_alone(
         out, error = process.communicate(timeout=120)
         assert process.returncode != 0, out + error
         assert error.strip().splitlines()[-1].startswith("error: "), error
-    assert finish(sret_scale("train", config, "--run", run, cwd=tmp_path)) == 0
+    assert sret_scale_forked("train", config, "--run", run, cwd=tmp_path).returncode == 0
     assert digest(run) == digest(untouched)
     assert [line["kind"] for line in complete_lines(run / "metrics.jsonl")].count("restart") >= 2
 
@@ -100,17 +100,16 @@ def test_sigterm_saves_and_the_same_command_continues_to_the_same_weights(
     assert time.monotonic() - asked < 15
     assert json.loads((run / "status.json").read_text())["state"] == "stopped"
     assert 160 <= read_state(list_checkpoints(run / "checkpoints")[0])["images"] < 512
-    assert finish(sret_scale("train", config, "--run", run, cwd=tmp_path)) == 0
+    assert sret_scale_forked("train", config, "--run", run, cwd=tmp_path).returncode == 0
     assert digest(run) == digest(untouched)
 
 
 def test_a_second_job_on_a_run_is_refused_and_the_first_goes_on(shards: Path, tmp_path: Path) -> None:
-    config = write_config(tmp_path / "tiny.yaml", tiny_config(shards), total_images=960)
+    config = write_config(tmp_path / "tiny.yaml", tiny_config(shards))
     first = sret_scale("train", config, "--run", tmp_path / "run", cwd=tmp_path)
     wait_for_images(tmp_path / "run", 32, first)
-    second = sret_scale("train", config, "--run", tmp_path / "run", cwd=tmp_path)
-    _, error = second.communicate(timeout=60)
-    assert second.returncode == 2 and "is in use by another running job" in error
+    second = sret_scale_forked("train", config, "--run", tmp_path / "run", cwd=tmp_path)
+    assert second.returncode == 2 and "is in use by another running job" in second.stderr
     assert finish(first) == 0
 
 
@@ -124,10 +123,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     content[-5] ^= 1
     (newest / "weights.safetensors").write_bytes(content)
     (run / "status.json").unlink()
-    process = sret_scale("train", run / "config.yaml", cwd=tmp_path)
-    out, error = process.communicate(timeout=120)
-    assert process.returncode == 0, error
-    assert f"checkpoint passed over: {newest / 'weights.safetensors'}: expected sha256" in out
+    ended = sret_scale_forked("train", run / "config.yaml", cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    assert f"checkpoint passed over: {newest / 'weights.safetensors'}: expected sha256" in ended.stdout
     assert digest(run) == digest(untouched)
 
 
@@ -136,10 +134,9 @@ def test_another_architecture_is_refused(untouched: Path, tmp_path: Path) -> Non
     shutil.copytree(untouched, run)
     (run / "status.json").unlink()
     (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("num_loops: 3", "num_loops: 4"))
-    process = sret_scale("train", run / "config.yaml", cwd=tmp_path)
-    _, error = process.communicate(timeout=120)
-    assert process.returncode == 2
-    last = error.strip().splitlines()[-1]
+    ended = sret_scale_forked("train", run / "config.yaml", cwd=tmp_path)
+    assert ended.returncode == 2
+    last = ended.stderr.strip().splitlines()[-1]
     assert "another architecture" in last and "stages.0.num_loops: 3 -> 4" in last
 
 
@@ -163,13 +160,12 @@ def test_losses_that_are_not_numbers_end_the_run_and_are_in_no_saved_weights(sha
     config = tiny_config(shards)
     config = replace(config, optim=replace(config.optim, learning_rate=1e30, warmup_images=0))
     file = write_config(tmp_path / "tiny.yaml", config)
-    process = sret_scale("train", file, "--run", tmp_path / "run", cwd=tmp_path)
-    _, error = process.communicate(timeout=120)
-    assert process.returncode == 1
+    ended = sret_scale_forked("train", file, "--run", tmp_path / "run", cwd=tmp_path)
+    assert ended.returncode == 1
     reason = (
         r"(the loss of rank \d is (nan|inf)|the gradient of the class).* at \d+ images seen, and \d+ updates in a row"
     )
-    assert re.search(reason, error.strip().splitlines()[-1])
+    assert re.search(reason, ended.stderr.strip().splitlines()[-1])
     for checkpoint in list_checkpoints(tmp_path / "run" / "checkpoints"):
         assert all(value.isfinite().all() for value in load_file(checkpoint / "weights.safetensors").values())
 
@@ -179,10 +175,9 @@ def test_evaluate_repeats_the_number_of_the_run(untouched: Path) -> None:
         line["weights"]: line["top1"] for line in complete_lines(untouched / "metrics.jsonl") if line["kind"] == "eval"
     }
     for weights, top1 in logged.items():
-        process = sret_scale("evaluate", untouched, "--weights", str(weights), "--json", cwd=untouched)
-        out, error = process.communicate(timeout=60)
-        assert process.returncode == 0, error
-        assert json.loads(out)["top1"] == pytest.approx(top1, abs=1e-9)
+        ended = sret_scale_forked("evaluate", untouched, "--weights", str(weights), "--json", cwd=untouched)
+        assert ended.returncode == 0, ended.stderr
+        assert json.loads(ended.stdout)["top1"] == pytest.approx(top1, abs=1e-9)
     process = sret_scale("evaluate", untouched, "--ranks", "2", "--json", cwd=untouched)
     out, error = process.communicate(timeout=60)
     assert process.returncode == 0, error
@@ -195,9 +190,8 @@ def test_an_unfinished_teacher_is_refused(untouched: Path, shards: Path, tmp_pat
     shutil.copytree(untouched, teacher)
     (teacher / "status.json").write_text('{"state": "stopped", "exit_code": 85}')
     tiny = write_config(tmp_path / "tiny.yaml", tiny_config(shards))
-    process = sret_scale("train", tiny, f"distill.teacher=run:{teacher}", cwd=tmp_path)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 2 and "expected a finished run, got state 'stopped'" in error
+    ended = sret_scale_forked("train", tiny, f"distill.teacher=run:{teacher}", cwd=tmp_path)
+    assert ended.returncode == 2 and "expected a finished run, got state 'stopped'" in ended.stderr
 
 
 def test_another_teacher_than_that_of_the_interrupted_run_is_refused(
@@ -208,12 +202,11 @@ def test_another_teacher_than_that_of_the_interrupted_run_is_refused(
     config = tiny_config(shards)
     config = replace(config, distill=replace(config.distill, teacher=f"run:{teacher}"))
     tiny = write_config(tmp_path / "tiny.yaml", config, total_images=96)
-    assert finish(sret_scale("train", tiny, "--run", run, cwd=tmp_path)) == 0
+    assert sret_scale_forked("train", tiny, "--run", run, cwd=tmp_path).returncode == 0
     (run / "status.json").unlink()
     shutil.rmtree(list_checkpoints(teacher / "checkpoints")[0])
-    process = sret_scale("train", tiny, "--run", run, cwd=tmp_path)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 2 and "learned from another teacher" in error.strip().splitlines()[-1]
+    ended = sret_scale_forked("train", tiny, "--run", run, cwd=tmp_path)
+    assert ended.returncode == 2 and "learned from another teacher" in ended.stderr.strip().splitlines()[-1]
 
 
 def test_what_decides_no_result_may_change_when_a_run_continues(untouched: Path, tmp_path: Path) -> None:
@@ -221,10 +214,10 @@ def test_what_decides_no_result_may_change_when_a_run_continues(untouched: Path,
     shutil.copytree(untouched, run)
     (run / "status.json").unlink()
     shutil.rmtree(list_checkpoints(run / "checkpoints")[0])
-    process = sret_scale("train", run / "config.yaml", "memory.schedule=none", "train.hang_timeout_s=99", cwd=tmp_path)
-    out, error = process.communicate(timeout=120)
-    assert process.returncode == 0, error
-    assert "continues with memory.schedule: 'per_application' -> 'none'" in out
+    changed = ["memory.schedule=none", "train.hang_timeout_s=99"]
+    ended = sret_scale_forked("train", run / "config.yaml", *changed, cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    assert "continues with memory.schedule: 'per_application' -> 'none'" in ended.stdout
     assert digest(run) == digest(untouched)
 
 
@@ -255,11 +248,23 @@ def test_bad_input_is_one_clear_line_before_anything_starts(
 ) -> None:
     tiny = write_config(tmp_path / "tiny.yaml", tiny_config(shards))
     (tmp_path / "EMPTY").mkdir()
-    process = sret_scale("train", *(str(tiny) if word == "TINY" else word for word in arguments), cwd=tmp_path)
+    ended = sret_scale_forked("train", *(tiny if word == "TINY" else word for word in arguments), cwd=tmp_path)
+    check_refused(ended.returncode, ended.stderr, message)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_bad_input_is_one_clear_line_of_the_process_that_a_user_starts(shards: Path, tmp_path: Path) -> None:
+    tiny = write_config(tmp_path / "tiny.yaml", tiny_config(shards))
+    process = sret_scale("train", tiny, "engine.ds_config=zero9", cwd=tmp_path)
     out, error = process.communicate(timeout=60)
-    assert process.returncode == 2, out + error
+    check_refused(process.returncode, error, "zero9")
+    assert out == "" and not (tmp_path / "runs").exists()
+
+
+def check_refused(status: int, error: str, message: str) -> None:
+    assert status == 2, error
     assert error.startswith("error: ") and message in error and len(error.strip().splitlines()) <= 2
-    assert "Traceback" not in error and not (tmp_path / "runs").exists()
+    assert "Traceback" not in error
 
 
 def damaged_shards(shards: Path, folder: Path) -> tuple[Path, Path]:
@@ -272,10 +277,9 @@ def test_a_truncated_tar_is_named_before_anything_starts(shards: Path, tmp_path:
     copy, tar = damaged_shards(shards, tmp_path / "shards")
     tar.write_bytes(tar.read_bytes()[:-2048])
     tiny = write_config(tmp_path / "tiny.yaml", tiny_config(copy))
-    process = sret_scale("train", tiny, cwd=tmp_path)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 2
-    assert error.startswith("error: ") and tar.name in error and not (tmp_path / "runs").exists()
+    ended = sret_scale_forked("train", tiny, cwd=tmp_path)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("error: ") and tar.name in ended.stderr and not (tmp_path / "runs").exists()
 
 
 def test_a_broken_image_is_replaced_counted_and_above_the_share_ends_the_run(shards: Path, tmp_path: Path) -> None:
@@ -286,30 +290,29 @@ def test_a_broken_image_is_replaced_counted_and_above_the_share_ends_the_run(sha
     tar.write_bytes(content)
     config = replace(tiny_config(copy), data=replace(tiny_config(copy).data, max_bad_rate=0.5))
     allowed = write_config(tmp_path / "allowed.yaml", config, total_images=128)
-    assert finish(sret_scale("train", allowed, cwd=tmp_path)) == 0
+    assert sret_scale_forked("train", allowed, cwd=tmp_path).returncode == 0
     quarantine = complete_lines(tmp_path / "runs" / "allowed" / "quarantine.jsonl")
     assert {line["shard"] for line in quarantine} == {tar.name} and {line["key"] for line in quarantine} == {
         broken.key(0)
     }
     refused = write_config(tmp_path / "refused.yaml", tiny_config(copy), total_images=128)
-    process = sret_scale("train", refused, cwd=tmp_path)
-    _, error = process.communicate(timeout=120)
-    assert process.returncode == 2
-    assert tar.name in error.strip().splitlines()[-1] and "max_bad_rate" in error.strip().splitlines()[-1]
+    ended = sret_scale_forked("train", refused, cwd=tmp_path)
+    assert ended.returncode == 2
+    last = ended.stderr.strip().splitlines()[-1]
+    assert tar.name in last and "max_bad_rate" in last
 
 
 def test_a_run_of_another_configuration_is_refused(untouched: Path) -> None:
-    process = sret_scale("train", untouched / "config.yaml", "train.seed=3", "--run", untouched, cwd=untouched)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 2
-    assert "train.seed: 0 -> 3" in error and "--fresh" in error
+    ended = sret_scale_forked("train", untouched / "config.yaml", "train.seed=3", "--run", untouched, cwd=untouched)
+    assert ended.returncode == 2
+    assert "train.seed: 0 -> 3" in ended.stderr and "--fresh" in ended.stderr
 
 
 def test_dry_run_prints_command_and_configuration_and_starts_nothing(shards: Path, tmp_path: Path) -> None:
     tiny = write_config(tmp_path / "tiny.yaml", tiny_config(shards))
-    process = sret_scale("train", tiny, "--dry-run", "train.seed=11", cwd=tmp_path)
-    out, error = process.communicate(timeout=60)
-    assert process.returncode == 0, error
+    ended = sret_scale_forked("train", tiny, "--dry-run", "train.seed=11", cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    out = ended.stdout
     assert "deepspeed.launcher.launch" in out and "seed: 11" in out
     assert re.search(r"^memory of a rank: .*weights .*optimizer .*activations .*per_application$", out, re.MULTILINE)
     # 128 images in shards of 50; a step of 32 in a random order touches all three of them.

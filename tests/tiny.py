@@ -87,12 +87,17 @@ def write_config(file: Path, config: RunConfig, **train: object) -> Path:
     return file
 
 
+def environment() -> dict[str, str]:
+    """What a command gets: one thread per process, as two ranks share two cores, and a secret to keep."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "WANDB_API_KEY": CANARY}
+
+
 def sret_scale(*arguments: str | Path, cwd: Path) -> "subprocess.Popen[str]":
-    """The command line, started; one thread per process, as two ranks share two cores."""
+    """The command line, started."""
     return subprocess.Popen(
         [sys.executable, "-m", "sret_scale.cli", *map(str, arguments)],
         cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "WANDB_API_KEY": CANARY},
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
