@@ -2,8 +2,9 @@
 
 SReT-T widths with projections per loop, fp32, one thread. Peaks are read off `LiveBytes` (operators' storages without
 gradients of parameters), above 108 applications with tensors that have no data; they do not depend on what else the
-machine does, times do. So the parts can be measured one by one, and each replaces its own rows: `--part peaks toy
-predictions times`. Writes benchmarks/results/memory.json and memory.png.
+machine does, times do (without recomputation 1000 applications take 6 GiB there). So the parts can be measured one by
+one, and each replaces its own rows: `--part peaks toy predictions times between`. Writes benchmarks/results/memory.json
+and memory.png.
 """
 
 import argparse
@@ -37,9 +38,10 @@ from sret_scale.model import Application, Noise, SReT, SReTConfig, StageConfig, 
 
 RESULTS = Path(__file__).parent / "results"
 LOOPS = {20: (2, 2, 2), 50: (5, 5, 5), 108: (12, 12, 8), 300: (30, 33, 25), 1000: (115, 130, 40)}
-MAX_PLAIN = 108  # plain autograd at 1000 applications needs 2 GiB per image: not every machine has it
+MAX_REAL = 108  # peaks of deeper models are read off tensors without data
 
-PARTS = ("peaks", "toy", "predictions", "times")
+PARTS = ("peaks", "toy", "predictions", "times", "between")
+BUDGETS = 11
 
 RunChain = Callable[[Sequence[Application], Tensor], Tensor]
 Measure = Callable[["Bench", int, str], dict[str, Any]]
@@ -71,6 +73,7 @@ def torch_segments(
     return x_BND
 
 
+MEASURED = ("none", "per_application", "segments", "nested", "planned r=1", "planned r=2")
 TWINS: dict[str, RunChain] = {
     "torch per application": partial(torch_segments, length=1, is_nested=False),
     "torch sqrt(n)": partial(torch_segments, length=None, is_nested=False),
@@ -97,6 +100,7 @@ class Bench:
                 self.model.to_empty(device="cpu")
             self.images = torch.randn(micro_batch_size, config.in_channels, config.image_size, config.image_size)
             self.labels = torch.zeros(micro_batch_size, dtype=torch.int64)
+        self.planned = ""
         self.costs = probe_step(config, micro_batch_size=micro_batch_size, precision=precision, repeats_norms=True)
 
     def use(self, name: str) -> int | None:
@@ -108,24 +112,26 @@ class Bench:
             return None
         if name.startswith("planned"):
             search = Search(self.costs, DEVICES["cpu"], max_passes=int(name[-1]))
-            choice = search.fastest(search.smallest_bytes(accuracy=0.002))
-            assert choice is not None
-            schedules = choice.schedules
-            apply_schedules(self.model, schedules, MemoryConfig(), repeats_norms=True)
-        else:
-            memory = MemoryConfig(schedule=name)
-            # As a run does it at ZeRO 0 to 2.
-            return prepare_memory(
-                self.model,
-                memory,
-                micro_batch_size=len(self.images),
-                precision=self.precision,
-                world_size=1,
-                zero_stage=0,
-            ).activations
-        return step_peak_bytes(
-            self.costs, [predict_chain(*pair) for pair in zip(schedules, self.costs.stages, strict=True)]
-        )
+            return self.plan(search, search.smallest_bytes(accuracy=0.0005))
+        memory = MemoryConfig(schedule=name)
+        # As a run does it at ZeRO 0 to 2.
+        return prepare_memory(
+            self.model,
+            memory,
+            micro_batch_size=len(self.images),
+            precision=self.precision,
+            world_size=1,
+            zero_stage=0,
+        ).activations
+
+    def plan(self, search: Search, activation_bytes: int) -> int:
+        """Sets the model up under the fastest plan within these bytes; returns the predicted peak."""
+        choice = search.fastest(activation_bytes)
+        assert choice is not None
+        self.planned = ", ".join(schedule.name for schedule in choice.schedules)
+        apply_schedules(self.model, choice.schedules, MemoryConfig(), repeats_norms=True)
+        pairs = zip(choice.schedules, self.costs.stages, strict=True)
+        return step_peak_bytes(self.costs, [predict_chain(*pair) for pair in pairs])
 
     def step(self) -> None:
         with self.mode, torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bf16"):
@@ -141,9 +147,13 @@ class Bench:
     def peak(self, name: str) -> dict[str, Any]:
         """Measured and predicted peak under one schedule."""
         predicted = self.use(name)
+        return {"schedule": name, "peak_bytes": self.peak_bytes(), "predicted_bytes": predicted}
+
+    def peak_bytes(self) -> int:
+        """The measured peak of a step as the model is set up."""
         with self.mode, LiveBytes(self.model.parameters()) as counter:
             self.step()
-        return {"schedule": name, "peak_bytes": counter.peak, "predicted_bytes": predicted}
+        return counter.peak
 
 
 def published_layers_peak(image_size: int, micro_batch_size: int) -> int:
@@ -155,20 +165,14 @@ def published_layers_peak(image_size: int, micro_batch_size: int) -> int:
     return peak
 
 
-def names_at(depth: int) -> list[str]:
-    """The schedules measured at a depth."""
-    names = ["per_application", "planned r=1", "planned r=2", "torch per application", "torch sqrt(n)"]
-    return ["none", *names] if depth <= MAX_PLAIN else names
-
-
 def over_depth(
     depths: Sequence[int], size: tuple[int, int], measure: Measure, *, is_fake: bool = False
 ) -> Iterator[dict[str, Any]]:
     """One row per depth and schedule; `size` is of image and micro-batch."""
     image_size, micro_batch_size = size
     for depth in depths:
-        bench = Bench(deep_config(depth, image_size), micro_batch_size, is_fake=is_fake and depth > MAX_PLAIN)
-        for name in names_at(depth):
+        bench = Bench(deep_config(depth, image_size), micro_batch_size, is_fake=is_fake and depth > MAX_REAL)
+        for name in (*MEASURED, "torch per application", "torch sqrt(n)"):
             yield {"depth": depth, "schedule": name, **measure(bench, depth, name)}
 
 
@@ -177,9 +181,10 @@ def peak_at(bench: "Bench", depth: int, name: str) -> dict[str, Any]:
 
 
 def time_at(bench: Bench, depth: int, name: str) -> dict[str, Any]:
-    """Processor seconds of one step, the faster of two up to 108 applications."""
+    """Processor seconds of one step, the faster of two up to 300 applications."""
     bench.use(name)
-    return {"seconds": min(bench.seconds() for _ in range(1 if depth > MAX_PLAIN else 2))}
+    rounds = 1 if depth > 300 else 2
+    return {"seconds": min(bench.seconds() for _ in range(rounds)), "rounds": rounds}
 
 
 def predictions(image_size: int) -> Iterator[dict[str, Any]]:
@@ -190,6 +195,39 @@ def predictions(image_size: int) -> Iterator[dict[str, Any]]:
         for schedule in ("none", "per_application", "segments", "binomial", "planned r=2"):
             row = {"preset": name, "micro_batch": micro_batch_size, "precision": precision, **bench.peak(schedule)}
             yield {**row, "error": row["predicted_bytes"] / row["peak_bytes"] - 1}
+
+
+def between(image_size: int, micro_batch_size: int) -> Iterator[dict[str, Any]]:
+    """Plans for 108 applications within budgets from what `per_application` needs to what `none` needs, evenly spaced.
+
+    All take turns; the time is the best of two.
+    """
+    bench = Bench(deep_config(108, image_size), micro_batch_size)
+    search = Search(bench.costs, DEVICES["cpu"])
+    low, high = (bench.use(name) or 0 for name in ("per_application", "none"))
+    budgets = [low + (high - low) * step // (BUDGETS - 1) for step in range(BUDGETS)]
+    seconds = {budget: float("inf") for budget in budgets}
+    for _ in range(2):
+        for budget in budgets:
+            bench.plan(search, budget)
+            seconds[budget] = min(seconds[budget], bench.seconds())
+    for budget in budgets:
+        predicted = bench.plan(search, budget)
+        yield {
+            "budget_bytes": budget,
+            "predicted_bytes": predicted,
+            "peak_bytes": bench.peak_bytes(),
+            "planned": bench.planned,
+            "modelled_images_per_s": micro_batch_size / _modelled_seconds(search, budget),
+            "seconds": seconds[budget],
+            "images_per_s": micro_batch_size / seconds[budget],
+        }
+
+
+def _modelled_seconds(search: Search, budget_bytes: int) -> float:
+    choice = search.fastest(budget_bytes)
+    assert choice is not None
+    return choice.seconds
 
 
 def overhead(image_size: int, micro_batch_size: int, rounds: int) -> dict[str, float]:
@@ -230,7 +268,10 @@ def summary(result: dict[str, Any]) -> dict[str, float]:
     """
     rows, even = result["rows"], result.get("even_1000", [])
     peak = {(row["depth"], row["schedule"]): row["peak_bytes"] for row in rows}
-    pairs = [(row["predicted_bytes"], row["peak_bytes"]) for row in (*rows, *even, *result.get("predictions", []))]
+    pairs = [
+        (row["predicted_bytes"], row["peak_bytes"])
+        for row in (*rows, *even, *result.get("predictions", []), *result.get("between", []))
+    ]
     found = {"worst_prediction_error": max(abs(ours / real - 1) for ours, real in pairs if ours)}
     for (depth, name), size_bytes in peak.items():
         if name == "planned r=1" and (depth, "torch sqrt(n)") in peak:
@@ -297,6 +338,8 @@ def main() -> None:
         result["toy_10000"] = toy_10000()
     if "predictions" in args.part:
         parts["predictions"] = predictions(args.image_size)
+    if "between" in args.part:
+        parts["between"] = between(*size)
     if "times" in args.part:
         result["overhead_at_108"] = overhead(*size, args.rounds)
         parts["times"] = over_depth(args.depths, size, time_at)

@@ -68,7 +68,7 @@ class Bench:
 
 def compare(bench: Bench, batches: BatchSearch, activation_bytes: int, rounds: int) -> dict[str, Any]:
     """The planner's choice beside the best by hand within these activation bytes."""
-    budget = activation_bytes + state_bytes(batches.costs(1), world_size=1, zero_stage=0).total
+    budget = activation_bytes + state_bytes(batches.any_costs, world_size=1, zero_stage=0).total
     rates = {size: batches.search(size).fastest(activation_bytes) for size in MICRO_BATCHES}
     fitting = {size: choice for size, choice in rates.items() if choice is not None}
     micro = max(fitting, key=lambda size: size / fitting[size].seconds)

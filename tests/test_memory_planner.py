@@ -1,6 +1,8 @@
 """The planner: predicted activation peaks against the instrument, plans that keep their budget, refusals that help."""
 
 from dataclasses import replace
+from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from sret_scale.memory import (
 )
 from sret_scale.memory.batches import BatchSearch
 from sret_scale.memory.config import stem_repeats_norms
-from sret_scale.memory.instrument import measure_peak
+from sret_scale.memory.instrument import LiveBytes, measure_peak
 from sret_scale.memory.state import format_bytes, parse_bytes
 from sret_scale.memory.step import DEVICES
 from sret_scale.model import Noise, SReT, SReTConfig, StageConfig
@@ -57,7 +59,7 @@ def measured_peak(model: SReT, micro_batch_size: int, precision: str) -> int:
 def test_predicted_peaks_are_within_ten_percent(
     name: str, schedule: str, micro_batch_size: int, precision: str
 ) -> None:
-    """30 combinations; most agree to the byte."""
+    """30 combinations; most agree to the byte, and none needs more than was predicted."""
     memory = MemoryConfig(schedule=schedule)
     repeats_norms = stem_repeats_norms(memory, zero_stage=0)
     predicted = predict_activations(
@@ -65,7 +67,8 @@ def test_predicted_peaks_are_within_ten_percent(
     )
     model = SReT(MODELS[name]).train()
     apply_recomputation(model, memory, repeats_norms=repeats_norms)
-    assert predicted == pytest.approx(measured_peak(model, micro_batch_size, precision), rel=0.10)
+    measured = measured_peak(model, micro_batch_size, precision)
+    assert 0.9 * predicted <= measured <= predicted
 
 
 def test_the_instrument_agrees_with_the_profiler() -> None:
@@ -87,6 +90,27 @@ def test_the_instrument_agrees_with_the_profiler() -> None:
     assert measure_peak((), step) == pytest.approx(peak, rel=0.10)
 
 
+class _TransposedGradient(torch.autograd.Function):
+    """A sum over a weight, whose gradient lies transposed."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: torch.Tensor) -> torch.Tensor:
+        return weight.sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return torch.ones(64, 32).t()
+
+
+def test_gradients_of_parameters_are_never_activations() -> None:
+    """Nor the copy that a first backward pass makes of one in another order, which is `.grad` from then on."""
+    weight = torch.nn.Parameter(torch.zeros(32, 64))
+    for _ in range(2):
+        with LiveBytes([weight]) as counter:
+            _TransposedGradient.apply(weight).backward()
+        assert counter.live < weight.nbytes
+
+
 @pytest.fixture(scope="module")
 def batches() -> BatchSearch:
     return BatchSearch(DEEP, "fp32", DEVICES["gpu"])
@@ -95,16 +119,42 @@ def batches() -> BatchSearch:
 STATE = {"world_size": 2, "zero_stage": 0}
 
 
-@pytest.mark.parametrize("share", [0.02, 0.1, 0.4, 2.0])
-def test_a_plan_keeps_its_budget_when_it_is_trained(batches: BatchSearch, share: float) -> None:
-    none = predict_activations(DEEP, MemoryConfig(schedule="none"), micro_batch_size=4)
-    fixed = plan_for(batches, budget_bytes=2**40, micro_batch_size=4, **STATE).state.total
-    room = max(int(none * share), batches.search(4).smallest_bytes())
-    plan = plan_for(batches, budget_bytes=fixed + room, micro_batch_size=4, **STATE)
+@pytest.mark.parametrize("size", [1, 4, 8])
+@pytest.mark.parametrize("share", [0.02, 0.1, 0.2, 0.4, 2.0])
+def test_a_plan_keeps_its_budget_when_it_is_trained(batches: BatchSearch, share: float, size: int) -> None:
+    """To the byte, also beyond the micro-batches between which others are compared."""
+    none = predict_activations(DEEP, MemoryConfig(schedule="none"), micro_batch_size=size)
+    fixed = plan_for(batches, budget_bytes=2**40, micro_batch_size=size, **STATE).state.total
+    room = max(int(none * share), batches.search(size).smallest_bytes())
+    plan = plan_for(batches, budget_bytes=fixed + room, micro_batch_size=size, **STATE)
     model = SReT(DEEP).train()
     apply_schedules(model, plan.schedules, MemoryConfig())
-    assert measured_peak(model, 4, "fp32") <= 1.02 * room
+    assert measured_peak(model, size, "fp32") <= room
     assert plan.total_bytes <= plan.budget_bytes
+
+
+def test_a_budget_between_recomputation_and_none_is_used(batches: BatchSearch) -> None:
+    """The more bytes, the faster: 25 budgets from what `per_application` needs to what `none` needs, without a gap."""
+    search = batches.search(4)
+    low, high = (
+        predict_activations(DEEP, MemoryConfig(schedule=name), micro_batch_size=4)
+        for name in ("per_application", "none")
+    )
+    choices = [search.fastest(low + (high - low) * step // 24) for step in range(25)]
+    rates = [1 / choice.seconds for choice in choices if choice is not None]
+    assert len(rates) == 25 and rates == sorted(rates)
+    assert all(choice is not None and choice.schedules != choices[-1].schedules for choice in choices[:20])
+    assert max(b - a for a, b in pairwise(rates)) <= 0.1 * (rates[-1] - rates[0])
+
+
+def test_a_micro_batch_is_chosen_among_those_allowed(batches: BatchSearch) -> None:
+    sizes = (3, 6, 12)
+    plan = plan_for(batches, budget_bytes=2**29, micro_batch_sizes=sizes, **STATE)
+    others = [plan_for(batches, budget_bytes=2**29, micro_batch_size=size, **STATE) for size in sizes]
+    assert plan.micro_batch_size in sizes
+    assert plan.modelled_images_per_s == max(other.modelled_images_per_s for other in others)
+    with pytest.raises(ValueError, match="micro-batch 3 needs at least"):
+        plan_for(batches, budget_bytes=2**16, micro_batch_sizes=sizes, **STATE)
 
 
 def test_more_memory_never_makes_a_plan_slower(batches: BatchSearch) -> None:

@@ -1,5 +1,6 @@
 """The executor: gradients are bit-identical to plain autograd under every schedule, and wrong chains are refused."""
 
+import weakref
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -218,6 +219,67 @@ def test_boundaries_in_host_memory_change_nothing(schedule: Schedule) -> None:
     expected = gradients(chain, x, twins.run_plain, autocast=True)
     run = partial(run_chain, schedule=schedule, is_offloaded=True)
     assert_same(gradients(chain, x, run, autocast=True), expected)
+
+
+class _Reordering:
+    """A link that takes its input in a list and needs it in another order only."""
+
+    is_boxed = True
+
+    def __init__(self) -> None:
+        self.was_alive: list[bool] = []
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        return ()
+
+    def __call__(self, given: list[Tensor]) -> Tensor:
+        x = given.pop()
+        alive = weakref.ref(x)
+        y = x.flip(0)
+        del x
+        self.was_alive.append(alive() is not None)
+        return 2 * y
+
+
+def test_an_input_that_was_only_reordered_is_free_while_a_link_runs() -> None:
+    last = _Reordering()
+    chain: list[Any] = [*make_chain(2), last]
+    x = torch.randn(4, 5, WIDTH).requires_grad_()
+    run_chain(chain, x, schedules.segments(3, 1)).sum().backward()
+    assert last.was_alive == [False, False]
+
+
+def test_the_incoming_gradient_is_free_once_the_last_application_has_read_it() -> None:
+    """The gradient of the output is 64 times as large as anything else in the chain."""
+    alive: list[bool] = []
+    incoming: list[weakref.ref[Tensor]] = []
+
+    class Notes(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            alive.append(incoming[0]() is not None)
+            return grad.clone()
+
+    class Gives(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, y: Tensor) -> Tensor:
+            return y.sum()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            gradient = torch.ones(2, 64)
+            incoming.append(weakref.ref(gradient))
+            return gradient
+
+    chain = [link(Notes.apply), link(lambda x: x.repeat(1, 64))]
+    x = torch.randn(2, 1).requires_grad_()
+    Gives.apply(run_chain(chain, x, schedules.segments(2, 1))).backward()
+    assert alive == [False]
+    assert x.grad is not None and torch.equal(x.grad, torch.full((2, 1), 64.0))
 
 
 @pytest.mark.gpu

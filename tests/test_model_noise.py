@@ -10,6 +10,7 @@ from sret_scale.memory.instrument import LiveBytes
 from sret_scale.model import Application, Noise, SReT, SReTConfig, StageConfig
 from sret_scale.model.depth import drop_path_rates
 from sret_scale.model.noise import drop_path_masks
+from sret_scale.model.permutation import TokenOrder, reorder_tokens
 from sret_scale.model.stem import Stem, SyncBatchNorm, stem_norm
 
 STAGE = StageConfig(width=8, num_heads=2, num_blocks=2, num_loops=3, groups=(4, 2), mlp_ratio=1.5)
@@ -129,9 +130,36 @@ def test_a_stem_that_repeats_its_norms_holds_about_half() -> None:
     for repeats_norms in (False, True):
         stem = Stem(replace(CONFIG, stem_norm="batch"))
         stem.repeats_norms = repeats_norms
-        images_BCHW = IMAGES_BCHW.contiguous(memory_format=torch.channels_last)
-        with LiveBytes(stem.parameters()) as counter:
-            y_BCHW = stem(images_BCHW)
-            held.append(counter.live - y_BCHW.nbytes)
+        for memory_format in (torch.channels_last, torch.contiguous_format):
+            images_BCHW = IMAGES_BCHW.contiguous(memory_format=memory_format)
+            with LiveBytes(stem.parameters()) as counter:
+                y_BCHW = stem(images_BCHW)
+                held.append(counter.live - y_BCHW.nbytes)
     # Two layers of 8 x 8 and one of 16 channels at 8 x 8, stored once instead of twice; statistics are small.
-    assert held[1] < 0.65 * held[0]
+    assert held[2] < 0.65 * held[0]
+    # Images in another order than the convolution's are copied, and only a stem that repeats makes the copy twice.
+    assert held[1] == held[0] + IMAGES_BCHW.nbytes
+    assert held[3] == held[2]
+
+
+def test_a_stem_that_repeats_its_norms_gives_images_their_gradient() -> None:
+    gradients = []
+    for repeats_norms in (False, True):
+        torch.manual_seed(0)
+        stem, images_BCHW = Stem(CONFIG).train(), IMAGES_BCHW.clone().requires_grad_()
+        stem.repeats_norms = repeats_norms
+        stem(images_BCHW).square().sum().backward()
+        gradients.append(images_BCHW.grad)
+    assert gradients[0] is not None and gradients[1] is not None and torch.equal(*gradients)
+
+
+@pytest.mark.parametrize(("num_tokens", "dtype"), [(49, torch.int16), (2**15 + 1, torch.int32)])
+def test_tables_of_token_orders_are_as_narrow_as_their_tokens_allow(num_tokens: int, dtype: torch.dtype) -> None:
+    permutations = torch.stack([torch.randperm(num_tokens) for _ in range(2)])
+    order, x_BND = TokenOrder(permutations), torch.arange(float(num_tokens))[None, :, None]
+    for target in (0, 1, None):
+        tables = order.move_to(target)
+        assert tables is not None and all(table.dtype == dtype for table in tables)
+        x_BND = reorder_tokens(x_BND, *tables)
+        expected = torch.arange(num_tokens) if target is None else permutations[target]
+        assert torch.equal(x_BND.flatten(), expected.float())

@@ -26,6 +26,8 @@ from sret_scale.lab.experiments.slots import Slot, device_slots, host_slots, loc
 from sret_scale.lab.experiments.tail import Standing
 from sret_scale.lab.experiments.view import SweepView
 from sret_scale.memory import prepare_memory
+from sret_scale.memory.probe import probe_step
+from sret_scale.memory.state import state_bytes
 from sret_scale.model import SReT, describe
 from sret_scale.train.config import from_yaml, override, to_yaml
 from sret_scale.train.node.hostfile import read_hostfile
@@ -121,6 +123,17 @@ def test_equal_memory_lets_the_planner_choose_batch_and_schedule(base: str) -> N
         zero_stage=1,
     )
     assert prepared.activations < memory_of(plain, 1)
+
+
+@pytest.mark.parametrize("schedule", ["none", "nested"])
+def test_the_memory_of_a_run_is_what_the_run_itself_predicts(base: str, schedule: str) -> None:
+    """What the stem stores depends on the schedule, in both."""
+    config = override(from_yaml(Path(base)), [f"memory.schedule={schedule}"])
+    micro = config.train.micro_batch_size
+    state = {"micro_batch_size": micro, "precision": "fp32", "world_size": 1, "zero_stage": 1}
+    prepared = prepare_memory(SReT(config.model), config.memory, **state)
+    costs = probe_step(config.model, micro_batch_size=micro)
+    assert memory_of(config, 1) == state_bytes(costs, world_size=1, zero_stage=1).total + prepared.activations
 
 
 @pytest.mark.parametrize(

@@ -126,9 +126,8 @@ class _Program:
         held, peak = 0, 0
         for index in range(lo, hi):
             cost = self.costs[index]
-            callers = self.boundary[self.n] if index + 1 == self.n else 0
             taped = held + self.boundary[index] + cost.taped_bytes + self._gradient(hi)
-            peak = max(peak, taped, held + cost.backward_bytes - callers)
+            peak = max(peak, taped, held + cost.backward_bytes)
             held += cost.tape_bytes
         return peak
 

@@ -6,12 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
 from torch.utils.flop_counter import FlopCounterMode
 
-from sret_scale.memory.gradients import GradientSums, entered
+from sret_scale.memory.gradients import Exit, GradientSums, entered
 from sret_scale.memory.instrument import LiveBytes
-from sret_scale.memory.recompute import Chained
+from sret_scale.memory.recompute import Chained, call_link
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,16 +49,18 @@ def measure_application(application: Chained, x: Tensor) -> ApplicationCost:
             start = counter.live
             counter.restart_peak()
             own, entry = entered(x.clone()) if x.is_floating_point() else (x.clone(), None)
+            given = [own]
+            del own
             with torch.enable_grad():
-                output = application(own)
+                output = call_link(application, given)
             taped_bytes = counter.peak - start - size_bytes(x)
-            edge, gradient = get_gradient_edge(output), torch.empty_like(output)
-            del output, own
-            tape_bytes = counter.live - start - size_bytes(gradient)
+            end, gradient = Exit(output), [torch.empty_like(output)]
+            del output
+            tape_bytes = counter.live - start - size_bytes(gradient[0])
             counter.restart_peak()
-            sums.backward(edge, gradient, entry, range(len(parameters)))
+            sums.backward(end, gradient, entry, range(len(parameters)))
             backward_bytes = counter.peak - start
-            del edge, gradient, entry
+            del end, entry
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping={_FLASH_ON_CPU: _flash_flops}) as flops:
         application(x)
     return ApplicationCost(

@@ -25,20 +25,22 @@ class GradientSums:
         self._sums: dict[int, Tensor] = {}
 
     def backward(
-        self, output: GradientEdge, grad_output: Tensor, entry: GradientEdge | None, used: Sequence[int]
+        self, output: "Exit", grad_output: list[Tensor], entry: GradientEdge | None, used: Sequence[int]
     ) -> Tensor | None:
         """Propagates through one taped range, which is freed; returns the gradient at its `entry` if it has one.
 
+        `grad_output` holds one tensor, which is taken out, so that it is free as soon as the range has read it.
         `used` are the indices of the trainable parameters that the range may use.
         """
         seeded = [k for k in used if k in self._sums and self._parameters[k].dtype not in HALF_DTYPES]
         inputs: list[Any] = [self._parameters[k] for k in used]
         if entry is not None:
             inputs.append(entry)
+        stand_in = output.admit(grad_output)
         results = torch.autograd.grad(
-            [output, *(self._edge(k) for k in seeded)],
+            [output.edge, *(self._edge(k) for k in seeded)],
             inputs,
-            [grad_output, *(self._sums[k] for k in seeded)],
+            [stand_in, *(self._sums[k] for k in seeded)],
             allow_unused=True,
         )
         for k, gradient in zip(used, results, strict=False):
@@ -70,6 +72,38 @@ def entered(x: Tensor) -> tuple[Tensor, GradientEdge]:
     with torch.enable_grad():
         y = _Entry.apply(torch.empty(0, requires_grad=True), x.detach())  # type: ignore[no-untyped-call]
     return y, get_gradient_edge(y)
+
+
+class Exit:
+    """The end of a taped range, where its gradient comes in.
+
+    The engine holds the gradients that it is started with until it is done. So it gets an empty stand-in, and the node
+    at the end of the range exchanges it for the gradient, which nobody else holds.
+    """
+
+    def __init__(self, y: Tensor) -> None:
+        self._box: list[Tensor] = []
+        with torch.enable_grad():
+            self.edge: GradientEdge = get_gradient_edge(_Exchange.apply(y, self._box))  # type: ignore[no-untyped-call]
+        self._shape = y.shape
+
+    def admit(self, gradient: list[Tensor]) -> Tensor:
+        """Takes the gradient out of its list; returns what to start the engine with instead."""
+        self._box.append(gradient.pop())
+        return self._box[0].new_empty(()).expand(self._shape)
+
+
+class _Exchange(torch.autograd.Function):
+    """The identity; its gradient is the one in the box."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, box: list[Tensor]) -> Tensor:
+        ctx.box = box
+        return y.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.box.pop(), None
 
 
 class _Entry(torch.autograd.Function):

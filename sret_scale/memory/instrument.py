@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_leaves
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts bytes allocated inside the context and still alive: `live` and its maximum `peak`.
 
-    Gradients that arrive at `parameters` are not activations and are not counted from then on. `launches`
+    Gradients that arrive at `parameters` are not activations and are not counted from then on, nor are the copies of
+    them that a first backward pass puts into `.grad` where they lie in another order than the weight. `launches`
     counts the operators that allocate, `moved` the bytes of their operands: what an eager run reads and writes.
     """
 
@@ -30,7 +31,9 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._hooks: list[Any] = []
 
     def __enter__(self) -> "LiveBytes":
-        self._hooks = [p.register_hook(self.forget) for p in self._parameters]  # type: ignore[no-untyped-call]
+        for p in self._parameters:
+            self._hooks.append(p.register_hook(self.forget))  # type: ignore[no-untyped-call]
+            self._hooks.append(p.register_post_accumulate_grad_hook(self._forget_grad))  # type: ignore[no-untyped-call]
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
@@ -62,6 +65,10 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         key = tensor.untyped_storage()._cdata
         self.live -= self._sizes.get(key, 0)
         self._sizes[key] = 0
+
+    def _forget_grad(self, parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            self.forget(parameter.grad)
 
     def _watch(self, tensor: Tensor, *, is_new: bool) -> bool:
         """Starts to follow the storage of `tensor`; False if it was followed already."""

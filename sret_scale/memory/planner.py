@@ -3,6 +3,7 @@
 The bytes are predicted (`probe`, `predict`, `step`); the time is only modelled, and ranks plans of the same model.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -68,18 +69,20 @@ def plan_for(
     *,
     budget_bytes: int,
     micro_batch_size: int | None = None,
+    micro_batch_sizes: Sequence[int] = (),
     world_size: int = 1,
     zero_stage: int = 1,
     reserved_bytes: int = 0,
 ) -> Plan:
     """The fitting plan with the most modelled images per second; the micro-batch is chosen too if None.
 
+    micro_batch_sizes: those to choose from, if not all.
     reserved_bytes: for what the planner does not see, such as a teacher and the device's context.
     ValueError if nothing fits; it names the next cheaper choice.
     """
-    state = state_bytes(batches.costs(1), world_size=world_size, zero_stage=zero_stage)
+    state = state_bytes(batches.any_costs, world_size=world_size, zero_stage=zero_stage)
     room = budget_bytes - state.total - reserved_bytes
-    wanted = micro_batch_size or batches.fastest(room) or 1
+    wanted = micro_batch_size or batches.fastest(room, micro_batch_sizes) or min(micro_batch_sizes, default=1)
     choice = batches.search(wanted).fastest(room)
     if choice is None:
         need = state.total + reserved_bytes + batches.search(wanted).smallest_bytes()

@@ -10,7 +10,7 @@ from sret_scale.memory.schedule import Kind, Schedule
 
 @dataclass(frozen=True, kw_only=True)
 class ChainBytes:
-    """Bytes that a chain holds, its input boundary included, its output and the gradient of its output not.
+    """Bytes that a chain holds, its input boundary and the gradient of its output included, its output not.
 
     resting_bytes: between the forward and the backward pass.
     untaped: untaped runs of each application.
@@ -29,7 +29,7 @@ def predict_chain(schedule: Schedule, costs: Sequence[ApplicationCost]) -> Chain
     for action in schedule.forward:
         walk.perform(action.kind, action.lo, action.hi)
     forward_peak, resting_bytes = walk.peak, walk.resting()
-    walk.peak = 0
+    walk.begin_backward()
     for action in schedule.backward:
         walk.perform(action.kind, action.lo, action.hi)
     return ChainBytes(
@@ -50,8 +50,13 @@ class _Walk:
         self.slot_bytes = 0
         self.hand: int | None = 0
         self.tape_bytes = 0
-        self.reached = len(costs)  # the boundary whose gradient is at hand
+        self.reached: int | None = None  # the boundary whose gradient is at hand
         self.peak = 0
+
+    def begin_backward(self) -> None:
+        """The gradient of the output comes in; the peak is counted from here."""
+        self.reached = len(self.costs)
+        self.peak = self.resting()
 
     def resting(self) -> int:
         """Bytes held now."""
@@ -93,11 +98,9 @@ class _Walk:
         held = self.tape_bytes
         for index in reversed(range(lo, hi)):
             held -= self.costs[index].tape_bytes
-            # The gradient that comes in is part of the application's bytes; that of the chain's output is the caller's.
-            callers = self.boundary[hi] if index + 1 == len(self.costs) else 0
-            self.peak = max(self.peak, self.slot_bytes + held + self.costs[index].backward_bytes - callers)
+            # The gradient that comes in is part of the application's bytes.
+            self.peak = max(self.peak, self.slot_bytes + held + self.costs[index].backward_bytes)
         self.tape_bytes, self.reached = 0, lo
 
     def _gradient(self) -> int:
-        """The gradient at hand, unless it is the one of the chain's output."""
-        return self.boundary[self.reached] if self.reached < len(self.costs) else 0
+        return 0 if self.reached is None else self.boundary[self.reached]

@@ -26,7 +26,8 @@ class StepCosts:
     """Costs of one micro-batch's forward and backward pass. All bytes are activations unless named otherwise.
 
     stages: the cost of every application of every stage.
-    held_forward, held_backward: per stage, what the rest of the model holds when the stage's pass begins.
+    held_forward, held_backward: per stage, what the rest of the model holds when the stage's pass begins; the gradient
+        that comes in is the stage's.
     peaks_before: of the rest of the model before each stage, and at last in the head and the loss.
     peaks_after: of the rest of the model after the backward pass of each stage.
     """
@@ -125,10 +126,13 @@ class _ProbeFunction(torch.autograd.Function):
         ctx.probe, ctx.applications = probe, applications
         return torch.empty_like(x_BND)
 
+    boxed_grads_call = True  # a real chain frees the gradient that comes in; its bytes are the chain's own
+
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[None, None, Tensor]:
+    def backward(ctx: Any, grads: list[Tensor]) -> tuple[None, None, Tensor]:
+        shape = grads.pop().shape
         ctx.probe.note(ctx.probe.after)
-        return None, None, torch.empty_like(grad_output)
+        return None, None, torch.empty(shape)
 
 
 def _kind(application: Application) -> tuple[object, ...]:

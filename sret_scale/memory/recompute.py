@@ -4,6 +4,7 @@ One function a chain means one gradient per parameter and step, whatever the num
 stage fire once. There are no saved-tensor hooks; boundaries live in the function's own slots and are freed one by one.
 """
 
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -11,9 +12,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge
 
-from sret_scale.memory.gradients import GradientSums, entered
+from sret_scale.memory.gradients import Exit, GradientSums, entered
 from sret_scale.memory.schedule import Action, Kind, Schedule
 from sret_scale.memory.slots import DeviceSlots, HostSlots, Slots, require_unchanged
 
@@ -25,6 +26,15 @@ class Chained(Protocol):
 
     def parameters(self) -> Iterable[Tensor]:
         """All parameters that the call uses."""
+
+
+def call_link(application: Chained, given: list[Tensor]) -> Tensor:
+    """The output of an application for the input that is alone in `given`, which is emptied.
+
+    Python holds the arguments of a call to its end. A link with a true `is_boxed` takes the list instead, so that an
+    input that it has only reordered is free while it runs.
+    """
+    return application(given if getattr(application, "is_boxed", False) else given.pop())  # type: ignore[arg-type]
 
 
 def run_chain(
@@ -87,7 +97,7 @@ class _Chain:
         self.takes = deque(action.lo for action in schedule.backward if action.kind is Kind.TAKE)
         self.hand: Tensor | None = None
         self.hand_version = 0  # of what is in hand between the passes
-        self.tape: list[tuple[GradientEdge | None, GradientEdge | None]] = []
+        self.tape: list[tuple[GradientEdge | None, Exit | None]] = []
         self.is_input_differentiable = False
 
     def forward(self, x: Tensor) -> Tensor:
@@ -104,19 +114,19 @@ class _Chain:
             self.hand_version = self.hand._version
         return output.detach()
 
-    def backward(self, grad_output: Tensor) -> tuple[Tensor | None, list[Tensor | None]]:
-        """Gradients of the chain's input and of each parameter."""
+    def backward(self, grad_output: list[Tensor]) -> tuple[Tensor | None, list[Tensor | None]]:
+        """Gradients of the chain's input and of each parameter; `grad_output` holds one, which is taken out."""
         if self.hand is not None:
             require_unchanged(self.hand, self.hand_version)
         sums = GradientSums(self.parameters)
-        gradient: Tensor | None = grad_output
+        gradient = grad_output
         for action in self.schedule.backward:
             if action.kind is Kind.BACK:
                 for index in reversed(range(action.lo, action.hi)):
                     gradient = self._back(index, gradient, sums)
             else:
                 self._perform(action)
-        return gradient, sums.totals()
+        return gradient.pop() if gradient else None, sums.totals()
 
     def _perform(self, action: Action) -> Tensor | None:
         """Does one action (BACK excepted); returns what running the applications gave, if any ran."""
@@ -134,37 +144,48 @@ class _Chain:
             return self._tape(lo, hi, self._release())
         with torch.no_grad(), self.autocast():
             if kind is Kind.OUTPUT:
-                return self._run(lo, hi, self.hand)
+                return self._run(lo, hi, [self.hand])
             self.hand = self._run(lo, hi, self._release())
             return self.hand
 
-    def _release(self) -> Tensor:
-        """What is in hand, which then is empty: whoever runs from it can let it go."""
+    def _release(self) -> list[Tensor]:
+        """What was in hand, alone in a list: whoever runs from it takes it out and can let it go."""
         assert self.hand is not None
         hand, self.hand = self.hand, None
-        return hand
+        return [hand]
 
-    def _tape(self, lo: int, hi: int, x: Tensor) -> Tensor:
+    def _tape(self, lo: int, hi: int, given: list[Tensor]) -> Tensor:
         """Tapes each application by itself, so that the gradients of one are summed before the next one's arise."""
         with torch.enable_grad(), self.autocast():
             for index in range(lo, hi):
-                x, entry = entered(x) if index > 0 or self.is_input_differentiable else (x.detach(), None)
-                x = self._run(index, index + 1, x)
-                self.tape.append((entry, get_gradient_edge(x) if x.requires_grad else None))
-        return x
+                entry = None
+                if index > 0 or self.is_input_differentiable:
+                    own, entry = entered(given.pop())
+                    given.append(own)
+                    del own
+                x = self._run(index, index + 1, given)
+                self.tape.append((entry, Exit(x) if x.requires_grad else None))
+                given = [x]
+                del x
+        return given[0]
 
-    def _back(self, index: int, gradient: Tensor | None, sums: GradientSums) -> Tensor | None:
-        entry, edge = self.tape.pop()
-        if gradient is None or edge is None:
-            return None
-        return sums.backward(edge, gradient, entry, self._trainable(index))
+    def _back(self, index: int, gradient: list[Tensor], sums: GradientSums) -> list[Tensor]:
+        """The gradient of an application's input from that of its output, each alone in a list or in none."""
+        entry, end = self.tape.pop()
+        if not gradient or end is None:
+            return []
+        found = sums.backward(end, gradient, entry, self._trainable(index))
+        return [] if found is None else [found]
 
-    def _run(self, lo: int, hi: int, x: Tensor) -> Tensor:
+    def _run(self, lo: int, hi: int, given: list[Tensor]) -> Tensor:
+        """The output of [lo, hi) for the input in `given`, which is emptied; no boundary between is held."""
         for index in range(lo, hi):
-            version = x._version
-            y = self.applications[index](x)
-            if x._version != version:
+            before, version = weakref.ref(given[0]), given[0]._version
+            y = call_link(self.applications[index], given)
+            x = before()
+            if x is not None and x._version != version:  # one that is gone can mislead nobody
                 raise ValueError(f"application {index} of the chain changed its input in place: return a new tensor")
+            del x
             mark = _Mark(y.shape, y.dtype, _digest(y) if self.is_checked else None)
             expected = self.marks[index]
             if expected is not None and expected != mark:
@@ -173,8 +194,9 @@ class _Chain:
                     f" {_describe(expected)} at first: its result must depend on its input and parameters alone"
                 )
             self.marks[index] = mark
-            x = y
-        return x
+            given = [y]
+            del y
+        return given[0]
 
     def _trainable(self, index: int) -> list[int]:
         return [k for k in dict.fromkeys(self.used[index]) if self.parameters[k].requires_grad]
@@ -188,13 +210,16 @@ class _ChainFunction(torch.autograd.Function):
         ctx.chain = chain
         return chain.forward(x)
 
+    # The gradient comes in a list, out of which it is freed when the last application has read it.
+    boxed_grads_call = True
+
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grads: list[Tensor]) -> tuple[Tensor | None, ...]:
         if ctx.chain is None:
             raise ValueError("this chain has been propagated through already: run the forward pass again")
         chain, ctx.chain = ctx.chain, None
-        grad_input, grad_parameters = chain.backward(grad_output)
+        grad_input, grad_parameters = chain.backward(grads)
         return None, grad_input, *grad_parameters
 
 

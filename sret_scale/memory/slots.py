@@ -1,6 +1,6 @@
 """Where kept boundaries wait: in the memory of the device, or in host memory with copies beside the computation."""
 
-import contextlib
+import functools
 from typing import Protocol
 
 import torch
@@ -51,40 +51,49 @@ class HostSlots:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream: torch.cuda.Stream | None = None
-        if device.type == "cuda":
-            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._stream = _copy_stream(device) if device.type == "cuda" else None
         self._kept: dict[int, Tensor] = {}
         self._fetched: dict[int, Tensor] = {}
 
     def put(self, index: int, boundary: Tensor) -> None:
         """Begins to copy a boundary to the host."""
         host = torch.empty(boundary.shape, dtype=boundary.dtype, pin_memory=self._stream is not None)
-        with self._beside():
-            host.copy_(boundary, non_blocking=True)
-            if self._stream is not None:
-                boundary.record_stream(self._stream)
+        self._copy(boundary, host)
+        if self._stream is not None:
+            boundary.record_stream(self._stream)
         self._kept[index] = host
 
     def take(self, index: int) -> Tensor:
         """The boundary, copied back."""
         self.prefetch(index)
-        boundary = self._fetched.pop(index)
         if self._stream is not None:
-            current = torch.cuda.current_stream(self._device)
-            current.wait_stream(self._stream)
-            boundary.record_stream(current)
-        return boundary
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        return self._fetched.pop(index)
 
     def prefetch(self, index: int) -> None:
         """Begins to copy a boundary back, if it is kept."""
-        if index in self._kept:
-            with self._beside():
-                self._fetched[index] = self._kept.pop(index).to(self._device, non_blocking=True)
+        if index not in self._kept:
+            return
+        boundary = host = self._kept.pop(index)
+        if self._stream is not None:
+            # Born on the stream that computes: torch keeps what is freed apart for each stream, and memory of the side
+            # stream would lie idle between its copies.
+            boundary = torch.empty_like(host, device=self._device)
+            self._copy(host, boundary)
+            boundary.record_stream(self._stream)
+        self._fetched[index] = boundary
 
-    def _beside(self) -> contextlib.AbstractContextManager[object]:
-        """The side stream, after all work that has been launched so far; on other devices nothing."""
+    def _copy(self, source: Tensor, target: Tensor) -> None:
+        """In the side stream, after all work that has been launched so far; on other devices at once."""
         if self._stream is None:
-            return contextlib.nullcontext()
+            target.copy_(source)
+            return
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        return torch.cuda.stream(self._stream)
+        with torch.cuda.stream(self._stream):
+            target.copy_(source, non_blocking=True)
+
+
+@functools.cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """The side stream of a device: one for all chains, since torch has few and lends each to many."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

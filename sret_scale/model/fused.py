@@ -94,6 +94,9 @@ class _ProjectResidual(torch.autograd.Function):
 
 
 class _FeedForwardResidual(torch.autograd.Function):
+    # The hidden layer, the widest tensor there is, is free in the middle of the backward pass.
+    clear_saved_tensors_on_access = True
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -123,7 +126,7 @@ class _FeedForwardResidual(torch.autograd.Function):
         # A step peaks here, between tensors of F channels: one is written over, and no name outlives its use.
         torch.ops.aten.gelu_backward.grad_input(grad_a, hidden, grad_input=grad_a)
         last = [grad_a]
-        del grad_a
+        del grad_a, hidden
         grad_x, *grads_before = _norm_linear_backward(last.pop(), x, norm, norm_bias, weight1, ctx.dtype)
         assert grad_x is not None
         if alpha is None:

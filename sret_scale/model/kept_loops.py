@@ -14,7 +14,7 @@ from torch._higher_order_ops.scan import scan
 from torch.func import functional_call
 
 from sret_scale.model.conditioning import InputInjection
-from sret_scale.model.permutation import TokenOrder, reorder_tokens
+from sret_scale.model.permutation import TokenOrder, as_index, reorder_tokens
 from sret_scale.model.sret import SReT
 from sret_scale.model.stage import Application, Stage
 
@@ -96,7 +96,7 @@ def _stacked(applications: list[Application]) -> dict[str, Tensor]:
     own: dict[str, list[Tensor]] = {"turn": [torch.tensor(float(turn)) for turn in range(len(applications))]}
     for application in applications:
         if application.gather is not None:
-            own.setdefault("gather", []).append(application.gather)
+            own.setdefault("gather", []).append(as_index(application.gather))
         conditioning = application.block.conditioning
         if conditioning is not None:
             tensors = dict(itertools.chain(conditioning.named_parameters(), conditioning.named_buffers()))

@@ -21,6 +21,7 @@ from sret_scale.model.noise import Dropout, Noise, PermutationSource, drop_path_
 from sret_scale.model.permutation import TokenOrder, reorder_tokens
 from sret_scale.model.plan import DepthPlan, planned_rates, planned_slots
 from sret_scale.model.sizes import stored_sizes
+from sret_scale.model.upload import uploaded
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +51,12 @@ class Application:
     is_detached: bool
     dropout: Dropout | None
 
-    def __call__(self, x_BND: Tensor) -> Tensor:
+    is_boxed = True
+    """A call may also be given its input alone in a list, which it empties: it is free once it was reordered."""
+
+    def __call__(self, x_BND: Tensor | list[Tensor]) -> Tensor:
+        if isinstance(x_BND, list):
+            x_BND = x_BND.pop()
         with self.autocast():
             x_BND, *carried = self.block_inputs(x_BND)
             x_BND = self._transform(x_BND)
@@ -193,7 +199,7 @@ class Stage(nn.Module):
         rates = self.drop_path_rates if plan is None else planned_rates(self.config, plan, self.index)
         if not self.training or noise is None or not any(rates):
             return None
-        return drop_path_masks(torch.tensor(rates, device=x_BND.device), x_BND.shape[0], noise, self.index)
+        return drop_path_masks(uploaded(torch.tensor(rates), x_BND.device), x_BND.shape[0], noise, self.index)
 
 
 def cut_after(slots: Sequence[Slot], num_loops: int) -> int:

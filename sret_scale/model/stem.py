@@ -17,7 +17,7 @@ from sret_scale.model.sizes import stem_widths
 class Stem(nn.Module):
     """Three 3 x 3 convolutions, each with a norm and ReLU. The first stage's tokens come out as (B, D, H, W).
 
-    `repeats_norms` may be set from outside: the backward pass then runs norms once more and half as much is stored.
+    `repeats_norms` may be set from outside: the backward pass then runs norms once more, and less than half is stored.
     """
 
     def __init__(self, config: SReTConfig) -> None:
@@ -34,8 +34,7 @@ class Stem(nn.Module):
         self.repeats_norms = False
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        # Channels last is faster in convolutions on every device, and is how a stage wants its tokens.
-        x_BCHW = self.convs[0](x_BCHW.contiguous(memory_format=torch.channels_last))
+        x_BCHW = self._first_conv(x_BCHW)
         for norm, conv in zip(self.norms, (*list(self.convs)[1:], None), strict=True):
             repeats = self.repeats_norms and _is_repeatable(norm) and not torch.compiler.is_compiling()
             if repeats and x_BCHW.requires_grad:
@@ -45,6 +44,37 @@ class Stem(nn.Module):
             else:
                 x_BCHW = _norm_relu_conv(norm, conv, x_BCHW)
         return x_BCHW
+
+    def _first_conv(self, x_BCHW: Tensor) -> Tensor:
+        conv = cast(nn.Conv2d, self.convs[0])
+        if self.repeats_norms and not x_BCHW.requires_grad and not torch.compiler.is_compiling():
+            return _ImageConv.apply(conv, x_BCHW, conv.weight, conv.bias)  # type: ignore[no-untyped-call]
+        return cast(Tensor, conv(_channels_last(x_BCHW)))
+
+
+def _channels_last(x_BCHW: Tensor) -> Tensor:
+    """Faster in convolutions on every device, and how a stage wants its tokens."""
+    return x_BCHW.contiguous(memory_format=torch.channels_last)
+
+
+class _ImageConv(torch.autograd.Function):
+    """A convolution of images that stores them as they came, where autograd stores a copy in another order and type.
+
+    Whoever gave them holds them anyway; the copy is made once more in the backward pass. Images get no gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, conv: nn.Conv2d, x_BCHW: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x_BCHW, weight, bias)
+        ctx.conv = conv
+        return cast(Tensor, conv(_channels_last(x_BCHW)))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BCHW: Tensor) -> tuple[None, None, Tensor, Tensor]:
+        x_BCHW, weight, bias = ctx.saved_tensors
+        _, *grads = _conv_backward(ctx.conv, grad_BCHW, _channels_last(x_BCHW), weight, has_input_grad=False)
+        return None, None, grads[0].to(weight.dtype), grads[1].to(bias.dtype)
 
 
 def _norm_relu_conv(norm: nn.Module, conv: nn.Module | None, x_BCHW: Tensor) -> Tensor:
@@ -103,7 +133,9 @@ def _repeated(norm: nn.Module, x_BCHW: Tensor, weight: Tensor, bias: Tensor) -> 
     return cast(Tensor, torch.func.functional_call(norm, {"weight": weight, "bias": bias}, (x_BCHW,)))
 
 
-def _conv_backward(conv: nn.Conv2d, grad: Tensor, a: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _conv_backward(
+    conv: nn.Conv2d, grad: Tensor, a: Tensor, weight: Tensor, *, has_input_grad: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the input, the weight and the bias, in the type in which the convolution ran."""
     found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(
         grad,
@@ -116,7 +148,7 @@ def _conv_backward(conv: nn.Conv2d, grad: Tensor, a: Tensor, weight: Tensor) -> 
         False,
         [0, 0],
         conv.groups,
-        [True, True, True],
+        [has_input_grad, True, True],
     )
     return found
 

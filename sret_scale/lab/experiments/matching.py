@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args
 
 from sret_scale.memory import plan_for, predict_activations
 from sret_scale.memory.batches import MAX_MICRO_BATCH, BatchSearch
+from sret_scale.memory.config import stem_repeats_norms
 from sret_scale.memory.state import format_bytes, state_bytes
 from sret_scale.memory.step import DEVICES
 from sret_scale.model import SReTConfig, describe
@@ -162,16 +163,22 @@ def memory_of(config: RunConfig, world_size: int) -> int:
     if config.memory.budget_bytes is not None:
         return config.memory.budget_bytes
     ds_config = load_ds_config(config.engine.ds_config)
-    precision, micro = precision_of(ds_config), config.train.micro_batch_size
-    state = state_bytes(
-        _batches(config.model, precision).costs(1), world_size=world_size, zero_stage=zero_stage_of(ds_config)
+    zero_stage = zero_stage_of(ds_config)
+    repeats_norms = stem_repeats_norms(config.memory, zero_stage)
+    batches = _batches(config.model, precision_of(ds_config), repeats_norms)
+    state = state_bytes(batches.any_costs, world_size=world_size, zero_stage=zero_stage)
+    return state.total + predict_activations(
+        config.model,
+        config.memory,
+        micro_batch_size=config.train.micro_batch_size,
+        precision=precision_of(ds_config),
+        repeats_norms=repeats_norms,
     )
-    return state.total + predict_activations(config.model, config.memory, micro_batch_size=micro, precision=precision)
 
 
 @functools.cache
-def _batches(model: SReTConfig, precision: str) -> BatchSearch:
-    return BatchSearch(model, precision, DEVICES["cpu"])
+def _batches(model: SReTConfig, precision: str, repeats_norms: bool) -> BatchSearch:
+    return BatchSearch(model, precision, DEVICES["cpu"], repeats_norms=repeats_norms)
 
 
 def within_memory(config: RunConfig, budget_bytes: int, world_size: int) -> RunConfig:
@@ -180,31 +187,22 @@ def within_memory(config: RunConfig, budget_bytes: int, world_size: int) -> RunC
     Raises ValueError where not even the smallest micro-batch fits.
     """
     ds_config = load_ds_config(config.engine.ds_config)
+    zero_stage = zero_stage_of(ds_config)
     per_rank, remainder = divmod(config.train.global_batch_size, world_size)
     if remainder:
         raise ValueError(
             f"equal_memory: train.global_batch_size={config.train.global_batch_size} is not a multiple of the "
             f"{world_size} ranks that train"
         )
-    plans, refusal = [], ""
-    for size in reversed([size for size in range(1, min(per_rank, MAX_MICRO_BATCH) + 1) if per_rank % size == 0]):
-        try:
-            plan = plan_for(
-                _batches(config.model, precision_of(ds_config)),
-                budget_bytes=budget_bytes,
-                micro_batch_size=size,
-                world_size=world_size,
-                zero_stage=zero_stage_of(ds_config),
-            )
-        except ValueError as error:
-            refusal = str(error)
-            continue
-        plans.append(plan)
-    if not plans:
-        raise ValueError(f"equal_memory: the base needs {format_bytes(budget_bytes)} on a rank; {refusal}")
-    best = max(plans, key=lambda plan: plan.modelled_images_per_s)
-    return replace(
-        config,
-        memory=replace(config.memory, schedule="planned", slots=None, budget_bytes=budget_bytes),
-        train=replace(config.train, micro_batch_size=best.micro_batch_size),
-    )
+    memory = replace(config.memory, schedule="planned", slots=None, budget_bytes=budget_bytes)
+    try:
+        plan = plan_for(
+            _batches(config.model, precision_of(ds_config), stem_repeats_norms(memory, zero_stage)),
+            budget_bytes=budget_bytes,
+            micro_batch_sizes=[size for size in range(1, min(per_rank, MAX_MICRO_BATCH) + 1) if per_rank % size == 0],
+            world_size=world_size,
+            zero_stage=zero_stage,
+        )
+    except ValueError as error:
+        raise ValueError(f"equal_memory: the base needs {format_bytes(budget_bytes)} on a rank; {error}") from error
+    return replace(config, memory=memory, train=replace(config.train, micro_batch_size=plan.micro_batch_size))
