@@ -11,7 +11,7 @@ import torch
 from sret_scale.cli import main
 from sret_scale.model import SReT
 from sret_scale.model.files import load_model
-from sret_scale.train.checkpoint import save_checkpoint
+from sret_scale.train.checkpoint import read_tensors, save_checkpoint
 from sret_scale.train.config import from_yaml, override, to_plain
 from sret_scale.train.load import initial_state
 from tests.tiny import TINY_MODEL, tiny_config, tiny_shards, write_config
@@ -79,6 +79,17 @@ def test_a_grown_model_says_its_loss_and_how_to_train_on(run: Path, capsys: pyte
     assert initial_state(str(out), config.model).keys() == grown.state_dict().keys()
 
 
+def test_a_run_is_exported_as_it_is(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = run.parent / "native.safetensors"
+    assert main(["export", str(run), str(out), "--format", "safetensors"]) == 0
+    trained = read_tensors(run / "checkpoints" / "step-000000007", "weights")
+    assert all(torch.equal(value, trained[name]) for name, value in load_model(out).state_dict().items())
+    # No moving average was kept.
+    assert main(["export", str(run), str(out), "--format", "safetensors", "--weights", "ema"]) == 2
+    assert "holds no moving average" in capsys.readouterr().err
+    assert main(["weights", "export", str(run), str(run.parent / "published.pth")]) == 0
+
+
 def test_a_tied_model_is_smaller(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = run.parent / "tied.safetensors"
     assert main(["weights", "tie", str(run), str(out), "--blocks", "2,1", "--keep-norms"]) == 0
@@ -90,11 +101,11 @@ def test_a_tied_model_is_smaller(run: Path, capsys: pytest.CaptureFixture[str]) 
     ("command", "message"),
     [
         (["evaluate", "RUN", "--loops", "0"], "--loops: expected at least 1"),
-        (["evaluate", "RUN", "--thresholds", "0.5"], "give --early-exit too"),
+        (["evaluate", "RUN", "--thresholds", "0.5"], "belongs to --early-exit"),
         (["evaluate", "RUN", "--early-exit", "entropy", "--thresholds", "a"], "expected numbers such as 0.5,0.9"),
         (["evaluate", "RUN", "--early-exit", "entropy", "--thresholds", "2"], "above 0 and below 1"),
         (["weights", "grow", "RUN", "out.safetensors", "--loops", "0"], "--loops: expected at least 1"),
-        (["weights", "tie", "RUN", "out", "--blocks", "2,1"], "ends in .safetensors"),
+        (["weights", "tie", "RUN", "out", "--blocks", "2,1"], "must end in .safetensors"),
         (["weights", "tie", "RUN", "out.safetensors", "--blocks", "2;1"], "--blocks: expected numbers"),
         (["weights", "tie", "RUN", "out.safetensors", "--blocks", "3,1"], "cannot be tied into 3"),
     ],

@@ -175,6 +175,14 @@ def test_value_that_is_not_plain_is_refused(value: str) -> None:
             batch_file(options(**{name: value}), ["train"])
 
 
+@pytest.mark.parametrize(("time", "is_valid"), [("90", True), ("2-12", True), ("1-00:00:00", True), ("soon", False)])
+def test_the_time_limit_is_slurms(time: str, is_valid: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["slurm", "--nodes", "1", "--cpus", "2", "--time", time, "--"]
+    assert cli.main([*words, "train", "sret_t"]) == (0 if is_valid else 2)
+    assert cli.main([*words, "trian", "sret_t"]) == 2
+    assert "expected a command of sret-scale after --" in capsys.readouterr().err
+
+
 def test_torchvision_of_another_torch_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(name: str) -> None:
         raise RuntimeError("operator torchvision::nms does not exist\nand a long trace")

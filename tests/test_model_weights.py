@@ -117,5 +117,5 @@ def test_native_files_keep_any_config(tmp_path: Path) -> None:
     assert torch.equal(loaded(images_BCHW), model(images_BCHW))
     content = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "cut.safetensors").write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match="not a whole safetensors file"):
+    with pytest.raises(ValueError, match="not a complete safetensors file"):
         load_model(tmp_path / "cut.safetensors")

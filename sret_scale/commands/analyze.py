@@ -41,8 +41,11 @@ def run(args: argparse.Namespace) -> None:
     from sret_scale.lab.analysis.subject import open_subject
 
     charts, surfaces = [], []
+    output = args.output or args.runs[0] / "analysis"
     for index, folder in enumerate(args.runs):
         subject = open_subject(folder, args.images, print)
+        # Before minutes are spent; not before it is known that the first run is one.
+        output.mkdir(parents=True, exist_ok=True)
         if args.kind == "landscape":
             surfaces.append(landscape(subject, points=args.points, reach=args.reach, seed=args.seed))
             middle = args.points // 2
@@ -64,10 +67,5 @@ def run(args: argparse.Namespace) -> None:
                         f"{subject.name}: {100 * study.top1:.1f} % top-1; loop {worst.loop} of stage {worst.stage} "
                         f"{change}: {100 * worst.top1:.1f} %, the most harm of that kind"
                     )
-    output = args.output or args.runs[0] / "analysis"
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(error.errno, f"cannot make the folder {output}: {error.strerror}; choose another -o") from error
     files = [file for chart in charts + landscape_figures(surfaces) for file in chart.write(output)]
     print(f"wrote {', '.join(str(file) for file in files if file.suffix == '.svg')}, each also as PNG and CSV")

@@ -4,7 +4,9 @@ import argparse
 import importlib.util
 from pathlib import Path
 
-EXAMPLE = "example: sret-scale export sret_t.safetensors sret_t.onnx --format onnx --loops kept"
+EXAMPLE = """examples:
+  sret-scale export runs/sret_t sret_t.onnx
+  sret-scale export sret_t.safetensors sret_t.onnx --loops kept"""
 
 # Largest difference of a score between the exported program and the model, both in fp32.
 TOLERANCE = 1e-4
@@ -12,8 +14,11 @@ TOLERANCE = 1e-4
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """FILE OUT --format."""
-    parser.add_argument("file", type=Path, help="weights in safetensors, as written by `sret-scale weights`")
+    parser.add_argument("file", type=Path, help="folder of a run, or weights in safetensors")
     parser.add_argument("out", type=Path, help="the file to write")
+    parser.add_argument(
+        "--weights", choices=("raw", "ema"), help="of a run: which weights (default: the moving average, if kept)"
+    )
     parser.add_argument(
         "--format",
         choices=("onnx", "torch", "safetensors"),
@@ -35,13 +40,14 @@ def run(args: argparse.Namespace) -> None:
 
     import torch
 
-    from sret_scale.model.files import load_model, save_model
+    from sret_scale.model.files import save_model
     from sret_scale.model.inference import folded
     from sret_scale.model.kept_loops import keep_loops
+    from sret_scale.train.load import load_trained
 
     if args.format == "safetensors" and args.loops == "kept":
         raise ValueError("--loops kept is for the formats onnx and torch: safetensors holds weights and no program")
-    model = load_model(args.file)
+    model = load_trained(args.file, args.weights)
     if args.format == "safetensors":
         save_model(model, args.out)
         print(f"{args.out}: safetensors")

@@ -1,6 +1,9 @@
 """`sret-scale slurm`: prints the batch file that runs a command on a Slurm cluster."""
 
 import argparse
+import pkgutil
+
+import sret_scale.commands
 
 EXAMPLE = """example:
   sret-scale slurm --nodes 4 --gpus 8 --cpus 96 --time 1-00:00:00 -- train sret_t_1000 data.train_folder=shards > job.sh
@@ -32,6 +35,8 @@ def run(args: argparse.Namespace) -> None:
     """Print the file; nothing is submitted."""
     from sret_scale.train.node.sbatch import BatchOptions, batch_file
 
+    if args.arguments[0] not in (module.name for module in pkgutil.iter_modules(sret_scale.commands.__path__)):
+        raise ValueError(f"expected a command of sret-scale after --, such as train, got {args.arguments[0]!r}")
     options = BatchOptions(
         nodes=args.nodes,
         gpus_per_node=args.gpus,

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 IMPORT_EXAMPLE = "example: sret-scale weights import SReT_T.pth sret_t.safetensors --preset sret_t"
-EXPORT_EXAMPLE = "example: sret-scale weights export sret_t.safetensors SReT_T.pth"
+EXPORT_EXAMPLE = "example: sret-scale weights export runs/sret_t SReT_T.pth"
 GROW_EXAMPLE = "example: sret-scale weights grow runs/sret_t deeper.safetensors --loops 8"
 TIE_EXAMPLE = "example: sret-scale weights tie runs/untied tied.safetensors --blocks 1,2,1"
 EXAMPLE = "\n".join((IMPORT_EXAMPLE, EXPORT_EXAMPLE, GROW_EXAMPLE, TIE_EXAMPLE))
@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         )
         for name, text, example in (
             ("import", "convert a published checkpoint to safetensors", IMPORT_EXAMPLE),
-            ("export", "convert safetensors to the published layout", EXPORT_EXAMPLE),
+            ("export", "convert a trained run, or safetensors, to the published layout", EXPORT_EXAMPLE),
             ("grow", "give a trained model more (or fewer) loops, and measure the effect", GROW_EXAMPLE),
             (
                 "tie",
@@ -48,8 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a merged block is the mean, or the first, of its originals",
     )
     tie.add_argument("--keep-norms", action="store_true", help="let each loop keep its own LayerNorms")
+    to_native.add_argument("file", type=Path, help="the weights to read")
+    to_published.add_argument("file", type=Path, help="folder of a run, or weights in safetensors")
     for action in (to_native, to_published):
-        action.add_argument("file", type=Path, help="the weights to read")
         action.add_argument("out", type=Path, help="the file to write")
     to_native.add_argument(
         "--preset", help="the model, where the weights do not tell: they show nothing of the slicing"
@@ -128,10 +129,10 @@ def _change(args: argparse.Namespace) -> None:
 def _export(file: Path, out: Path) -> None:
     import torch
 
-    from sret_scale.model.files import load_model
     from sret_scale.model.official import to_published
+    from sret_scale.train.load import load_trained
 
-    model = load_model(file)
+    model = load_trained(file)
     partial = out.with_name(out.name + ".partial")
     torch.save({"model": to_published(model.config, model.state_dict())}, partial)
     partial.replace(out)

@@ -8,10 +8,11 @@ what was there before, or on when a rank was killed. Ranks do not talk: whoever 
 
 import dataclasses
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -81,6 +82,7 @@ def plan_labels(
         ("views", num_views, 1 << 20),
         ("views_per_file", views_per_file, num_views),
         ("batch_size", batch_size, 1 << 20),
+        ("image_size", image_size, 1 << 16),
         ("classes", shards.num_classes, 1 << 16),
     ):
         if not 1 <= value <= most:
@@ -129,12 +131,20 @@ def save_plan(folder: Path, plan: LabelPlan) -> None:
         with replacing(folder / PLAN_NAME) as file:
             file.write(plan.to_json().encode())
     there = read_plan(folder)
-    names = [
-        field.name for field in dataclasses.fields(plan) if getattr(there, field.name) != getattr(plan, field.name)
-    ]
-    if names:
-        differing = "; ".join(f"{name} {getattr(there, name)}, now {getattr(plan, name)}" for name in names)
+    before, now = ({item.name: getattr(one, item.name) for item in dataclasses.fields(one)} for one in (there, plan))
+    differing = "; ".join(f"{name} {old}, now {new}" for name, old, new in _different(before, now))
+    if differing:
         raise ValueError(f"{folder}: holds labels made with other settings ({differing[:400]}); choose another folder")
+
+
+def _different(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """(name, value before, value now) of what differs, inside mappings too."""
+    for name in [*before, *(name for name in now if name not in before)]:
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            yield from ((f"{name}.{inner}", *values) for inner, *values in _different(old, new))
+        elif old != new:
+            yield name, old, new
 
 
 def is_written(job: LabelJob, unit: Unit) -> bool:

@@ -28,6 +28,7 @@ from sret_scale.lab.compare import pareto_front
 from sret_scale.lab.laws import Law, fit_law
 from sret_scale.lab.metrics import Floats
 from sret_scale.lab.numbers import binary_size, compact
+from sret_scale.lab.plots import byte_axis
 from sret_scale.lab.runs import Run
 from sret_scale.lab.series import RATE, Line, Point, gather, lines_of, rates_of
 from sret_scale.lab.summary import Summary
@@ -85,7 +86,7 @@ def _figure(name: str, lines: Sequence[Line]) -> Chart:
             axes.plot(*zip(*own, strict=True) if own else ((), ()), color=colours[index], linewidth=1.2, label=label)
         for place, (index, point) in enumerate(drawn):
             _draw(axes, point, cost[place], colours[index], on_front=place in front)
-        _cost_axis(axes, cost, binary_size if name == "depth_memory" else compact)
+        _cost_axis(axes, cost, is_bytes=name == "depth_memory")
         axes.margins(y=0.14)
         if len(points) <= MOST_POINT_LABELS:
             _name_points(axes, points, cost, mean, by_depth=has_legend)
@@ -142,28 +143,34 @@ def _name_points(axes: Axes, points: Sequence[Point], cost: Floats, mean: Floats
         )
 
 
-def _cost_axis(axes: Axes, cost: Floats, text: Callable[[float], str]) -> None:
+def _cost_axis(axes: Axes, cost: Floats, *, is_bytes: bool = False) -> None:
     """A logarithmic axis with round labels, or a linear one where costs lie too close for round logarithms."""
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: text(value)))
+    formatter = FuncFormatter(lambda value, _: binary_size(value) if is_bytes else compact(value))
     spread = float(cost.max() / cost.min())
     if spread < LINEAR_BELOW:
         axes.margins(x=0.15)
-        axes.xaxis.set_major_locator(MaxNLocator(3))
+        axes.xaxis.set_major_formatter(formatter)
+        if is_bytes:
+            byte_axis(axes.xaxis)
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(3))
         return
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: text(value)))
+    axes.xaxis.set_major_formatter(formatter)
     axes.set_xlim(cost.min() / (1.25 * spread**0.03), cost.max() * 1.25 * spread**0.03)
-    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if spread < 100 else (1.0,), numticks=6))
+    subs = (1.0, 2.0, 5.0) if spread < 100 else (1.0,)
+    locator = LogLocator(base=2, numticks=6) if is_bytes else LogLocator(subs=subs, numticks=6)
+    axes.xaxis.set_major_locator(locator)
     axes.xaxis.set_minor_locator(NullLocator())
 
 
 def _words(name: str, points: Sequence[Point]) -> str:
     if name == "depth_applications":
-        text = "Filled: on the Pareto front (dashed), where nothing cheaper is as accurate."
+        text = "Filled points are on the Pareto front (dashed): nothing cheaper is as accurate."
         if any(len(point.top1) > 1 for point in points):
             text += " Bars: lowest to highest of the seeds, dots their mean."
         return text
-    text = "Numbers are block applications." if len(points) <= MOST_POINT_LABELS else ""
+    text = "Labels are block applications." if len(points) <= MOST_POINT_LABELS else ""
     if name == "depth_compute":
         text += " 6 x MACs x images seen; recomputation and teacher not counted."
     return text.strip()

@@ -35,7 +35,7 @@ def _accuracy(runs: Sequence[Run], colours: Sequence[str]) -> Chart | None:
     ]
     split = evaluation_split(runs[0])
     averaged = any(curve.faint is not None and len(curve.faint.images) > 1 for curve in curves)
-    text = f"On the {split} split, every sample once." + (
+    text = f"On the {split} split, each sample counted once." + (
         " Strong lines: averaged weights (EMA); faint lines: the weights as trained." if averaged else ""
     )
     caption = Caption(name="accuracy", title="Accuracy", text=text, x_label="images seen", y_label="top-1, %")
@@ -56,7 +56,7 @@ def _training_loss(runs: Sequence[Run], colours: Sequence[str]) -> Chart | None:
                 kinds=("mean" if long else "measured", "measured"),
             )
         )
-    text = "Strong lines are means of neighbouring steps." if any(curve.faint for curve in curves) else ""
+    text = "Strong lines are averages over neighbouring steps." if any(curve.faint for curve in curves) else ""
     if len({teacher_of(run) is None for run in runs}) > 1:
         text += " A distilled run's loss measures the distance to its teacher: compare its course, not its height."
     caption = Caption(
@@ -96,7 +96,7 @@ def _lines(curves: list[Curve], caption: Caption, *, decimals: int) -> Chart | N
     if not drawn:
         return None
     if len(drawn) > MOST_LABELS:
-        more = "One line a run, in the colours of the table."
+        more = "One line per run, in the colours of the table."
         caption = Caption(**{**vars(caption), "text": f"{caption.text} {more}".strip()})
     return line_chart(drawn, caption, decimals=decimals)
 
@@ -110,7 +110,7 @@ def _speed(summaries: Sequence[Summary], colours: Sequence[str]) -> Chart | None
     caption = Caption(
         name="speed",
         title="Training speed",
-        text="Median over the run, on all ranks together; a distilled run pays for its teacher too.",
+        text="Median over the run, all ranks together; with distillation the teacher is included.",
         x_label="images/s",
     )
     return bar_chart(bars, caption) if 0 < len(bars) <= MOST_BARS else None
@@ -129,9 +129,9 @@ def _memory(summaries: Sequence[Summary], colours: Sequence[str]) -> Chart | Non
         if s.peak_bytes is not None
     ]
     device = any(s.peak_is_device for s in summaries)
-    text = "Peak of the device's allocator" if device else "Peak of the process (RSS: code and data included)"
+    text = "Peak of the device's allocator" if device else "Peak of the process (RSS, which includes code and data)"
     text += ", on the rank that needs most."
     if any(bar.tick is not None for bar in bars):
-        text += " The tick is what was predicted for activations alone."
+        text += " The tick marks the prediction, for activations alone."
     caption = Caption(name="memory", title="Peak memory", text=text, x_label="bytes")
     return bar_chart(bars, caption) if 0 < len(bars) <= MOST_BARS else None

@@ -83,8 +83,8 @@ def _figure(run: Run, index: int) -> Chart:
     caption = Caption(
         name=f"health_{index}",
         title=f"Depth health of {run.name}",
-        text=f"Down: the {len(uses)} probed uses of blocks, first to last, stages apart by lines. Across: images seen, "
-        f"{compact(images[0])} to {compact(images[-1])}. Grey: not a number.",
+        text=f"Rows: the {len(uses)} probed block applications, first to last; lines separate the stages. Columns: "
+        f"images seen, {compact(images[0])} to {compact(images[-1])}. Grey: not a number.",
         x_label="images seen",
     )
     rows = -(-len(grids) // 2)

@@ -44,7 +44,7 @@ def _prediction(summaries: Sequence[Summary], colours: Sequence[str]) -> Chart |
         name="memory_prediction",
         title="Predicted against measured memory",
         text=f"Line: predicted activations and {binary_size(rest)} for all else (code, data, weights, optimiser; the "
-        f"median of measured minus predicted). The furthest run is {binary_size(off)} off it.",
+        f"median of measured minus predicted). The largest deviation is {binary_size(off)}.",
         x_label="predicted activations",
         y_label="measured peak",
     )
@@ -76,7 +76,7 @@ def _schedules(runs: Sequence[Run]) -> Chart | None:
     caption = Caption(
         name="schedules",
         title="Schedules of recomputation",
-        text="Down: applications of the longest stage; across: time, in runs of one application (a gradient counts "
+        text="Rows: applications of the longest stage. Columns: time, in runs of one application (a gradient counts as "
         "two). Green: a boundary waits in a slot.",
         x_label="time",
     )

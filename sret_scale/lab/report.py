@@ -40,6 +40,8 @@ def write_report(paths: Sequence[Path], page: Path, *, note: str = "") -> Report
 
     Raises FileNotFoundError or ValueError for a path that is no run, OSError where the page cannot be written.
     """
+    if page.is_dir():
+        raise IsADirectoryError(f"{page} is a folder: expected a file to write, such as -o {page / 'report.html'}")
     runs, left_out = load_runs(paths)
     summaries = [summarise(run) for run in runs]
     colours = run_colours(len(runs))

@@ -42,7 +42,7 @@ def load_model(path: Path) -> SReT:
             for name in file.keys():  # noqa: SIM118 - the file is not a mapping
                 state[name] = file.get_tensor(name)
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+        raise ValueError(f"{path} is not a complete safetensors file: {error}") from error
     if "sret_config" not in metadata:
         raise ValueError(f"{path} has no model config; was it written by `sret-scale weights import`?")
     model = SReT(config_from_dict(json.loads(metadata["sret_config"])))
@@ -62,7 +62,8 @@ def load_published(path: Path) -> dict[str, Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # garbage makes the restricted unpickler raise nearly any type
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        # torch's own words end with how to run the code in it after all.
+        reason = str(error).splitlines()[0].partition(". In PyTorch")[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} is not a checkpoint of plain tensors (nothing in it was run): {reason}") from error
     state = content.get("model", content) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
@@ -72,4 +73,4 @@ def load_published(path: Path) -> dict[str, Tensor]:
 
 def _require_file(path: Path) -> None:
     if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
+        raise FileNotFoundError(f"no file {path}" + (", which is a folder" if path.is_dir() else ""))

@@ -255,7 +255,10 @@ def build(kind: type[Any], value: Any, path: str = "") -> Any:
         # Of a tuple that is too short, pydantic says which place lacks its value.
         is_short = first["type"] == "missing"
         reason = "expected more values" if is_short else first["msg"].replace("Input should be", "expected")
-        raise ValueError(f"{path}: {reason}, got {value!r} ({type(value).__name__})") from error
+        # pydantic speaks of JSON.
+        reason = reason.replace("a valid array", "a list").replace("an object", "keys with values")
+        place, found = (path, value) if is_short else (".".join([path, *map(str, first["loc"])]), first["input"])
+        raise ValueError(f"{place}: {reason}, got {found!r} ({type(found).__name__})") from error
     except TypeError as error:
         raise ValueError(f"{path}: {error}") from error
 

@@ -49,6 +49,14 @@ def load_model(run: Path, weights: WeightsKind | None, report: Callable[[str], N
     return model.eval(), kind, int(state["step"])
 
 
+def load_trained(source: Path, weights: WeightsKind | None = None) -> SReT:
+    """The model of a run's folder, or of a native file, which has one kind of weights; in eval mode on the CPU."""
+    if not source.is_dir():
+        return load_native(source)
+    model, _, _ = load_model(source, weights, print)
+    return model
+
+
 # What may differ between a model and the weights that it starts from: none of these has weights of its own, besides
 # the position tensor, which is interpolated.
 _FREE_IN_FINE_TUNING = ("image_size", "drop_path", "dropout", "permutation", "permutation_seed", "group_fit", "groups")

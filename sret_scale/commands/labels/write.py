@@ -79,10 +79,10 @@ def run(args: argparse.Namespace) -> int:
         shards,
         teacher,
         data=data,
-        image_size=args.image_size or config.model.image_size,
+        image_size=config.model.image_size if args.image_size is None else args.image_size,
         top_k=args.top_k,
         num_views=args.views,
-        views_per_file=args.views_per_file or min(args.views, 8),
+        views_per_file=min(args.views, 8) if args.views_per_file is None else args.views_per_file,
         batch_size=args.batch_size,
     )
     job = LabelJob(folder=args.folder, plan=plan, shards=shards, data=data, teacher=teacher, device=device)
@@ -92,8 +92,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"[{time.monotonic() - started:7.1f} s] {text}", flush=True)
 
     if write_labels(job, rank=args.rank, world_size=args.world_size, report=report):
-        report(f"finished; train with distill.teacher=labels:{args.folder} distill.teacher_input=view ")
-        report(f"data.num_views={args.views} data.view_seed={data.view_seed}")
+        views = f"data.num_views={args.views} data.view_seed={data.view_seed}"
+        report(f"finished; train with distill.teacher=labels:{args.folder} distill.teacher_input=view {views}")
     else:
         report("this rank is done; other ranks have files to write")
     return 0

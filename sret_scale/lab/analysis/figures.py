@@ -69,7 +69,7 @@ def _slices(surfaces: Sequence[Landscape]) -> Chart:
     caption = Caption(
         name="landscape_slices",
         title="Loss along the first direction",
-        text="The sharper a curve, the less its minimum stands: compare depths.",
+        text="The narrower a curve, the sharper the minimum.",
         x_label="first direction",
         y_label="loss, nats",
     )
@@ -95,8 +95,8 @@ def similarity_figure(found: Similarity, index: int) -> Chart:
     caption = Caption(
         name=f"similarity_{index}",
         title=f"Similarity of loops in {found.name}",
-        text=f"Linear CKA between the streams after {len(found.uses)} uses of blocks, first at the top; lines part the "
-        "stages. 1: the loops in between changed nothing that a rotation does not undo.",
+        text=f"Linear CKA between the streams after {len(found.uses)} uses of blocks, first at the top; lines separate "
+        "the stages. At 1, the loops in between did nothing but rotate or scale the stream.",
         x_label="use of a block",
         y_label="use of a block",
     )

@@ -12,6 +12,9 @@ from pathlib import Path
 # What a value of an #SBATCH line may hold: no blank, no quote, no line break, so that it stays one value.
 _PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.,:@%/&|+=-]*")
 
+# Minutes, minutes:seconds, hours:minutes:seconds, and days-hours with minutes and seconds or without.
+_TIME = re.compile(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}|(?i:unlimited|infinite)")
+
 
 @dataclass(frozen=True, kw_only=True)
 class BatchOptions:
@@ -52,6 +55,8 @@ def batch_file(options: BatchOptions, arguments: Sequence[str]) -> str:
             raise ValueError(
                 f"--{name}: expected letters, digits and punctuation without blanks or quotes, got {value!r}"
             )
+    if not _TIME.fullmatch(options.time):
+        raise ValueError(f"--time: expected Slurm's format, such as 12:00:00 or 1-00:00:00, got {options.time!r}")
     command = [sys.executable, "-P", "-m", "sret_scale.cli", *arguments]
     search_path = os.environ.get("PYTHONPATH")
     return "\n".join(
