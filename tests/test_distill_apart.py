@@ -257,7 +257,9 @@ def test_the_planned_number_is_the_fastest_of_all(student: float, teacher: float
     assert rates.of_job(nodes, best) <= rates.beside(sum(nodes)) * 1.000001
 
 
-def test_a_kept_number_is_measured_again_where_it_cannot_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kept_number_is_measured_again_where_it_cannot_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     asked = replace(
         tiny_config(tmp_path / "shards"),
         train=TrainConfig(global_batch_size=12, micro_batch_size=1),
@@ -276,7 +278,10 @@ def test_a_kept_number_is_measured_again_where_it_cannot_stay(tmp_path: Path, mo
     for nodes, is_fresh in (([4], True), ([2], False), ([7, 7], False)):
         found = with_teacher_ranks(asked, tmp_path, nodes, is_fresh=is_fresh)
         assert found.distill.num_teacher_ranks == 1, nodes
-    assert len(measured) == 3
+    assert len(measured) == 3 and "warning" not in capsys.readouterr().out
+    # A login node without the nodes' devices measures something else, and says so.
+    with_teacher_ranks(asked, tmp_path, [7, 7], is_elsewhere=True)
+    assert "warning: these rates are of this machine's CPU" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

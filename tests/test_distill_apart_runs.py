@@ -129,7 +129,7 @@ def below(pid: int) -> list[int]:
 def test_dry_run_shows_the_measured_rates_the_plan_and_who_is_who(config: Path) -> None:
     status, output, errors = train(config, "planned", 3, "distill.num_teacher_ranks=auto", "--dry-run")
     assert status == 0, output + errors
-    assert "measured here (CPU)" in output and "; takes 1" in output
+    assert "measured here (CPU)" in output and "; chosen: 1" in output
     assert "localhost: students on devices 0,1, the teacher on 2" in output
     assert "num_teacher_ranks: 1" in output
     assert not (config.parent / "planned").exists()

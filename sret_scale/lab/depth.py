@@ -222,7 +222,7 @@ def _law_figure(lines: Sequence[Line]) -> Chart | None:
                 axes.plot(fine, 100 * law.error(fine), color=colour, linewidth=1.2, linestyle=(0, (1, 2)))
             for point, fitted, residual in zip(line.points, law.error(depths), law.residuals, strict=True):
                 table.append((line.label, int(point.depth), 1 - point.mean, fitted, residual))
-        _cost_axis(axes, np.array([point.depth for line, _ in laws[:4] for point in line.points]), compact)
+        _cost_axis(axes, np.array([point.depth for line, _ in laws[:4] for point in line.points]))
         axes.margins(y=0.14)
         return finish(figure, caption, table)
 
@@ -257,7 +257,7 @@ def _rate_figure(points: Sequence[Point]) -> Chart | None:
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=8))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_locator(NullLocator())
-        _cost_axis(axes, np.array([point.depth for _, group in swept for point in group]), compact)
+        _cost_axis(axes, np.array([point.depth for _, group in swept for point in group]))
         axes.margins(y=0.14)
         if len(swept) > 1:
             _legend(figure)

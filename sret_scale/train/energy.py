@@ -8,7 +8,7 @@ import importlib
 import importlib.util
 import json
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -78,17 +78,21 @@ def gpu_counters(device: torch.device) -> list[Counter]:
 
 
 class EnergyMeter:
-    """What one rank can tell, in joules since the `with` began: the CPUs of its node if it is the first there, its GPU.
+    """What one rank can tell, in joules since the `with` began: the CPUs of its node if it is the first there, GPUs.
 
+    devices: those that this rank tells of: its own, and of ranks that only run a teacher, which write no metrics.
     before: what earlier starts of the run drew, by kind; None where one of them could not tell.
     """
 
-    def __init__(self, device: torch.device, *, is_first_on_node: bool, before: Mapping[str, float | None]) -> None:
-        self.is_first_on_node, self.has_gpu = is_first_on_node, device.type == "cuda"
+    def __init__(
+        self, devices: Sequence[torch.device], *, is_first_on_node: bool, before: Mapping[str, float | None]
+    ) -> None:
+        of_gpus = [gpu_counters(device) for device in devices if device.type == "cuda"]
+        self.is_first_on_node, self.has_gpu = is_first_on_node, bool(of_gpus)
         self.before = before
         self._counters = {
             "cpu_j": cpu_counters(POWERCAP) if is_first_on_node else [],
-            "gpu_j": gpu_counters(device),
+            "gpu_j": [counter for counters in of_gpus for counter in counters] if all(of_gpus) else [],
         }
         self._lock = threading.Lock()
         self._is_over = threading.Event()

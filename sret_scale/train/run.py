@@ -163,7 +163,16 @@ def set_up_engine(config: RunConfig, ranks: Ranks, accumulation: int) -> tuple[E
 def energy_meter(folder: RunFolder, ranks: Ranks) -> EnergyMeter:
     """Counts from here on; on rank 0 it goes on from what earlier starts of the run drew."""
     before = spent_before(folder.metrics) if ranks.is_main else {}
-    return EnergyMeter(ranks.device, is_first_on_node=ranks.local_rank == 0, before=before)
+    return EnergyMeter(metered_devices(ranks), is_first_on_node=ranks.local_rank == 0, before=before)
+
+
+def metered_devices(ranks: Ranks) -> list[torch.device]:
+    """The device of a rank; on the first of a node also those of the ranks there that only run a teacher."""
+    if ranks.beside is None or ranks.local_rank != 0 or ranks.device.type != "cuda":
+        return [ranks.device]
+    # The last ranks of a node, each with the device of its number.
+    first = ranks.beside.students_of_node
+    return [ranks.device, *(torch.device("cuda", first + index) for index in range(len(ranks.beside.files)))]
 
 
 def over_all_ranks(model: SReT) -> SReT:

@@ -42,7 +42,8 @@ def start_run(
     """
     place = choose_nodes(num_ranks=num_ranks, hosts=hosts)
     ranks_of_nodes = [len(host.devices) for host in place.hosts]
-    config = with_teacher_ranks(config, path, ranks_of_nodes, is_fresh=is_fresh)
+    is_elsewhere = any(start.is_remote for start in place.starts) or len(place.hosts) > 1
+    config = with_teacher_ranks(config, path, ranks_of_nodes, is_fresh=is_fresh, is_elsewhere=is_elsewhere)
     students = student_ranks(ranks_of_nodes, teacher_ranks_of(config))
     world_size = sum(students)
     check_run(config, world_size)

@@ -28,6 +28,7 @@ from sret_scale.train.precision import autocast
 from sret_scale.train.roles import student_ranks
 from sret_scale.train.run_folder import RunFolder
 
+CPU_NAME = "CPU"
 MEASURED_PASSES = 3
 """The fastest of so many counts: the first one warms up."""
 
@@ -75,13 +76,14 @@ def _fits(ranks_of_nodes: Sequence[int], number: int, train: TrainConfig) -> boo
 
 
 def with_teacher_ranks(
-    config: RunConfig, run: Path, ranks_of_nodes: Sequence[int], *, is_fresh: bool = False
+    config: RunConfig, run: Path, ranks_of_nodes: Sequence[int], *, is_fresh: bool = False, is_elsewhere: bool = False
 ) -> RunConfig:
     """`config` with a number in the place of `auto`: that of the run which is continued, or the best one by measuring.
 
     A fresh run, and one whose number these nodes cannot have, is measured again.
 
-    It is measured on this machine, in a process of its own that leaves no memory occupied; the result is printed.
+    It is measured on this machine, in a process of its own that leaves no memory occupied; the result is printed, and
+    with it a doubt where the run is `is_elsewhere`: a login node's CPU says nothing about other nodes' GPUs.
     """
     if config.distill.num_teacher_ranks != "auto":
         return config
@@ -96,11 +98,17 @@ def with_teacher_ranks(
     others = [other for other in range(1, min(ranks_of_nodes)) if _fits(ranks_of_nodes, other, config.train)]
     table = ", ".join(f"{other}: {rates.of_job(ranks_of_nodes, other):,.1f}" for other in others)
     print(
-        f"teacher ranks: {rates.student:,.1f} images/s a student and {rates.teacher:,.1f} a teacher, measured here "
-        f"({rates.device}); images/s of the job by teacher ranks a node: {table} (a teacher beside each student: "
-        f"{rates.beside(sum(ranks_of_nodes)):,.1f}); takes {number}",
+        f"teacher ranks: measured here ({rates.device}), a student trains on {rates.student:,.1f} images/s and a "
+        f"teacher answers for {rates.teacher:,.1f}; images/s of the job by teacher ranks per node: {table} (with a "
+        f"teacher beside each student: {rates.beside(sum(ranks_of_nodes)):,.1f}); chosen: {number}",
         flush=True,
     )
+    if is_elsewhere and rates.device == CPU_NAME:
+        print(
+            "warning: these rates are of this machine's CPU: if the nodes of the run have GPUs, start it on one of "
+            "them, or set distill.num_teacher_ranks to a number",
+            flush=True,
+        )
     return _with(config, number)
 
 
@@ -131,7 +139,7 @@ def measured_rates(config: RunConfig) -> Rates:
     unit_BCHW = torch.rand(size, config.model.in_channels, config.model.image_size, config.model.image_size)
     unit_BCHW = unit_BCHW.to(device)
     teacher = live_teacher(config, device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else CPU_NAME
     return Rates(
         student=size / student_step_s(config, device, size),
         teacher=size / _fastest_s(lambda _: teacher(unit_BCHW), device),
