@@ -40,7 +40,7 @@ from sret_scale.train.checkpoint import list_checkpoints
 from sret_scale.train.config import EngineConfig, RunConfig
 from sret_scale.train.distributed import Ranks, barrier, leave, ranks_from_environment
 from sret_scale.train.engine import start_communication
-from sret_scale.train.loop import optimizer_step
+from sret_scale.train.loop import log, log_telemetry, optimizer_step
 from sret_scale.train.resume import restore, save
 from sret_scale.train.run import Clock, Run, set_up
 from sret_scale.train.run_folder import RunFolder
@@ -111,10 +111,15 @@ def run_config(shards: Path, stage: str, image_size: int, micro_batch: int) -> R
 
 
 def our_step(run: Run, steps: Iterator[Step], clock: list[Clock], stop: StopFlag) -> None:
+    """What sret_scale.train.loop does in a step, a line of metrics in each included."""
+    run.watchdog.progress(clock[-1].step, "waiting for data")
     step, before = next(steps), clock[-1]
-    optimizer_step(run, step, before, stop)
+    run.watchdog.progress(before.step, "computing")
+    result = optimizer_step(run, step, before, stop)
+    log_telemetry(run, before)
     images = before.images + run.loader.global_batch_size
     clock.append(replace(before, step=before.step + 1, images=images, loader=step.next_state))
+    log(run, clock[-1], "train", {**result.numbers})
 
 
 def bare_loop(run: Run, ranks: Ranks) -> Callable[[], None]:

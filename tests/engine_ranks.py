@@ -75,7 +75,7 @@ def train(engine: Engine, average: WeightAverage, steps: range, ranks: Ranks) ->
             logits = engine.forward(images, Noise(permutation_seed=step, sample_seed=step + ranks.rank))
             engine.backward(F.cross_entropy(logits.float(), labels))
             engine.step()
-        average_buffers(engine.model)
+        average_buffers(engine.buffers())
         average.update(engine.local_weights(), 16)
 
 

@@ -98,8 +98,12 @@ def scale_gradients(
 ) -> None:
     """Multiply this rank's gradients by the factor of their class, in place."""
     kinds = {name: group["kind"] for group in groups for name in group["names"]}
+    of_factor: dict[float, list[Tensor]] = {}
     for owner, tensors in chunks.items():
         # A tensor of the optimiser holds parameters of one group; one without any is padding.
         factor = factors[kinds[layout[owner][0].name]] if layout[owner] else 1.0
-        if factor != 1.0 and tensors:
-            torch._foreach_mul_(list(tensors), factor)
+        if factor != 1.0:
+            of_factor.setdefault(factor, []).extend(tensors)
+    for factor, scaled in of_factor.items():
+        if scaled:
+            torch._foreach_mul_(scaled, factor)

@@ -203,27 +203,34 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def saved_buffers(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The buffers that belong to a module's state by name, live; constants that it can make again are left out."""
-    # Every step asks for them; state_dict() would take a millisecond to wrap all parameters of SReT-T for it.
+def owners_of_buffers(module: torch.nn.Module) -> dict[str, tuple[torch.nn.Module, str]]:
+    """Name of a buffer that belongs to a module's state -> its layer, its name there.
+
+    Constants that a module can make again are left out.
+    """
     return {
-        f"{prefix}.{name}" if prefix else name: buffer
+        f"{prefix}.{name}" if prefix else name: (layer, name)
         for prefix, layer in module.named_modules()
-        for name, buffer in layer.named_buffers(recurse=False)
+        for name, _ in layer.named_buffers(recurse=False)
         if name not in layer._non_persistent_buffers_set
     }
 
 
+def saved_buffers(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The buffers that belong to a module's state by name, live."""
+    return {name: layer.get_buffer(own) for name, (layer, own) in owners_of_buffers(module).items()}
+
+
 @torch.no_grad()
-def average_buffers(module: torch.nn.Module) -> None:
-    """Replace every saved floating-point buffer (BatchNorm's running statistics) by its mean over the ranks.
+def average_buffers(live: Mapping[str, torch.Tensor]) -> None:
+    """Replace every floating-point buffer (BatchNorm's running statistics) by its mean over the ranks.
 
     The update of a running mean is linear, so averaging after every step gives the statistics of the global batch's
     means, and all ranks hold the same bits: evaluation, EMA and checkpoints need no rank of their own.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
-    buffers = [buffer for buffer in saved_buffers(module).values() if buffer.is_floating_point()]
+    buffers = [buffer for buffer in live.values() if buffer.is_floating_point()]
     if not buffers:
         return
     flat = torch.cat([buffer.flatten() for buffer in buffers])

@@ -26,8 +26,8 @@ from sret_scale.train.clip import GradientNorms, clip_factors, measure, scale_gr
 from sret_scale.train.distributed import (
     Ranks,
     join_ranks,
+    owners_of_buffers,
     ranks_from_environment,
-    saved_buffers,
     sum_over_ranks,
     whole_from_parts,
 )
@@ -112,7 +112,10 @@ class Engine:
                 self._optimizer.torch_autocast_gradscaler = None
         # Where it reduces by itself, the size of its buckets is fixed.
         self._engine.enable_backward_allreduce = self.zero_stage > 0
-        names = {value: name for name, value in model.named_parameters()}
+        # Found once: every step asks for them, and a walk through all layers of SReT-T takes half a millisecond.
+        self._parameters = dict(model.named_parameters())
+        self._owners_of_buffers = owners_of_buffers(model)
+        names = {value: name for name, value in self._parameters.items()}
         optimizer.layout = layout_of(self.zero_stage, self._optimizer, names, rank=self._rank)
         optimizer.is_cut = self.zero_stage > 0
         if optimizer.is_cut:
@@ -146,8 +149,8 @@ class Engine:
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
             return True
-        if self.zero_stage == 0:
-            self._engine.allreduce_gradients(bucket_size=ZERO_0_BUCKET)
+        if self.zero_stage == 0 and self._world_size > 1:
+            self._engine.buffered_allreduce_fallback(self._whole_gradients(), elements_per_buffer=ZERO_0_BUCKET)
         optimizer = self._client_optimizer
         scale = self.loss_scale.value if self.loss_scale else 1.0
         if self._is_offloaded and self._device.type == "cuda":
@@ -176,6 +179,14 @@ class Engine:
             self.loss_scale.update(is_updated)
         return is_updated
 
+    def _whole_gradients(self) -> list[Tensor]:
+        """Those of all trained parameters, zeros where this rank has none: ranks must add up equally many."""
+        parameters = [parameter for _, parameter in self._trained_parameters()]
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        return [cast(Tensor, parameter.grad) for parameter in parameters]
+
     def grad_norm(self) -> float:
         """L2 norm of the last window's gradient over all parameters, before clipping."""
         return self.last_norms.total
@@ -196,10 +207,12 @@ class Engine:
 
         Parameters are fp32 at every stage, so these are the bits that the optimiser's own copy has.
         """
-        parameters = {
-            name: getattr(value, "ds_tensor", value).detach() for name, value in self.model.named_parameters()
-        }
-        return parameters | saved_buffers(self.model)
+        parameters = {name: getattr(value, "ds_tensor", value).detach() for name, value in self._parameters.items()}
+        return parameters | self.buffers()
+
+    def buffers(self) -> dict[str, Tensor]:
+        """The live buffers that belong to the model's state by name: whole ones at every stage."""
+        return {name: layer.get_buffer(own) for name, (layer, own) in self._owners_of_buffers.items()}
 
     def weights(self) -> dict[str, Tensor]:
         """Whole copies of every parameter and buffer by name; all ranks must call it."""
@@ -208,16 +221,15 @@ class Engine:
     @torch.no_grad()
     def assemble(self, local: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Whole tensors, new ones, from tensors like those of `local_weights`; all ranks must call it."""
-        shapes = {name: getattr(value, "ds_shape", None) for name, value in self.model.named_parameters()}
+        shapes = {name: getattr(value, "ds_shape", None) for name, value in self._parameters.items()}
         return {name: _whole(value, shapes.get(name)) for name, value in local.items()}
 
     @torch.no_grad()
     def partition(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The inverse of `assemble`: new tensors like those of `local_weights`."""
-        parameters = dict(self.model.named_parameters())
         return {
-            name: self._own_part(parameters[name], value)
-            if self.zero_stage == 3 and name in parameters
+            name: self._own_part(self._parameters[name], value)
+            if self.zero_stage == 3 and name in self._parameters
             else value.to(self._device, copy=True)
             for name, value in whole.items()
         }
@@ -236,7 +248,7 @@ class Engine:
 
     def pieces(self, set_name: str, local: Mapping[str, Tensor]) -> Iterator[Piece]:
         """What this rank has of tensors like those of `local_weights`, for a snapshot."""
-        shapes = {name: getattr(value, "ds_shape", None) for name, value in self.model.named_parameters()}
+        shapes = {name: getattr(value, "ds_shape", None) for name, value in self._parameters.items()}
         for name, value in local.items():
             shape = shapes.get(name)
             entry = Field(set_name=set_name, name=name, shape=shape or value.shape)
@@ -307,7 +319,7 @@ class Engine:
         return MOMENTS[self._rule_of[name]]
 
     def _trained_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        return ((name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad)
+        return ((name, parameter) for name, parameter in self._parameters.items() if parameter.requires_grad)
 
     def _optimizer_entries(self) -> dict[Any, dict[str, Any]]:
         inner = self._optimizer.optimizer if self.zero_stage else self._client_optimizer

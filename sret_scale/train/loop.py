@@ -21,7 +21,7 @@ from sret_scale.model.plan import DepthPlan
 from sret_scale.train.batch_norm import measured_statistics
 from sret_scale.train.config import RunConfig
 from sret_scale.train.depth import depth_plans, weighted_loss
-from sret_scale.train.distributed import Ranks, average_buffers, max_over_ranks, saved_buffers, sum_over_ranks
+from sret_scale.train.distributed import Ranks, average_buffers, max_over_ranks, sum_over_ranks
 from sret_scale.train.divergence import LeftOut, left_out, require_progress
 from sret_scale.train.energy import added
 from sret_scale.train.evaluate import evaluate
@@ -117,7 +117,7 @@ def optimizer_step(run: Run, step: Step, clock: Clock, stop: StopFlag) -> StepRe
         final_ratio=optim.final_rate_ratio,
     )
     set_rates(run.engine.param_groups, rate)
-    statistics = {name: value.clone() for name, value in saved_buffers(run.engine.model).items()}
+    statistics = {name: value.clone() for name, value in run.engine.buffers().items()}
     losses = torch.zeros((), device=ranks.device)
     for micro_step, batch in enumerate(step.micro_batches):
         loss = micro_batch_loss(run, batch, clock, micro_step)
@@ -134,13 +134,13 @@ def optimizer_step(run: Run, step: Step, clock: Clock, stop: StopFlag) -> StepRe
         run.telemetry.before_update()
     what = None
     if run.engine.step(is_rejected=not all(map(math.isfinite, rank_losses))):
-        average_buffers(run.engine.model)
+        average_buffers(run.engine.buffers())
         if run.average:
             run.average.update(run.engine.local_weights(), run.loader.global_batch_size)
         # Here at the latest there are moments: a start's first step pays for the memory, not its first save.
         run.writer.reserve(pieces_of(run))
     else:
-        for name, value in saved_buffers(run.engine.model).items():
+        for name, value in run.engine.buffers().items():
             value.copy_(statistics[name])
         norms, is_overflow = run.engine.last_norms, run.engine.has_overflowed
         what = left_out(step, run.train_shards, rank_losses=rank_losses, norms=norms, is_overflow=is_overflow)

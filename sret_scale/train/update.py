@@ -7,8 +7,7 @@ LAMB finds the norms of parameters that are cut over ranks.
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -33,12 +32,11 @@ MUON_COEFFICIENTS = (3.4445, -4.775, 2.0315)
 MUON_STEPS = 5
 
 
-@dataclass(frozen=True)
-class _Slice:
+class _Slice(NamedTuple):
     """One parameter, or as much of it as lies in one tensor of the optimiser, with all that an update needs."""
 
     name: str
-    count: int
+    updates: int
     """The parameter's updates, this one included."""
     value: Tensor
     gradient: Tensor
@@ -117,7 +115,11 @@ class Optimizer(torch.optim.Optimizer):
         updates, parts = int(state["step"]), self.layout[owner]
         if all(part.name in self._held for part in parts):
             return []
-        tensors = [owner, cast(Tensor, owner.grad), state["exp_avg"], state["exp_avg_sq"]]
+        tensors = (owner, cast(Tensor, owner.grad), state["exp_avg"], state["exp_avg_sq"])
+        if len(parts) == 1 and parts[0].length == owner.numel():
+            # What ZeRO did not cut, in fewer words: there are hundreds of them in every step.
+            name = parts[0].name
+            return [_Slice(name, updates - self.missed.get(name, 0), *tensors)]
         return [
             _Slice(part.name, updates - self.missed.get(part.name, 0), *values)
             for part, values in zip(parts, zip(*(_cut(tensor, parts) for tensor in tensors), strict=True), strict=True)
@@ -139,11 +141,11 @@ class Optimizer(torch.optim.Optimizer):
             return
         device = pieces[0].value.device
         if self.apex and device.type == "cuda":
-            self.apex.adamw(_lists(pieces), [piece.count for piece in pieces], group)
+            self.apex.adamw(_lists(pieces), [piece.updates for piece in pieces], group)
             return
         beta1, beta2 = group["betas"]
         # torch counts up before it updates, and its fused kernel wants the counts on the device.
-        counts = [torch.full((), piece.count - 1.0, device=device) for piece in pieces]
+        counts = [torch.full((), piece.updates - 1.0, device=device) for piece in pieces]
         values, gradients, exp_avgs, exp_avg_sqs = _lists(pieces)
         adamw(
             values,
@@ -169,7 +171,7 @@ class Optimizer(torch.optim.Optimizer):
         The ratio is 1 where a norm is 0, as for what starts at zero.
         """
         if self.apex and not self.is_cut and pieces and pieces[0].value.is_cuda:
-            self.apex.lamb(_lists(pieces), [piece.count for piece in pieces], group)
+            self.apex.lamb(_lists(pieces), [piece.updates for piece in pieces], group)
             return
         beta1, beta2 = group["betas"]
         place = {name: index for index, name in enumerate(group["names"])}
@@ -179,8 +181,8 @@ class Optimizer(torch.optim.Optimizer):
         for piece in pieces:
             piece.exp_avg.lerp_(piece.gradient, 1 - beta1)
             piece.exp_avg_sq.mul_(beta2).addcmul_(piece.gradient, piece.gradient, value=1 - beta2)
-            root = (piece.exp_avg_sq / (1 - beta2**piece.count)).sqrt_()
-            update = (piece.exp_avg / (1 - beta1**piece.count)).div_(root.add_(group["eps"]))
+            root = (piece.exp_avg_sq / (1 - beta2**piece.updates)).sqrt_()
+            update = (piece.exp_avg / (1 - beta1**piece.updates)).div_(root.add_(group["eps"]))
             updates.append(update.add_(piece.value, alpha=group["weight_decay"]))
             for row, tensor in enumerate((piece.value, update)):
                 squares[row, place[piece.name]] += torch.linalg.vector_norm(tensor, dtype=torch.float64).square()
@@ -225,8 +227,12 @@ def _cut(tensor: Tensor, parts: Sequence[Part]) -> Sequence[Tensor]:
     """The elements of each part; one that is the whole tensor keeps its shape."""
     if len(parts) == 1 and parts[0].length == tensor.numel():
         return (tensor,)
-    sizes, end = [], 0
+    sizes, places, end = [], [], 0
     for part in parts:
-        sizes += [part.start - end, part.length]
+        if part.start > end:
+            sizes.append(part.start - end)
+        places.append(len(sizes))
+        sizes.append(part.length)
         end = part.start + part.length
-    return torch.split(tensor.view(-1), [*sizes, tensor.numel() - end])[1:-1:2]
+    pieces = torch.split(tensor.view(-1), [*sizes, tensor.numel() - end])
+    return [pieces[place] for place in places]
