@@ -27,6 +27,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks import memory_gpu
 from sret_scale.memory import MemoryConfig, apply_recomputation, apply_schedules, prepare_memory
 from sret_scale.memory.instrument import LiveBytes
 from sret_scale.memory.predict import predict_chain
@@ -304,9 +305,9 @@ def draw(result: dict[str, Any], path: Path) -> None:
     for axis in axes:
         axis.set_xticks(list(LOOPS), [str(depth) for depth in LOOPS])
         axis.minorticks_off()
-    axes[0].set_yticks([20, 50, 100, 200, 500], ["20", "50", "100", "200", "500"])
-    axes[1].set_yticks([0.2, 0.5, 1, 2, 5], ["0.2", "0.5", "1", "2", "5"])
-    axes[1].legend(fontsize=8)
+    axes[0].set_yticks([20, 50, 100, 200, 500, 1000, 2000, 5000], ["20", "50", "100", "200", "500", "1k", "2k", "5k"])
+    axes[1].set_yticks([0.2, 0.5, 1, 2, 5, 10, 20], ["0.2", "0.5", "1", "2", "5", "10", "20"])
+    axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=110)
 
 
@@ -318,7 +319,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="rounds of the overhead measurement")
     parser.add_argument("--part", nargs="+", default=PARTS, choices=PARTS, help="what to measure (default: all)")
     parser.add_argument("--out", type=Path, default=RESULTS / "memory.json", help="where other parts are kept")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="cuda: the table of `memory_gpu`")
     args = parser.parse_args()
+    if args.device == "cuda":
+        memory_gpu.run(args.out.with_name("memory_gpu.json"))
+        return
     torch.set_num_threads(1)
     size = (args.image_size, args.micro_batch)
     result = json.loads(args.out.read_text()) if args.out.exists() else {}

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from sret_scale.memory.instrument import LiveBytes
 from sret_scale.model import Noise, SReT, SReTConfig, StageConfig, describe
 from sret_scale.model import config as spec
 from tests.reference.sret import PlainSReT
@@ -135,6 +136,30 @@ def test_the_operations_differentiate_like_autograd(scheme: str, mask_rate: floa
         results.append([y, *(grad for grad in grads if grad is not None)])
     for mine, twin in zip(*results, strict=True):
         torch.testing.assert_close(mine, twin, rtol=1e-10, atol=1e-10)
+
+
+def test_a_feed_forward_frees_its_hidden_layer_unless_the_graph_is_retained() -> None:
+    from sret_scale.model.fused import feed_forward_residual
+
+    width, hidden = 8, 32
+    x = torch.randn(2, 64, width, requires_grad=True)
+    norm = torch.ones(width), torch.zeros(width)
+    fc1, fc2 = (torch.randn(hidden, width), torch.zeros(hidden)), (torch.randn(width, hidden), torch.zeros(width))
+
+    def run() -> Tensor:
+        return feed_forward_residual(x, norm, fc1, fc2, alpha=None, gain_R=None, mask=None)
+
+    peaks = []
+    for retain_graph in (True, False):
+        with LiveBytes() as counter:
+            y = run()
+            counter.restart_peak()
+            (gradient,) = torch.autograd.grad(y.sum(), x, retain_graph=retain_graph)
+            peaks.append(counter.peak)
+    assert peaks[1] < peaks[0]
+    y = run()
+    for _ in range(2):
+        assert torch.equal(torch.autograd.grad(y.sum(), x, retain_graph=True)[0], gradient)
 
 
 def test_a_spec_of_every_conditioning_starts_at_the_tied_model() -> None:

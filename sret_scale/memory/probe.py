@@ -129,8 +129,8 @@ class _ProbeFunction(torch.autograd.Function):
     boxed_grads_call = True  # a real chain frees the gradient that comes in; its bytes are the chain's own
 
     @staticmethod
-    def backward(ctx: Any, grads: list[Tensor]) -> tuple[None, None, Tensor]:
-        shape = grads.pop().shape
+    def backward(ctx: Any, grads: list[Tensor] | Tensor) -> tuple[None, None, Tensor]:
+        shape = (grads.pop() if isinstance(grads, list) else grads).shape
         ctx.probe.note(ctx.probe.after)
         return None, None, torch.empty(shape)
 

@@ -210,16 +210,17 @@ class _ChainFunction(torch.autograd.Function):
         ctx.chain = chain
         return chain.forward(x)
 
-    # The gradient comes in a list, out of which it is freed when the last application has read it.
+    # The gradient comes in a list, out of which it is freed when the last application has read it. A torch that does
+    # not know this passes the gradient itself.
     boxed_grads_call = True
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grads: list[Tensor]) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grads: list[Tensor] | Tensor) -> tuple[Tensor | None, ...]:
         if ctx.chain is None:
             raise ValueError("this chain has been propagated through already: run the forward pass again")
         chain, ctx.chain = ctx.chain, None
-        grad_input, grad_parameters = chain.backward(grads)
+        grad_input, grad_parameters = chain.backward(grads if isinstance(grads, list) else [grads])
         return None, grad_input, *grad_parameters
 
 

@@ -52,13 +52,6 @@ def application_seconds(cost: ApplicationCost, device: Device) -> float:
     return max(cost.launches * device.launch_s, cost.moved_bytes / device.bytes_per_s, cost.flops / device.flops_per_s)
 
 
-def chain_seconds(costs: Sequence[ApplicationCost], untaped: Sequence[int], device: Device) -> float:
-    """Modelled time of a chain's forward and backward pass."""
-    return sum(
-        application_seconds(cost, device) * (runs + TAPED_RUNS) for cost, runs in zip(costs, untaped, strict=True)
-    )
-
-
 def outside_seconds(costs: StepCosts, device: Device) -> float:
     """Modelled time of everything but the chains."""
     return max(costs.launches * device.launch_s, costs.moved_bytes / device.bytes_per_s)

@@ -94,9 +94,6 @@ class _ProjectResidual(torch.autograd.Function):
 
 
 class _FeedForwardResidual(torch.autograd.Function):
-    # The hidden layer, the widest tensor there is, is free in the middle of the backward pass.
-    clear_saved_tensors_on_access = True
-
     @staticmethod
     def forward(
         ctx: Any,
@@ -120,6 +117,8 @@ class _FeedForwardResidual(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Grads:
         x, hidden, norm, norm_bias, weight1, weight2, bias2, alpha, gain, mask = ctx.saved_tensors
+        # Nothing but the names here holds them then, unless the graph is retained. AOTAutograd does the same.
+        ctx.maybe_clear_saved_tensors()
         grad_a, grad_weight2, grad_bias2, grad_gain = _projection_backward(
             grad, F.gelu(hidden), weight2, bias2, gain, mask, ctx.dtype
         )
