@@ -144,7 +144,7 @@ import configparser, importlib.metadata, importlib.util, re, sys
 
 names = "torch deepspeed webdataset torchvision einops pydantic psutil rich yaml safetensors simplejpeg xxhash matplotlib jinja2"
 if sys.argv[1] == "test":
-    names += " pytest pytest_timeout pytest_randomly hypothesis ruff mypy importlinter timm"
+    names += " pytest pytest_timeout pytest_randomly xdist hypothesis ruff mypy importlinter timm"
 missing = [name for name in names.split() if importlib.util.find_spec(name) is None]
 if sys.version_info < (3, 11):
     sys.exit(f"error: --no-venv: {sys.executable} is Python {sys.version.split()[0]}, expected 3.11 or later")
@@ -208,7 +208,10 @@ run_tests() {
     check "import rules" "$python" -c 'import importlinter.cli as cli; cli.lint_imports_command()'
     # Threads of several libraries on few cores slow each other: one each is fastest for tiny sizes.
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-    check "pytest" "$python" -m pytest "$@" > >(tee "$output") 2>&1
+    # Two processes, a file of tests at a time; the files that start processes first (tests/conftest.py), so that short
+    # ones fill the end.
+    check "pytest" "$python" -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder "$@" \
+        > >(tee "$output") 2>&1
     wait $! || true
     printf '\n== summary\n'
     printf '%s\n' "${summary[@]}"

@@ -40,7 +40,7 @@ def wait_for_images(run: Path, images: int, process: Process, *, after: int = 0)
     raise AssertionError(f"no step at {images} images within two minutes")
 
 
-def complete_lines(metrics: Path, *, after: int = 0) -> list[dict[str, float]]:
+def complete_lines(metrics: Path, *, after: int = 0) -> list[dict[str, Any]]:
     text = metrics.read_bytes()[after:].decode()
     # A start ends the line that a kill cut off, so what it writes may begin with an empty one.
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines() if line]

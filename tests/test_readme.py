@@ -16,6 +16,7 @@ from sret_scale import cli
 from sret_scale.train.config import RunConfig, differences, from_yaml, grad_accum_steps
 from sret_scale.train.recipes import Recipe, recipe
 from sret_scale.train.start import start_run
+from tests.forked import use_forks
 from tests.tiny import ROOT, tiny_idx
 
 pytestmark = pytest.mark.multi_process
@@ -58,11 +59,15 @@ def test_the_commands_of_a_run_work_one_after_another(
             folder.mkdir(parents=True)
             for index in range(10):
                 Image.fromarray(rng.integers(0, 255, (40, 48, 3), dtype=np.uint8)).save(folder / f"{index}.jpg")
-    # In this process: each start of Python would import torch again. The ranks are processes all the same.
+    # In this process: each start of Python would import torch again. The ranks are processes all the same, and those of
+    # the second run forks.
     for words in commands()[2:]:
-        ranks = ["--ranks", "1"] if "runs/shallow" in words else []
-        tiny = [*TINY, *ranks] if words[0] == "train" else []
-        assert cli.main([*words, *tiny]) == 0, f"{words}: {capsys.readouterr()}"
+        is_shallow = words[0] == "train" and "runs/shallow" in words
+        with pytest.MonkeyPatch.context() as patch:
+            if is_shallow:
+                use_forks(patch)
+            tiny = [*TINY, *(["--ranks", "1"] if is_shallow else [])] if words[0] == "train" else []
+            assert cli.main([*words, *tiny]) == 0, f"{words}: {capsys.readouterr()}"
     assert json.loads((tmp_path / "runs/deep/status.json").read_text())["state"] == "finished"
     page = (tmp_path / "report.html").read_text()
     assert "deep" in page and "shallow" in page
@@ -91,8 +96,11 @@ def test_the_demo_goes_the_whole_way(
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
     def start(config: RunConfig, path: Path) -> int:
-        # Two ranks where they are looked at; each rank of the others would cost this test six seconds.
-        return start_run(config, path, num_ranks=2 if path.name == "student" else 1)
+        # The whole way of the student, whose ranks are looked at; the others have forked ones.
+        with pytest.MonkeyPatch.context() as patch:
+            if path.name != "student":
+                use_forks(patch)
+            return start_run(config, path, num_ranks=2 if path.name == "student" else 1)
 
     monkeypatch.setattr(demo, "recipe", tiny)
     monkeypatch.setattr(demo, "start_run", start)
