@@ -46,8 +46,9 @@ bucket that fits into a cache saves passes over memory."""
 def start_communication(ranks: Ranks) -> None:
     """Join the job's process group: nccl on GPUs, gloo on CPU."""
     # DeepSpeed builds a shared-memory all-reduce on CPU at start. Only its inference path calls it, the build takes a
-    # minute and a C++ compiler, and a killed build leaves a lock that hangs every later start.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # minute and a C++ compiler, and a killed build leaves a lock that hangs every later start. Nothing else is asked of
+    # this table, which is set as a whole because DeepSpeed would fill it by compiling small programs for 0.8 s.
+    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     deepspeed.utils.logger.setLevel(logging.WARNING)
     backend = "nccl" if ranks.device.type == "cuda" else "gloo"
     join_ranks(ranks, backend)
