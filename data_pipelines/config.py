@@ -1,4 +1,4 @@
-"""The settings of the data room, in one frozen dataclass."""
+"""The settings of the data pipeline, in one frozen dataclass."""
 
 import re
 from dataclasses import dataclass

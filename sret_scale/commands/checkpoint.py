@@ -1,4 +1,4 @@
-"""`sret-scale checkpoint`: which checkpoints a run has, whether they are whole, and DeepSpeed's layout of them."""
+"""`sret-scale checkpoint`: which checkpoints a run has, whether they are intact, and DeepSpeed's layout of them."""
 
 import argparse
 from pathlib import Path

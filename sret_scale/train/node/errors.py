@@ -1,6 +1,7 @@
 """Error records of ranks, one small JSON file each in the run folder, so that the first error can be shown last.
 
-When one rank fails, its peers fail after it with less telling messages (a closed connection). The time decides.
+When one rank fails, its peers fail after it with less telling messages (a closed connection). The time decides. How an
+error is worded for people is here too, because ranks, nodes and the command say it alike.
 """
 
 import contextlib
