@@ -77,7 +77,7 @@ def test_a_law_is_found_where_there_is_one_and_doubted_where_not() -> None:
     assert law.floor == pytest.approx(0.1, abs=0.01) and law.exponent == pytest.approx(0.6, rel=0.1)
     assert law.residuals == pytest.approx([0.0] * 5, abs=1e-3)
     worse = fit_law(list(depths), [0.1, 0.11, 0.12, 0.14, 0.2])
-    assert worse is not None and "No power law" in worse.warning
+    assert worse is not None and "No power law" in worse.warning and str(worse) == worse.warning
     noise = fit_law(list(depths), list(0.1 + 0.004 * depths**-0.6), spread=0.01)
     assert noise is not None and "less than their seeds" in noise.warning
     assert fit_law([10.0, 20.0, 50.0], [0.3, 0.2, 0.1]) is None

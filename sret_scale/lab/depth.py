@@ -200,7 +200,7 @@ def _law_figure(lines: Sequence[Line]) -> Chart | None:
             laws.append((line, law))
     if not laws:
         return None
-    words = [f"{line.label + ': ' if len(laws) > 1 else ''}{law}. {law.warning}".strip() for line, law in laws[:4]]
+    words = [f"{line.label + ': ' if len(laws) > 1 else ''}{law}" for line, law in laws[:4]]
     caption = Caption(
         name="depth_law",
         title="Does a law of depth fit?",

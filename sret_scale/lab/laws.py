@@ -1,7 +1,7 @@
 """A law for an accuracy curve: error = floor + scale * depth^-exponent, where the measurements bear one out."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -28,10 +28,18 @@ class Law:
         return self.floor + self.scale * depth**-self.exponent
 
     def __str__(self) -> str:
+        """The law and its warning; of one that does not fit the warning alone."""
+        if not self.fits:
+            return self.warning
         return (
             f"error = {100 * self.floor:.1f} % + {100 * self.scale:.3g} % x depth^-{self.exponent:.2f}, "
-            f"R2 {self.r2:.2f}, largest residual {100 * max(map(abs, self.residuals)):.2f} points"
-        )
+            f"R2 {self.r2:.2f}, largest residual {100 * max(map(abs, self.residuals)):.2f} points. {self.warning}"
+        ).strip()
+
+    @property
+    def fits(self) -> bool:
+        """Whether the errors fall as a power of the depth at all."""
+        return self.scale > 0 and self.r2 >= LEAST_R2
 
 
 def fit_law(depths: Sequence[float], errors: Sequence[float], spread: float = 0.0) -> Law | None:
@@ -52,15 +60,16 @@ def fit_law(depths: Sequence[float], errors: Sequence[float], spread: float = 0.
     loss, floor, scale, exponent = best
     total = float(np.square(error - error.mean()).sum())
     r2 = 1.0 - loss / total if total > 0 else 0.0
+    residuals = error - (floor + scale * depth**-exponent)
+    law = Law(floor=floor, scale=scale, exponent=exponent, r2=r2, residuals=tuple(residuals.tolist()), warning="")
     warning = ""
-    if scale == 0 or r2 < LEAST_R2:
+    if not law.fits:
         warning = "No power law of the depth fits: error does not fall steadily as depth grows."
     elif float(error.max() - error.min()) <= spread:
         warning = "The depths differ by less than their seeds do: the fitted law says nothing."
     elif len(set(depth)) == FEWEST_DEPTHS:
         warning = f"A law of 3 numbers through {FEWEST_DEPTHS} depths: do not extend it."
-    residuals = error - (floor + scale * depth**-exponent)
-    return Law(floor=floor, scale=scale, exponent=exponent, r2=r2, residuals=tuple(residuals.tolist()), warning=warning)
+    return replace(law, warning=warning)
 
 
 def _non_negative(basis: Floats, error: Floats) -> tuple[float, float]:
