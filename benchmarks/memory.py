@@ -182,9 +182,9 @@ def peak_at(bench: "Bench", depth: int, name: str) -> dict[str, Any]:
 
 
 def time_at(bench: Bench, depth: int, name: str) -> dict[str, Any]:
-    """Processor seconds of one step, the faster of two up to 300 applications."""
+    """Processor seconds of one step, the faster of two up to 108 applications."""
     bench.use(name)
-    rounds = 1 if depth > 300 else 2
+    rounds = 1 if depth > MAX_REAL else 2
     return {"seconds": min(bench.seconds() for _ in range(rounds)), "rounds": rounds}
 
 
