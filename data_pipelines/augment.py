@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data_pipelines.upload import uploaded
+
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
@@ -109,7 +111,14 @@ class BatchAugment:
     def _erase_box(self, unit_CHW: Tensor) -> Tensor:
         """Normal noise in a box, of mean 0.5 and deviation 0.25: about N(0, 1) after normalisation, as in timm."""
         assert self._erase is not None
-        return self._erase((unit_CHW - 0.5) * 4).div(4).add(0.5).clamp(0, 1)
+        signed_CHW = (unit_CHW - 0.5) * 4
+        # What torchvision's own call does, with its draws, except that it copies the noise while the host waits.
+        if torch.rand(1) < self._erase.p:
+            box = self._erase.make_params([signed_CHW])
+            if box["v"] is not None:
+                rows, columns = slice(box["i"], box["i"] + box["h"]), slice(box["j"], box["j"] + box["w"])
+                signed_CHW[:, rows, columns] = uploaded(box["v"], signed_CHW.device)
+        return signed_CHW.div_(4).add_(0.5).clamp_(0, 1)
 
     def _mix(self, unit_BCHW: Tensor, target_BC: Tensor) -> tuple[Tensor, Tensor]:
         mixers = [mixer for mixer in (self._mixup, self._cutmix) if mixer is not None]
@@ -128,5 +137,6 @@ def normalise(unit_BCHW: Tensor, mean: Sequence[float], std: Sequence[float]) ->
 
 def normalise_(unit_BCHW: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """The same in the memory of `unit_BCHW`: on a CPU, fresh memory costs as much as the arithmetic."""
-    mean_C11, std_C11 = (unit_BCHW.new_tensor(values).view(-1, 1, 1) for values in (mean, std))
+    # Filled on the device: tables of the host would make it wait for all that a GPU has to do.
+    mean_C11, std_C11 = (torch.stack([unit_BCHW.new_full((1, 1), value) for value in values]) for values in (mean, std))
     return unit_BCHW.sub_(mean_C11).div_(std_C11)

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from data_pipelines.upload import uploaded
+
 MAGIC = b"SRETSOFT"
 VERSION = 1
 # magic, version, bytes of the JSON header, CRC-32 of the JSON header
@@ -65,9 +67,9 @@ def decode_records(records: Records, num_classes: int, device: torch.device | st
     """
     top_k = records.dtype["ids"].shape[0]
     # Fields of packed records are not aligned, which torch cannot read: they are copied out.
-    ids_BK = torch.from_numpy(records["ids"].astype(np.int32)).to(device).long()
-    kept_BK = torch.from_numpy(records["log_probs"].copy()).to(device).float().exp()
-    rest_B1 = torch.from_numpy(records["log_rest"][:, None].copy()).to(device).float().exp()
+    ids_BK = uploaded(torch.from_numpy(records["ids"].astype(np.int32)), device).long()
+    kept_BK = uploaded(torch.from_numpy(records["log_probs"].copy()), device).float().exp()
+    rest_B1 = uploaded(torch.from_numpy(records["log_rest"][:, None].copy()), device).float().exp()
     if top_k == num_classes:
         rest_B1 = torch.zeros_like(rest_B1)
     total_B1 = kept_BK.sum(dim=1, keepdim=True) + rest_B1

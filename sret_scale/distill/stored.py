@@ -15,6 +15,7 @@ from data_pipelines.soft_labels import decode_records, record_views
 from sret_scale.distill.apart import RemoteTeacher
 from sret_scale.distill.config import DistillConfig
 from sret_scale.distill.teacher import Teacher
+from sret_scale.model.upload import uploaded
 
 
 class StoredTeacher:
@@ -105,12 +106,12 @@ def student_batch(
     if teacher is None or (teacher_input == "augmented" and not isinstance(teacher, StoredTeacher)):
         unit_BCHW, target_BC = augment(images_BCHW, labels_B, seed=seed)
         if isinstance(teacher, RemoteTeacher):
-            return unit_BCHW, target_BC, teacher.answer(seed).to(device)
+            return unit_BCHW, target_BC, uploaded(teacher.answer(seed), device)
         return unit_BCHW, target_BC, None if teacher is None else teacher(unit_BCHW)
     if isinstance(teacher, StoredTeacher):
         probs_BC = teacher.probabilities(batch, device)
     elif isinstance(teacher, RemoteTeacher):
-        probs_BC = teacher.answer(seed).to(device).softmax(dim=-1)
+        probs_BC = uploaded(teacher.answer(seed), device).softmax(dim=-1)
     else:
         probs_BC = teacher(images_BCHW.float() / 255).softmax(dim=-1)
     # Side by side, so that one call mixes the images, the hard labels and the teacher's in the same way.

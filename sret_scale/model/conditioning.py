@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sret_scale.model.config import StageConfig
 from sret_scale.model.depth import Place
 from sret_scale.model.sizes import Sizes
+from sret_scale.model.upload import uploaded
 
 NUM_DEPTH_FEATURES = 16
 
@@ -53,7 +54,8 @@ class NormByDepth(nn.Module):
     def deltas(self, loop: int, place: Place | None = None) -> LoopDeltas:
         features = self.features[loop]
         if place is not None and place.num_loops != len(self.features):
-            features = depth_features(place.num_loops)[place.position].to(self.features)
+            row = depth_features(place.num_loops)[place.position]
+            features = uploaded(row, self.features.device).to(self.features.dtype)
         elif place is not None:
             features = self.features[place.position]
         return LoopDeltas(norms=(features @ self.delta).view(2, 2, -1))

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sret_scale.model.upload import uploaded
 from sret_scale.train.distributed import sum_over_ranks
 from sret_scale.train.parts import Layout, slices
 
@@ -58,9 +59,9 @@ def measure(
     sums = torch.zeros(2, len(names), dtype=torch.float64, device=device)
     if pieces:
         norms = torch.stack(torch._foreach_norm([values for _, values in pieces])).to(device, torch.float64)
-        index = torch.tensor([place[part.name] for part, _ in pieces], device=device)
+        index = uploaded(torch.tensor([place[part.name] for part, _ in pieces]), device)
         sums[0].index_add_(0, index, (norms / loss_scale).square() / num_copies)
-    sums[1] = torch.tensor([float(name in used) for name in names], device=device)
+    sums[1] = uploaded(torch.tensor([float(name in used) for name in names]), device)
     squares, uses = sum_over_ranks(sums).tolist()
     unused = frozenset(name for name, count in zip(names, uses, strict=True) if not count)
     by_class: dict[str, float] = {}

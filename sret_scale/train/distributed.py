@@ -194,7 +194,9 @@ def whole_from_parts(part: torch.Tensor) -> torch.Tensor:
 def barrier() -> None:
     """Returns when every rank has come here."""
     if dist.is_initialized():
-        dist.barrier()
+        # NCCL would guess the device, and warn of it.
+        own = [torch.cuda.current_device()] if dist.get_backend() == "nccl" else None
+        dist.barrier(device_ids=own)
 
 
 def leave() -> None:

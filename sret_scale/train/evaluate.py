@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from data_pipelines.index import ShardSet
 from data_pipelines.loader import evaluation_batches
 from data_pipelines.normalise import Normaliser
+from sret_scale.model.upload import uploaded
 from sret_scale.train.config import RunConfig
 from sret_scale.train.distributed import Ranks, sum_over_ranks
 from sret_scale.train.ds_config import load_ds_config, precision_of
@@ -56,13 +57,14 @@ def evaluate(
         rank=ranks.rank,
         world_size=ranks.world_size,
     ):
-        images_BCHW = normalise(batch.images.to(ranks.device))
+        images_BCHW = normalise(batch.images.to(ranks.device, non_blocking=True))
         # Around the model alone: in inference mode the loader would make batches that nobody may write to.
         with torch.inference_mode(), autocast(ranks.device.type, precision):
             logits_BC = model(images_BCHW).float()
         after_batch(batch.valid)
-        totals += count(logits_BC, batch.labels.to(ranks.device), batch.valid.to(ranks.device))
-        if sum_over_ranks(torch.tensor(float(must_stop()), device=ranks.device)) > 0:
+        valid_B = uploaded(batch.valid, ranks.device)
+        totals += count(logits_BC, batch.labels.to(ranks.device, non_blocking=True), valid_B)
+        if _any_rank(must_stop(), ranks):
             return None
     num_samples, top1, top5, loss = sum_over_ranks(totals).tolist()
     assert num_samples == shards.num_samples, "evaluation must see every sample exactly once"
@@ -75,6 +77,13 @@ def evaluate(
     )
 
 
+def _any_rank(flag: bool, ranks: Ranks) -> bool:
+    """Whether any rank says so. One that is alone need not wait for its device to know."""
+    if ranks.world_size == 1:
+        return flag
+    return bool(sum_over_ranks(torch.tensor(float(flag), device=ranks.device)) > 0)
+
+
 def count(logits_BC: Tensor, labels_B: Tensor, valid_B: Tensor) -> Tensor:
     """(samples, right at top 1, right within top 5, summed cross-entropy) of the valid rows, as float64."""
     top_BK = logits_BC.topk(min(5, logits_BC.shape[1]), dim=1).indices
@@ -85,6 +94,7 @@ def count(logits_BC: Tensor, labels_B: Tensor, valid_B: Tensor) -> Tensor:
             valid_B.sum().double(),
             hit_BK[:, 0].sum().double(),
             hit_BK.sum().double(),
-            loss_B.double()[valid_B].sum(),
+            # What a padded row gives may be no number.
+            torch.where(valid_B, loss_B.double(), 0.0).sum(),
         ]
     )

@@ -141,7 +141,7 @@ class _Agreement:
         """The gradient's norm, and its cosine to the one of the next use."""
         norm = gradient.norm()
         unit = gradient / norm
-        cosine = norm.new_tensor(math.nan) if self.later is None else torch.dot(unit, self.later)
+        cosine = norm.new_full((), math.nan) if self.later is None else torch.dot(unit, self.later)
         self.unit_sum = unit if self.unit_sum is None else self.unit_sum + unit
         self.later, self.count = unit, self.count + 1
         return {"gradient_norm": norm, "gradient_cosine": cosine}
@@ -181,7 +181,7 @@ def _look(application: Application, x_BND: Tensor, y_BND: Tensor) -> dict[str, T
     out_BND = _stream(application, y_BND)
     with application.autocast():
         qkv_BNC = block.qkv(application.block_inputs(x_BND)[0], slot.loop, slot.place)
-    added = rms(out_BND).new_tensor(math.nan)
+    added = rms(out_BND).new_full((), math.nan)
     if not block.norms_after:
         kept_BND = _stream(application, application.skipped(x_BND))
         added = rms(out_BND - kept_BND) / rms(kept_BND)
