@@ -214,7 +214,9 @@ def test_every_augmentation_counts_as_another_image(name: str) -> None:
 
 def test_every_flipped_bit_and_every_cut_is_noticed_before_training(store: Path, shards: ShardSet) -> None:
     generator = np.random.default_rng(0)
-    for path in sorted(store.glob("*.labels")):
+    files = sorted(store.glob("*.labels"))
+    assert len(files) >= 2
+    for path in files:
         data = path.read_bytes()
         for _ in range(8):
             bit = int(generator.integers(8 * len(data)))

@@ -115,7 +115,11 @@ def test_gradients_are_those_of_plain_autograd_bit_for_bit(schedule: Schedule, a
     assert_same(gradients(chain, x, partial(run_chain, schedule=schedule), autocast=autocast), expected)
 
 
-@pytest.mark.parametrize("twin", [twins.run_per_application, partial(twins.run_segments, length=4)])
+@pytest.mark.parametrize(
+    "twin",
+    [twins.run_per_application, partial(twins.run_segments, length=4), partial(twins.run_nested, length=4)],
+    ids=["per_application", "segments", "nested"],
+)
 def test_the_twin_agrees_where_it_is_exact(twin: Run) -> None:
     chain, x = make_chain(), torch.randn(4, 5, WIDTH).requires_grad_()
     ours = gradients(chain, x, partial(run_chain, schedule=schedules.nested(LENGTH, 3)), autocast=True)

@@ -86,6 +86,7 @@ def test_an_application_knows_its_parameters() -> None:
     used = []
     model.stages[0].run_chain = lambda applications, x_BND: used.extend(applications) or x_BND
     model(IMAGES_BCHW)
+    assert len(used) == TINY.stages[0].num_blocks * TINY.stages[0].num_loops
     for application in used:
         expected = {*application.block.parameters(), *application.projection.parameters()}
         assert set(application.parameters()) == expected

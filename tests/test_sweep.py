@@ -88,6 +88,7 @@ def test_equal_flops_trade_images_for_depth(base: str) -> None:
     planned = plan_runs(Experiment(base=base, grid={LOOPS: [3, 6, 12]}, match="equal_flops"))
     config = tiny_config(Path("x"))
     budget = describe(config.model)["macs"] * config.train.total_images
+    assert len({run.macs for run in planned}) == 3
     for run in planned:
         assert abs(run.macs * run.config.train.total_images - budget) <= run.macs
         ratio = run.config.train.total_images / config.train.total_images

@@ -79,6 +79,7 @@ def test_statistics_of_the_stream_equal_plain_ones() -> None:
     with torch.no_grad():
         out_BDHW = model.forward_features(IMAGES_BCHW)
     streams = [*seen, out_BDHW.flatten(2).transpose(1, 2)]
+    assert len(streams) == 1 + STAGES[0].num_loops
     for loop, (x_BND, y_BND) in enumerate(itertools.pairwise(streams)):
         assert block.values["rms"][loop] == pytest.approx(float(y_BND.square().mean().sqrt()), rel=1e-5)
         step = float((y_BND - x_BND).norm() / y_BND.norm())
@@ -312,5 +313,6 @@ def test_padding_is_no_part_of_what_is_read_off() -> None:
     padded = SReT(replace(odd, padded=True))
     padded.load_state_dict(padded_state(padded.config, plain.state_dict(), padded.state_dict()))
     (ours, _), (theirs, _) = (probe(model, IMAGES_BCHW, loss_of, NOISE, "fp32") for model in (padded, plain))
+    assert ours.values.keys() == theirs.values.keys() >= {"rms", "step_ratio", "branch_ratio"}
     for name, values in theirs.values.items():
         assert ours.values[name] == pytest.approx(values, rel=1e-3, nan_ok=True), name

@@ -14,6 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from sret_scale.train import checkpoint
 from sret_scale.train.checkpoint import (
     CheckpointError,
     list_checkpoints,
@@ -77,6 +78,27 @@ def test_what_cannot_be_deleted_stops_no_save_and_goes_with_a_later_one(
     prune_checkpoints(tmp_path, 1)
     assert list(tmp_path.iterdir()) == [newest]
     verify_checkpoint(newest)
+
+
+def test_every_file_is_on_the_disk_before_the_name_and_the_name_before_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events = []
+    rename, flush = Path.rename, checkpoint._flush
+
+    def seen_rename(path: Path, target: Path) -> Path:
+        events.append("rename")
+        return rename(path, target)
+
+    def seen_flush(path: Path) -> None:
+        events.append(path.name.partition("-")[0])
+        flush(path)
+
+    monkeypatch.setattr(Path, "rename", seen_rename)
+    monkeypatch.setattr(checkpoint, "_flush", seen_flush)
+    save_checkpoint(tmp_path / "checkpoints", step=1, tensors=TENSORS, state={})
+    files = {"manifest.json", "optimizer.safetensors", "state.json", "weights.safetensors"}
+    assert set(events[:4]) == files and events[4:] == [".writing", "rename", "checkpoints"]
 
 
 def test_a_refused_rename_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

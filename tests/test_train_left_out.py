@@ -1,8 +1,11 @@
 """Whole runs that leave updates out for a loss that is not a number, and the statistics of their moving average."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +16,10 @@ from data_pipelines.index import open_shards
 from sret_scale.model import SReT
 from sret_scale.train.batch_norm import measured_statistics, training_batches
 from sret_scale.train.checkpoint import list_checkpoints, read_state
+from sret_scale.train.clip import GradientNorms
 from sret_scale.train.config import from_yaml
 from sret_scale.train.distributed import Ranks
+from sret_scale.train.divergence import left_out
 from sret_scale.train.load import load_model
 from tests.nan_ranks import BAD_STEPS, LIMIT
 from tests.runs import complete_lines, digest, run_two_ranks
@@ -67,6 +72,15 @@ def test_too_many_in_a_row_end_the_run_on_all_ranks_with_the_same_words(folder: 
     assert f"train.max_skipped_steps={LIMIT}" in texts[0] and "samples of rank 1: " in texts[0]
     lines = [json.loads(line) for line in (folder / "lost" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["kind"] == "skipped"] == [3, 4, 5]
+
+
+def test_a_gradient_that_is_not_finite_names_its_classes_and_suspects_every_rank() -> None:
+    step: Any = SimpleNamespace(micro_batches=[SimpleNamespace(indices=torch.tensor([4, 2]))])
+    shards: Any = SimpleNamespace(key="image{}".format)
+    norms = GradientNorms(by_class={"tied": math.inf, "residual": 1.0, "stem_head": math.nan}, unused=frozenset())
+    what = left_out(step, shards, rank_losses=[0.5, 0.7], norms=norms, is_overflow=False)
+    assert what.reason == "the gradient of the classes tied, stem_head is not finite"
+    assert what.samples == {"0": ["image4", "image2"], "1": ["image4", "image2"]}
 
 
 def test_the_last_average_has_statistics_that_one_rank_measures_alike(folder: Path) -> None:

@@ -40,7 +40,7 @@ def test_schedule_is_bounded_and_falls_after_its_peak(images: int, warmup: int, 
 
     assert 0 <= factor(images) <= 1
     assert factor(warmup) == pytest.approx(1)
-    assert factor(10**6) == pytest.approx(final)
+    assert factor(10**6) == pytest.approx(final) == factor(10**6 + images)
     if warmup <= images < 10**6:
         assert factor(images + 1) <= factor(images)
     elif images + 1 < warmup:
@@ -74,7 +74,9 @@ def test_average_is_a_mean_while_young_and_then_exponential() -> None:
     for update in range(1, 13):
         values["x"].fill_(update**2)
         values["count"].fill_(update)
+        average.statistics = {"norm.running_mean": torch.zeros(1)}
         average.update(values, batch_images=10)
+        assert average.statistics == {}, "they were measured for other weights"
         newest = max(1 - math.exp(-10 / 40), 1 / update)
         expected = (1 - newest) * expected + newest * values["x"]
         if update == 4:
@@ -97,6 +99,7 @@ def test_a_class_has_its_own_rate_eps_decay_and_bound() -> None:
     model = SReT(TINY_MODEL)
     own = ClassConfig(rate_ratio=0.5, eps=1e-4, weight_decay=0.0, clip_norm=2.0)
     optimizer = build_optimizer(model, model.parameter_tags(), OptimConfig(weight_decay=0.3, projection=own))
+    assert {group["kind"] for group in optimizer.param_groups} > {"projection", "tied"}
     for group in optimizer.param_groups:
         expected = (0.5, 1e-4, 2.0) if group["kind"] == "projection" else (1.0, 1e-8, None)
         assert (group["rate_ratio"], group["eps"], group["clip_norm"]) == expected
@@ -162,6 +165,19 @@ def test_a_parameter_without_gradient_stays_as_it_is() -> None:
             rule.step()
     for got, expected in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.equal(got, expected)
+
+
+def test_lamb_moves_what_is_zero_and_keeps_what_has_no_update() -> None:
+    layer = torch.nn.Linear(3, 2)
+    torch.nn.init.zeros_(layer.weight)
+    bias = layer.bias.detach().clone()
+    tags = {name: ParameterTag("tied", decay=False) for name, _ in layer.named_parameters()}
+    optimizer = build_optimizer(layer, tags, OptimConfig(optimizer="lamb", weight_decay=0.0, learning_rate=0.1))
+    layer.weight.grad, layer.bias.grad = torch.tensor([[2.0, -3.0, 0.5]]).repeat(2, 1), torch.zeros(2)
+    optimizer.step()
+    # A first update of Adam has the size 1, and the ratio of norms counts as 1.
+    assert_close(layer.weight.detach(), torch.tensor([[-0.1, 0.1, -0.1]]).repeat(2, 1))
+    assert torch.equal(layer.bias.detach(), bias)
 
 
 def test_the_fused_update_is_the_plain_one() -> None:
