@@ -110,7 +110,8 @@ def capture(step: TrainingStep) -> Capture:
     torch.cuda.empty_cache()
     free_before, reserved_before = torch.cuda.mem_get_info()[0], torch.cuda.memory_reserved()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # A capture that fails leaves its own stream current, on which nothing could run afterwards.
+    with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
         step.run()
     graph.replay()  # the first replay uploads the graph
     torch.cuda.synchronize()

@@ -121,12 +121,23 @@ def measured(cell: Cell, mode: str, device: torch.device, backend: str = "induct
     """What a mode's row says of its speed and memory; the device is as empty afterwards as before."""
     try:
         return _measured(cell, mode, device, backend)
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         return {"skipped": OUT_OF_MEMORY}
     finally:
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether memory ran out, which a capture that it broke off or a library may say in an error of another type."""
+    while error is not None:
+        if isinstance(error, torch.OutOfMemoryError) or OUT_OF_MEMORY in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _measured(cell: Cell, mode: str, device: torch.device, backend: str) -> dict[str, Any]:

@@ -65,6 +65,26 @@ def test_a_batch_above_one_that_ran_out_of_memory_is_not_tried() -> None:
     assert skips(rows).count("memory ran out at micro-batch 16") == 2
 
 
+def test_memory_that_runs_out_in_a_capture_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken_off(*args: object) -> dict[str, Any]:
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    monkeypatch.setattr("benchmarks.gpu._measured", broken_off)
+    assert measured(CELLS[0], "graph", CPU) == {"skipped": OUT_OF_MEMORY}
+
+
+def test_another_error_is_not_taken_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(*args: object) -> dict[str, Any]:
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr("benchmarks.gpu._measured", wrong)
+    with pytest.raises(RuntimeError, match="shapes"):
+        measured(CELLS[0], "graph", CPU)
+
+
 def test_a_mode_that_computes_something_else_is_an_error() -> None:
     def measure(cell: Cell, mode: str) -> dict[str, Any]:
         return {"loss": {"eager": 1.6, "graph": math.nan}[mode]}
