@@ -107,8 +107,9 @@ def test_a_class_has_its_own_rate_eps_decay_and_bound() -> None:
 
 
 def test_layer_decay_is_timms_where_every_block_is_used_once() -> None:
-    timm_optim = pytest.importorskip("timm.optim")
+    # Ours first: timm's own import of torchvision fails beside a torch for CPUs.
     adapter = importlib.import_module("sret_scale.timm")
+    timm_optim = importlib.import_module("timm.optim")
     # Without projections: timm's patterns number those as if each had a block of its own.
     stages = tuple(replace(stage, num_blocks=2, num_loops=1, projections="none") for stage in TINY_MODEL.stages)
     model = SReT(replace(TINY_MODEL, stages=stages))
