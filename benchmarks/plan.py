@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from sret_scale.memory import MemoryConfig, apply_recomputation, apply_schedules, plan_for
 from sret_scale.memory.batches import BatchSearch
@@ -52,17 +53,22 @@ class Bench:
         self.config = config
         self.model = SReT(config).train()
 
-    def step(self, micro_batch_size: int) -> None:
-        size = self.config.image_size
-        images, labels = torch.randn(micro_batch_size, 3, size, size), torch.zeros(micro_batch_size, dtype=torch.int64)
-        F.cross_entropy(self.model(images, Noise(0, 0)), labels).backward()  # type: ignore[no-untyped-call]
+    def step(self, images_BCHW: Tensor) -> None:
+        labels_B = torch.zeros(len(images_BCHW), dtype=torch.int64)
+        F.cross_entropy(self.model(images_BCHW, Noise(0, 0)), labels_B).backward()  # type: ignore[no-untyped-call]
+
+    def images(self, micro_batch_size: int) -> Tensor:
+        """Made outside of what is measured: in training they are the data pipeline's."""
+        return torch.randn(micro_batch_size, 3, self.config.image_size, self.config.image_size)
 
     def peak_bytes(self, micro_batch_size: int) -> int:
-        return measure_peak(self.model.parameters(), lambda: self.step(micro_batch_size))
+        images_BCHW = self.images(micro_batch_size)
+        return measure_peak(self.model.parameters(), lambda: self.step(images_BCHW))
 
     def seconds_per_image(self, micro_batch_size: int) -> float:
+        images_BCHW = self.images(micro_batch_size)
         began = time.process_time()
-        self.step(micro_batch_size)
+        self.step(images_BCHW)
         return (time.process_time() - began) / micro_batch_size
 
 
