@@ -35,6 +35,7 @@ class NormPerLoop(nn.Module):
         self.delta = nn.Parameter(torch.zeros(stage.num_loops, 2, 2, stage.width))
 
     def deltas(self, loop: int, place: Place | None = None) -> LoopDeltas:
+        """Of one loop: `norms` (2 norms, scale and bias, D), added to the block's own."""
         return LoopDeltas(norms=self.delta[loop])
 
 
@@ -52,6 +53,7 @@ class NormByDepth(nn.Module):
         self.register_buffer("features", depth_features(stage.num_loops), persistent=False)
 
     def deltas(self, loop: int, place: Place | None = None) -> LoopDeltas:
+        """`norms` (2 norms, scale and bias, D) at the loop's depth, or at `place` among another number of loops."""
         features = self.features[loop]
         if place is not None and place.num_loops != len(self.features):
             row = depth_features(place.num_loops)[place.position]
@@ -78,6 +80,7 @@ class LowRankPerLoop(nn.Module):
         self.up_fc1 = nn.Parameter(torch.zeros(loops, sizes.hidden_width, rank))
 
     def deltas(self, loop: int, place: Place | None = None) -> LoopDeltas:
+        """Of one loop: `qkv` (3D, D) and `fc1` (F, D), added to the weights of the block's two products."""
         return LoopDeltas(qkv=self.up_qkv[loop] @ self.down[loop, 0], fc1=self.up_fc1[loop] @ self.down[loop, 1])
 
 
@@ -94,6 +97,7 @@ class InputInjection(nn.Module):
         self.gate = nn.Linear(sizes.width, sizes.width) if stage.conditioning == "input_gated" else None
 
     def deltas(self, loop: int, place: Place | None = None) -> LoopDeltas:
+        """None: the input is added to the stream, not to weights."""
         return LoopDeltas()
 
     def forward(self, x_BND: Tensor, input_BND: Tensor, loop: int) -> Tensor:

@@ -34,6 +34,7 @@ class Stem(nn.Module):
         self.repeats_norms = False
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
+        """(B, D, H, W) from images (B, channels, height, width)."""
         x_BCHW = self._first_conv(x_BCHW)
         for norm, conv in zip(self.norms, (*list(self.convs)[1:], None), strict=True):
             repeats = self.repeats_norms and _is_repeatable(norm) and not torch.compiler.is_compiling()
