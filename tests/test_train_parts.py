@@ -1,7 +1,7 @@
 """Slices of flat gradients: one pass finds what comparing every chunk with every part finds."""
 
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -21,6 +21,8 @@ def slow_slices(chunks: list[Tensor], parts: list[Part]) -> list[tuple[str, list
     return found
 
 
+@example([0], [(0, 0)])
+@example([3], [(1, 3)])
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(0, 5), max_size=8), st.lists(st.tuples(st.integers(0, 2), st.integers(0, 6)), max_size=8))
 def test_one_pass_finds_every_slice(sizes: list[int], gaps_and_lengths: list[tuple[int, int]]) -> None:

@@ -75,7 +75,7 @@ def slices(chunks: Sequence[Tensor], parts: Sequence[Part]) -> Iterator[tuple[Pa
 
     parts: in the order of their places. One pass over both: every step does this for all parameters.
     """
-    if len(chunks) == len(parts) == 1 and parts[0].length == chunks[0].numel():
+    if len(chunks) == len(parts) == 1 and parts[0].start == 0 and 0 < parts[0].length == chunks[0].numel():
         yield parts[0], chunks[0].view(-1)
         return
     start, index = 0, 0
