@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 
 from sret_scale.model import products
-from sret_scale.model.sliced_attention import sliced_attention
 
 # Narrow to wide and wide to narrow, whose weight gradients take different ways; odd sizes as in SReT-S and T.
 SHAPES = [((2, 49, 63), 230), ((2, 49, 230), 63), ((5, 8), 8), ((1, 1, 3), 1)]
@@ -39,16 +38,3 @@ def test_products_are_those_of_autograd(
         assert float((mine - plain).abs().max()) <= tolerance * scale, name
         again = torch.equal(products.linear(arguments[0], arguments[1]), products.linear(arguments[0], arguments[1]))
         assert again, "a re-run must give the same bits"
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize(("groups", "heads"), [(1, 3), (4, 2)])
-def test_attention_on_a_cpu_has_the_bits_of_autograd(groups: int, heads: int, dtype: torch.dtype) -> None:
-    generator = torch.Generator().manual_seed(0)
-    qkv_BNC = torch.randn(2, 36, 3 * heads * 10, generator=generator).to(dtype).requires_grad_()
-    query, key, value = qkv_BNC.view(2 * groups, 36 // groups, 3, heads, 10).permute(2, 0, 3, 1, 4).unbind(0)
-    wanted = F.scaled_dot_product_attention(query, key, value, scale=0.3).transpose(1, 2).reshape(2, 36, -1)
-    mine = sliced_attention(qkv_BNC, groups, heads, 0.3)
-    assert torch.equal(mine, wanted)
-    grad = torch.randn(wanted.shape, generator=generator).to(dtype)
-    assert torch.equal(*(torch.autograd.grad(y, qkv_BNC, grad)[0] for y in (mine, wanted)))

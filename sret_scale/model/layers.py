@@ -25,7 +25,6 @@ from sret_scale.model.depth import (
 )
 from sret_scale.model.fused import NORM_EPS
 from sret_scale.model.sizes import Sizes
-from sret_scale.model.sliced_attention import sliced_attention
 
 Affine = tuple[Tensor, Tensor]
 # From a shape to the next dropout mask of a call (`noise.Dropout`).
@@ -84,14 +83,16 @@ class Attention(nn.Module):
         self.inner_norm = nn.LayerNorm(stage.width, eps=NORM_EPS) if stage.norm_placement == "subln" else None
 
     def mix(self, qkv_BNC: Tensor, groups: int) -> Tensor:
-        """(B, N, D) attention of (B, N, 3D) queries, keys, values."""
-        mixed_BND = sliced_attention(qkv_BNC, groups, self.num_heads, self.head_width**-0.5)
-        if self.inner_norm is None:
-            return mixed_BND
-        if not self.padding:
-            return self.inner_norm(mixed_BND)
-        real = rearrange(mixed_BND, "b n (h k) -> b n h k", h=self.num_heads)[..., : self.head_width]
-        heads = rearrange(self.inner_norm(real.flatten(-2)), "b n (h k) -> b n h k", h=self.num_heads)
+        """(B, N, D) attention of (B, N, 3D) queries, keys, values. Groups fold into the batch of one fused call."""
+        qkv = rearrange(qkv_BNC, "b (g l) (three h k) -> three (b g) h l k", g=groups, three=3, h=self.num_heads)
+        # unbind, since the gradients of three indexings would be three full-size tensors of mostly zeros.
+        query, key, value = qkv.unbind(0)
+        mixed = F.scaled_dot_product_attention(query, key, value, scale=self.head_width**-0.5)
+        if self.inner_norm is None or not self.padding:
+            mixed_BND = rearrange(mixed, "(b g) h l k -> b (g l) (h k)", g=groups)
+            return mixed_BND if self.inner_norm is None else self.inner_norm(mixed_BND)
+        real_BND = rearrange(mixed[..., : self.head_width], "(b g) h l k -> b (g l) (h k)", g=groups)
+        heads = rearrange(self.inner_norm(real_BND), "b n (h k) -> b n h k", h=self.num_heads)
         return F.pad(heads, (0, self.padding)).flatten(-2)
 
     def unpadded(self, qkv_BNC: Tensor) -> Tensor:
@@ -231,7 +232,6 @@ class NonLinearProjection(nn.Module):
         self.residual = LearnableResidual(stage, sizes.width, scale, constants)
 
     def forward(self, x_BND: Tensor, draw: Draw | None = None, place: Place | None = None) -> Tensor:
-        """(B, N, D): the stream after the projection; draw and place as in `Block.forward`."""
         constants = None if place is None else place.projection
         fc1 = (self.feed_forward.fc1.weight, self.feed_forward.fc1.bias)
         before = None if self.norms_after else (self.norm.weight, self.norm.bias)
