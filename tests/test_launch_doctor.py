@@ -122,7 +122,7 @@ def test_doctor_measures_two_ranks_and_names_missing_shards(
     arguments = ["--folder", str(tmp_path / "runs"), "--ranks", "2", "--shards", str(tmp_path / "none")]
     assert doctor.run(parser.parse_args(arguments)) == 1
     output = capfd.readouterr().out
-    assert "FAIL  shards" in output and "2 ranks on 1 hosts met" in output and "all-reduce" in output
+    assert "FAIL  shards" in output and "2 ranks on 1 host met" in output and "all-reduce" in output
     assert list((tmp_path / "runs").iterdir()) == []
 
 

@@ -152,7 +152,7 @@ def test_dry_run_prints_and_starts_nothing(tmp_path: Path, capsys: pytest.Captur
     (tmp_path / "config.yaml").write_text("seed: 7\n")
     assert launch(tmp_path / "run", tmp_path / "config.yaml", num_ranks=3, dry_run=True) == 0
     output = capsys.readouterr().out
-    assert "3 ranks on 1 nodes" in output and "deepspeed.launcher.launch" in output and output.endswith("seed: 7\n")
+    assert "3 ranks on 1 node," in output and "deepspeed.launcher.launch" in output and output.endswith("seed: 7\n")
     assert not (tmp_path / "run").exists()
 
 

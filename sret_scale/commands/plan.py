@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,13 +62,14 @@ def run(args: argparse.Namespace) -> None:
     from sret_scale.model import preset
 
     overrides = {} if args.image_size is None else {"image_size": args.image_size}
-    budget_bytes = free_bytes(args.device) if args.memory == "auto" else parse_bytes(args.memory)
+    budget_bytes = free_bytes(args.device) if args.memory == "auto" else parse_bytes(args.memory, "--memory")
     micro_batch_size = None if args.micro_batch == "auto" else _positive(args.micro_batch)
     config = preset(args.preset, **overrides)
     # As in a run with a budget: `stem_repeats_norms`.
     batches = BatchSearch(config, args.precision, DEVICES[args.device], repeats_norms=args.zero_stage < 3)
     beside = teacher_of(args, config.num_classes, micro_batch_size or TEACHER_MICRO_BATCH)
-    reserved_bytes = parse_bytes(args.reserve) + beside
+    reserved_bytes = parse_bytes(args.reserve, "--reserve") + beside
+    print("working out what a step needs, up to half a minute at 1000 applications ...", file=sys.stderr)
     plan = plan_for(
         batches,
         budget_bytes=budget_bytes,

@@ -49,8 +49,8 @@ def format_bytes(count: int) -> str:
     return f"{count} B"
 
 
-def parse_bytes(text: str) -> int:
-    """Bytes of a size such as `80GiB`, `512MiB`, `40e9` or `16GB`."""
+def parse_bytes(text: str, name: str = "size") -> int:
+    """Bytes of a size such as `80GiB`, `512MiB`, `40e9` or `16GB`; ValueError, with the `name` of the setting, else."""
     units = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "kB": 10**3, "MB": 10**6, "GB": 10**9, "B": 1}
     number, factor = text.strip(), 1
     for unit, size in units.items():
@@ -62,5 +62,5 @@ def parse_bytes(text: str) -> int:
     except (ValueError, OverflowError):
         count = -1
     if count < 0:
-        raise ValueError(f"size: expected a number of bytes such as 80GiB, 512MiB or 16GB, got {text!r}")
+        raise ValueError(f"{name}: expected a number of bytes such as 80GiB, 512MiB or 16GB, got {text!r}")
     return count

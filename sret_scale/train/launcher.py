@@ -15,7 +15,15 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from sret_scale.train.node.errors import RankError, clear_errors, first_error, now_s, show_first_error, write_error
+from sret_scale.train.node.errors import (
+    RankError,
+    clear_errors,
+    counted,
+    first_error,
+    now_s,
+    show_first_error,
+    write_error,
+)
 from sret_scale.train.node.hostfile import Host
 from sret_scale.train.node.job import Job, deepspeed_command
 from sret_scale.train.node.orphans import caught_signals
@@ -74,7 +82,8 @@ def launch(
 
 def describe_start(starts: Sequence[NodeStart], job: Job, config_path: Path) -> str:
     """What `launch` would do, for --dry-run."""
-    lines = [f"{job.world_size} ranks on {len(job.world)} nodes, rendezvous at {job.master_addr}:{job.master_port}"]
+    ranks, nodes = counted(job.world_size, "rank"), counted(len(job.world), "node")
+    lines = [f"{ranks} on {nodes}, rendezvous at {job.master_addr}:{job.master_port}"]
     lines += [f"{name}: devices {','.join(devices)}" for name, devices in job.world.items()]
     for start in starts:
         lines += [f"start on {start.name}: {shlex.join(start.command)}"]

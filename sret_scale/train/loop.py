@@ -16,7 +16,6 @@ from torch import Tensor
 from data_pipelines.augment import normalise_
 from data_pipelines.loader import Batch, Step
 from sret_scale.distill import RemoteTeacher, distillation_loss, student_batch
-from sret_scale.model import Noise
 from sret_scale.model.plan import DepthPlan
 from sret_scale.train.batch_norm import measured_statistics
 from sret_scale.train.config import RunConfig
@@ -29,7 +28,7 @@ from sret_scale.train.optim import WeightAverage, peak_rate, schedule_factor, se
 from sret_scale.train.resume import pieces_of, restore, save
 from sret_scale.train.run import Clock, Run, set_up
 from sret_scale.train.run_folder import RunFolder
-from sret_scale.train.seeds import derived_seed
+from sret_scale.train.seeds import derived_seed, noise_at
 from sret_scale.train.stop import StopFlag
 from sret_scale.train.teacher_ranks import steps_of
 
@@ -173,10 +172,7 @@ def micro_batch_loss(run: Run, batch: Batch, clock: Clock, micro_step: int) -> T
         teacher_input=config.distill.teacher_input,
     )
     run.watchdog.progress(clock.step, "computing")
-    noise = Noise(
-        permutation_seed=derived_seed("permutation", config.train.seed, clock.step),
-        sample_seed=derived_seed("sample", *here),
-    )
+    noise = noise_at(*here)
     if config.model.permutation == "random":
         # The reference's way draws from the global generator: here too, a function of the step.
         torch.manual_seed(derived_seed("global", *here))

@@ -2,8 +2,18 @@
 
 import numpy as np
 
+from sret_scale.model import Noise
+
 
 def derived_seed(purpose: str, *numbers: int) -> int:
     """A 63-bit seed that is a function of its arguments."""
     entropy = [int.from_bytes(purpose.encode(), "little"), *numbers]
     return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)
+
+
+def noise_at(seed: int, step: int, micro_step: int, rank: int) -> Noise:
+    """The seeds of one micro-batch of a rank: token orders are those of all ranks, masks of samples are its own."""
+    return Noise(
+        permutation_seed=derived_seed("permutation", seed, step),
+        sample_seed=derived_seed("sample", seed, step, micro_step, rank),
+    )

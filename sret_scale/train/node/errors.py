@@ -81,6 +81,11 @@ def _read(path: Path) -> RankError:
     return RankError(**{field.name: content[field.name] for field in fields(RankError)})
 
 
+def counted(number: int, noun: str) -> str:
+    """The number with its noun: `1 rank`, `2 ranks`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def in_words(error: BaseException) -> str:
     """What an exception says, an operating system's refusal without its number: `FILE: No such file or directory`."""
     if isinstance(error, OSError) and error.strerror:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from sret_scale.train.node.checks import Finding
+from sret_scale.train.node.errors import counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,7 @@ def judge(probes: Sequence[Probe], here: str) -> Iterator[Finding]:
             if finding.name == "teacher" or (finding.state != "ok" and probe.host != here):
                 yield replace(finding, text=f"{probe.host}: {finding.text}")
     hosts = sorted({probe.host for probe in probes})
-    yield Finding(name="start", state="ok", text=f"{len(probes)} ranks on {len(hosts)} hosts met")
+    yield Finding(name="start", state="ok", text=f"{counted(len(probes), 'rank')} on {counted(len(hosts), 'host')} met")
     versions = sorted({probe.torch for probe in probes})
     if len(versions) > 1:
         where = ", ".join(f"{probe.host} {probe.torch}" for probe in probes)
