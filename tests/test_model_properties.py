@@ -1,6 +1,7 @@
 """Properties over the space of specs: a valid one builds and agrees with its plain twin, any other is refused."""
 
-from dataclasses import replace
+import math
+from dataclasses import fields, replace
 from typing import Any, get_args
 
 import pytest
@@ -57,6 +58,20 @@ def build(options: dict[str, Any]) -> SReTConfig:
     return SReTConfig(stages=tuple(StageConfig(**stage) for stage in options["stage_options"]), **rest)
 
 
+def is_valid(options: dict[str, Any]) -> bool:
+    """What of the options above can disagree: heads with the width, and groups with the tokens."""
+    side = options["image_size"]
+    for stride in options["stem_strides"]:
+        side = math.ceil(side / stride)
+    for stage in options["stage_options"]:
+        groups = stage["groups"][: stage["num_loops"]]
+        divide = all(side**2 % count == 0 for count in groups)
+        if stage["num_heads"] == 3 or not (divide or options["group_fit"] == "nearest"):
+            return False
+        side = math.ceil(side / 2)
+    return True
+
+
 def shaken(config: SReTConfig) -> SReT:
     """A float64 model whose parameters all differ from their first values, so that no term is hidden by a zero."""
     torch.manual_seed(0)
@@ -76,10 +91,11 @@ def images_of(config: SReTConfig, batch: int = 2) -> Tensor:
 @settings(max_examples=50, deadline=None)
 @given(model_options())
 def test_a_spec_is_refused_or_agrees_with_its_twin(options: dict[str, Any]) -> None:
-    try:
-        config = build(options)
-    except ValueError:
+    if not is_valid(options):
+        with pytest.raises(ValueError, match=r"heads|groups"):
+            build(options)
         return
+    config = build(options)
     model = shaken(config)
     images_BCHW, noise = images_of(config), Noise(3, 4)
     parameters = list(model.parameters())
@@ -96,10 +112,9 @@ def test_a_spec_is_refused_or_agrees_with_its_twin(options: dict[str, Any]) -> N
 @settings(max_examples=25, deadline=None)
 @given(model_options())
 def test_counts_equal_the_real_ones(options: dict[str, Any]) -> None:
-    try:
-        config = build(options)
-    except ValueError:
+    if not is_valid(options):
         return
+    config = build(options)
     counts = describe(config)
     twin = PlainSReT(shaken(config))
     assert counts["parameters"] == sum(parameter.numel() for parameter in twin.parameters())
@@ -108,6 +123,23 @@ def test_counts_equal_the_real_ones(options: dict[str, Any]) -> None:
     # The counter does not know matrix-vector products, which are how a batch-free depth coordinate is multiplied.
     if all(stage.conditioning != "norm_by_depth" for stage in config.stages):
         assert counts["macs"] == counter.get_total_flops() // 2
+
+
+STAGE = StageConfig(width=8, num_heads=2, num_blocks=1)
+MODEL = SReTConfig(stages=(STAGE,), image_size=16)
+WRONG = [None, "4", "", -1, math.inf, math.nan, {}, set(), [None], ["1"], [0], (True, 2, 2)]
+
+
+@pytest.mark.parametrize("value", WRONG, ids=[f"{number}-{value}"[:12] for number, value in enumerate(map(str, WRONG))])
+@pytest.mark.parametrize("config", [STAGE, MODEL], ids=["stage", "model"])
+def test_a_field_of_a_wrong_type_or_size_is_named(config: StageConfig | SReTConfig, value: object) -> None:
+    names = [field.name for field in fields(config)]
+    assert len(names) > 10
+    for name in names:
+        if (name, value) == ("permutation_seed", -1):
+            continue  # any whole number is a seed
+        with pytest.raises(ValueError, match=name):
+            replace(config, **{name: value})
 
 
 @pytest.mark.parametrize("scheme", get_args(spec.BranchScheme))

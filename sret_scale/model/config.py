@@ -3,6 +3,7 @@
 A config that cannot be built raises `ValueError` at construction, with the numbers that disagree.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -53,7 +54,7 @@ class StageConfig:
     conditioning_rank: int = 4
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "groups", tuple(self.groups))
+        object.__setattr__(self, "groups", require_list("groups", self.groups))
         for name in ("width", "num_heads", "num_blocks", "num_loops", "conditioning_rank"):
             require_positive(name, getattr(self, name))
         if not self.groups:
@@ -66,8 +67,10 @@ class StageConfig:
                 f"{self.num_heads} = {self.width % self.num_heads}"
             )
         for name in ("mlp_ratio", "projection_ratio"):
-            if not int(getattr(self, name) * self.width) >= 1:
+            require_number(name, getattr(self, name))
+            if int(getattr(self, name) * self.width) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} leaves no hidden channel at width {self.width}")
+        require_whole("permute_from_loop", self.permute_from_loop)
         if self.permute_from_loop < 0:
             raise ValueError(f"permute_from_loop must be 0 or more, got {self.permute_from_loop}")
         require_choice("loop_order", self.loop_order, LoopOrder)
@@ -126,19 +129,26 @@ class SReTConfig:
     padded: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stages", tuple(self.stages))
-        object.__setattr__(self, "stem_strides", tuple(self.stem_strides))
+        object.__setattr__(self, "stages", require_list("stages", self.stages))
+        object.__setattr__(self, "stem_strides", require_list("stem_strides", self.stem_strides))
         for name in ("image_size", "in_channels", "num_classes"):
             require_positive(name, getattr(self, name))
         if not isinstance(self.padded, bool):
             raise ValueError(f"padded must be true or false, got {self.padded!r}")
         if not self.stages:
             raise ValueError("a model needs at least one stage")
+        for stage in self.stages:
+            if not isinstance(stage, StageConfig):
+                raise ValueError(f"stages must be a list of StageConfig, got {stage!r} in it")
         if self.stages[0].width % 2:
             raise ValueError(f"the first stage's width must be even for the stem, got {self.stages[0].width}")
+        for stride in self.stem_strides:
+            require_whole("stem_strides", stride)
         if len(self.stem_strides) != 3 or not set(self.stem_strides) <= {1, 2}:
             raise ValueError(f"stem_strides must be three of 1 or 2, got {self.stem_strides}")
+        require_whole("permutation_seed", self.permutation_seed)
         for name in ("drop_path", "dropout"):
+            require_number(name, getattr(self, name))
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
         require_choice("permutation", self.permutation, PermutationPolicy)
@@ -201,6 +211,25 @@ def require_positive(name: str, value: object) -> None:
     """ValueError unless the value is an int of at least 1."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+
+
+def require_whole(name: str, value: object) -> None:
+    """ValueError unless the value is an int."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"{name} must be a whole number, got {value!r}")
+
+
+def require_number(name: str, value: object) -> None:
+    """ValueError unless the value is a finite number."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        raise ValueError(f"{name} must be a number, got {value!r}")
+
+
+def require_list(name: str, value: object) -> tuple[Any, ...]:
+    """The value as a tuple; ValueError unless it is a list or one already."""
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"{name} must be a list, got {value!r}")
+    return tuple(value)
 
 
 def require_choice(name: str, value: object, choices: Any) -> None:
