@@ -192,10 +192,34 @@ def test_a_module_that_changes_shape_when_run_again_is_named() -> None:
 
 
 def test_a_module_with_hidden_randomness_is_named_by_the_check() -> None:
-    chain = [*make_chain(3), link(lambda x: nn.functional.dropout(x, 0.5)), *make_chain(3)]
+    generator = torch.Generator().manual_seed(0)
+    chain = [*make_chain(3), link(lambda x: x * torch.rand((), generator=generator)), *make_chain(3)]
     y = run_chain(chain, torch.randn(4, 5, WIDTH), schedules.segments(7, 3), is_checked=True)
     with pytest.raises(ValueError, match=r"application 3 .* digest"):
         y.sum().backward()
+
+
+def test_dropout_is_named_where_it_runs_again_and_allowed_where_it_does_not() -> None:
+    dropout = link(lambda x: nn.functional.dropout(x, 0.5))
+    chain, x = [*make_chain(3), dropout, *make_chain(3)], torch.randn(4, 5, WIDTH)
+    for schedule in (schedules.segments(7, 3), schedules.per_application(7), schedules.binomial(7, 2)):
+        y = run_chain(chain, x, schedule)
+        with pytest.raises(ValueError, match=r"application 3 of the chain gives other values .*dropout"):
+            y.sum().backward()
+    run_chain(chain, x, schedules.none(7)).sum().backward()
+
+
+def test_another_thread_that_draws_is_no_fault_of_the_chain() -> None:
+    # As a thread that augments images may: the generator moves on while an application runs, its values do not change.
+    runs = []
+
+    def drawn_beside(x: Tensor) -> Tensor:
+        runs.append(torch.rand(3))
+        return x + 1
+
+    chain = [*make_chain(3), link(drawn_beside)]
+    run_chain(chain, torch.randn(4, 5, WIDTH), schedules.per_application(4)).sum().backward()
+    assert len(runs) == 3  # both of the schedule, and the one that compares
 
 
 def test_the_check_lets_a_sound_chain_pass() -> None:

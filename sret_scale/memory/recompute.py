@@ -34,7 +34,12 @@ def call_link(application: Chained, given: list[Tensor]) -> Tensor:
     Python holds the arguments of a call to its end. A link with a true `is_boxed` takes the list instead, so that an
     input that it has only reordered is free while it runs.
     """
-    return application(given if getattr(application, "is_boxed", False) else given.pop())  # type: ignore[arg-type]
+    return application(given if is_boxed(application) else given.pop())  # type: ignore[arg-type]
+
+
+def is_boxed(application: Chained) -> bool:
+    """Whether the application takes its input in a list."""
+    return getattr(application, "is_boxed", False)
 
 
 def run_chain(
@@ -48,9 +53,9 @@ def run_chain(
     """The output of the applications one after another, with gradients equal to plain autograd's bit for bit.
 
     The autocast state of this call (weight cache off) holds for all runs of the applications. ValueError if an
-    application changes its input in place or returns another shape or type when it is run again; with `is_checked` also
-    if it returns other values, at the price of one pass over each boundary. With `is_offloaded` boundaries wait in the
-    host's memory.
+    application changes its input in place or, when it is run again, returns another shape or type, or other values
+    because it draws from torch's global generators; with `is_checked` also if it returns other values for any other
+    reason, at the price of one pass over each boundary. With `is_offloaded` boundaries wait in the host's memory.
     """
     if schedule.num_applications != len(applications):
         raise ValueError(
@@ -63,6 +68,24 @@ def run_chain(
     slots = HostSlots(x.device) if is_offloaded else DeviceSlots()
     chain = _Chain(applications, schedule, slots, is_checked=is_checked, device_type=x.device.type)
     return _ChainFunction.apply(chain, x, *chain.parameters)  # type: ignore[no-untyped-call]
+
+
+class _Drawn:
+    """Where torch's global generators stand, to see whether somebody draws from them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._host, self._place = self._now()
+
+    def has_changed(self) -> bool:
+        """Whether anything was drawn since."""
+        host, place = self._now()
+        return place != self._place or not torch.equal(host, self._host)
+
+    def _now(self) -> tuple[Tensor, int]:
+        generators = torch.cuda.default_generators if self._device.type == "cuda" else ()
+        # The host knows the place in a GPU's stream: nobody waits for the GPU.
+        return torch.get_rng_state(), generators[self._device.index].get_offset() if generators else 0
 
 
 class _Mark(NamedTuple):
@@ -181,13 +204,18 @@ class _Chain:
         """The output of [lo, hi) for the input in `given`, which is emptied; no boundary between is held."""
         for index in range(lo, hi):
             before, version = weakref.ref(given[0]), given[0]._version
-            y = call_link(self.applications[index], given)
+            application, expected = self.applications[index], self.marks[index]
+            # A boxed link promises that it draws nothing; of any other, the call holds the input anyway.
+            held = None if expected is None or is_boxed(application) else given[0]
+            drawn = None if held is None else _Drawn(held.device)
+            y = call_link(application, given)
             x = before()
             if x is not None and x._version != version:  # one that is gone can mislead nobody
                 raise ValueError(f"application {index} of the chain changed its input in place: return a new tensor")
-            del x
+            if held is not None and drawn is not None and drawn.has_changed():
+                self._require_repeatable(index, held, y)
+            del x, held
             mark = _Mark(y.shape, y.dtype, _digest(y) if self.is_checked else None)
-            expected = self.marks[index]
             if expected is not None and expected != mark:
                 raise ValueError(
                     f"application {index} of the chain returned {_describe(mark)} when it was run again, and"
@@ -197,6 +225,17 @@ class _Chain:
             given = [y]
             del y
         return given[0]
+
+    def _require_repeatable(self, index: int, x: Tensor, y: Tensor) -> None:
+        """Runs an application once more; ValueError if it gives other values. Another thread may have drawn instead."""
+        with torch.no_grad():
+            is_same = torch.equal(self.applications[index](x), y)
+        if not is_same:
+            raise ValueError(
+                f"application {index} of the chain gives other values each time it runs, because it draws from torch's"
+                " global generator (dropout does): draw from a generator whose seed is a function of the application,"
+                " or use a schedule that runs nothing again"
+            )
 
     def _trainable(self, index: int) -> list[int]:
         return [k for k in dict.fromkeys(self.used[index]) if self.parameters[k].requires_grad]
