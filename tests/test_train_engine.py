@@ -119,7 +119,8 @@ def test_bf16_autocast_stays_close_to_fp32(folder: Path) -> None:
     trained = [name for name, _ in SReT(TINY_MODEL).named_parameters() if not name.endswith("bias")]
     apart = sum(float((fp32[name] - bf16[name]).square().sum()) for name in trained)
     moved = sum(float((fp32[name] - start[name]).square().sum()) for name in trained)
-    assert 0 < apart < 0.05 * moved
+    # Sums of squares: the end is off by 8.3 % of the way.
+    assert 0 < apart < 0.1**2 * moved
 
 
 def test_moments_of_another_update_rule_are_refused() -> None:
