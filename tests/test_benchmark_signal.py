@@ -1,6 +1,7 @@
 """The coordinate check: what its verdicts rest on, and the table of the documentation against the recorded runs."""
 
 import argparse
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from benchmarks import signal
 
 ROOT = Path(__file__).parents[1]
+RECORD = ROOT / "benchmarks" / "results" / "signal.json"
 
 
 def result(depth: int, seed: int, change: float, loss: float = 1.0, lr: float = 1e-3) -> dict[str, Any]:
@@ -77,8 +79,32 @@ def test_a_short_check_measures_every_stage() -> None:
     assert all(len(row["stage_rms"]) == len(row["contribution"]) == 3 and row["logit_change"] > 0 for row in rows)
 
 
+def recorded() -> list[dict[str, Any]]:
+    results: list[dict[str, Any]] = json.loads(RECORD.read_text())["results"]
+    return results
+
+
+@pytest.mark.parametrize("step", [1, 10, 100])
+def test_loop_aware_passed_over_every_depth(step: int) -> None:
+    found = signal.verdict(recorded(), "loop_aware", 1e-3, step)
+    assert found is not None and found["passes"]
+    assert found["depths"] == [20, 108, 300, 1000]
+
+
+def test_the_best_rate_of_loop_aware_moves_by_at_most_one_step_of_two_with_depth() -> None:
+    results = recorded()
+    rates = sorted({one["lr"] for one in results if one["scheme"] == "loop_aware"})
+    assert len(rates) >= 5 and all(high == 2 * low for low, high in itertools.pairwise(rates))
+    shallow, deep = (signal.optimum(results, "loop_aware", rates, 100, depth) for depth in (20, 300))
+    for found in (shallow, deep):
+        assert list(found["losses"]) == rates
+        # At an end of the sweep the optimum could lie beyond it.
+        assert found["best_lr"] in rates[1:-1]
+    assert 0.5 <= deep["best_lr"] / shallow["best_lr"] <= 2
+
+
 def test_the_table_in_the_documentation_is_that_of_the_recorded_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    results = json.loads((ROOT / "benchmarks" / "results" / "signal.json").read_text())["results"]
+    results = recorded()
     arguments = argparse.Namespace(schemes=signal.SCHEMES, steps=[1, 10, 100], lr=[1e-3], depths=[])
     signal.print_verdicts(results, arguments)
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| `")]
