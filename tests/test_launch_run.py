@@ -140,7 +140,7 @@ def test_kill_9_leaves_no_orphan(tmp_path: Path, victim: str) -> None:
     {"launcher": psutil.Process(process.pid), "agent": agent, "deepspeed": deepspeed}[victim].kill()
     process.communicate(timeout=60)
     assert process.returncode != 0
-    wait_for(lambda: left_over(folder) == [] and not psutil.pid_exists(agent_pid))
+    wait_for(lambda: left_over(folder) == [] and not psutil.pid_exists(agent_pid), timeout_s=10)
 
 
 def test_killed_rank_is_named_and_its_peer_ends(tmp_path: Path) -> None:
