@@ -193,6 +193,12 @@ def test_a_shortened_schedule_holds_at_most_one_boundary_more(length: int, part:
     options = candidates(length)
     longer = options[choice % len(options)]
     shorter = schedule.shortened(longer, min(part, length))
+    # What runs once in the longer chain does so in the shorter one.
+    once = [
+        sum(action.hi - action.lo for action in one.forward if action.kind is schedule.Kind.TAPE)
+        for one in (longer, shorter)
+    ]
+    assert once[1] == min(once[0], shorter.num_applications)
     before, after = (predict_chain(one, [cost] * one.num_applications) for one in (longer, shorter))
     assert after.forward_peak <= before.forward_peak and after.resting_bytes <= before.resting_bytes
     assert after.backward_peak <= before.backward_peak + cost.boundary_bytes and max(after.untaped) <= max(

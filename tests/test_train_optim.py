@@ -106,6 +106,16 @@ def test_a_class_has_its_own_rate_eps_decay_and_bound() -> None:
         assert group["weight_decay"] in ((0.0,) if group["kind"] == "projection" else (0.0, 0.3))
 
 
+def test_a_slow_skip_learns_at_the_rate_over_its_applications() -> None:
+    stage = replace(TINY_MODEL.stages[0], skip="slow")
+    model = SReT(replace(TINY_MODEL, stages=(stage, *TINY_MODEL.stages[1:])))
+    optimizer = build_optimizer(model, model.parameter_tags(), OptimConfig())
+    rates = {name: group["lr"] for group in optimizer.param_groups for name in group["names"]}
+    skip, block = "stages.0.blocks.0.residual1.alpha", "stages.0.blocks.0.attention.qkv.weight"
+    assert stage.num_applications > 1
+    assert rates[skip] == pytest.approx(rates[block] / stage.num_applications)
+
+
 def test_layer_decay_is_timms_where_every_block_is_used_once() -> None:
     # Ours first: timm's own import of torchvision fails beside a torch for CPUs.
     adapter = importlib.import_module("sret_scale.timm")
