@@ -4,12 +4,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import onnx
+import onnxruntime
 import pytest
 import torch
 
 from sret_scale.cli import main
-from sret_scale.model import SReT, SReTConfig, StageConfig
-from sret_scale.model.files import save_model
+from sret_scale.model import SReT, SReTConfig, StageConfig, inference
+from sret_scale.model.files import load_model, save_model
 from sret_scale.model.inference import folded
 from sret_scale.model.kept_loops import keep_loops
 
@@ -84,13 +85,49 @@ def test_weights_alone_have_no_loops_to_keep(tmp_path: Path, capsys: pytest.Capt
     assert "holds weights and no program" in capsys.readouterr().err
 
 
+def scores(file: Path, file_format: str, images_BCHW: torch.Tensor) -> torch.Tensor:
+    """What an exported file answers."""
+    if file_format == "safetensors":
+        return load_model(file).eval()(images_BCHW)
+    if file_format == "torch":
+        return torch.export.load(file).module()(images_BCHW)
+    session = onnxruntime.InferenceSession(str(file))
+    return torch.from_numpy(session.run(["scores"], {"images": images_BCHW.numpy()})[0])
+
+
 @pytest.mark.parametrize("file_format", ["onnx", "torch", "safetensors"])
-def test_export_agrees_with_the_model(file_format: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    save_model(model_of(CONFIG), tmp_path / "model.safetensors")
+def test_export_agrees_with_the_model(file_format: str, tmp_path: Path) -> None:
+    save_model(model := model_of(CONFIG), tmp_path / "model.safetensors")
     out = tmp_path / f"model.{file_format}.out"
     assert main(["export", str(tmp_path / "model.safetensors"), str(out), "--format", file_format]) == 0
-    assert out.stat().st_size > 1000
     assert not out.with_name(out.name + ".partial").exists()
+    for batch in (1, 5):
+        images_BCHW = torch.randn(batch, 3, 16, 16)
+        with torch.no_grad():
+            expected = model(images_BCHW)
+            found = scores(out, file_format, images_BCHW)
+        assert expected.shape == (batch, 5) and expected.std() > 0.01
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("loops", ["unrolled", "kept"])
+@pytest.mark.parametrize("file_format", ["onnx", "torch"])
+def test_an_export_with_other_weights_is_refused(
+    file_format: str, loops: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def altered(model: SReT) -> SReT:
+        small = folded(model)
+        with torch.no_grad():
+            small.head.bias[2] += 1e-3
+        return small
+
+    monkeypatch.setattr(inference, "folded", altered)
+    save_model(model_of(CONFIG), tmp_path / "model.safetensors")
+    out = tmp_path / "out"
+    arguments = ["export", str(tmp_path / "model.safetensors"), str(out), "--format", file_format, "--loops", loops]
+    assert main(arguments) == 2
+    assert "differs from the model by 1.0e-03" in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
 
 
 def test_random_permutations_cannot_be_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
