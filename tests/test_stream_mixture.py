@@ -1,5 +1,6 @@
 """Mixtures: every set in proportion to its weight, each of its samples once a round, any position at once."""
 
+import itertools
 import re
 from collections import Counter
 from dataclasses import replace
@@ -100,6 +101,23 @@ def test_sets_come_by_weight_and_go_round(sizes: list[int], weights: list[float]
         walk = np.concatenate(of_part)
         for start in range(0, len(walk) - size + 1, size):
             assert sorted(walk[start : start + size].tolist()) == list(range(size))
+
+
+@pytest.mark.parametrize("kind", ["full", "block"])
+def test_every_round_of_a_set_has_an_order_of_its_own(kind: Any) -> None:
+    order = Order(
+        kind=kind,
+        fingerprint="f",
+        seed=0,
+        shard_sizes=[50] * 4,
+        global_batch_size=8,
+        block_window=60,
+        part_sizes=(100, 100),
+        part_weights=(3, 1),
+    )
+    drawn = np.concatenate([order.samples(epoch, np.arange(200)) for epoch in range(4)])
+    rounds = drawn[drawn < 100].reshape(6, 100)
+    assert all((one != other).mean() > 0.9 for one, other in itertools.combinations(rounds, 2))
 
 
 def test_a_block_mixture_reads_few_shards_at_a_time_and_a_sequential_one_as_stored() -> None:
