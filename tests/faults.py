@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+import torch
 
 from sret_scale.train.checkpoint import (
     CheckpointError,
@@ -31,7 +32,7 @@ from sret_scale.train.checkpoint import (
     verify_checkpoint,
 )
 from tests.runs import Process, complete_lines, digest, digest_of, metrics_bytes, rank_processes, wait_for_images
-from tests.save_once import save
+from tests.save_once import pieces, save
 from tests.tiny import ROOT, sret_scale, tiny_config, tiny_shards, write_config
 
 SAVING_CALLS = "openat,write,pwrite64,ftruncate,fsync,rename,mkdir,unlinkat,rmdir"
@@ -139,11 +140,18 @@ def saving_calls(saver: Saver, folder: Path) -> list[Point]:
 
 
 def state_of(folder: Path) -> int:
-    """The step of the newest whole checkpoint, after checking that its tensors are those of that step."""
+    """The step of the newest whole checkpoint, after checking that it holds that step and nothing else."""
     path = newest_valid(folder, lambda _text: None)
     assert path is not None
-    step = int(read_state(path)["step"])
-    assert bool((read_tensors(path, "weights")["a"] == step).all())
+    state = read_state(path)
+    step = int(state["step"])
+    assert path.name == f"step-{step:09d}"
+    assert state["images"] == step
+    for piece in pieces(step):
+        set_name = piece.fields[0].set_name
+        saved = read_tensors(path, set_name)
+        assert saved.keys() == {"a"}, set_name
+        assert torch.equal(saved["a"], piece.values), set_name
     return step
 
 
