@@ -101,6 +101,31 @@ with watchdog.Watchdog(Path(sys.argv[1]), rank=0, world_size=1, timeout_s=0.5) a
 """
 
 
+TWO_RANKS = """
+import sys, time
+from pathlib import Path
+from sret_scale.train.watchdog import Watchdog
+
+def waiting_for_data(): time.sleep(60)
+def waiting_for_the_other(): time.sleep(60)
+
+rank = int(sys.argv[2])
+with Watchdog(Path(sys.argv[1]), rank=rank, world_size=2, timeout_s=4.0) as dog:
+    dog.progress(2, "in a collective" if rank == 0 else "waiting for data")
+    (waiting_for_the_other if rank == 0 else waiting_for_data)()
+"""
+
+
+def test_every_rank_leaves_its_stacks_and_names_the_one_that_is_waited_for(tmp_path: Path) -> None:
+    commands = [[sys.executable, "-c", TWO_RANKS, str(tmp_path), str(rank)] for rank in (0, 1)]
+    ranks = [subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) for command in commands]
+    assert [rank.wait(timeout=60) for rank in ranks] == [EXIT_HANG, EXIT_HANG]
+    for rank, function in enumerate(("waiting_for_the_other", "waiting_for_data")):
+        assert f"in {function}" in (tmp_path / "logs" / f"stacks-{rank:05d}.txt").read_text()
+    record = first_error(tmp_path)
+    assert record is not None and "rank 1 on " in record.message and "step 2, waiting for data" in record.message
+
+
 @pytest.mark.parametrize("broken", [(), ("write_json",), ("write_json", "write_error")])
 def test_a_hang_ends_the_process_even_on_a_full_disk(tmp_path: Path, broken: tuple[str, ...]) -> None:
     run = subprocess.run(
