@@ -10,6 +10,7 @@ import torch
 
 from sret_scale.cli import main
 from sret_scale.model import SReT, SReTConfig, StageConfig, inference
+from sret_scale.model.config import LoopOrder
 from sret_scale.model.files import load_model, save_model
 from sret_scale.model.inference import folded
 from sret_scale.model.kept_loops import keep_loops
@@ -63,6 +64,18 @@ def test_a_program_with_kept_loops_does_not_grow(tmp_path: Path) -> None:
     assert many[0] == few[0]
     # A counter of the turns, 4 bytes each, is all that a loop without weights of its own adds.
     assert many[1] - few[1] <= 36 * 4 + 40
+
+
+@pytest.mark.parametrize("loop_order", ["block", "model"])
+def test_kept_loops_store_what_blocks_share_once(loop_order: LoopOrder, tmp_path: Path) -> None:
+    # Two blocks with one projection a loop, and a permutation each.
+    stage = replace(STAGE, num_blocks=2, projections="per_loop", loop_order=loop_order)
+    few, many = (replace(CONFIG, stages=(replace(stage, num_loops=loops),)) for loops in (4, 40))
+    grown = nodes_and_bytes(many, tmp_path, "kept")[1] - nodes_and_bytes(few, tmp_path, "kept")[1]
+    weights, more = (sum(value.numel() * 4 for value in model_of(config).parameters()) for config in (few, many))
+    indices = 2 * 36 * 64 * 8
+    # Stored once for each block, the weights alone would come twice.
+    assert indices < grown < 1.5 * (more - weights) + indices
 
 
 @pytest.mark.parametrize("loop_order", ["block", "model"])

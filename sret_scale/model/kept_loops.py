@@ -42,18 +42,24 @@ class LoopedStage(nn.Module):
         config = stage.config.stages[stage.index]
         turn = config.num_blocks if config.loop_order == "model" else 1
         turns = [tuple(applications[start : start + turn]) for start in range(0, len(applications), turn)]
+        # Blocks that share their projections share the stack of them too.
+        self._known: dict[tuple[int, ...], tuple[list[Tensor], str]] = {}
         self.parts: list[tuple[tuple[Application, ...], list[dict[str, str]]]] = []
         for _, group in itertools.groupby(turns, lambda applications: tuple(map(_kind, applications))):
             alike = list(group)
-            stacks = [_stacked([turn[position] for turn in alike]) for position in range(len(alike[0]))]
-            self.parts.append((alike[0], [self._registered(stack) for stack in stacks] if len(alike) > 1 else []))
+            rows = [_rows([turn[position] for turn in alike]) for position in range(len(alike[0]))]
+            self.parts.append((alike[0], [self._registered(part) for part in rows] if len(alike) > 1 else []))
 
-    def _registered(self, stack: dict[str, Tensor]) -> dict[str, str]:
-        """Keep the tensors as buffers; name of each -> the buffer's."""
+    def _registered(self, rows: dict[str, list[Tensor]]) -> dict[str, str]:
+        """Keep the rows stacked as buffers, the same rows once; name of each -> the buffer's."""
         names = {}
-        for name, tensor in stack.items():
-            names[name] = f"stack_{len(self._buffers)}"
-            self.register_buffer(names[name], tensor)
+        for name, tensors in rows.items():
+            key = tuple(map(id, tensors))
+            if key not in self._known:
+                # The tensors stay alive with their numbers.
+                self._known[key] = tensors, f"stack_{len(self._buffers)}"
+                self.register_buffer(self._known[key][1], torch.stack(tensors))
+            names[name] = self._known[key][1]
         return names
 
     def forward(self, x_BND: Tensor, noise: None = None) -> Tensor:
@@ -91,8 +97,8 @@ def _kind(application: Application) -> tuple[int, int, bool]:
     return application.slot.block, application.slot.groups, application.gather is None
 
 
-def _stacked(applications: list[Application]) -> dict[str, Tensor]:
-    """What differs between uses of one block, by a name of its part and within it; never empty."""
+def _rows(applications: list[Application]) -> dict[str, list[Tensor]]:
+    """What differs between uses of one block, a row a use, by a name of its part and within it; never empty."""
     own: dict[str, list[Tensor]] = {"turn": [torch.tensor(float(turn)) for turn in range(len(applications))]}
     for application in applications:
         if application.gather is not None:
@@ -112,7 +118,7 @@ def _stacked(applications: list[Application]) -> dict[str, Tensor]:
         states = [dict(projection.named_parameters()) for projection in projections if projection is not None]
         for name in states[0]:
             own[f"projection.{name}"] = [state[name] for state in states]
-    return {name: torch.stack(tensors) for name, tensors in own.items()}
+    return own
 
 
 def _is_per_loop(name: str, conditioning: nn.Module) -> bool:
