@@ -52,6 +52,9 @@ class Watchdog:
         # Apart, because a file system that stands still (a hard NFS mount) holds whoever writes to it for ever.
         self._beater = threading.Thread(target=self._keep_beating, name="heartbeat", daemon=True)
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        # Begun early: where memory has run out, Python 3.11 waits forever for a new thread to begin.
+        self._reporter = threading.Thread(target=self._explain, name="hang report", daemon=True)
+        self._is_asked, self._has_reported = threading.Event(), threading.Event()
 
     def __enter__(self) -> "Watchdog":
         if self._rank == 0:
@@ -61,6 +64,7 @@ class Watchdog:
         self._beat()
         self._started_s = time.time()
         self._beater.start()
+        self._reporter.start()
         self._thread.start()
         return self
 
@@ -102,18 +106,21 @@ class Watchdog:
 
     def _end(self) -> None:
         """Leave the stacks of all threads and the reason in the run folder, and end this process whatever happens."""
-        message = f"no progress for {self._timeout_s:.0f} s (train.hang_timeout_s): "
-        reported = threading.Event()
-        reporter = threading.Thread(target=self._explain, args=(message, reported), name="hang report", daemon=True)
+        message = self._message()
         try:
-            reporter.start()
-            if not reported.wait(REPORT_S):
+            self._is_asked.set()
+            if not self._has_reported.wait(REPORT_S):
                 print(f"rank {self._rank}: {message}the run folder does not answer", file=sys.stderr, flush=True)
                 faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
         finally:
             os._exit(EXIT_HANG)
 
-    def _explain(self, message: str, reported: threading.Event) -> None:
+    def _message(self) -> str:
+        return f"no progress for {self._timeout_s:.0f} s (train.hang_timeout_s): "
+
+    def _explain(self) -> None:
+        self._is_asked.wait()
+        message = self._message()
         try:
             message += self._culprit()
             self._report(message)
@@ -122,7 +129,7 @@ class Watchdog:
             print(f"rank {self._rank}: {message}", file=sys.stderr, flush=True)
             faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
         finally:
-            reported.set()
+            self._has_reported.set()
 
     def _report(self, message: str) -> None:
         stacks = self._run_folder / "logs" / f"stacks-{self._rank:05d}.txt"

@@ -9,6 +9,7 @@ CPU, so that a save and the training never wait in each other's collectives. How
 
 import errno
 import functools
+import queue
 import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -31,8 +32,12 @@ class CheckpointWriter:
         self._group = new_cpu_group()
         self._snapshot = Snapshot(is_main=ranks.is_main)
         self._is_reserved = False
-        self._thread: threading.Thread | None = None
+        self._is_idle = threading.Event()
+        self._is_idle.set()
+        self._saves: queue.SimpleQueue[tuple[int, Mapping[str, Any]] | None] = queue.SimpleQueue()
         self._error: Exception | None = None
+        # Before the steps: where memory has run out, Python 3.11 waits forever for a new thread to begin.
+        threading.Thread(target=self._serve, name="checkpoint", daemon=True).start()
 
     def __enter__(self) -> "CheckpointWriter":
         return self
@@ -42,8 +47,9 @@ class CheckpointWriter:
     ) -> None:
         if error is None:
             self.wait()
-        elif self._thread:
-            self._thread.join(timeout=END_S)
+        else:
+            self._is_idle.wait(timeout=END_S)
+        self._saves.put(None)
 
     @property
     def has_failed(self) -> bool:
@@ -60,16 +66,19 @@ class CheckpointWriter:
         """Save the pieces as they are now; all ranks must call it. Raises OSError where the save before failed."""
         self.wait()
         self._snapshot.take(pieces)
-        self._thread = threading.Thread(target=self._write, args=(step, state), name="checkpoint", daemon=True)
-        self._thread.start()
+        self._is_idle.clear()
+        self._saves.put((step, state))
 
     def wait(self) -> None:
         """Returns when the save under way is committed; raises its OSError, the same on every rank."""
-        if self._thread:
-            self._thread.join()
-            self._thread = None
+        self._is_idle.wait()
         if self._error:
             raise self._error
+
+    def _serve(self) -> None:
+        while save := self._saves.get():
+            self._write(*save)
+            self._is_idle.set()
 
     def _write(self, step: int, state: Mapping[str, Any]) -> None:
         try:
