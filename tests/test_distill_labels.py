@@ -313,7 +313,7 @@ def test_plan_is_readable_by_people_and_complete(written: LabelJob, shards: Shar
 
 def test_verify_finds_the_teacher_that_wrote_and_no_other(written: LabelJob, shards: ShardSet, tmp_path: Path) -> None:
     store = open_labels(written.folder)
-    same = plan_teacher(store.plan, None, written.device, no_runs)
+    same = plan_teacher(store.plan, TEACHER, written.device, no_runs)
     result = verify_records(store, shards, same, num_records=40, seed=3)
     assert result.num_records == 40 and result.largest_difference < 1e-3
     other = verify_records(store, shards, teacher("other_network"), num_records=40, seed=3)
@@ -326,8 +326,11 @@ def test_joined_teachers_are_stored_and_verified(shards: ShardSet, tmp_path: Pat
     job = make_job(tmp_path / "store", shards, function="network+module:tests.distill_shards:other_network")
     write_labels(job, rank=0, world_size=1, report=silent)
     store = open_labels(job.folder)
-    both = plan_teacher(store.plan, None, job.device, no_runs)
+    both = plan_teacher(store.plan, f"{TEACHER}+module:tests.distill_shards:other_network", job.device, no_runs)
     assert verify_records(store, shards, both, num_records=10, seed=0).largest_difference < 1e-3
+
+
+TEACHER = "module:tests.distill_shards:network"
 
 
 def no_runs(folder: Path) -> Any:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from data_pipelines.quarantine import Quarantine
 from data_pipelines.reader import ShardReader
 from data_pipelines.samples import TrainingSamples
 from sret_scale.distill.networks import LoadRun
+from sret_scale.distill.spec import parse_teacher
 from sret_scale.distill.stored import StoredTeacher
 from sret_scale.distill.teacher import Teacher, build_teacher
 
@@ -32,10 +34,16 @@ class VerifyResult:
 
 
 def plan_teacher(plan: LabelPlan, spec: str | None, device: torch.device, load_run: LoadRun) -> Teacher:
-    """The teacher of a plan, built again (from `spec` when it was moved). ValueError when it is another one now."""
+    """The teacher of a plan, built again (from `spec` when it was moved). ValueError when it is another one now.
+
+    A plan is data: the code that it names runs only where `spec` repeats it.
+    """
     members = plan.teacher.get("members", [plan.teacher])
+    written = "+".join(member["spec"] for member in members)
+    if spec is None and any(part.kind == "module" for part in parse_teacher(written)):
+        raise ValueError(f"the store's teacher is code, which runs only when you say so: --teacher {quote(written)}")
     teacher = build_teacher(
-        spec or "+".join(member["spec"] for member in members),
+        spec or written,
         num_classes=plan.num_classes,
         device=device,
         load_run=load_run,
@@ -52,10 +60,24 @@ def plan_teacher(plan: LabelPlan, spec: str | None, device: torch.device, load_r
 
 
 def verify_records(
-    store: LabelStore, shards: ShardSet, teacher: Teacher, *, num_records: int, seed: int
+    store: LabelStore,
+    shards: ShardSet,
+    teacher: Teacher,
+    *,
+    num_records: int,
+    seed: int,
+    transform: str | None = None,
 ) -> VerifyResult:
-    """Compare `num_records` random records, of the classes that they keep. ValueError for a store of other shards."""
+    """Compare `num_records` random records, of the classes that they keep.
+
+    ValueError for a store of other shards, and for one whose views have a transform that `transform` does not repeat.
+    """
     data = plan_data(store.plan)
+    if data.transform and data.transform != transform:
+        raise ValueError(
+            "the store's views were drawn with code of yours, which runs only when you say so: "
+            f"--transform {quote(data.transform)}"
+        )
     check_labels(store, shards, data, run_seed=0)
     stored = StoredTeacher(store)
     total = shards.num_samples * store.plan.num_views

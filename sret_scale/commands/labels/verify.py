@@ -20,7 +20,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="largest allowed difference in a probability (default: %(default)s)",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed for choosing the records (default: 0)")
-    parser.add_argument("--teacher", metavar="SPEC", help="where the teacher is now, if it was moved")
+    parser.add_argument("--teacher", metavar="SPEC", help="where the teacher is now, if it was moved or is code")
+    parser.add_argument(
+        "--transform", metavar="NAME", help="the store's data.transform, repeated: it is code, and runs"
+    )
     parser.add_argument("--device", default="cpu", help="where the teacher runs (default: cpu)")
 
 
@@ -37,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     check_files(store.folder, store.plan)
     print(f"{args.folder}: all checksums are right")
     teacher = plan_teacher(store.plan, args.teacher, torch.device(args.device), load_teacher_run)
-    result = verify_records(store, shards, teacher, num_records=args.records, seed=args.seed)
+    result = verify_records(store, shards, teacher, num_records=args.records, seed=args.seed, transform=args.transform)
     print(
         f"{result.num_records} records compared with the teacher: probabilities differ by at most "
         f"{result.largest_difference:.2e} (sample {result.worst_key!r}, view {result.worst_view}), allowed are "

@@ -64,6 +64,10 @@ def run(args: argparse.Namespace) -> int:
     if not 0 <= args.rank < args.world_size:
         raise ValueError(f"--rank: expected 0 to {args.world_size - 1}, got {args.rank}")
     config = override(configuration(args.recipe) if args.recipe else RunConfig(), args.set)
+    transform = f"data.transform={config.data.transform}"
+    if config.data.transform and transform not in args.set:
+        # The recipe may be a run's config.yaml, which is data.
+        raise ValueError(f"{args.recipe} names code, which runs only when you say so: --set {transform}")
     data = dataclasses.replace(config.data, view_seed=config.data.view_seed or 0)
     shards = open_shards(args.shards)
     device = torch.device(args.device or default_device())
