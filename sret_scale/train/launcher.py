@@ -46,7 +46,8 @@ def launch(
     """Run `python -m MODULE CONFIG_PATH` on every rank through DeepSpeed's launcher; returns the run's exit status.
 
     `num_ranks` is for this machine alone (default: its GPUs, or 2 ranks on CPU) or the ranks a node inside Slurm.
-    SIGTERM, SIGINT and SIGUSR1 reach the ranks as one SIGTERM each; a second one ends them at once.
+    SIGTERM, SIGINT, SIGUSR1, and SIGHUP unless this process inherited it as ignored (nohup), reach the ranks as one
+    SIGTERM each; a second one, but for SIGHUP, ends them at once.
     Raises ValueError or OSError for what can be said before anything is started.
     """
     run_folder, config_path = run_folder.resolve(), config_path.resolve()

@@ -1,9 +1,9 @@
-"""Turns SIGTERM, SIGINT and SIGUSR1 into a flag that the training loop looks at after every step."""
+"""Turns SIGTERM, SIGINT, SIGHUP and SIGUSR1 into a flag that the training loop looks at after every step."""
 
 import signal
 from types import FrameType, TracebackType
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+from sret_scale.train.node.orphans import stop_signals
 
 
 class StopFlag:
@@ -16,7 +16,7 @@ class StopFlag:
         self.is_set = False
 
     def __enter__(self) -> "StopFlag":
-        self._previous = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
+        self._previous = {number: signal.signal(number, self._handle) for number in stop_signals()}
         return self
 
     def __exit__(

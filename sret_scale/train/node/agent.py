@@ -24,7 +24,7 @@ import psutil
 from sret_scale.train.node.build_lock import clear_stale_locks
 from sret_scale.train.node.errors import RankError, first_error, has_error, now_s, write_error
 from sret_scale.train.node.job import NODE_FOLDER, RANKS_OF_NODES, Job, deepspeed_command
-from sret_scale.train.node.orphans import STOP_SIGNALS, die_with_parent
+from sret_scale.train.node.orphans import STOP_SIGNALS, die_with_parent, stop_signals
 from sret_scale.train.node.places import visible_gpus
 from sret_scale.train.node.stage import staged_environment, unpack
 
@@ -235,7 +235,7 @@ def main() -> int:
     def on_signal(_number: int, _frame: FrameType | None) -> None:
         requests.put("stop")
 
-    for number in STOP_SIGNALS:
+    for number in stop_signals():
         signal.signal(number, on_signal)
     job = Job.from_line(sys.stdin.readline())
     for lock in clear_stale_locks():

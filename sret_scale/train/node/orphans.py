@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-# What asks a run to save and end.
+# What asks a run to save and end; a process catches what `stop_signals` leaves of them.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 _PR_SET_PDEATHSIG = 1
 # Loaded at import: the function is also called between fork and exec, where loading a library is not safe.
@@ -30,15 +30,23 @@ def die_with_parent() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def stop_signals() -> tuple[signal.Signals, ...]:
+    """STOP_SIGNALS, without SIGHUP where this process inherited it as ignored: under nohup a hang-up ends nothing."""
+    is_ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return tuple(number for number in STOP_SIGNALS if number != signal.SIGHUP or not is_ignored)
+
+
 @contextmanager
 def caught_signals() -> Iterator[list[int]]:
     """The stop signals that come inside the `with`, as a list that grows; what they did before is restored after it."""
     requests: list[int] = []
 
     def on_signal(number: int, _frame: FrameType | None) -> None:
-        requests.append(number)
+        # Of one terminal that goes, the kernel and the shell tell each: a hang-up is never the second, urgent request.
+        if number != signal.SIGHUP or not requests:
+            requests.append(number)
 
-    before = {number: signal.signal(number, on_signal) for number in STOP_SIGNALS}
+    before = {number: signal.signal(number, on_signal) for number in stop_signals()}
     try:
         yield requests
     finally:
