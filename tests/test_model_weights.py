@@ -1,9 +1,11 @@
 """Weights on disk: the published layout in and out, and what is refused."""
 
+import argparse
 import pickle
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -30,7 +32,7 @@ def test_import_and_export_are_an_exact_round_trip(
     assert main(["weights", "import", str(published), str(native)]) == 0
     assert "sret_t at 224 pixels, 7 classes" in capsys.readouterr().out
     assert main(["weights", "export", str(native), str(back)]) == 0
-    first, second = load_published(published), load_published(back)
+    first, second = load_published(published)[0], load_published(back)[0]
     assert list(first) == list(second)
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert load_model(native).config.num_classes == 7
@@ -63,6 +65,56 @@ def test_a_pickle_that_would_run_code_runs_nothing(tmp_path: Path, capsys: pytes
     assert not marker.exists()
 
 
+def beside(state: object, key: str) -> dict[str, object]:
+    """A checkpoint of a training code, with the kinds of things that such codes keep beside the weights."""
+    arguments = argparse.Namespace(lr=1e-3, output_dir=Path("out"))
+    optimizer = {"state": {}, "param_groups": [{"lr": 1e-3, "params": [0]}]}
+    return {key: state, "args": arguments, "optimizer": optimizer, "epoch": 1, "best": np.float64(70.0)}
+
+
+@pytest.mark.parametrize(
+    ("key", "prefix", "what"),
+    [
+        ("state_dict", "module.", "FKD: a DataParallel model"),
+        ("model", "", "DeiT"),
+        ("model", "module.", "DistributedDataParallel"),
+        ("model", "_orig_mod.", "torch.compile"),
+        ("model", "module._orig_mod.", "both"),
+        ("model_ema", "", "DeiT's average"),
+        ("state_dict_ema", "", "timm's average"),
+    ],
+)
+def test_checkpoints_of_training_codes_are_imported(
+    published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str, prefix: str, what: str
+) -> None:
+    state, _ = load_published(published)
+    content = beside({prefix + name: value for name, value in state.items()}, key)
+    if key.endswith("_ema"):
+        # The weights that the average is of: taking them instead would show.
+        content |= {name: {one: value * 0 for one, value in state.items()} for name in ("model", "state_dict")}
+    torch.save(content, tmp_path / "theirs.pth")
+    expected, native = from_published(preset("sret_t", num_classes=7), state), tmp_path / "native.safetensors"
+    assert main(["weights", "import", str(tmp_path / "theirs.pth"), str(native)]) == 0
+    assert f"from {key!r}" in capsys.readouterr().out
+    imported = load_model(native).state_dict()
+    assert all(torch.equal(imported[name], value) for name, value in expected.items()), what
+
+
+def test_what_stands_beside_the_weights_runs_nothing(
+    published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    marker = tmp_path / "ran"
+
+    class Hostile:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return (eval, (f"open({str(marker)!r}, 'w')",))
+
+    content = beside(load_published(published)[0], "model")
+    torch.save(content | {"args": argparse.Namespace(lr=Hostile())}, tmp_path / "hostile.pth")
+    assert "nothing in it was run" in refused(capsys, tmp_path / "hostile.pth", tmp_path / "out")
+    assert not marker.exists()
+
+
 def test_a_truncated_or_missing_file_is_an_error(
     published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -74,7 +126,7 @@ def test_a_truncated_or_missing_file_is_an_error(
 
 
 def test_aliases_that_differ_are_refused(published: Path) -> None:
-    state = load_published(published)
+    state, _ = load_published(published)
     key = "transformers.1.blocks.2.attn.qkv.weight"
     state[key] = state[key] + 1
     with pytest.raises(ValueError, match=r"blocks.0.attn.qkv.weight and .*blocks.2.attn.qkv.weight are one shared"):
@@ -82,7 +134,7 @@ def test_aliases_that_differ_are_refused(published: Path) -> None:
 
 
 def test_a_key_too_many_or_too_few_is_refused(published: Path) -> None:
-    state = load_published(published)
+    state, _ = load_published(published)
     config = preset("sret_t", num_classes=7)
     with pytest.raises(ValueError, match="1 unknown"):
         from_published(config, state | {"surprise": torch.zeros(1)})

@@ -74,7 +74,7 @@ def _import(file: Path, out: Path, name: str | None) -> None:
     from sret_scale.model.files import load_published, save_model
     from sret_scale.model.official import from_published, recognised_config
 
-    published = load_published(file)
+    published, key = load_published(file)
     if name is None:
         name, config = recognised_config(published)
     else:
@@ -87,7 +87,9 @@ def _import(file: Path, out: Path, name: str | None) -> None:
     except RuntimeError as error:
         raise ValueError(f"{file} does not fit {name}: {str(error).splitlines()[-1].strip()}") from error
     save_model(model, out)
-    print(f"{out}: {name} at {config.image_size} pixels, {config.num_classes} classes")
+    print(
+        f"{out}: {name} at {config.image_size} pixels, {config.num_classes} classes{f', from {key!r}' if key else ''}"
+    )
 
 
 def _change(args: argparse.Namespace) -> None:

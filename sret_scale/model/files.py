@@ -53,22 +53,60 @@ def load_model(path: Path) -> SReT:
     return model.eval()
 
 
-def load_published(path: Path) -> dict[str, Tensor]:
-    """The state dict of a published checkpoint, `{"model": state_dict}` or bare.
+class _Inert:
+    """Stands for an object that training codes keep beside the weights: takes all that its pickle gives, does nothing.
 
-    A pickle that would run code is refused before it does.
+    Not the classes themselves: numpy's dtype, for one, is built from bytes of the file.
+    """
+
+    def __init__(self, *arguments: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+_BESIDE_WEIGHTS: list[Any] = [
+    (_Inert, name)
+    for name in (
+        "argparse.Namespace",
+        "pathlib.Path",
+        "pathlib.PosixPath",
+        "numpy.dtype",
+        "numpy.core.multiarray.scalar",
+        "numpy._core.multiarray.scalar",
+    )
+]
+
+# Where training codes put a state dict: timm's and DeiT's average first, as it is what they evaluate; then DeiT's model
+# and FKD's. DataParallel and torch.compile put a word before every key.
+_STATE_KEYS = ("state_dict_ema", "model_ema", "model", "state_dict")
+_PREFIXES = ("module.", "_orig_mod.")
+
+
+def load_published(path: Path) -> tuple[dict[str, Tensor], str | None]:
+    """(state dict, its key in the file) of a published checkpoint: bare (None), or one of a training code.
+
+    A moving average goes before the trained weights. A pickle that would run code is refused before it does.
     """
     _require_file(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_BESIDE_WEIGHTS):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # garbage makes the restricted unpickler raise nearly any type
         # torch's own words end with how to run the code in it after all.
         reason = str(error).splitlines()[0].partition(". In PyTorch")[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} is not a checkpoint of plain tensors (nothing in it was run): {reason}") from error
-    state = content.get("model", content) if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path} holds no state dict: expected tensors by name, or those under 'model'")
-    return state
+    is_mapping = isinstance(content, dict)
+    key = next((name for name in _STATE_KEYS if is_mapping and isinstance(content.get(name), dict)), None)
+    state = content[key] if key else content
+    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(
+            f"{path} holds no state dict: expected tensors by name, or those under {', '.join(_STATE_KEYS)}"
+        )
+    while prefix := next((word for word in _PREFIXES if all(name.startswith(word) for name in state)), None):
+        state = {name.removeprefix(prefix): value for name, value in state.items()}
+    return state, key
 
 
 def _require_file(path: Path) -> None:

@@ -93,7 +93,7 @@ def initial_state(source: str, config: SReTConfig) -> dict[str, Tensor]:
 
 def published_model(file: Path, config: SReTConfig) -> SReT:
     """The published weights of a file in a model of `config`, at the image size that they were trained at."""
-    published = load_published(file)
+    published, _ = load_published(file)
     side = published["pos_embed"].shape[-1] if "pos_embed" in published else config.grids[0]
     image_size = side * config.image_size // config.grids[0]
     before = replace(config, image_size=image_size, group_fit="nearest")
