@@ -14,12 +14,13 @@ fail() {
     exit 2
 }
 
-# Prints the first Python 3.11 or 3.12 that really starts: a pyenv shim exists for versions that it then refuses.
+# Prints the first Python 3.11 to 3.14 that really starts: a pyenv shim exists for versions that it then refuses. Of several
+# the oldest, on which the pinned versions are tested most; a .venv that is there already keeps its own.
 find_python() {
     local name path
-    for name in python3.11 python3.12 python3 python; do
+    for name in python3.11 python3.12 python3.13 python3.14 python3 python; do
         while IFS= read -r path; do
-            if "$path" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' \
+            if "$path" -c 'import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' \
                 >/dev/null 2>&1; then
                 printf '%s\n' "$path"
                 return 0
@@ -83,7 +84,7 @@ make_venv() {
         rm -rf "$venv"
     fi
     if [[ ! -e $venv/bin/python ]]; then
-        base=$(find_python) || fail "no usable Python 3.11 or 3.12 with venv was found on PATH" \
+        base=$(find_python) || fail "no usable Python 3.11 to 3.14 with venv was found on PATH" \
             "install one (Debian: apt-get install python3 python3-venv), or use --no-venv with an active environment"
         mkdir -p "$venv"
         step "virtual environment (.venv)" "$base" -m venv "$venv"

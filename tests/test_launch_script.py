@@ -224,7 +224,7 @@ def test_wrong_command_is_named_before_anything_is_installed(copy: Path, name: s
 def test_no_python_says_what_to_install(copy: Path, tools: Path) -> None:
     result = run(copy, "setup", cwd=copy.parent, path=str(tools))
     assert result.returncode == 2
-    assert "no usable Python 3.11 or 3.12" in result.stderr and "--no-venv" in result.stderr
+    assert "no usable Python 3.11 to 3.14" in result.stderr and "--no-venv" in result.stderr
 
 
 def test_shim_that_does_not_start_is_passed_over(copy: Path, tools: Path) -> None:
@@ -232,6 +232,33 @@ def test_shim_that_does_not_start_is_passed_over(copy: Path, tools: Path) -> Non
     program(tools / "python3.12", f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
     result = run(copy, "--help", cwd=copy.parent, path=str(tools))
     assert result.returncode == 0 and "describe" in result.stdout
+
+
+@pytest.mark.parametrize(("version", "is_taken"), [("3.10", False), ("3.11", True), ("3.14", True), ("3.15", False)])
+def test_python_3_11_to_3_14_is_taken_under_any_name(copy: Path, tools: Path, version: str, is_taken: bool) -> None:
+    # The interpreter of this test, which says that it is of another version.
+    info = f"import sys; sys.version_info = ({version.replace('.', ', ')}, 0, 'final', 0)"
+    program(
+        tools / "python3",
+        f"""#!{sys.executable}
+import sys
+{info}
+if sys.argv[1] == "-c":
+    exec(sys.argv[2])
+elif sys.argv[1:3] == ["-m", "venv"]:
+    sys.exit("venv is asked for")
+""",
+    )
+    result = run(copy, "setup", cwd=copy.parent, path=str(tools))
+    assert result.returncode == 2
+    assert ("venv is asked for" in result.stderr) == is_taken
+    assert ("no usable Python" in result.stderr) != is_taken
+
+
+def test_of_several_pythons_the_oldest_makes_the_environment(copy: Path, tools: Path) -> None:
+    for name in ("python3", "python3.14", "python3.13"):
+        program(tools / name, f'#!/bin/sh\ncase "$1" in -m) echo "{name} makes it" >&2; exit 1;; esac\nexit 0\n')
+    assert "python3.13 makes it" in run(copy, "setup", cwd=copy.parent, path=str(tools)).stderr
 
 
 def test_failed_step_shows_the_log_and_what_to_do(copy: Path, tools: Path) -> None:
