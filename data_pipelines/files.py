@@ -9,25 +9,34 @@ from typing import BinaryIO
 
 
 @contextmanager
-def replacing(path: Path, work_folder: Path | None = None) -> Iterator[BinaryIO]:
+def replacing(path: Path, work_folder: Path | None = None, *, is_durable: bool = True) -> Iterator[BinaryIO]:
     """A file to write to that becomes `path` when the block ends, and vanishes when it fails.
 
-    `work_folder` (default: that of `path`) holds it until then and must be on the same file system.
+    `work_folder` (default: that of `path`) holds it until then and must be on the same file system. Libraries that
+    write to a path may be given the file's `name`. Not durable is for what a power failure may take: signs of life.
     """
     temporary = (work_folder or path.parent) / f"{path.name}.{os.uname().nodename}.{os.getpid()}.tmp"
     try:
         with temporary.open("wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if is_durable:
+                os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:
-            # Failures of write and fsync do not name the file.
+        if isinstance(error, OSError) and error.filename in (None, str(temporary)):
+            # Failures of write and fsync do not name the file, others a name that nobody knows.
             error.filename = str(path)
         raise
-    sync_folder(path.parent)
+    if is_durable:
+        sync_path(path.parent)
+
+
+def write_whole(path: Path, content: bytes | str, *, is_durable: bool = True) -> None:
+    """Replaces a file in one step: a reader, or a power failure in between, finds the old content or the new one."""
+    with replacing(path, is_durable=is_durable) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
 
 
 class PartsWriter:
@@ -70,9 +79,9 @@ def _begin_writing(descriptor: int, start: int, num_bytes: int) -> None:
     _LIBC.sync_file_range(descriptor, ctypes.c_int64(start), ctypes.c_int64(num_bytes), _SYNC_FILE_RANGE_WRITE)
 
 
-def sync_folder(folder: Path) -> None:
-    """Makes renames in `folder` survive a power failure."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync_path(path: Path) -> None:
+    """Makes the content of a file, or the renames in a folder, survive a power failure."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -84,7 +84,7 @@ def test_every_file_is_on_the_disk_before_the_name_and_the_name_before_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events = []
-    rename, flush = Path.rename, checkpoint._flush
+    rename, flush = Path.rename, checkpoint.sync_path
 
     def seen_rename(path: Path, target: Path) -> Path:
         events.append("rename")
@@ -95,7 +95,7 @@ def test_every_file_is_on_the_disk_before_the_name_and_the_name_before_the_end(
         flush(path)
 
     monkeypatch.setattr(Path, "rename", seen_rename)
-    monkeypatch.setattr(checkpoint, "_flush", seen_flush)
+    monkeypatch.setattr(checkpoint, "sync_path", seen_flush)
     save_checkpoint(tmp_path / "checkpoints", step=1, tensors=TENSORS, state={})
     files = {"manifest.json", "optimizer.safetensors", "state.json", "weights.safetensors"}
     assert set(events[:4]) == files and events[4:] == [".writing", "rename", "checkpoints"]

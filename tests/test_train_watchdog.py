@@ -85,10 +85,10 @@ import sys, time
 from pathlib import Path
 from sret_scale.train import watchdog
 
-def refuse(*_arguments):
+def refuse(*_arguments, **_options):
     raise OSError(28, "No space left on device")
 
-def stand_still(*_arguments):
+def stand_still(*_arguments, **_options):
     time.sleep(120)
 
 watchdog.REPORT_S = 1.0
@@ -126,7 +126,7 @@ def test_every_rank_leaves_its_stacks_and_names_the_one_that_is_waited_for(tmp_p
     assert record is not None and "rank 1 on " in record.message and "step 2, waiting for data" in record.message
 
 
-@pytest.mark.parametrize("broken", [(), ("write_json",), ("write_json", "write_error")])
+@pytest.mark.parametrize("broken", [(), ("write_whole",), ("write_whole", "write_error")])
 def test_a_hang_ends_the_process_even_on_a_full_disk(tmp_path: Path, broken: tuple[str, ...]) -> None:
     run = subprocess.run(
         [sys.executable, "-c", HANG, str(tmp_path), "refuse", *broken],
@@ -148,7 +148,7 @@ def test_a_hang_ends_the_process_even_on_a_full_disk(tmp_path: Path, broken: tup
 
 def test_a_file_system_that_stands_still_does_not_stop_the_watchdog(tmp_path: Path) -> None:
     run = subprocess.run(
-        [sys.executable, "-c", HANG, str(tmp_path), "stand_still", "write_json", "write_error"],
+        [sys.executable, "-c", HANG, str(tmp_path), "stand_still", "write_whole", "write_error"],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -10,7 +10,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from data_pipelines.files import replacing
+from data_pipelines.files import write_whole
 from data_pipelines.index import open_shards
 from data_pipelines.tar.scan import mapped, scan_samples
 
@@ -52,6 +52,5 @@ def _write_json(path: Path, value: object) -> Path:
 
 
 def _write(path: Path, data: bytes) -> Path:
-    with replacing(path) as file:
-        file.write(data)
+    write_whole(path, data)
     return path

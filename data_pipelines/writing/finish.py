@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipelines.files import replacing
+from data_pipelines.files import write_whole
 from data_pipelines.index import COLUMNS, render_index
 from data_pipelines.manifest import (
     INDEX_NAME,
@@ -32,9 +32,9 @@ def finish_shards(
     entries = [_entry(shard, len(class_names)) for shard in shards]
     rejected = [item for shard in shards for item in shard.rejected]
     if rejected:
-        _write(folder / REJECTED_NAME, b"".join(json.dumps(asdict(item)).encode() + b"\n" for item in rejected))
+        write_whole(folder / REJECTED_NAME, b"".join(json.dumps(asdict(item)).encode() + b"\n" for item in rejected))
     index = render_index(_joined(shards))
-    _write(folder / INDEX_NAME, index)
+    write_whole(folder / INDEX_NAME, index)
     manifest = Manifest(
         class_names=list(class_names),
         fingerprint=content_fingerprint(entries, class_names),
@@ -44,7 +44,7 @@ def finish_shards(
         num_rejected=len(rejected),
         writer=writer,
     )
-    _write(folder / MANIFEST_NAME, render_manifest(manifest))
+    write_whole(folder / MANIFEST_NAME, render_manifest(manifest))
     return manifest
 
 
@@ -72,8 +72,3 @@ def _joined(shards: Iterable[DoneShard]) -> dict[str, NDArray[Any]]:
         for name, part in parts.items():
             part.append(columns[name])
     return {name: np.concatenate(part) for name, part in parts.items()}
-
-
-def _write(path: Path, data: bytes) -> None:
-    with replacing(path) as file:
-        file.write(data)

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipelines.columns import parse_columns, render_columns
-from data_pipelines.files import replacing
+from data_pipelines.files import write_whole
 from data_pipelines.keyed import keyed_permutation, keyed_words
 from data_pipelines.sources.listing import Listing
 from data_pipelines.strings import PackedStrings, pack_strings
@@ -113,8 +113,7 @@ def save_plan(plan: Plan, work_folder: Path) -> None:
     for name in ("paths", "keys", "names"):
         packed: PackedStrings = getattr(listing, name)
         columns[f"{name}_ends"], columns[f"{name}_blob"] = packed.ends, packed.blob
-    with replacing(work_folder / PLAN_NAME) as file:
-        file.write(render_columns(columns))
+    write_whole(work_folder / PLAN_NAME, render_columns(columns))
 
 
 def load_plan(work_folder: Path) -> Plan:

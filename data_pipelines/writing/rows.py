@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipelines.columns import parse_columns, render_columns
-from data_pipelines.files import replacing
+from data_pipelines.files import write_whole
 from data_pipelines.index import COLUMNS, WORK_FOLDER
 from data_pipelines.strings import pack_strings
 
@@ -70,8 +70,8 @@ def save_done(folder: Path, index: int, done: DoneShard) -> None:
     """Writes the done-marker of a shard."""
     head = {"file": done.file, "bytes": done.bytes, "hash": done.hash, "end": done.end}
     text = json.dumps({**head, "rejected": [asdict(item) for item in done.rejected]})
-    with replacing(done_path(folder, index)) as file:
-        file.write(render_columns({"head": np.frombuffer(text.encode(), np.uint8), **done.columns}))
+    columns = {"head": np.frombuffer(text.encode(), np.uint8), **done.columns}
+    write_whole(done_path(folder, index), render_columns(columns))
 
 
 def load_done(folder: Path, index: int) -> DoneShard:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from data_pipelines.files import PartsWriter, replacing
+from data_pipelines.files import PartsWriter, replacing, write_whole
 from data_pipelines.hashes import FileHash
 from data_pipelines.index import WORK_FOLDER
 from data_pipelines.sources.listing import ListedImage, Reader
@@ -79,8 +79,7 @@ def _apply_policy(bad: Rejected, image: bytes, options: ImageOptions, folder: Pa
             name = hashlib.sha256(bad.key.encode()).hexdigest()
         target = folder / QUARANTINE_FOLDER / name
         target.parent.mkdir(exist_ok=True)
-        with replacing(target) as file:
-            file.write(image)
+        write_whole(target, image)
 
 
 class _Writer:

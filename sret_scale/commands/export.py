@@ -40,6 +40,7 @@ def run(args: argparse.Namespace) -> None:
 
     import torch
 
+    from data_pipelines.files import replacing
     from sret_scale.model.files import save_model
     from sret_scale.model.inference import folded
     from sret_scale.model.kept_loops import keep_loops
@@ -59,13 +60,13 @@ def run(args: argparse.Namespace) -> None:
     size, channels = model.config.image_size, model.config.in_channels
     images_BCHW = torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(0))
     shapes = {"images_BCHW": {0: torch.export.Dim("batch")}}
-    partial = args.out.with_name(args.out.name + ".partial")
     ready = folded(model)
     if args.loops == "kept":
         keep_loops(ready)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), replacing(args.out) as file:
         # torch's exporters warn of their own internals, which says nothing about this model.
         warnings.simplefilter("ignore")
+        partial = Path(file.name)
         program = torch.export.export(ready, (images_BCHW,), dynamic_shapes=shapes)
         if args.format == "torch":
             torch.export.save(program, partial)
@@ -80,17 +81,12 @@ def run(args: argparse.Namespace) -> None:
                 external_data=False,
                 verbose=False,
             )
-    if args.format == "onnx":
-        strip_traces(partial)
-    try:
+            strip_traces(partial)
         difference = _difference(model, partial, args.format)
         if not difference <= TOLERANCE:
             raise ValueError(
                 f"the exported program differs from the model by {difference:.1e}, more than {TOLERANCE:g}"
             )
-        partial.replace(args.out)
-    finally:
-        partial.unlink(missing_ok=True)
     print(f"{args.out}: {args.format}, largest difference from the model {difference:.1e}")
 
 

@@ -131,11 +131,12 @@ def _change(args: argparse.Namespace) -> None:
 def _export(file: Path, out: Path) -> None:
     import torch
 
+    from data_pipelines.files import replacing
     from sret_scale.model.official import to_published
     from sret_scale.train.load import load_trained
 
     model = load_trained(file)
-    partial = out.with_name(out.name + ".partial")
-    torch.save({"model": to_published(model.config, model.state_dict())}, partial)
-    partial.replace(out)
+    published = {"model": to_published(model.config, model.state_dict())}
+    with replacing(out) as stream:
+        torch.save(published, stream)
     print(f"{out}: published layout")

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from data_pipelines.batches import Batch, BatchFiller, PendingBatch
 from data_pipelines.config import DataConfig
-from data_pipelines.files import replacing
+from data_pipelines.files import write_whole
 from data_pipelines.index import ShardSet
 from data_pipelines.label_store import (
     HEADER_NAME,
@@ -128,8 +128,7 @@ def write_labels(job: LabelJob, *, rank: int, world_size: int, report: Callable[
 def save_plan(folder: Path, plan: LabelPlan) -> None:
     """Write plan.json, or check that the one there is the same. ValueError names what differs."""
     if not (folder / PLAN_NAME).exists():
-        with replacing(folder / PLAN_NAME) as file:
-            file.write(plan.to_json().encode())
+        write_whole(folder / PLAN_NAME, plan.to_json())
     there = read_plan(folder)
     before, now = ({item.name: getattr(one, item.name) for item in dataclasses.fields(one)} for one in (there, plan))
     differing = "; ".join(f"{name} {old}, now {new}" for name, old, new in _different(before, now))
@@ -164,8 +163,7 @@ def write_unit(job: LabelJob, unit: Unit, filler: BatchFiller) -> Counter[str]:
         records_VN[view - unit.first_view, start : start + len(records)] = records
         sums.update(batch_sums)
     header = {**dataclasses.asdict(unit), "plan_sha256": job.plan.sha256, "coverage_sums": dict(sums)}
-    with replacing(job.folder / job.plan.file_name(unit)) as file:
-        file.write(render_file(header, records_VN))
+    write_whole(job.folder / job.plan.file_name(unit), render_file(header, records_VN))
     return sums
 
 
@@ -228,8 +226,7 @@ def finish(folder: Path, plan: LabelPlan) -> bool:
     parts = [read_header(folder, plan, unit)[0]["coverage_sums"] for unit in units]
     # A store that was begun before a figure was measured does not have it.
     sums = Counter({name: sum(part[name] for part in parts) for name in set.intersection(*map(set, parts))})
-    with replacing(folder / HEADER_NAME) as file:
-        file.write(render_header(plan, mean_coverage(sums)))
+    write_whole(folder / HEADER_NAME, render_header(plan, mean_coverage(sums)))
     return True
 
 

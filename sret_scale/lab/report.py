@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jinja2
 
+from data_pipelines.files import write_whole
 from sret_scale.lab.chart import Chart, css_colour, run_colours
 from sret_scale.lab.compare import differing_fields, flatten
 from sret_scale.lab.depth import depth_figures
@@ -62,9 +63,7 @@ def write_report(paths: Sequence[Path], page: Path, *, note: str = "") -> Report
     files.append(folder / "summary.csv")
     files[-1].write_text(table.getvalue(), encoding="utf-8")
     # The page appears whole or not at all: a browser may be looking at the last one.
-    partial = page.with_name(f".{page.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(page)
+    write_whole(page, text)
     return Report(page=page, files=tuple(files), num_runs=len(runs), left_out=tuple(left_out))
 
 

@@ -1,6 +1,7 @@
 """Weights on disk: safetensors with the config beside them (native), and published checkpoints, read without running
 any code of theirs."""
 
+import errno
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from data_pipelines.files import replacing
 from sret_scale.model.config import SReTConfig, StageConfig
 from sret_scale.model.sret import SReT
 
@@ -27,9 +29,12 @@ def config_from_dict(fields: dict[str, Any]) -> SReTConfig:
 def save_model(model: SReT, path: Path) -> None:
     """Write weights and config; the file is complete or absent."""
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    partial = path.with_name(path.name + ".partial")
-    save_file(state, partial, metadata={"format": "pt", "sret_config": json.dumps(asdict(model.config))})
-    partial.replace(path)
+    with replacing(path) as file:
+        try:
+            save_file(state, file.name, metadata={"format": "pt", "sret_config": json.dumps(asdict(model.config))})
+        except SafetensorError as error:
+            # Its way to report what the disk refused.
+            raise OSError(errno.EIO, str(error), str(path)) from error
 
 
 def load_model(path: Path) -> SReT:

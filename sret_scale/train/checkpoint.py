@@ -16,7 +16,6 @@ import contextlib
 import errno
 import hashlib
 import json
-import os
 import re
 import shutil
 import uuid
@@ -27,6 +26,8 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from data_pipelines.files import sync_path
 
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{9})")
@@ -57,14 +58,13 @@ def save_checkpoint(
         (temporary / "state.json").write_text(json.dumps({"format": FORMAT, "step": step, **state}, indent=1))
         files = {file.name: _entry(file) for file in sorted(temporary.iterdir())}
         (temporary / "manifest.json").write_text(json.dumps({"format": FORMAT, "files": files}, indent=1))
-        for file in temporary.iterdir():
-            _flush(file)
-        _flush(temporary)
+        for path in (*temporary.iterdir(), temporary):
+            sync_path(path)
         if final.exists():
             # A run that went back to an older checkpoint comes to this step again.
             final.rename(_temporary_name(final))
         temporary.rename(final)
-        _flush(folder)
+        sync_path(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         reason = _reason(error)
@@ -101,14 +101,6 @@ def _entry(file: Path) -> dict[str, Any]:
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     return {"bytes": file.stat().st_size, "sha256": digest}
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

@@ -25,6 +25,8 @@ from typing import Any
 
 import torch
 
+from data_pipelines.files import write_whole
+
 EXIT_FINISHED = 0
 EXIT_FAILED = 1
 EXIT_STOPPED = 85
@@ -78,14 +80,7 @@ def read_status(folder: RunFolder) -> dict[str, Any]:
 
 def write_json(file: Path, value: Any) -> None:
     """Replace a JSON file in one step."""
-    write_text(file, json.dumps(value, indent=1) + "\n")
-
-
-def write_text(file: Path, text: str) -> None:
-    """Replace a file in one step: a reader, or a kill in between, finds the old text or the new one."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(file)
+    write_whole(file, json.dumps(value, indent=1) + "\n")
 
 
 class MetricsLog:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from data_pipelines.files import write_whole
 from data_pipelines.loader import check_node_cache
 from data_pipelines.remote import open_data, open_training_data
 from sret_scale.distill.spec import parse_teacher
@@ -23,7 +24,7 @@ from sret_scale.train.node.places import choose_nodes
 from sret_scale.train.optim import check_optimizer
 from sret_scale.train.recomputation import set_up_recomputation
 from sret_scale.train.roles import student_ranks, teacher_ranks_of
-from sret_scale.train.run_folder import EXIT_FINISHED, RunFolder, environment, read_status, write_json, write_text
+from sret_scale.train.run_folder import EXIT_FINISHED, RunFolder, environment, read_status, write_json
 from sret_scale.train.teacher_plan import with_teacher_ranks
 
 
@@ -190,7 +191,7 @@ def check_configuration(folder: RunFolder, config: RunConfig) -> None:
 
 def write_description(folder: RunFolder, config: RunConfig, world_size: int) -> None:
     """What is computed, by what, and how large it is."""
-    write_text(folder.config, to_yaml(config))
+    write_whole(folder.config, to_yaml(config))
     write_json(folder.model, describe(config.model))
     write_json(folder.environment, environment(world_size))
 

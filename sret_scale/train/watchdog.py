@@ -18,8 +18,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from data_pipelines.files import write_whole
 from sret_scale.train.node.errors import RankError, write_error
-from sret_scale.train.run_folder import write_json
 
 EXIT_HANG = 3
 
@@ -99,7 +99,8 @@ class Watchdog:
 
     def _beat(self) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
-        write_json(self._file(self._rank), self._state())
+        # Its age is what tells: waiting for a disk that is busy with a checkpoint would make a live rank look lost.
+        write_whole(self._file(self._rank), json.dumps(self._state()), is_durable=False)
 
     def _state(self) -> dict[str, Any]:
         return {"step": self._step, "phase": self._phase, "since_s": self._since_s, "host": socket.gethostname()}

@@ -19,12 +19,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Protocol
 
+from data_pipelines.files import write_whole
 from sret_scale.lab.experiments.declared import PlannedRun
 from sret_scale.lab.experiments.slots import Slot
 from sret_scale.lab.experiments.tail import Standing, standing_of
 from sret_scale.train.config import from_yaml, split_differences, to_yaml
 from sret_scale.train.node.orphans import caught_signals, die_with_parent
-from sret_scale.train.run_folder import EXIT_FINISHED, EXIT_STOPPED, RunFolder, write_text
+from sret_scale.train.run_folder import EXIT_FINISHED, EXIT_STOPPED, RunFolder
 from sret_scale.train.start import is_finished
 
 EXIT_REFUSED = 2
@@ -168,7 +169,7 @@ class _Pool:
         state.state, state.slot = "running", slot.name
         state.attempt += 1
         config = self.own / f"{state.run.name}.yaml"
-        write_text(config, to_yaml(state.run.config))
+        write_whole(config, to_yaml(state.run.config))
         _await_release(state.folder)
         log = (self.own / f"{state.run.name}.log").open("ab")
         process = subprocess.Popen(

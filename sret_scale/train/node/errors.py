@@ -6,12 +6,12 @@ error is worded for people is here too, because ranks, nodes and the command say
 
 import contextlib
 import json
-import os
-import socket
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+
+from data_pipelines.files import write_whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +39,7 @@ def write_error(run_folder: Path, error: RankError) -> None:
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{socket.gethostname()}-{os.getpid()}")
-    partial.write_text(json.dumps(asdict(error)), encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, json.dumps(asdict(error)))
 
 
 def has_error(run_folder: Path, rank: int) -> bool:
