@@ -84,6 +84,11 @@ def test_mistake_is_named(tmp_path: Path, config: dict[str, Any] | str, message:
         load_ds_config(write(tmp_path, config))
 
 
+def test_a_file_saved_on_windows_is_read(tmp_path: Path) -> None:
+    (tmp_path / "own.json").write_bytes(b'\xef\xbb\xbf{"gradient_clipping": 1.0}\r\n')
+    assert load_ds_config(tmp_path / "own.json") == {"gradient_clipping": 1.0}
+
+
 def test_missing_file_names_the_nearest_bundled_one() -> None:
     with pytest.raises(FileNotFoundError, match="did you mean zero1_autocast"):
         load_ds_config("zero1_autocats")

@@ -38,6 +38,11 @@ def test_hostfile_of_deepspeeds_format_is_read_in_order(tmp_path: Path) -> None:
     assert [(host.name, len(host.devices)) for host in hosts] == [("node-2", 4), ("10.0.0.7", 1)]
 
 
+def test_a_hostfile_saved_on_windows_is_read(tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_bytes(b"\xef\xbb\xbfnode-1 slots=2\r\n")
+    assert [host.name for host in read_hostfile(tmp_path / "hosts")] == ["node-1"]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -1,11 +1,14 @@
 """Every kind of source gives the same images and labels that went into it."""
 
+import gzip
 import json
 import os
 import re
 import tempfile
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable
+from datetime import date, datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ import pytest
 from data_pipelines.index import ShardSet, open_shards
 from data_pipelines.sources.folder import list_samples
 from data_pipelines.sources.kinds import KINDS
+from data_pipelines.upkeep.foreign import index_shards
 from data_pipelines.verify import verify_shards
 from data_pipelines.write import WriteConfig, write_shards
 from sret_scale.commands.shards import write as write_command
@@ -91,6 +95,118 @@ def test_parquet(tmp_path: Path) -> None:
         assert image(shards, index) == jpeg(10 * number + row) and shards.label[index] == row % 3
 
 
+def make_labels(folder: Path, labels: Any, name: str = "train-0.parquet", names: Any = None) -> Path:
+    """A Parquet file with these labels, and metadata of the datasets library where `names` are given."""
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    folder.mkdir(exist_ok=True)
+    table = pa.table({"image": pa.array([jpeg(1)] * len(labels), pa.binary()), "label": labels})
+    if names is not None:
+        text = json.dumps({"info": {"features": {"label": {"names": names}}}})
+        table = table.replace_schema_metadata({"huggingface": text})
+    parquet.write_table(table, folder / name)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([0, 1, 2**32], r"train-0\.parquet: label 4294967296 in row 2"),
+        ([0, 2**31], r"train-0\.parquet: label 2147483648 in row 1"),
+        (np.array([0, 2**64 - 1], np.uint64), r"label 18446744073709551615 in row 1"),
+        ([0, -1], r"train-0\.parquet: label -1 in row 1"),
+        ([0, 5], r"train-0\.parquet: label 5 of image 1 is outside the 3 classes"),
+        ([0, None, 1, None], r"train-0\.parquet: row 1 and 1 more have no label"),
+        ([0.0, 1.7], "train-0\\.parquet: column label: expected whole numbers, got double"),
+        ([True, False], "expected whole numbers, got bool"),
+        ([date(2026, 1, 1)], "expected whole numbers, got date32"),
+        ([datetime(2026, 1, 1)], "expected whole numbers, got timestamp"),
+        (["cat", "dog"], "expected whole numbers, got string"),
+        ([b"1"], "expected whole numbers, got binary"),
+        ([[0], [1, 2]], "expected whole numbers, got list"),
+        ([{"a": 1}], "expected whole numbers, got struct"),
+        ([None, None], "expected whole numbers, got null"),
+    ],
+)
+def test_labels_of_parquet_are_whole_numbers_in_range(tmp_path: Path, labels: Any, message: str) -> None:
+    source = make_labels(tmp_path / "source", labels, names=["a", "b", "c"])
+    with pytest.raises(ValueError, match=message):
+        write_shards(WriteConfig(kind="parquet", source=source), tmp_path / "target")
+
+
+@pytest.mark.parametrize("kind", [np.int8, np.uint8, np.int16, np.uint32, np.int64, np.uint64])
+def test_labels_of_parquet_of_any_width_are_kept(tmp_path: Path, kind: Any) -> None:
+    source = make_labels(tmp_path / "source", np.array([2, 0, 1, 0], kind))
+    assert written(tmp_path, "parquet", source, seed=None).label.tolist() == [2, 0, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["a", "c", "b"], r"train-1\.parquet: names a class 'c' that is 'b' in train-0\.parquet"),
+        (["a", "b"], r"train-1\.parquet: names a class None that is 'c'"),
+        (None, r"train-1\.parquet: names a class None that is 'a'"),
+        ("abc", r"train-1\.parquet: metadata .* class names that are empty"),
+        (["a", "b", "b"], r"train-1\.parquet: metadata .* twice"),
+        (["a", 1, "c"], r"train-1\.parquet: metadata .* no text"),
+    ],
+)
+def test_files_of_parquet_agree_in_their_class_names(tmp_path: Path, names: Any, message: str) -> None:
+    make_labels(tmp_path / "source", [0, 1], names=["a", "b", "c"])
+    source = make_labels(tmp_path / "source", [0, 1], "train-1.parquet", names=names)
+    with pytest.raises(ValueError, match=message):
+        write_shards(WriteConfig(kind="parquet", source=source), tmp_path / "target")
+
+
+def test_rows_of_parquet_are_bounded_by_the_size_of_the_file(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    num_rows = 1 << 20
+    table = pa.table({"image": pa.nulls(num_rows, pa.binary()), "label": np.zeros(num_rows, np.int64)})
+    parquet.write_table(table, tmp_path / "train-0.parquet")
+    with pytest.raises(ValueError, match=r"train-0\.parquet: 1,048,576 rows in [\d,]+ bytes, so without images"):
+        write_shards(WriteConfig(kind="parquet", source=tmp_path), tmp_path / "target")
+
+
+def test_images_of_parquet_are_bytes(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    parquet.write_table(pa.table({"image": ["a.jpg"] * 200, "label": [0] * 200}), tmp_path / "train-0.parquet")
+    with pytest.raises(ValueError, match=r"column image: expected bytes, or a struct .*, got string"):
+        write_shards(WriteConfig(kind="parquet", source=tmp_path), tmp_path / "target")
+
+
+@pytest.mark.parametrize("kind", ["idx", "tars", "ilsvrc"])
+def test_lists_saved_on_windows_are_read(tmp_path: Path, kind: str) -> None:
+    """With a byte order mark, and lines that end in CR LF."""
+    split, expected = None, ["cat", "dog", "fish"]
+    if kind == "ilsvrc":
+        source, split, expected = make_ilsvrc(tmp_path / "source"), "val", list(IMAGENET_LIKE)
+        (source / "ILSVRC2012_devkit_t12.tar.gz").unlink()
+        lines, name = [*IMAGENET_LIKE, *IMAGENET_LIKE], "imagenet_2012_validation_synset_labels.txt"
+    else:
+        source, lines, name = tmp_path / "source", expected, "classes.txt"
+        source.mkdir()
+        if kind == "tars":
+            make_tar(source / "some.tar", {"a.jpg": jpeg(1), "a.cls": b"2"})
+        else:
+            split = "train"
+            (source / "train-images-idx3-ubyte").write_bytes(idx_file(np.zeros((2, 4, 4))))
+            (source / "train-labels-idx1-ubyte").write_bytes(idx_file(np.array([0, 2])))
+    (source / name).write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode() + b"\r\n")
+    assert written(tmp_path, kind, source, split).class_names == expected
+
+
+def test_a_list_of_classes_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    make_tar(tmp_path / "some.tar", {"a.jpg": jpeg(1), "a.cls": b"0"})
+    (tmp_path / "classes.txt").write_bytes("caf\xe9\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"classes\.txt: expected class names as text in UTF-8"):
+        write_shards(WriteConfig(kind="tars", source=tmp_path), tmp_path / "target")
+
+
 def test_a_shuffled_write_reads_each_row_group_once_and_once_more_a_shard(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,6 +271,10 @@ def test_tars_of_others(tmp_path: Path) -> None:
         ({"a.jpg": b"x"}, r"sample 'a' has no label"),
         ({"a.jpg": b"x", "a.cls": b"cat"}, r"label b'cat' of sample 'a', expected a whole number"),
         ({"a.jpg": b"x", "a.cls": b"-1"}, r"label b'-1'"),
+        ({"a.jpg": b"x", "a.cls": b"1_0"}, r"label b'1_0'"),
+        ({"a.jpg": b"x", "a.cls": b"1.7"}, r"label b'1.7'"),
+        ({"a.jpg": b"x", "a.cls": b"4294967296"}, r"label b'4294967296'"),
+        ({"a.jpg": b"x", "a.cls": b"0" * 100_000}, r"label b'0{20}'"),
         ({"a.jpg": b"x", "a.cls": b"7"}, r"label 7 of image 0 is outside the 2 classes"),
         ({"a.cls": b"1"}, "has 0 images"),
         ({"a.jpg": b"x", "a.png": b"x", "a.cls": b"1"}, "has 2 images"),
@@ -215,7 +335,12 @@ def idx_file(values: np.ndarray) -> bytes:
         (idx_file(np.zeros((2, 4, 4))), idx_file(np.array([0, 3])), "label 3 of image 1 is outside the 2 classes"),
         (idx_file(np.zeros((2, 4, 4))), idx_file(np.array([0])), "expected one label for each image"),
         (idx_file(np.zeros((2, 4, 4)))[:-1], idx_file(np.array([0, 1])), "31 bytes of content, its header says"),
+        (idx_file(np.zeros((2, 4, 4))) + b"x", idx_file(np.array([0, 1])), "more than 32 bytes of content"),
+        (idx_file(np.zeros((2, 4, 4))), idx_file(np.array([[0, 1]])), "expected one label for each image"),
+        # 2^64 bytes by its header, which 64 bits take for none.
+        (b"\0\0\x08\x03" + b"\0\1\0\0" * 2 + b"\xff" * 4, idx_file(np.array([0, 1])), "at most 1,073,741,824 are read"),
         (b"\x1f\x8b\x08garbage", idx_file(np.array([0, 1])), "broken gzip file"),
+        (b"\0\0\x08\xff" + b"\0" * 1020, idx_file(np.array([0, 1])), "not an IDX file"),
         (b"hello", idx_file(np.array([0, 1])), "not an IDX file"),
         (b"", idx_file(np.array([0, 1])), "not an IDX file"),
         (idx_file(np.zeros((0, 4, 4))), idx_file(np.zeros(0)), "no images in it"),
@@ -227,6 +352,34 @@ def test_broken_idx_files(tmp_path: Path, images: bytes, labels: bytes, message:
     (tmp_path / "classes.txt").write_text("a\nb\n")
     with pytest.raises(ValueError, match=message):
         write_shards(WriteConfig(kind="idx", source=tmp_path, split="train"), tmp_path / "target")
+
+
+def test_a_packed_idx_file_is_unpacked_no_further_than_its_header_says(tmp_path: Path) -> None:
+    for name, values in (("images-idx3", np.zeros((2, 4, 4))), ("labels-idx1", np.array([0, 1]))):
+        # A bomb: a thousand times the memory that the test may use.
+        with gzip.open(tmp_path / f"train-{name}-ubyte.gz", "wb", compresslevel=9) as file:
+            file.write(idx_file(values) + bytes(64 << 20))
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="more than 32 bytes of content"):
+            write_shards(WriteConfig(kind="idx", source=tmp_path, split="train"), tmp_path / "target")
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("kind", ["tars", "parquet", "index"])
+def test_a_label_out_of_all_bounds_makes_no_list_of_classes(tmp_path: Path, kind: str) -> None:
+    """2^31 - 1 fits the column of labels, and would make as many class names."""
+    if kind == "parquet":
+        make_labels(tmp_path, [0, 2**31 - 1])
+    else:
+        make_tar(tmp_path / "some.tar", {"a.jpg": jpeg(1), "a.cls": b"2147483647"})
+    with pytest.raises(ValueError, match="a label of 2,147,483,647, expected less than 65,536"):
+        if kind == "index":
+            index_shards(tmp_path)
+        else:
+            write_shards(WriteConfig(kind=kind, source=tmp_path), tmp_path / "target")
 
 
 def test_a_folder_that_may_not_be_read() -> None:

@@ -4,6 +4,7 @@ The pixels become PNG files, 8-bit grey. `classes.txt` beside them, one name a l
 """
 
 import gzip
+import math
 import struct
 import zlib
 from pathlib import Path
@@ -11,11 +12,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipelines.sources.listing import Listing, check_labels, read_class_names
+from data_pipelines.sources.listing import Listing, check_labels, numbered_class_names, read_class_names
 from data_pipelines.strings import pack_strings
 
 PREFIXES = {"train": "train", "test": "t10k"}
 CLASSES_FILE = "classes.txt"
+_HEADS = [bytes([0, 0, 8, ndim]) for ndim in (1, 2, 3)]
+_MOST_BYTES = 1 << 30  # twice the largest set of the family
 
 
 def list_samples(folder: Path, split: str | None) -> Listing:
@@ -36,7 +39,7 @@ def list_samples(folder: Path, split: str | None) -> Listing:
     if names_path.exists():
         class_names = read_class_names(names_path)
     else:
-        class_names = [str(index) for index in range(int(label.max()) + 1)]
+        class_names = numbered_class_names(int(label.max()), labels_path)
     check_labels(label, class_names, labels_path)
     keys = [f"{split}-{index:06d}" for index in range(num_samples)]
     image_bytes = images_NHW[0].size
@@ -53,20 +56,31 @@ def list_samples(folder: Path, split: str | None) -> Listing:
 
 
 def read_idx(path: Path) -> NDArray[np.uint8]:
-    """The array in an IDX file of unsigned bytes. Raises ValueError when it is another format or cut off."""
-    data = path.read_bytes()
-    if data[:2] == b"\x1f\x8b":
-        try:
-            data = gzip.decompress(data)
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise ValueError(f"{path}: broken gzip file ({error}); get the file again") from error
-    if len(data) < 4 or data[:3] != b"\x00\x00\x08" or len(data) < 4 + 4 * data[3]:
-        raise ValueError(f"{path}: not an IDX file of unsigned bytes (it begins with {data[:4].hex()})")
-    shape = struct.unpack_from(f">{data[3]}I", data, 4)
-    start = 4 + 4 * len(shape)
-    if len(data) - start != int(np.prod(shape, dtype=np.int64)):
-        raise ValueError(f"{path}: {len(data) - start:,} bytes of content, its header says {shape}; get the file again")
-    return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
+    """The array in an IDX file of unsigned bytes. Raises ValueError when it is another format, too large or cut off."""
+    with path.open("rb") as file:
+        is_packed = file.read(2) == b"\x1f\x8b"
+    try:
+        with gzip.open(path) if is_packed else path.open("rb") as file:
+            head = file.read(4)
+            sizes = file.read(4 * head[3]) if head in _HEADS else b""
+            if not sizes or len(sizes) < 4 * head[3]:
+                raise ValueError(
+                    f"{path}: not an IDX file of unsigned bytes in 1 to 3 dimensions (it begins with {head.hex()})"
+                )
+            shape = struct.unpack(f">{head[3]}I", sizes)
+            num_bytes = math.prod(shape)
+            if num_bytes > _MOST_BYTES:
+                raise ValueError(
+                    f"{path}: its header says {shape}, {num_bytes:,} bytes; at most {_MOST_BYTES:,} are read"
+                )
+            # A byte more than wanted shows a file that is too long, and no more of a packed one is unpacked.
+            data = file.read(num_bytes + 1)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path}: broken gzip file ({error}); get the file again") from error
+    if len(data) != num_bytes:
+        found = f"{len(data):,}" if len(data) < num_bytes else f"more than {num_bytes:,}"
+        raise ValueError(f"{path}: {found} bytes of content, its header says {shape}; get the file again")
+    return np.frombuffer(data, np.uint8).reshape(shape)
 
 
 class IdxReader:

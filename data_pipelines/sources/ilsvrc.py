@@ -87,7 +87,7 @@ def _validation_synsets(folder: Path, num_images: int) -> list[str]:
     """The synset of each validation image, in the order of their names."""
     if (folder / VAL_LABELS).exists():
         where = folder / VAL_LABELS
-        synsets = where.read_text("ascii").split()
+        synsets = where.read_text("utf-8-sig", errors="replace").split()
     elif (folder / DEVKIT).exists():
         where = folder / DEVKIT
         synsets = _devkit_synsets(where)

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 
 from data_pipelines.strings import PackedStrings
 
+MAX_UNNAMED_CLASSES = 1 << 16
+
 
 class ListedImage(NamedTuple):
     """One row of a listing, in plain values."""
@@ -88,7 +90,30 @@ def check_labels(label: NDArray[np.int32], class_names: Sequence[str], where: Pa
 
 def read_class_names(path: Path) -> list[str]:
     """Class names from a text file, one a line. Raises ValueError for an empty or repeated name."""
-    names = [line.strip() for line in path.read_text("utf-8").splitlines()]
-    if not names or "" in names or len(set(names)) != len(names):
+    try:
+        names = [line.strip() for line in path.read_text("utf-8-sig").splitlines()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected class names as text in UTF-8 ({error.reason}); save it as that") from error
+    if not are_class_names(names):
         raise ValueError(f"{path}: expected one class name a line, none empty and none twice")
     return names
+
+
+def are_class_names(names: object) -> bool:
+    """Whether this is a list of names, at least one, none empty and none twice."""
+    return (
+        isinstance(names, list)
+        and bool(names)
+        and all(isinstance(name, str) and name for name in names)
+        and len(set(names)) == len(names)
+    )
+
+
+def numbered_class_names(largest: int, where: Path) -> list[str]:
+    """Names for classes without: their numbers, up to the `largest` label. ValueError for one that is no class."""
+    if largest >= MAX_UNNAMED_CLASSES:
+        raise ValueError(
+            f"{where}: a label of {largest:,}, expected less than {MAX_UNNAMED_CLASSES:,} where nothing names the"
+            " classes; correct the labels, or give a list of classes"
+        )
+    return [str(index) for index in range(largest + 1)]

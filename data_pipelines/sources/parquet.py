@@ -9,12 +9,15 @@ plan shuffles, and a reader keeps those of the shard that it is at.
 
 import json
 from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data_pipelines.sources.listing import Listing, check_labels
+from data_pipelines.sources.listing import Listing, are_class_names, check_labels, numbered_class_names
 from data_pipelines.strings import pack_strings
 
 # Row groups kept by a reader, in bytes: more than a shard holds.
@@ -23,10 +26,19 @@ _KEPT_BYTES = 512 * 2**20
 
 def _pyarrow() -> Any:
     try:
-        import pyarrow.parquet as parquet
+        import pyarrow.parquet
     except ImportError:
         raise ValueError("Parquet needs pyarrow; `pip install 'sret-scale[parquet]'`") from None
-    return parquet
+    return pyarrow
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Names the file in whatever pyarrow says of it."""
+    try:
+        yield
+    except (_pyarrow().ArrowException, OSError) as error:
+        raise ValueError(f"{path}: not a Parquet file or a broken one; get the file again ({error})") from error
 
 
 def list_samples(folder: Path, split: str | None) -> Listing:
@@ -41,8 +53,9 @@ def list_samples(folder: Path, split: str | None) -> Listing:
     label = np.concatenate(labels)
     if not len(label):
         raise ValueError(f"{folder}: no images in its Parquet files")
-    class_names = _class_names(files[0]) or [str(index) for index in range(int(label.max()) + 1)]
-    check_labels(label, class_names, folder)
+    class_names = _class_names(paths, files) or numbered_class_names(int(label.max()), folder)
+    for path, part in zip(paths, labels, strict=True):
+        check_labels(part, class_names, path)
     # The size of an image is known only after reading it: the mean of its file is good enough to cut shards by.
     mean_bytes = [
         sum(file.metadata.row_group(group).total_byte_size for group in range(file.num_row_groups)) // max(count, 1)
@@ -91,7 +104,8 @@ class ParquetReader:
     def _images(self, path: str, group: int) -> Any:
         place = (path, group)
         if place not in self._groups:
-            images = self._files[path].read_row_group(group, columns=["image"]).column("image")
+            with _reading(Path(path)):
+                images = self._files[path].read_row_group(group, columns=["image"]).column("image")
             self._kept_bytes += images.nbytes
             while self._groups and self._kept_bytes > _KEPT_BYTES:
                 self._kept_bytes -= self._groups.popitem(last=False)[1].nbytes
@@ -108,14 +122,24 @@ class ParquetReader:
 
 
 def _open(path: Path) -> Any:
-    parquet = _pyarrow()
-    try:
-        file = parquet.ParquetFile(path)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{path}: not a Parquet file or a broken one; get the file again ({error})") from error
-    names = file.schema_arrow.names
-    if "image" not in names or "label" not in names:
-        raise ValueError(f"{path}: expected the columns image and label, got {', '.join(names)}")
+    with _reading(path):
+        file = _pyarrow().parquet.ParquetFile(path)
+        schema = file.schema_arrow
+    for name in ("image", "label"):
+        if schema.names.count(name) != 1:
+            raise ValueError(f"{path}: expected the columns image and label, got {', '.join(schema.names)}")
+    types = _pyarrow().types
+    image = schema.field("image").type
+    if types.is_struct(image) and image.get_field_index("bytes") >= 0:
+        image = image.field("bytes").type
+    if str(image) not in ("binary", "large_binary"):
+        raise ValueError(f"{path}: column image: expected bytes, or a struct with a field bytes of these, got {image}")
+    label = schema.field("label").type
+    if not types.is_integer(label):
+        raise ValueError(f"{path}: column label: expected whole numbers, got {label}; write class numbers there")
+    # Runs of equal values take no room in a file: without this a small one could list more rows than memory holds.
+    if file.metadata.num_rows > path.stat().st_size:
+        raise ValueError(f"{path}: {file.metadata.num_rows:,} rows in {path.stat().st_size:,} bytes, so without images")
     return file
 
 
@@ -125,15 +149,41 @@ def _group_sizes(file: Any) -> list[int]:
 
 
 def _labels(path: Path, file: Any) -> Any:
-    column = file.read(columns=["label"]).column("label")
+    with _reading(path):
+        column = file.read(columns=["label"]).column("label")
     if column.null_count:
-        raise ValueError(f"{path}: {column.null_count} images without a label; remove them or name another split")
-    return column.to_numpy().astype(np.int32)
+        row = int(column.is_null().to_numpy().argmax())
+        raise ValueError(
+            f"{path}: row {row} and {column.null_count - 1} more have no label; remove them or name another split"
+        )
+    values = column.to_numpy()
+    bad = np.flatnonzero((values < 0) | (values >= 1 << 31))
+    if len(bad):
+        raise ValueError(f"{path}: label {values[bad[0]]} in row {bad[0]}, expected a whole number from 0 below 2^31")
+    return values.astype(np.int32)
 
 
-def _class_names(file: Any) -> list[str] | None:
-    """The names in the metadata of the `datasets` library, if there are any."""
+def _class_names(paths: Sequence[Path], files: Sequence[Any]) -> list[str] | None:
+    """The names in the metadata of the `datasets` library, if there are any. ValueError unless all files agree."""
+    first, *others = (_class_names_of(path, file) for path, file in zip(paths, files, strict=True))
+    for path, names in zip(paths[1:], others, strict=True):
+        if names != first:
+            one, other = next(pair for pair in zip_longest(first or [], names or []) if pair[0] != pair[1])
+            raise ValueError(
+                f"{path}: names a class {other!r} that is {one!r} in {paths[0].name}; files of one set must agree"
+            )
+    return first
+
+
+def _class_names_of(path: Path, file: Any) -> list[str] | None:
     text = (file.schema_arrow.metadata or {}).get(b"huggingface")
-    features = json.loads(text).get("info", {}).get("features", {}) if text else {}
-    names: list[str] | None = features.get("label", {}).get("names")
+    names: Any
+    try:
+        names = json.loads(text) if text else None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: metadata of the datasets library that is not JSON ({error})") from error
+    for key in ("info", "features", "label", "names"):
+        names = names.get(key) if isinstance(names, dict) else None
+    if names is not None and not are_class_names(names):
+        raise ValueError(f"{path}: metadata of the datasets library with class names that are empty, twice or no text")
     return names

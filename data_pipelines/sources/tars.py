@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 
 from data_pipelines.manifest import MANIFEST_NAME, read_manifest
-from data_pipelines.sources.listing import Listing, check_labels, read_class_names
+from data_pipelines.sources.listing import Listing, check_labels, numbered_class_names, read_class_names
 from data_pipelines.strings import pack_strings
 from data_pipelines.tar.records import is_safe_key, safe_key
 from data_pipelines.tar.scan import Member, TarError, TarSample, mapped, scan_samples
 
 CLASSES_FILE = "classes.txt"
+_LONGEST_LABEL = 32  # bytes: digits, with space around them
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm")
 
 
@@ -81,14 +82,10 @@ def label_of(sample: TarSample, data: memoryview) -> int:
     if "cls" not in sample.members:
         raise TarError(sample.start, f"sample {sample.key!r} has no label (.cls)")
     member = sample.members["cls"]
-    text = bytes(data[member.offset : member.offset + member.size])
-    try:
-        label = int(text)
-    except ValueError:
-        label = -1
-    if not 0 <= label < 1 << 31:
+    text = bytes(data[member.offset : member.offset + min(member.size, _LONGEST_LABEL + 1)])
+    if len(text) > _LONGEST_LABEL or not text.strip().isdigit() or int(text) >= 1 << 31:
         raise TarError(member.offset, f"label {text[:20]!r} of sample {sample.key!r}, expected a whole number from 0")
-    return label
+    return int(text)
 
 
 def class_names_of(folder: Path, labels: Sequence[int]) -> list[str]:
@@ -97,4 +94,4 @@ def class_names_of(folder: Path, labels: Sequence[int]) -> list[str]:
         return read_manifest(folder).class_names
     if (folder / CLASSES_FILE).exists():
         return read_class_names(folder / CLASSES_FILE)
-    return [str(label) for label in range(max(labels, default=-1) + 1)]
+    return numbered_class_names(max(labels, default=-1), folder)

@@ -71,7 +71,7 @@ def load_ds_config(name_or_path: str | Path) -> dict[str, Any]:
     if name in bundled:
         text = importlib.resources.files("ds_configs").joinpath(f"{name}.json").read_text(encoding="utf-8")
     elif Path(name).is_file():
-        text = Path(name).read_text(encoding="utf-8")
+        text = Path(name).read_text(encoding="utf-8-sig", errors="replace")
     else:
         nearest = difflib.get_close_matches(name, bundled, n=1)
         hint = f"did you mean {nearest[0]}? " if nearest else ""

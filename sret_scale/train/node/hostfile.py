@@ -45,7 +45,7 @@ def read_hostfile(path: Path) -> tuple[Host, ...]:
     if not path.is_file():
         raise FileNotFoundError(f"hostfile {path} does not exist; expected a file with lines like: node-1 slots=8")
     hosts: list[Host] = []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
     for number, raw in enumerate(lines, start=1):
         line = raw.partition("#")[0].strip()
         if not line:
