@@ -94,7 +94,7 @@ make_venv() {
 # Optional, because images have the same pixels without it: one line says what is missing.
 build_jpeg_library() {
     local said
-    if said=$("$venv/bin/python" -m data_pipelines.roi 2>&1 9<&-); then
+    if said=$("$venv/bin/python" -m data_pipelines.image.native.library 2>&1 9<&-); then
         said="faster decoding of JPEG: built"
     fi
     printf '%s\n' "${said##*$'\n'}"

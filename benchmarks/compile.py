@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch._dynamo.utils import counters, cumulative_time_spent_ns
 
 from sret_scale.model import Noise, SReT, SReTConfig, preset
-from sret_scale.model.regional import compile_blocks
+from sret_scale.model.compiled_blocks import compile_blocks
 
 # Applications -> loops of the three stages, whose blocks are 2-5-3.
 LOOPS = {20: (2, 2, 2), 1000: (115, 130, 40)}

@@ -33,14 +33,14 @@ from skimage import data as photos
 from sklearn.datasets import load_sample_images
 
 from benchmarks.data_peers import BATCH, MEAN, PEERS, STD, Peer, PeerError, cpu_rate, pillow_transform
-from data_pipelines import roi
 from data_pipelines.config import DataConfig
-from data_pipelines.index import ShardSet, open_shards
-from data_pipelines.keyed import keyed_permutation
-from data_pipelines.loader import LoaderState, TrainLoader
-from data_pipelines.normalise import Normaliser
-from data_pipelines.reader import ShardReader
-from data_pipelines.write import WriteConfig, write_shards
+from data_pipelines.image.native import library as roi
+from data_pipelines.image.normalise import Normaliser
+from data_pipelines.keyed_random import keyed_permutation
+from data_pipelines.shards.index import ShardSet, open_shards
+from data_pipelines.stream.loader import LoaderState, TrainLoader
+from data_pipelines.stream.reader import ShardReader
+from data_pipelines.writing.write import WriteConfig, write_shards
 
 
 def write_photos(folder: Path, num_images: int) -> None:

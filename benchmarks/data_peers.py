@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data_pipelines.vision import torchvision
+from data_pipelines.image.torchvision_door import torchvision
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BATCH = 32

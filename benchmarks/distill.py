@@ -26,18 +26,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from data_pipelines.batches import Batch
+from data_pipelines.atomic_files import replacing
 from data_pipelines.config import DataConfig
-from data_pipelines.files import replacing
-from data_pipelines.index import ShardSet, open_shards
-from data_pipelines.label_store import HEADER_NAME, LabelPlan, open_labels, render_header
-from data_pipelines.soft_labels import coverage_sums, encode_records, record_dtype, render_file
-from data_pipelines.view import draw_view, training_pixels
-from data_pipelines.write import WriteConfig, write_shards
+from data_pipelines.image.view import draw_view, training_pixels
+from data_pipelines.labels.records import coverage_sums, encode_records, record_dtype, render_file
+from data_pipelines.labels.store import HEADER_NAME, LabelPlan, open_labels, render_header
+from data_pipelines.shards.index import ShardSet, open_shards
+from data_pipelines.stream.prefetch import Batch
+from data_pipelines.writing.write import WriteConfig, write_shards
 from sret_scale.distill import StoredTeacher, build_teacher, soft_loss
 from sret_scale.distill.label_writer import LabelJob, plan_labels, save_plan, write_labels
 from sret_scale.model import Noise, SReT, describe, preset
-from sret_scale.train.run_folder import machine
+from sret_scale.runs.run_folder import machine
 
 CPU = torch.device("cpu")
 KEPT = (1, 3, 5, 10, 20, 50, 100, 200, 500)

@@ -31,19 +31,19 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from data_pipelines.augment import normalise
-from data_pipelines.loader import LoaderState, Step
+from data_pipelines.image.augment import normalise
+from data_pipelines.stream.loader import LoaderState, Step
+from sret_scale.config.run_config import EngineConfig, RunConfig
 from sret_scale.distill import student_batch
 from sret_scale.memory import MemoryConfig
 from sret_scale.model import Noise, SReT, preset
-from sret_scale.train.checkpoint import list_checkpoints
-from sret_scale.train.config import EngineConfig, RunConfig
+from sret_scale.runs.checkpoint import list_checkpoints
+from sret_scale.runs.run_folder import RunFolder
+from sret_scale.train.assemble import Clock, Run, set_up
 from sret_scale.train.distributed import Ranks, barrier, leave, ranks_from_environment
-from sret_scale.train.engine import start_communication
+from sret_scale.train.engine.engine import start_communication
 from sret_scale.train.loop import log, log_telemetry, optimizer_step
 from sret_scale.train.resume import restore, save
-from sret_scale.train.run import Clock, Run, set_up
-from sret_scale.train.run_folder import RunFolder
 from sret_scale.train.stop import StopFlag
 from tests.tiny import tiny_config, tiny_shards
 

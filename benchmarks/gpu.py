@@ -21,8 +21,8 @@ import torch
 
 from benchmarks.captured import TrainingStep, capture
 from sret_scale.model import SReT, SReTConfig, StageConfig, describe, preset
-from sret_scale.model.regional import compile_blocks
-from sret_scale.model.sizes import stored_sizes
+from sret_scale.model.compiled_blocks import compile_blocks
+from sret_scale.model.stored_sizes import stored_sizes
 from tests.reference.sret import PlainSReT
 
 PRESETS = ("sret_t", "sret_s", "sret_t_108", "sret_s_108", "sret_t_1000", "sret_s_1000")

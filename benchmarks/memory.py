@@ -29,13 +29,14 @@ from torch.utils.checkpoint import checkpoint
 
 from benchmarks import memory_gpu
 from sret_scale.memory import MemoryConfig, apply_recomputation, apply_schedules, prepare_memory
-from sret_scale.memory.instrument import LiveBytes
-from sret_scale.memory.predict import predict_chain
-from sret_scale.memory.probe import probe_step
+from sret_scale.memory.planning.instrument import LiveBytes
+from sret_scale.memory.planning.predict import predict_chain
+from sret_scale.memory.planning.probe import probe_step
+from sret_scale.memory.planning.search import Search
+from sret_scale.memory.planning.step_cost import DEVICES, step_peak_bytes
 from sret_scale.memory.schedule import default_segments
-from sret_scale.memory.search import Search
-from sret_scale.memory.step import DEVICES, step_peak_bytes
-from sret_scale.model import Application, Noise, SReT, SReTConfig, StageConfig, layers, plain, preset
+from sret_scale.model import Application, Noise, SReT, SReTConfig, StageConfig, layers, preset
+from sret_scale.model import unfused as plain
 
 RESULTS = Path(__file__).parent / "results"
 LOOPS = {20: (2, 2, 2), 50: (5, 5, 5), 108: (12, 12, 8), 300: (30, 33, 25), 1000: (115, 130, 40)}

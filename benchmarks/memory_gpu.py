@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 
 from sret_scale.memory import MemoryConfig, Plan, apply_schedules, plan_for
-from sret_scale.memory.batches import BatchSearch
-from sret_scale.memory.instrument import measure_peak
-from sret_scale.memory.state import format_bytes
-from sret_scale.memory.step import DEVICES
+from sret_scale.memory.planning.instrument import measure_peak
+from sret_scale.memory.planning.micro_batch import BatchSearch
+from sret_scale.memory.planning.rank_state import format_bytes
+from sret_scale.memory.planning.step_cost import DEVICES
 from sret_scale.model import Noise, SReT, SReTConfig, preset
 
 PRESETS = ("sret_t_108", "sret_s_108", "sret_t_1000", "sret_s_1000")

@@ -21,8 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import gpu
-from sret_scale.model import Noise, SReT, describe, preset, products
-from sret_scale.model.inference import folded
+from sret_scale.model import Noise, SReT, describe, preset
+from sret_scale.model import matmul as products
+from sret_scale.model.vision.for_inference import folded
 from tests.reference.sret import PlainSReT
 
 # Wall time, or processor time of all threads: what to compare on a machine that has other work.

@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sret_scale.memory import MemoryConfig, apply_recomputation, apply_schedules, plan_for
-from sret_scale.memory.batches import BatchSearch
-from sret_scale.memory.instrument import measure_peak
-from sret_scale.memory.state import format_bytes, state_bytes
-from sret_scale.memory.step import DEVICES
+from sret_scale.memory.planning.instrument import measure_peak
+from sret_scale.memory.planning.micro_batch import BatchSearch
+from sret_scale.memory.planning.rank_state import format_bytes, state_bytes
+from sret_scale.memory.planning.step_cost import DEVICES
 from sret_scale.model import Noise, SReT, SReTConfig, preset
 
 MICRO_BATCHES = (1, 2, 4, 8)

@@ -24,11 +24,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data_pipelines.index import WORK_FOLDER, open_shards
-from data_pipelines.verify import verify_shards
-from data_pipelines.write import WriteConfig, write_shards
+from data_pipelines.shards.index import WORK_FOLDER, open_shards
+from data_pipelines.upkeep.verify import verify_shards
 from data_pipelines.writing import workers
 from data_pipelines.writing.shard_writer import write_shard
+from data_pipelines.writing.write import WriteConfig, write_shards
 
 SHARD_SAMPLES = 500
 

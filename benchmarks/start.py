@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 
-from data_pipelines.write import WriteConfig, write_shards
+from data_pipelines.writing.write import WriteConfig, write_shards
 from sret_scale.cli import COMMANDS
-from sret_scale.train.node.stage import LOCAL
+from sret_scale.launch.staging import LOCAL
 
 ROOT = Path(__file__).parents[1]
 OPENED = re.compile(r'openat\([^"]*"(?P<path>[^"]+)"[^)]*\) = (?P<result>-?\d+)')

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from data_pipelines.write import WriteConfig, write_shards
+from data_pipelines.writing.write import WriteConfig, write_shards
+from sret_scale.config.recipes import recipe
+from sret_scale.config.run_config import RunConfig, override
 from sret_scale.model import SReT, preset
-from sret_scale.train.config import RunConfig, override
-from sret_scale.train.recipes import recipe
 from sret_scale.train.teacher_plan import Rates, measured_rates
 
 ROOT = Path(__file__).parents[1]

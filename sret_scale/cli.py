@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from sret_scale.train.node.errors import in_words
+from sret_scale.runs.rank_errors import in_words
 
 # Name of a sub-command -> what it does. Its parser and its work are in `sret_scale.commands.NAME`.
 COMMANDS = {

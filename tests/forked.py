@@ -16,9 +16,9 @@ from subprocess import CompletedProcess
 import pytest
 
 from sret_scale.cli import main
-from sret_scale.train import launcher
-from sret_scale.train.node.job import NODE_FOLDER, RANKS_OF_NODES, Job
-from sret_scale.train.node.places import NodeStart
+from sret_scale.launch import launcher
+from sret_scale.launch.job import NODE_FOLDER, RANKS_OF_NODES, Job
+from sret_scale.launch.nodes import NodeStart
 from tests.runs import ask_rank_server
 from tests.tiny import environment
 
@@ -59,7 +59,7 @@ def _run_forks(starts: Sequence[NodeStart], job: Job, _requests: list[int]) -> b
         }
         statuses = ask_rank_server(
             {
-                "module": "sret_scale.train.node.rank",
+                "module": "sret_scale.launch.rank_bootstrap",
                 "arguments": [job.run_folder, job.module, *job.arguments],
                 "environment": shared,
                 "folder": job.working_folder,

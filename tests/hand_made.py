@@ -6,14 +6,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from data_pipelines.index import open_shards
+from data_pipelines.shards.index import open_shards
+from sret_scale.config.run_config import RunConfig, to_plain
 from sret_scale.distill import build_teacher
 from sret_scale.distill.label_writer import LabelJob, plan_labels, write_labels
+from sret_scale.launch.preflight import write_description
 from sret_scale.model import SReT
-from sret_scale.train.checkpoint import save_checkpoint
-from sret_scale.train.config import RunConfig, to_plain
-from sret_scale.train.run_folder import RunFolder
-from sret_scale.train.start import write_description
+from sret_scale.runs.checkpoint import save_checkpoint
+from sret_scale.runs.run_folder import RunFolder
 
 Teacher = tuple[nn.Module, tuple[float, ...], tuple[float, ...], int]
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 
-from sret_scale.train.checkpoint import list_checkpoints, read_state, verify_checkpoint
+from sret_scale.runs.checkpoint import list_checkpoints, read_state, verify_checkpoint
 from tests.tiny import ROOT
 
 Process = subprocess.Popen[str]
@@ -48,7 +48,7 @@ def complete_lines(metrics: Path, *, after: int = 0) -> list[dict[str, Any]]:
 
 def rank_processes(process: Process) -> list[psutil.Process]:
     tree = psutil.Process(process.pid).children(recursive=True)
-    return [child for child in tree if "sret_scale.train.node.rank" in child.cmdline() and child.children() == []]
+    return [child for child in tree if "sret_scale.launch.rank_bootstrap" in child.cmdline() and child.children() == []]
 
 
 def digest(run: Path) -> dict[str, str]:
@@ -68,7 +68,7 @@ def digest_of(checkpoint: Path) -> dict[str, str]:
 def run_two_ranks(module: str, *arguments: str | Path) -> None:
     """`python -m MODULE ARGUMENTS` as two gloo ranks on this machine, without a launcher; both must end well.
 
-    They are forks of one process for all tests (`tests.rank_server`), and see the environment as it is at the call.
+    They are forks of one process for all tests (`tests.ranks.rank_server`), and see the environment as it is at the call.
     """
     run_ranks(2, module, *arguments)
 
@@ -120,7 +120,7 @@ def ask_rank_server(job: dict[str, Any], timeout_s: float) -> list[int]:
 @functools.cache
 def _rank_server() -> Process:
     server = subprocess.Popen(
-        [sys.executable, "-m", "tests.rank_server"],
+        [sys.executable, "-m", "tests.ranks.rank_server"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,

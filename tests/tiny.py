@@ -9,12 +9,12 @@ from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
-from data_pipelines.augment import AugmentConfig
-from data_pipelines.loader import DataConfig
-from data_pipelines.write import WriteConfig, write_shards
+from data_pipelines.image.augment import AugmentConfig
+from data_pipelines.stream.loader import DataConfig
+from data_pipelines.writing.write import WriteConfig, write_shards
+from sret_scale.config.run_config import EngineConfig, OptimConfig, RunConfig, TrainConfig, to_yaml
 from sret_scale.memory import MemoryConfig
 from sret_scale.model import SReTConfig, StageConfig
-from sret_scale.train.config import EngineConfig, OptimConfig, RunConfig, TrainConfig, to_yaml
 
 ROOT = Path(__file__).parents[1]
 CANARY = "canary-77b0e2"

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
+from data_pipelines.shards.packed_strings import pack_strings
+from data_pipelines.shards.tar_write import safe_key
 from data_pipelines.sources.listing import Listing
-from data_pipelines.strings import pack_strings
-from data_pipelines.tar.records import safe_key
 
 
 def list_samples(root: Path, split: str | None) -> Listing:

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipelines.shards.packed_strings import pack_strings
 from data_pipelines.sources.listing import Listing, check_labels, numbered_class_names, read_class_names
-from data_pipelines.strings import pack_strings
 
 PREFIXES = {"train": "train", "test": "t10k"}
 CLASSES_FILE = "classes.txt"

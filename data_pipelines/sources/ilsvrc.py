@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from data_pipelines.shards.packed_strings import pack_strings
+from data_pipelines.shards.tar_scan import Member, TarError, mapped, scan_members, split_name
+from data_pipelines.shards.tar_write import safe_key
 from data_pipelines.sources.listing import Listing
-from data_pipelines.strings import pack_strings
-from data_pipelines.tar.records import safe_key
-from data_pipelines.tar.scan import Member, TarError, mapped, scan_members, split_name
 
 TRAIN_TAR = "ILSVRC2012_img_train.tar"
 VAL_TAR = "ILSVRC2012_img_val.tar"

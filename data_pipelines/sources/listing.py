@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipelines.strings import PackedStrings
+from data_pipelines.shards.packed_strings import PackedStrings
 
 MAX_UNNAMED_CLASSES = 1 << 16
 

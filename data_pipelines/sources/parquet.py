@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from data_pipelines.shards.packed_strings import pack_strings
 from data_pipelines.sources.listing import Listing, are_class_names, check_labels, numbered_class_names
-from data_pipelines.strings import pack_strings
 
 # Row groups kept by a reader, in bytes: more than a shard holds.
 _KEPT_BYTES = 512 * 2**20

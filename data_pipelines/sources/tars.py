@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipelines.manifest import MANIFEST_NAME, read_manifest
+from data_pipelines.shards.manifest import MANIFEST_NAME, read_manifest
+from data_pipelines.shards.packed_strings import pack_strings
+from data_pipelines.shards.tar_scan import Member, TarError, TarSample, mapped, scan_samples
+from data_pipelines.shards.tar_write import is_safe_key, safe_key
 from data_pipelines.sources.listing import Listing, check_labels, numbered_class_names, read_class_names
-from data_pipelines.strings import pack_strings
-from data_pipelines.tar.records import is_safe_key, safe_key
-from data_pipelines.tar.scan import Member, TarError, TarSample, mapped, scan_samples
 
 CLASSES_FILE = "classes.txt"
 _LONGEST_LABEL = 32  # bytes: digits, with space around them

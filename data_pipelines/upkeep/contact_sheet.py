@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from data_pipelines.index import ShardSet, open_shards
+from data_pipelines.shards.index import ShardSet, open_shards
 from data_pipelines.writing.image_header import FORMATS
 
 _CELL, _TEXT, _GAP = 112, 14, 6

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipelines.hashes import DEFAULT_HASH, hash_bytes
-from data_pipelines.index import WORK_FOLDER
-from data_pipelines.manifest import MANIFEST_NAME, Manifest
-from data_pipelines.processes import Progress, run_jobs
+from data_pipelines.shards.hashes import DEFAULT_HASH, hash_bytes
+from data_pipelines.shards.index import WORK_FOLDER
+from data_pipelines.shards.manifest import MANIFEST_NAME, Manifest
+from data_pipelines.shards.tar_scan import TarError, TarSample, mapped, scan_samples
+from data_pipelines.shards.tar_write import frame_crc
 from data_pipelines.sources.listing import check_labels
 from data_pipelines.sources.tars import class_names_of, image_member, label_of, tar_paths
-from data_pipelines.tar.records import frame_crc
-from data_pipelines.tar.scan import TarError, TarSample, mapped, scan_samples
+from data_pipelines.stream.processes import Progress, run_jobs
 from data_pipelines.writing.finish import finish_shards
 from data_pipelines.writing.image_header import BadImageError, read_header
 from data_pipelines.writing.rows import DoneShard, RowTable

@@ -11,17 +11,17 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipelines.hashes import hash_name_of
-from data_pipelines.index import ShardSet, open_shards
-from data_pipelines.manifest import Manifest
-from data_pipelines.processes import Progress
+from data_pipelines.shards.hashes import hash_name_of
+from data_pipelines.shards.index import ShardSet, open_shards
+from data_pipelines.shards.manifest import Manifest
+from data_pipelines.shards.packed_strings import pack_strings
+from data_pipelines.shards.tar_scan import scan_samples
+from data_pipelines.shards.tar_write import END_OF_ARCHIVE
 from data_pipelines.sources.listing import Listing
-from data_pipelines.strings import pack_strings
-from data_pipelines.tar.records import END_OF_ARCHIVE
-from data_pipelines.tar.scan import scan_samples
-from data_pipelines.verify import judge_shards
-from data_pipelines.write import WriteConfig, write_shards
+from data_pipelines.stream.processes import Progress
+from data_pipelines.upkeep.verify import judge_shards
 from data_pipelines.writing.prepare import ImageOptions
+from data_pipelines.writing.write import WriteConfig, write_shards
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,9 +10,9 @@ import hashlib
 import json
 from pathlib import Path
 
-from data_pipelines.files import write_whole
-from data_pipelines.index import open_shards
-from data_pipelines.tar.scan import mapped, scan_samples
+from data_pipelines.atomic_files import write_whole
+from data_pipelines.shards.index import open_shards
+from data_pipelines.shards.tar_scan import mapped, scan_samples
 
 
 def write_sidecars(folder: str | Path, *, split: str) -> list[Path]:

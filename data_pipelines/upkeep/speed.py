@@ -20,12 +20,12 @@ from time import perf_counter
 import numpy as np
 
 from data_pipelines.config import DataConfig
-from data_pipelines.decode import DecodeError, decode_rgb, decode_view
-from data_pipelines.index import ShardSet, open_shards
-from data_pipelines.keyed import keyed_permutation
-from data_pipelines.loader import LoaderState, TrainLoader
-from data_pipelines.reader import BadSampleError, ShardReader
-from data_pipelines.view import draw_view
+from data_pipelines.image.decode import DecodeError, decode_rgb, decode_view
+from data_pipelines.image.view import draw_view
+from data_pipelines.keyed_random import keyed_permutation
+from data_pipelines.shards.index import ShardSet, open_shards
+from data_pipelines.stream.loader import LoaderState, TrainLoader
+from data_pipelines.stream.reader import BadSampleError, ShardReader
 
 _CHUNK_BYTES = 4 << 20
 _MICRO_BATCH_SIZE = 64

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipelines.index import open_shards
+from data_pipelines.shards.index import open_shards
 
 
 def summarize_shards(folder: str | Path) -> dict[str, Any]:

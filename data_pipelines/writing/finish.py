@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipelines.files import write_whole
-from data_pipelines.index import COLUMNS, render_index
-from data_pipelines.manifest import (
+from data_pipelines.atomic_files import write_whole
+from data_pipelines.shards.index import COLUMNS, render_index
+from data_pipelines.shards.manifest import (
     INDEX_NAME,
     MANIFEST_NAME,
     Manifest,

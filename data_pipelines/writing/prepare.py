@@ -52,7 +52,7 @@ def prepare_image(data: bytes, options: ImageOptions) -> tuple[bytes, ImageHeade
 
 def _check_pixels(data: bytes) -> None:
     # Here, because torch takes more than a second to import in each worker, and most runs check headers only.
-    from data_pipelines.decode import DecodeError, decode_rgb
+    from data_pipelines.image.decode import DecodeError, decode_rgb
 
     try:
         decode_rgb(data)

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipelines.columns import parse_columns, render_columns
-from data_pipelines.files import write_whole
-from data_pipelines.index import COLUMNS, WORK_FOLDER
-from data_pipelines.strings import pack_strings
+from data_pipelines.atomic_files import write_whole
+from data_pipelines.shards.index import COLUMNS, WORK_FOLDER
+from data_pipelines.shards.npz_columns import parse_columns, render_columns
+from data_pipelines.shards.packed_strings import pack_strings
 
 
 @dataclass(frozen=True, kw_only=True)

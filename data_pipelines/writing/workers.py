@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from data_pipelines.index import WORK_FOLDER
-from data_pipelines.processes import Progress, run_jobs
+from data_pipelines.shards.index import WORK_FOLDER
 from data_pipelines.sources.kinds import source_kind
-from data_pipelines.writing.plan import Plan, load_plan
+from data_pipelines.stream.processes import Progress, run_jobs
 from data_pipelines.writing.prepare import ImageOptions
 from data_pipelines.writing.rows import DoneShard
+from data_pipelines.writing.shard_plan import Plan, load_plan
 from data_pipelines.writing.shard_writer import is_done, write_shard
 
 _ASK_AGAIN_S = 0.25

@@ -34,9 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Analyse, say the result in a line a run, write the figures."""
-    from sret_scale.lab.analysis.figures import landscape_figures, loop_figure, similarity_figure
+    from sret_scale.lab.analysis.analysis_figures import landscape_figures, loop_figure, similarity_figure
     from sret_scale.lab.analysis.landscape import landscape
-    from sret_scale.lab.analysis.loops import study_loops
+    from sret_scale.lab.analysis.loop_worth import study_loops
     from sret_scale.lab.analysis.similarity import similarity
     from sret_scale.lab.analysis.subject import open_subject
 

@@ -52,8 +52,8 @@ def convert(args: argparse.Namespace) -> int:
 
 def check(args: argparse.Namespace) -> int:
     """One line for each checkpoint."""
-    from sret_scale.train.checkpoint import CheckpointError, list_checkpoints, read_state, verify_checkpoint
-    from sret_scale.train.run_folder import RunFolder
+    from sret_scale.runs.checkpoint import CheckpointError, list_checkpoints, read_state, verify_checkpoint
+    from sret_scale.runs.run_folder import RunFolder
 
     if not args.run.is_dir():
         raise FileNotFoundError(f"no run folder {args.run}: expected the folder of a run")

@@ -77,7 +77,7 @@ def table(counts: dict[str, Any]) -> str:
 
 def accuracy(name: str) -> str:
     """Published accuracy of a preset, hard labels and distilled, or "-"."""
-    from sret_scale.model.presets import PUBLISHED_ACCURACY
+    from sret_scale.model.vision.presets import PUBLISHED_ACCURACY
 
     hard, distilled = PUBLISHED_ACCURACY.get(name, (None, None))
     found = [] if hard is None else [f"{hard}"]

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sret_scale.train.node.checks import Finding
+    from sret_scale.launch.doctor.checks import Finding
 
 EXAMPLE = """example: sret-scale doctor --hostfile hosts --folder runs --shards shards/train
 
 Exit status: 0 when nothing failed, 1 otherwise."""
-_PROBE = "sret_scale.train.node.probe"
+_PROBE = "sret_scale.launch.doctor.rank_probe"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,8 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print one line a check; 1 if one failed."""
-    from sret_scale.train.node.checks import check_machine
-    from sret_scale.train.node.inputs import check_shards
+    from sret_scale.launch.doctor.checks import check_machine
+    from sret_scale.launch.doctor.inputs import check_shards
 
     if args.teacher and not args.shards:
         raise ValueError("--teacher needs --shards: the teacher is checked against their classes")
@@ -60,8 +60,8 @@ def _request(args: argparse.Namespace) -> str:
 
 def _dry_run(args: argparse.Namespace) -> int:
     """Starts and writes nothing."""
-    from sret_scale.train.launcher import launch
-    from sret_scale.train.node.hostfile import hosts_of
+    from sret_scale.launch.hostfile import hosts_of
+    from sret_scale.launch.launcher import launch
 
     with tempfile.TemporaryDirectory() as temporary:
         config = Path(temporary) / "config.yaml"
@@ -73,10 +73,10 @@ def _dry_run(args: argparse.Namespace) -> int:
 
 def check_ranks(args: argparse.Namespace) -> "Iterator[Finding]":
     """Starts ranks as a run would, which measure and meet each other; one on every node also checks that node."""
-    from sret_scale.train.launcher import launch
-    from sret_scale.train.node.checks import Finding
-    from sret_scale.train.node.hostfile import hosts_of
-    from sret_scale.train.node.measured import Probe, judge
+    from sret_scale.launch.doctor.checks import Finding
+    from sret_scale.launch.doctor.measured import Probe, judge
+    from sret_scale.launch.hostfile import hosts_of
+    from sret_scale.launch.launcher import launch
 
     args.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="doctor-", dir=args.folder) as temporary:

@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
 def _early_exit(args: argparse.Namespace) -> int:
     """Print and draw accuracy over multiply-adds for each threshold."""
     from sret_scale.lab import early_exit
-    from sret_scale.lab.exit_main import exit_points
+    from sret_scale.lab.early_exit_main import exit_points
 
     thresholds = early_exit.THRESHOLDS[args.early_exit]
     if args.thresholds:
@@ -87,7 +87,7 @@ def _early_exit(args: argparse.Namespace) -> int:
     early_exit.check_thresholds(args.early_exit, thresholds)
     asked = {"kind": args.early_exit, "thresholds": thresholds}
     if args.ranks or args.hostfile:
-        status, result = _on_ranks(args, asked, "sret_scale.lab.exit_main")
+        status, result = _on_ranks(args, asked, "sret_scale.lab.early_exit_main")
         if status:
             return status
         points = [early_exit.ExitPoint(**point) for point in result]
@@ -110,9 +110,9 @@ def _request(args: argparse.Namespace) -> dict[str, Any]:
 
 def _dry_run(args: argparse.Namespace) -> int:
     """Starts and writes nothing."""
-    from sret_scale.train.launcher import launch
-    from sret_scale.train.load import load_config
-    from sret_scale.train.node.hostfile import hosts_of
+    from sret_scale.launch.hostfile import hosts_of
+    from sret_scale.launch.launcher import launch
+    from sret_scale.train.load_run import load_config
 
     load_config(args.run)
     request = json.dumps(_request(args), indent=1)
@@ -122,17 +122,17 @@ def _dry_run(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         file = Path(temporary) / "request.json"
         file.write_text(request, encoding="utf-8")
-        module = "sret_scale.lab.exit_main" if args.early_exit else "sret_scale.train.evaluate_main"
+        module = "sret_scale.lab.early_exit_main" if args.early_exit else "sret_scale.train.evaluate_main"
         hosts = hosts_of(args.hostfile)
         return launch(args.run / "evaluation", file, num_ranks=args.ranks, hosts=hosts, module=module, dry_run=True)
 
 
 def _on_ranks(args: argparse.Namespace, asked: dict[str, Any], module: str) -> tuple[int, Any]:
     """(exit status, result) of an evaluation that the launcher started; no result where it failed."""
-    from sret_scale.train.launcher import launch
-    from sret_scale.train.load import load_config
-    from sret_scale.train.node.hostfile import hosts_of
-    from sret_scale.train.run_folder import RunFolder, write_json
+    from sret_scale.launch.hostfile import hosts_of
+    from sret_scale.launch.launcher import launch
+    from sret_scale.runs.run_folder import RunFolder, write_json
+    from sret_scale.train.load_run import load_config
 
     load_config(args.run)
     folder = args.run / "evaluation"

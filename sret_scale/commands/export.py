@@ -40,11 +40,11 @@ def run(args: argparse.Namespace) -> None:
 
     import torch
 
-    from data_pipelines.files import replacing
-    from sret_scale.model.files import save_model
-    from sret_scale.model.inference import folded
-    from sret_scale.model.kept_loops import keep_loops
-    from sret_scale.train.load import load_trained
+    from data_pipelines.atomic_files import replacing
+    from sret_scale.model.loop_export import keep_loops
+    from sret_scale.model.vision.for_inference import folded
+    from sret_scale.model.vision.weight_files import save_model
+    from sret_scale.train.load_run import load_trained
 
     if args.format == "safetensors" and args.loops == "kept":
         raise ValueError("--loops kept is for the formats onnx and torch: safetensors holds weights and no program")

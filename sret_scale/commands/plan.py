@@ -55,10 +55,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Print the fastest plan that fits."""
     from sret_scale.memory import plan_for
-    from sret_scale.memory.batches import BatchSearch
-    from sret_scale.memory.draw import draw_schedules
-    from sret_scale.memory.state import parse_bytes
-    from sret_scale.memory.step import DEVICES
+    from sret_scale.memory.planning.draw import draw_schedules
+    from sret_scale.memory.planning.micro_batch import BatchSearch
+    from sret_scale.memory.planning.rank_state import parse_bytes
+    from sret_scale.memory.planning.step_cost import DEVICES
     from sret_scale.model import preset
 
     overrides = {} if args.image_size is None else {"image_size": args.image_size}
@@ -107,7 +107,7 @@ def free_bytes(device: str) -> int:
 def teacher_of(args: argparse.Namespace, num_classes: int, micro_batch_size: int) -> int:
     """Bytes of the live teacher that was asked for."""
     from sret_scale.distill.footprint import teacher_bytes
-    from sret_scale.train.load import untrained_teacher_run
+    from sret_scale.train.load_run import untrained_teacher_run
 
     if args.teacher is None:
         return 0
@@ -122,8 +122,8 @@ def teacher_of(args: argparse.Namespace, num_classes: int, micro_batch_size: int
 
 def table(name: str, plan: "Plan", largest: int, teacher: int) -> str:
     """The plan as aligned lines of text."""
-    from sret_scale.memory.ledger import account
-    from sret_scale.memory.state import format_bytes
+    from sret_scale.memory.planning.ledger import account
+    from sret_scale.memory.planning.rank_state import format_bytes
 
     rows = {
         "parameters": plan.state.parameters,

@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write the page and say where it is."""
     # matplotlib costs half a second, which --help need not pay.
-    from sret_scale.lab.report import write_report
+    from sret_scale.lab.report.page import write_report
 
     report = write_report(args.runs, args.output)
     for reason in report.left_out:

@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the file; nothing is submitted."""
-    from sret_scale.train.node.sbatch import BatchOptions, batch_file
+    from sret_scale.launch.sbatch import BatchOptions, batch_file
 
     if args.arguments[0] not in (module.name for module in pkgutil.iter_modules(sret_scale.commands.__path__)):
         raise ValueError(f"expected a command of sret-scale after --, such as train, got {args.arguments[0]!r}")

@@ -80,12 +80,12 @@ def run(args: argparse.Namespace) -> int:
     from sret_scale.lab.experiments.array_job import array_file, array_task
     from sret_scale.lab.experiments.declared import load_experiment
     from sret_scale.lab.experiments.pool import run_sweep
-    from sret_scale.lab.experiments.slots import device_slots, host_slots, local_slots
-    from sret_scale.lab.experiments.view import SweepView
-    from sret_scale.lab.report import write_report
-    from sret_scale.lab.runs import is_run_folder
-    from sret_scale.train.node.hostfile import hosts_of
-    from sret_scale.train.node.places import choose_nodes
+    from sret_scale.lab.experiments.run_slots import device_slots, host_slots, local_slots
+    from sret_scale.lab.experiments.sweep_view import SweepView
+    from sret_scale.lab.report.page import write_report
+    from sret_scale.lab.report.run_record import is_run_folder
+    from sret_scale.launch.hostfile import hosts_of
+    from sret_scale.launch.nodes import choose_nodes
 
     hosts = hosts_of(args.hostfile)
     if args.per_gpu and (not hosts or args.jobs != 1):

@@ -40,11 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Returns the run's exit status."""
-    from sret_scale.train.config import override
-    from sret_scale.train.elastic import Elastic, start_elastic
-    from sret_scale.train.node.hostfile import hosts_of
-    from sret_scale.train.recipes import configuration, is_file_name, recipe
-    from sret_scale.train.start import start_run
+    from sret_scale.config.recipes import configuration, is_file_name, recipe
+    from sret_scale.config.run_config import override
+    from sret_scale.launch.elastic import Elastic, start_elastic
+    from sret_scale.launch.hostfile import hosts_of
+    from sret_scale.launch.preflight import start_run
 
     file = Path(args.recipe)
     config = override(configuration(args.recipe), args.overrides)

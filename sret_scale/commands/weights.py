@@ -71,8 +71,8 @@ def _import(file: Path, out: Path, name: str | None) -> None:
     from dataclasses import replace
 
     from sret_scale.model import SReT, preset
-    from sret_scale.model.files import load_published, save_model
-    from sret_scale.model.official import from_published, recognised_config
+    from sret_scale.model.vision.official import from_published, recognised_config
+    from sret_scale.model.vision.weight_files import load_published, save_model
 
     published, key = load_published(file)
     if name is None:
@@ -94,10 +94,10 @@ def _import(file: Path, out: Path, name: str | None) -> None:
 
 def _change(args: argparse.Namespace) -> None:
     """Write the deeper or tied model, and print loss and accuracy before and after."""
-    from sret_scale.model.files import save_model
-    from sret_scale.model.tie import tied
-    from sret_scale.train.config import differences_of, to_plain
-    from sret_scale.train.depth import proportional_loops
+    from sret_scale.config.run_config import differences_of, to_plain
+    from sret_scale.config.step_depth import proportional_loops
+    from sret_scale.model.vision.tie import tied
+    from sret_scale.model.vision.weight_files import save_model
     from sret_scale.train.evaluate_main import evaluator_of
 
     if args.out.suffix != ".safetensors":
@@ -131,9 +131,9 @@ def _change(args: argparse.Namespace) -> None:
 def _export(file: Path, out: Path) -> None:
     import torch
 
-    from data_pipelines.files import replacing
-    from sret_scale.model.official import to_published
-    from sret_scale.train.load import load_trained
+    from data_pipelines.atomic_files import replacing
+    from sret_scale.model.vision.official import to_published
+    from sret_scale.train.load_run import load_trained
 
     model = load_trained(file)
     published = {"model": to_published(model.config, model.state_dict())}

@@ -3,9 +3,9 @@
 from sret_scale.distill.apart import RemoteTeacher, TeacherServer, answer_request
 from sret_scale.distill.config import DistillConfig
 from sret_scale.distill.features import FeatureMatch
+from sret_scale.distill.label_teacher import AnyTeacher, StoredTeacher, open_stored_teacher, student_batch
 from sret_scale.distill.loss import distillation_loss, hard_loss, soft_loss
 from sret_scale.distill.spec import stored_labels
-from sret_scale.distill.stored import AnyTeacher, StoredTeacher, open_stored_teacher, student_batch
 from sret_scale.distill.teacher import OnlineTeacher, Teacher, build_teacher
 
 __all__ = [

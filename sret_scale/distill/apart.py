@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_pipelines.augment import BatchAugment
-from data_pipelines.batches import Batch
+from data_pipelines.image.augment import BatchAugment
+from data_pipelines.stream.prefetch import Batch
 from sret_scale.distill import wire
 from sret_scale.distill.teacher import Teacher
 

@@ -11,8 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from sret_scale.distill.networks import Network, load_network
 from sret_scale.distill.spec import TeacherSpec, parse_teacher
 from sret_scale.distill.teacher import Precision, freeze
-from sret_scale.memory.costs import size_bytes
-from sret_scale.memory.instrument import LiveBytes
+from sret_scale.memory.planning.costs import size_bytes
+from sret_scale.memory.planning.instrument import LiveBytes
 
 Untrained = Callable[[Path], tuple[nn.Module, int]]
 """A run's folder -> its model on the meta device and its image size."""

@@ -9,17 +9,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data_pipelines.batches import Batch, BatchFiller
 from data_pipelines.config import DataConfig
-from data_pipelines.index import ShardSet
-from data_pipelines.keyed import keyed_permutation
-from data_pipelines.label_store import LabelPlan, LabelStore, check_labels
-from data_pipelines.quarantine import Quarantine
-from data_pipelines.reader import ShardReader
-from data_pipelines.samples import TrainingSamples
+from data_pipelines.keyed_random import keyed_permutation
+from data_pipelines.labels.store import LabelPlan, LabelStore, check_labels
+from data_pipelines.shards.index import ShardSet
+from data_pipelines.stream.prefetch import Batch, BatchFiller
+from data_pipelines.stream.quarantine import Quarantine
+from data_pipelines.stream.reader import ShardReader
+from data_pipelines.stream.samples import TrainingSamples
+from sret_scale.distill.label_teacher import StoredTeacher
 from sret_scale.distill.networks import LoadRun
 from sret_scale.distill.spec import parse_teacher
-from sret_scale.distill.stored import StoredTeacher
 from sret_scale.distill.teacher import Teacher, build_teacher
 
 

@@ -19,11 +19,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data_pipelines.batches import Batch, BatchFiller, PendingBatch
+from data_pipelines.atomic_files import write_whole
 from data_pipelines.config import DataConfig
-from data_pipelines.files import write_whole
-from data_pipelines.index import ShardSet
-from data_pipelines.label_store import (
+from data_pipelines.labels.records import (
+    Records,
+    coverage_sums,
+    describe_coverage,
+    encode_records,
+    record_dtype,
+    render_file,
+)
+from data_pipelines.labels.store import (
     HEADER_NAME,
     PLAN_NAME,
     LabelPlan,
@@ -33,17 +39,11 @@ from data_pipelines.label_store import (
     read_plan,
     render_header,
 )
-from data_pipelines.quarantine import Quarantine, TooManyBadSamplesError
-from data_pipelines.reader import ShardReader
-from data_pipelines.samples import TrainingSamples
-from data_pipelines.soft_labels import (
-    Records,
-    coverage_sums,
-    describe_coverage,
-    encode_records,
-    record_dtype,
-    render_file,
-)
+from data_pipelines.shards.index import ShardSet
+from data_pipelines.stream.prefetch import Batch, BatchFiller, PendingBatch
+from data_pipelines.stream.quarantine import Quarantine, TooManyBadSamplesError
+from data_pipelines.stream.reader import ShardReader
+from data_pipelines.stream.samples import TrainingSamples
 from sret_scale.distill.teacher import Teacher
 
 # Records of a batch and the sums of its coverage.

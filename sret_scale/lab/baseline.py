@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data_pipelines.config import DataConfig
-from data_pipelines.index import ShardSet
-from data_pipelines.loader import evaluation_batches
+from data_pipelines.shards.index import ShardSet
+from data_pipelines.stream.loader import evaluation_batches
 
 
 def load_pixels(shards: ShardSet, image_size: int) -> tuple[Tensor, Tensor]:

@@ -13,15 +13,15 @@ from pathlib import Path
 
 import torch
 
-from data_pipelines.index import ShardSet, open_shards
-from data_pipelines.write import WriteConfig, write_shards
+from data_pipelines.shards.index import ShardSet, open_shards
+from data_pipelines.writing.write import WriteConfig, write_shards
+from sret_scale.config.recipes import recipe
+from sret_scale.config.run_config import RunConfig
 from sret_scale.lab.baseline import load_pixels, logistic_regression_accuracy
-from sret_scale.lab.report import write_report
-from sret_scale.lab.runs import Run, load_run
-from sret_scale.train.config import RunConfig
-from sret_scale.train.node.places import choose_nodes
-from sret_scale.train.recipes import recipe
-from sret_scale.train.start import start_run
+from sret_scale.lab.report.page import write_report
+from sret_scale.lab.report.run_record import Run, load_run
+from sret_scale.launch.nodes import choose_nodes
+from sret_scale.launch.preflight import start_run
 
 # What the student must reach on the sample, besides beating logistic regression, for the demo to count as passed.
 STUDENT_TOP1 = 0.82

@@ -24,9 +24,9 @@ import matplotlib as mpl
 import torch
 from torch import Tensor, nn
 
-from sret_scale.lab.chart import STYLE, Caption, Chart, canvas, finish
+from sret_scale.lab.report.chart import STYLE, Caption, Chart, canvas, finish
 from sret_scale.model import Application, SReT, SReTConfig, Stage, describe
-from sret_scale.model.depth import Slot, application_slots
+from sret_scale.model.applications import Slot, application_slots
 from sret_scale.train.distributed import sum_over_ranks
 from sret_scale.train.evaluate_main import Measure
 

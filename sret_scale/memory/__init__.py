@@ -1,10 +1,10 @@
 """Memory is chosen: schedules of recomputation, the engine that runs them, and the planner that picks one."""
 
 from sret_scale.memory.apply import apply_recomputation, apply_schedules
-from sret_scale.memory.chain import plan_chain
 from sret_scale.memory.config import SCHEDULES, MemoryConfig, schedule_for
-from sret_scale.memory.ledger import Ledger, account
-from sret_scale.memory.planner import Plan, Prepared, plan_for, predict_activations, prepare_memory
+from sret_scale.memory.planning.ledger import Ledger, account
+from sret_scale.memory.planning.planner import Plan, Prepared, plan_for, predict_activations, prepare_memory
+from sret_scale.memory.planning.unequal_chains import plan_chain
 from sret_scale.memory.recompute import run_chain
 from sret_scale.memory.schedule import Schedule
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from sret_scale.memory.config import MemoryConfig, schedule_for
 from sret_scale.memory.recompute import Chained, run_chain
 from sret_scale.memory.schedule import Schedule, shortened
-from sret_scale.model.stem import Stem
+from sret_scale.model.vision.stem import Stem
 
 
 def apply_recomputation(model: nn.Module, config: MemoryConfig, *, repeats_norms: bool = False) -> None:

@@ -3,10 +3,10 @@
 from sret_scale.model.config import SReTConfig, StageConfig
 from sret_scale.model.count import describe
 from sret_scale.model.noise import Noise
-from sret_scale.model.presets import PRESETS, preset
-from sret_scale.model.sret import ParameterTag, SReT
 from sret_scale.model.stage import Application, Stage
-from sret_scale.model.stem import Stem
+from sret_scale.model.vision.presets import PRESETS, preset
+from sret_scale.model.vision.sret import ParameterTag, SReT
+from sret_scale.model.vision.stem import Stem
 
 __all__ = [
     "PRESETS",

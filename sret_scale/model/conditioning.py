@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from sret_scale.model.applications import Place
 from sret_scale.model.config import StageConfig
-from sret_scale.model.depth import Place
-from sret_scale.model.sizes import Sizes
+from sret_scale.model.stored_sizes import Sizes
 from sret_scale.model.upload import uploaded
 
 NUM_DEPTH_FEATURES = 16

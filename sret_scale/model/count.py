@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
+from sret_scale.model.applications import application_slots, num_projections, resolved_scheme, resolved_skip
 from sret_scale.model.conditioning import NUM_DEPTH_FEATURES
 from sret_scale.model.config import SReTConfig
-from sret_scale.model.depth import application_slots, num_projections, resolved_scheme, resolved_skip
-from sret_scale.model.sret import SReT
+from sret_scale.model.vision.sret import SReT
 
 
 def describe(config: SReTConfig, image_size: int | None = None) -> dict[str, Any]:

@@ -11,10 +11,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from sret_scale.model import fused, plain
-from sret_scale.model.conditioning import LoopDeltas, conditioning
-from sret_scale.model.config import StageConfig
-from sret_scale.model.depth import (
+from sret_scale.model import fused
+from sret_scale.model import unfused as plain
+from sret_scale.model.applications import (
     BranchScale,
     Place,
     ResidualConstants,
@@ -23,8 +22,10 @@ from sret_scale.model.depth import (
     residual_constants,
     resolved_skip,
 )
+from sret_scale.model.conditioning import LoopDeltas, conditioning
+from sret_scale.model.config import StageConfig
 from sret_scale.model.fused import NORM_EPS
-from sret_scale.model.sizes import Sizes
+from sret_scale.model.stored_sizes import Sizes
 
 Affine = tuple[Tensor, Tensor]
 # From a shape to the next dropout mask of a call (`noise.Dropout`).

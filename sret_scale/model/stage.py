@@ -13,14 +13,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from sret_scale.model.applications import Slot, application_slots, drop_path_rates, num_projections
 from sret_scale.model.conditioning import InputInjection
 from sret_scale.model.config import SReTConfig
-from sret_scale.model.depth import Slot, application_slots, drop_path_rates, num_projections
+from sret_scale.model.depth_plan import DepthPlan, planned_rates, planned_slots
 from sret_scale.model.layers import Block, NonLinearProjection
 from sret_scale.model.noise import Dropout, Noise, PermutationSource, drop_path_masks
 from sret_scale.model.permutation import TokenOrder, reorder_tokens
-from sret_scale.model.plan import DepthPlan, planned_rates, planned_slots
-from sret_scale.model.sizes import stored_sizes
+from sret_scale.model.stored_sizes import stored_sizes
 from sret_scale.model.upload import uploaded
 
 

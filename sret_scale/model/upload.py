@@ -1,4 +1,4 @@
-"""Small tables of the host on their way to a device: the twin of `data_pipelines.upload`, across a border."""
+"""Small tables of the host on their way to a device: the twin of `data_pipelines.image.upload`, across a border."""
 
 import torch
 from torch import Tensor

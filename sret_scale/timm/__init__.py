@@ -3,8 +3,8 @@
 timm is an optional extra (`pip install sret-scale[timm]`) and importing it takes seconds: import this where it is used.
 """
 
-from sret_scale.timm.adapter import TimmSReT, register_presets
 from sret_scale.timm.door import create_architecture, create_model, import_timm, preprocessing
+from sret_scale.timm.sret_model import TimmSReT, register_presets
 
 register_presets()
 

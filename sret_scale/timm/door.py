@@ -16,7 +16,7 @@ from torch import nn
 def import_timm() -> ModuleType:
     """timm, on CPU builds of torch too. ValueError with the command to install it when it is missing."""
     # timm imports torchvision, which this module makes importable beside a CPU build of torch.
-    importlib.import_module("data_pipelines.vision")
+    importlib.import_module("data_pipelines.image.torchvision_door")
     try:
         return importlib.import_module("timm")
     except ModuleNotFoundError as error:

@@ -12,14 +12,14 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
-from data_pipelines.augment import normalise
-from data_pipelines.index import ShardSet
-from data_pipelines.loader import Batch, LoaderState, TrainLoader
+from data_pipelines.image.augment import normalise
+from data_pipelines.shards.index import ShardSet
+from data_pipelines.stream.loader import Batch, LoaderState, TrainLoader
+from sret_scale.config.ds_config import load_ds_config, precision_of
+from sret_scale.config.precision import autocast
+from sret_scale.config.run_config import RunConfig, grad_accum_steps
 from sret_scale.model import SReT
-from sret_scale.train.config import RunConfig, grad_accum_steps
 from sret_scale.train.distributed import Ranks, sum_over_ranks
-from sret_scale.train.ds_config import load_ds_config, precision_of
-from sret_scale.train.precision import autocast
 
 
 @torch.no_grad()

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from data_pipelines.loader import LoaderState
-from data_pipelines.order import Order, steps_per_epoch
-from data_pipelines.remote import open_training_data
+from data_pipelines.remote.shard_sets import open_training_data
+from data_pipelines.stream.loader import LoaderState
+from data_pipelines.stream.order import Order, steps_per_epoch
+from sret_scale.config.run_config import RunConfig, to_plain
 from sret_scale.model import SReT
-from sret_scale.train.checkpoint import list_checkpoints, newest_valid, read_state, save_checkpoint
-from sret_scale.train.config import RunConfig, to_plain
+from sret_scale.runs.checkpoint import list_checkpoints, newest_valid, read_state, save_checkpoint
+from sret_scale.runs.run_folder import RunFolder
 from sret_scale.train.distributed import saved_buffers
-from sret_scale.train.load import check_architecture, load_config
-from sret_scale.train.run_folder import RunFolder
+from sret_scale.train.load_run import check_architecture, load_config
 from sret_scale.train.universal import export_universal, import_universal
 
 

@@ -19,7 +19,7 @@ Group = dist.ProcessGroup | None
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherRanks:
-    """What a student knows of the processes beside it that only run the teacher (sret_scale.train.roles)."""
+    """What a student knows of the processes beside it that only run the teacher (sret_scale.launch.roles)."""
 
     files: Mapping[int, Path]
     """Rank in the job -> the socket on which it answers."""

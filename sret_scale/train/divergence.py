@@ -4,10 +4,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from data_pipelines.index import ShardSet
-from data_pipelines.loader import Step
-from sret_scale.train.clip import GradientNorms
+from data_pipelines.shards.index import ShardSet
+from data_pipelines.stream.loader import Step
 from sret_scale.train.distributed import from_rank
+from sret_scale.train.engine.clip import GradientNorms
 
 
 class DivergedError(ArithmeticError):

@@ -8,14 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data_pipelines.index import ShardSet
-from data_pipelines.loader import evaluation_batches
-from data_pipelines.normalise import Normaliser
+from data_pipelines.image.normalise import Normaliser
+from data_pipelines.shards.index import ShardSet
+from data_pipelines.stream.loader import evaluation_batches
+from sret_scale.config.ds_config import load_ds_config, precision_of
+from sret_scale.config.precision import autocast
+from sret_scale.config.run_config import RunConfig
 from sret_scale.model.upload import uploaded
-from sret_scale.train.config import RunConfig
 from sret_scale.train.distributed import Ranks, sum_over_ranks
-from sret_scale.train.ds_config import load_ds_config, precision_of
-from sret_scale.train.precision import autocast
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,15 +12,15 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from data_pipelines.index import ShardSet
-from data_pipelines.remote import open_data
+from data_pipelines.remote.shard_sets import open_data
+from data_pipelines.shards.index import ShardSet
+from sret_scale.config.run_config import RunConfig
+from sret_scale.config.step_depth import proportional_loops
 from sret_scale.model import SReT
-from sret_scale.train.config import RunConfig
-from sret_scale.train.depth import proportional_loops
+from sret_scale.runs.run_folder import EXIT_FINISHED, RunFolder, write_json
 from sret_scale.train.distributed import Ranks, leave, ranks_from_environment
 from sret_scale.train.evaluate import Evaluation, evaluate
-from sret_scale.train.load import load_config, load_model
-from sret_scale.train.run_folder import EXIT_FINISHED, RunFolder, write_json
+from sret_scale.train.load_run import load_config, load_model
 
 
 class Measure(Protocol):
@@ -91,7 +91,7 @@ def answer(work: Callable[[dict[str, Any], Ranks], Any]) -> None:
     file: Path = parser.parse_args().request
     request = json.loads(file.read_text(encoding="utf-8"))
     # Importing deepspeed costs seconds, and an evaluation in one process does without it.
-    from sret_scale.train.engine import start_communication
+    from sret_scale.train.engine.engine import start_communication
 
     ranks = ranks_from_environment()
     start_communication(ranks)

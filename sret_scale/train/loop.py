@@ -13,21 +13,21 @@ import time
 import torch
 from torch import Tensor
 
-from data_pipelines.augment import normalise_
-from data_pipelines.loader import Batch, Step
+from data_pipelines.image.augment import normalise_
+from data_pipelines.stream.loader import Batch, Step
+from sret_scale.config.run_config import RunConfig
+from sret_scale.config.step_depth import depth_plans, weighted_loss
 from sret_scale.distill import RemoteTeacher, distillation_loss, student_batch
-from sret_scale.model.plan import DepthPlan
+from sret_scale.model.depth_plan import DepthPlan
+from sret_scale.runs.run_folder import RunFolder
+from sret_scale.train.assemble import Clock, Run, set_up
 from sret_scale.train.batch_norm import measured_statistics
-from sret_scale.train.config import RunConfig
-from sret_scale.train.depth import depth_plans, weighted_loss
 from sret_scale.train.distributed import Ranks, average_buffers, max_over_ranks, sum_over_ranks
 from sret_scale.train.divergence import LeftOut, left_out, require_progress
 from sret_scale.train.energy import added
 from sret_scale.train.evaluate import evaluate
 from sret_scale.train.optim import WeightAverage, peak_rate, schedule_factor, set_rates
 from sret_scale.train.resume import pieces_of, restore, save
-from sret_scale.train.run import Clock, Run, set_up
-from sret_scale.train.run_folder import RunFolder
 from sret_scale.train.seeds import derived_seed, noise_at
 from sret_scale.train.stop import StopFlag
 from sret_scale.train.teacher_ranks import steps_of

@@ -4,12 +4,12 @@ import argparse
 import contextlib
 from pathlib import Path
 
-from sret_scale.train.config import from_yaml
+from sret_scale.config.run_config import from_yaml
+from sret_scale.launch.roles import TeacherPlace, place_of, teacher_ranks_of
+from sret_scale.runs.run_folder import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, RunFolder, machine
 from sret_scale.train.distributed import from_all_ranks, leave, ranks_from_environment
-from sret_scale.train.engine import start_communication
+from sret_scale.train.engine.engine import start_communication
 from sret_scale.train.loop import train
-from sret_scale.train.roles import TeacherPlace, place_of, teacher_ranks_of
-from sret_scale.train.run_folder import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, RunFolder, machine
 from sret_scale.train.teacher_ranks import serve
 
 

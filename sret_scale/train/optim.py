@@ -6,11 +6,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from sret_scale.config.run_config import ClassConfig, OptimConfig, ParameterClass
 from sret_scale.model import ParameterTag
-from sret_scale.model.sret import ParameterKind
-from sret_scale.train.config import ClassConfig, OptimConfig, ParameterClass
-from sret_scale.train.parts import layout_of
-from sret_scale.train.update import Optimizer, Rule
+from sret_scale.model.vision.sret import ParameterKind
+from sret_scale.train.engine.optimizer import Optimizer, Rule
+from sret_scale.train.engine.zero_layout import layout_of
 
 CLASS_OF_KIND: dict[ParameterKind, ParameterClass] = {
     "tied": "tied",

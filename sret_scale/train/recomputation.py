@@ -1,11 +1,11 @@
 """Sets a model's recomputation as a run's configuration asks, with room for the teacher that lives beside it."""
 
+from sret_scale.config.ds_config import load_ds_config, precision_of, zero_stage_of
+from sret_scale.config.run_config import RunConfig
 from sret_scale.distill.footprint import TeacherBytes, teacher_bytes
 from sret_scale.memory import Prepared, prepare_memory
 from sret_scale.model import SReT
-from sret_scale.train.config import RunConfig
-from sret_scale.train.ds_config import load_ds_config, precision_of, zero_stage_of
-from sret_scale.train.load import untrained_teacher_run
+from sret_scale.train.load_run import untrained_teacher_run
 
 
 def set_up_recomputation(model: SReT, config: RunConfig, world_size: int) -> Prepared:

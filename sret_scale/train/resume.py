@@ -2,13 +2,13 @@
 
 from collections.abc import Iterator
 
-from data_pipelines.loader import LoaderState
-from sret_scale.train.checkpoint import newest_valid, read_state, read_tensors
-from sret_scale.train.config import to_plain
+from data_pipelines.stream.loader import LoaderState
+from sret_scale.config.run_config import to_plain
+from sret_scale.runs.checkpoint import newest_valid, read_state, read_tensors
+from sret_scale.train.assemble import Clock, Run
 from sret_scale.train.distributed import from_rank
-from sret_scale.train.load import check_architecture, initial_state
-from sret_scale.train.run import Clock, Run
-from sret_scale.train.snapshot import Piece
+from sret_scale.train.engine.snapshot import Piece
+from sret_scale.train.load_run import check_architecture, initial_state
 
 
 def pieces_of(run: Run) -> Iterator[Piece]:

@@ -19,14 +19,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from sret_scale.config.ds_config import load_ds_config, precision_of
+from sret_scale.config.precision import autocast
+from sret_scale.config.run_config import RunConfig, TrainConfig, from_yaml, grad_accum_steps, to_yaml
+from sret_scale.launch.roles import student_ranks
 from sret_scale.memory import MemoryConfig, apply_recomputation
 from sret_scale.model import Noise, SReT
-from sret_scale.train.config import RunConfig, TrainConfig, from_yaml, grad_accum_steps, to_yaml
+from sret_scale.runs.run_folder import RunFolder
 from sret_scale.train.distributed import ranks_from_environment
-from sret_scale.train.ds_config import load_ds_config, precision_of
-from sret_scale.train.precision import autocast
-from sret_scale.train.roles import student_ranks
-from sret_scale.train.run_folder import RunFolder
 
 CPU_NAME = "CPU"
 MEASURED_PASSES = 3
@@ -132,7 +132,7 @@ def _measured_apart(config: RunConfig) -> Rates:
 def measured_rates(config: RunConfig) -> Rates:
     """Both rates on this process's device, at the micro-batches of the configuration."""
     # Here, because deepspeed comes with it: a launcher imports this module too, and need not wait for that.
-    from sret_scale.train.run import live_teacher
+    from sret_scale.train.assemble import live_teacher
 
     device = ranks_from_environment().device
     size = config.train.micro_batch_size

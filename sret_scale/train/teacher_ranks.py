@@ -9,12 +9,12 @@ from collections import deque
 from collections.abc import Callable, Generator
 from pathlib import Path
 
-from data_pipelines.augment import BatchAugment
-from data_pipelines.loader import Step
+from data_pipelines.image.augment import BatchAugment
+from data_pipelines.stream.loader import Step
+from sret_scale.config.run_config import RunConfig, grad_accum_steps
 from sret_scale.distill import RemoteTeacher, TeacherServer, answer_request
-from sret_scale.train.config import RunConfig, grad_accum_steps
-from sret_scale.train.roles import TeacherPlace
-from sret_scale.train.run import Clock, Run, identity_of, live_teacher
+from sret_scale.launch.roles import TeacherPlace
+from sret_scale.train.assemble import Clock, Run, identity_of, live_teacher
 from sret_scale.train.seeds import derived_seed
 from sret_scale.train.stop import StopFlag
 from sret_scale.train.watchdog import SERVING, Watchdog

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sret_scale.train.checkpoint import read_state, read_tensors, verify_checkpoint
+from sret_scale.runs.checkpoint import read_state, read_tensors, verify_checkpoint
 
 MODEL_FILE = "mp_rank_00_model_states.pt"
 ZERO_3_MODEL_FILE = "zero_pp_rank_0_mp_rank_00_model_states.pt"

@@ -18,8 +18,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from data_pipelines.files import write_whole
-from sret_scale.train.node.errors import RankError, write_error
+from data_pipelines.atomic_files import write_whole
+from sret_scale.runs.rank_errors import RankError, write_error
 
 EXIT_HANG = 3
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sret_scale.model import Noise, SReT
-from sret_scale.model.depth import application_slots, post_norm
+from sret_scale.model.applications import application_slots, post_norm
 from sret_scale.model.layers import LearnableResidual
 
 

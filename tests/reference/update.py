@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sret_scale.train.config import ClassConfig
+from sret_scale.config.run_config import ClassConfig
 from sret_scale.train.optim import CLASS_OF_KIND
-from tests.update_toy import ACCUMULATION, BASE, COMMON_BOUND, FP16_STEPS, PLAN, WORLD, Toy, data, rate_at
+from tests.train.update_toy import ACCUMULATION, BASE, COMMON_BOUND, FP16_STEPS, PLAN, WORLD, Toy, data, rate_at
 
 
 class Lamb(torch.optim.Optimizer):

@@ -16,8 +16,8 @@ def run(args: argparse.Namespace) -> int:
     """Prints the plan in short, the size and the coverage."""
     import json
 
-    from data_pipelines.label_store import open_labels
-    from data_pipelines.soft_labels import describe_coverage, record_dtype
+    from data_pipelines.labels.records import describe_coverage, record_dtype
+    from data_pipelines.labels.store import open_labels
 
     store = open_labels(args.folder)
     plan = store.plan

@@ -31,10 +31,10 @@ def run(args: argparse.Namespace) -> int:
     """Status 0 when all is as it was written, 1 when the teacher says something else now."""
     import torch
 
-    from data_pipelines.index import open_shards
-    from data_pipelines.label_store import check_files, open_labels
+    from data_pipelines.labels.store import check_files, open_labels
+    from data_pipelines.shards.index import open_shards
     from sret_scale.distill.label_verify import plan_teacher, verify_records
-    from sret_scale.train.load import load_teacher_run
+    from sret_scale.train.load_run import load_teacher_run
 
     store, shards = open_labels(args.folder), open_shards(args.shards)
     check_files(store.folder, store.plan)

@@ -54,12 +54,12 @@ def run(args: argparse.Namespace) -> int:
 
     import torch
 
-    from data_pipelines.index import open_shards
+    from data_pipelines.shards.index import open_shards
+    from sret_scale.config.recipes import configuration
+    from sret_scale.config.run_config import RunConfig, override
     from sret_scale.distill import build_teacher
     from sret_scale.distill.label_writer import LabelJob, plan_labels, write_labels
-    from sret_scale.train.config import RunConfig, override
-    from sret_scale.train.load import load_teacher_run
-    from sret_scale.train.recipes import configuration
+    from sret_scale.train.load_run import load_teacher_run
 
     if not 0 <= args.rank < args.world_size:
         raise ValueError(f"--rank: expected 0 to {args.world_size - 1}, got {args.rank}")

@@ -21,7 +21,7 @@ def run(args: argparse.Namespace) -> None:
 
     facts = summarize_shards(args.folder)
     if args.plot is not None:
-        from data_pipelines.upkeep.plot import plot_shards
+        from data_pipelines.upkeep.set_plot import plot_shards
 
         plot_shards(args.folder, args.plot)
     print(json.dumps(facts, indent=2) if args.json else lines(facts))

@@ -19,7 +19,7 @@ import threading
 import time
 from pathlib import Path
 
-from sret_scale.train.node.errors import in_words
+from sret_scale.runs.rank_errors import in_words
 
 _LOCAL_NAMES = ("localhost", "127.0.0.1")
 _LOOK_EVERY_S = 0.2
@@ -37,7 +37,7 @@ def write_on_hosts(hostfile: Path, args: argparse.Namespace) -> None:
 
     Raises OSError that names the host and its error when one fails. What was written stays; the same command continues.
     """
-    from sret_scale.train.node.hostfile import read_hostfile
+    from sret_scale.launch.hostfile import read_hostfile
 
     values = {name: getattr(args, name) for name in _WANTED} | {name: str(getattr(args, name)) for name in _PATHS}
     order = json.dumps({"folder": str(Path.cwd()), "arguments": values}) + "\n"
@@ -64,7 +64,7 @@ def write_on_hosts(hostfile: Path, args: argparse.Namespace) -> None:
 
 
 def _command(name: str) -> list[str]:
-    from sret_scale.train.node.places import ssh_command
+    from sret_scale.launch.nodes import ssh_command
 
     own = [sys.executable, "-m", "sret_scale.commands.shards.nodes"]
     if name in {*_LOCAL_NAMES, socket.gethostname()}:

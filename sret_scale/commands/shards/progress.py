@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from data_pipelines.processes import Progress
+from data_pipelines.stream.processes import Progress
 
 _LINE_EVERY_S = 10.0
 

@@ -60,9 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Print the keys."""
     from data_pipelines.config import DataConfig
-    from data_pipelines.order import Order
-    from data_pipelines.remote import open_training_data
-    from data_pipelines.trace import trace_keys
+    from data_pipelines.remote.shard_sets import open_training_data
+    from data_pipelines.stream.order import Order
+    from data_pipelines.stream.trace import trace_keys
 
     config = DataConfig(
         train_folder=args.folders[0],

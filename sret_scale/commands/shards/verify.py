@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check the set; 1 when anything is wrong."""
-    from data_pipelines.verify import verify_shards
+    from data_pipelines.upkeep.verify import verify_shards
     from sret_scale.commands.shards.progress import progress_bar
 
     with progress_bar("verifying") as on_progress:

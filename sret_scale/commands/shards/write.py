@@ -7,7 +7,7 @@ from pathlib import Path
 # As in `data_pipelines.sources.kinds`, which imports too much for --help.
 KINDS = ("folder", "idx", "ilsvrc", "parquet", "tars")
 
-# As in `data_pipelines.hashes`, which imports xxhash.
+# As in `data_pipelines.shards.hashes`, which imports xxhash.
 HASH_NAMES = ("xxh3_128", "sha256")
 
 EXAMPLE = """example:
@@ -61,8 +61,8 @@ def run(args: argparse.Namespace) -> None:
 
         write_on_hosts(args.hostfile, args)
         return
-    from data_pipelines.write import WriteConfig, write_shards
     from data_pipelines.writing.prepare import ImageOptions
+    from data_pipelines.writing.write import WriteConfig, write_shards
     from sret_scale.commands.shards.progress import progress_bar
 
     config = WriteConfig(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sret_scale.lab.analysis.subject import Subject, measure
-from sret_scale.lab.metrics import Floats
+from sret_scale.runs.metrics_log import Floats
 
 Direction = dict[str, Tensor]
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from sret_scale.lab.analysis.subject import Subject
-from sret_scale.lab.metrics import Floats
-from sret_scale.lab.numbers import evenly
+from sret_scale.lab.readable_numbers import evenly
 from sret_scale.model.stage import Application
+from sret_scale.runs.metrics_log import Floats
 
 Use = tuple[int, int, int]
 

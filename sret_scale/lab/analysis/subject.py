@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data_pipelines.augment import normalise
-from data_pipelines.loader import evaluation_batches
-from data_pipelines.remote import open_data
+from data_pipelines.image.augment import normalise
+from data_pipelines.remote.shard_sets import open_data
+from data_pipelines.stream.loader import evaluation_batches
 from sret_scale.model import SReT
-from sret_scale.train.load import load_config, load_model
+from sret_scale.train.load_run import load_config, load_model
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from sret_scale.train.node.sbatch import BatchOptions, batch_file
+from sret_scale.launch.sbatch import BatchOptions, batch_file
 
 _KEYS = {"time": "time", "cpus": "cpus_per_node", "gpus": "gpus_per_node", "partition": "partition"}
 _KEYS |= {"account": "account", "name": "job_name"}

@@ -21,9 +21,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sret_scale.config.recipes import configuration, is_file_name
+from sret_scale.config.run_config import RunConfig, build, override, parse_yaml
 from sret_scale.lab.experiments.matching import Match, counts, matched, with_images
-from sret_scale.train.config import RunConfig, build, override, parse_yaml
-from sret_scale.train.recipes import configuration, is_file_name
 
 NAME_LENGTH = 100
 

@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sret_scale.lab.depth import FLOPS_PER_MAC_OF_TRAINING
+from sret_scale.config.run_config import RunConfig
 from sret_scale.lab.experiments.declared import PlannedRun
 from sret_scale.lab.experiments.matching import memory_of
-from sret_scale.lab.numbers import binary_size, compact, duration, grouped
+from sret_scale.lab.readable_numbers import binary_size, compact, duration, grouped
+from sret_scale.lab.report.depth_curves import FLOPS_PER_MAC_OF_TRAINING
+from sret_scale.launch.roles import num_students
 from sret_scale.memory import MemoryConfig
 from sret_scale.model import SReTConfig
-from sret_scale.train.config import RunConfig
-from sret_scale.train.roles import num_students
 from sret_scale.train.teacher_plan import student_step_s
 
 MEASURED_IMAGES = 8

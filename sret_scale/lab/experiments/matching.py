@@ -15,15 +15,15 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any, Literal, get_args
 
+from sret_scale.config.ds_config import load_ds_config, precision_of, zero_stage_of
+from sret_scale.config.run_config import RunConfig
+from sret_scale.launch.roles import num_students
 from sret_scale.memory import plan_for, predict_activations
-from sret_scale.memory.batches import MAX_MICRO_BATCH, BatchSearch
 from sret_scale.memory.config import stem_repeats_norms
-from sret_scale.memory.state import format_bytes, state_bytes
-from sret_scale.memory.step import DEVICES
+from sret_scale.memory.planning.micro_batch import MAX_MICRO_BATCH, BatchSearch
+from sret_scale.memory.planning.rank_state import format_bytes, state_bytes
+from sret_scale.memory.planning.step_cost import DEVICES
 from sret_scale.model import SReTConfig, describe
-from sret_scale.train.config import RunConfig
-from sret_scale.train.ds_config import load_ds_config, precision_of, zero_stage_of
-from sret_scale.train.roles import num_students
 
 Match = Literal["equal_images", "equal_flops", "equal_parameters", "equal_memory"]
 PARAMETER_TOLERANCE = 0.01

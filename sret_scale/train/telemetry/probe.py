@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from sret_scale.config.precision import Precision, autocast
 from sret_scale.model import Application, Noise, SReT, Stage
-from sret_scale.train.precision import Precision, autocast
 from sret_scale.train.telemetry.statistics import attention_entropy, rank_ratio, rms, token_cosine
 
 FORWARD = ("rms", "branch_ratio", "step_ratio", "token_cosine", "rank_ratio", "attention_entropy", "max_abs")

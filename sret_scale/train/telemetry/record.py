@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sret_scale.config.precision import Precision
+from sret_scale.config.telemetry_config import TelemetryConfig
 from sret_scale.model import Noise, SReT
-from sret_scale.model.depth import resolved_scheme
-from sret_scale.model.plan import DepthPlan
-from sret_scale.train.precision import Precision
+from sret_scale.model.applications import resolved_scheme
+from sret_scale.model.depth_plan import DepthPlan
 from sret_scale.train.telemetry.alarms import alarms, findings, growth_per_loop
-from sret_scale.train.telemetry.config import TelemetryConfig
 from sret_scale.train.telemetry.probe import BlockUses, probe, undisturbed
 from sret_scale.train.telemetry.truncation import gradient_cosines
 

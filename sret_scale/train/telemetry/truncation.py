@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sret_scale.model import Noise, SReT
-from sret_scale.model.plan import DepthPlan
+from sret_scale.model.depth_plan import DepthPlan
 
 
 def gradient_cosines(

@@ -1,0 +1,1 @@
+"""The small compiled library behind `image`: optional, the same pixels without it."""

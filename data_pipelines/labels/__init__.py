@@ -1,0 +1,1 @@
+"""Stored soft labels: records of fixed size, and a folder of them."""

@@ -1,0 +1,1 @@
+"""Shard sets on servers: opened, fetched and cached on the node."""

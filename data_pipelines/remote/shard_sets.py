@@ -1,0 +1,146 @@
+"""Shard sets by their location: a local folder, or a URL whose shards stream through a cache on the node.
+
+A set at https://host/set:
+    manifest.json, index.npz     fetched and checked when it is opened
+    shard-000000.tar, ...        fetched whole, in order of use and ahead of it (`Prefetcher`), or, for small sets,
+                                 read by a range of bytes for each sample
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import TracebackType
+
+from data_pipelines.config import DataConfig
+from data_pipelines.remote.cache import ShardCache
+from data_pipelines.shards.index import ShardSet, open_shards
+from data_pipelines.shards.manifest import INDEX_NAME, MANIFEST_NAME
+from data_pipelines.shards.mixture import MixedShardSet, mix_shards
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RemoteShardSet(ShardSet):
+    """A shard set whose tars are leased from `cache`, or read by ranges of bytes where that is None.
+
+    `folder` holds manifest and index, and those shards that the cache has.
+    """
+
+    url: str
+    cache: ShardCache | None
+    read_range: Callable[[str, int, int], bytes]
+
+
+def open_data(location: str | Path, config: DataConfig) -> ShardSet:
+    """The shard set at a folder or a URL. Raises ValueError or OSError with what to do."""
+    location = str(location)
+    if ":" not in location.partition("/")[0]:
+        return open_shards(location)
+    try:
+        from data_pipelines.remote.fetch import RemoteFolder
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{location}: needs {error.name}; pip install 'sret-scale[remote]'") from error
+    remote = RemoteFolder(location, stall_s=config.stall_s, attempts=config.fetch_attempts)
+    manifest = remote.read(MANIFEST_NAME)
+    # Content decides the folder: jobs that read the same shards from anywhere share it, others cannot meet in it.
+    folder = _cache_root(config) / _digest(manifest)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / MANIFEST_NAME, manifest)
+    if not (folder / INDEX_NAME).exists():
+        _write(folder / INDEX_NAME, remote.read(INDEX_NAME))
+    shards = open_shards(folder, check_tars=False)
+    cache = None
+    if config.remote_reads == "shards":
+        cache = ShardCache(remote.download, folder, shards.manifest, max_bytes=int(config.cache_gib * 2**30))
+    known = {field.name: getattr(shards, field.name) for field in fields(ShardSet)}
+    return RemoteShardSet(**known, url=remote.url, cache=cache, read_range=remote.read)
+
+
+def open_training_data(config: DataConfig) -> ShardSet:
+    """The training set: one location, or the mixture of several, local or not."""
+    locations = (config.train_folder, *config.mixture_folders)
+    parts = [open_data(location, config) for location in locations]
+    return parts[0] if len(parts) == 1 else mix_shards(parts)
+
+
+def part_of(shards: ShardSet, shard: int) -> tuple[ShardSet, int]:
+    """The set of a mixture that `shard` belongs to, and its number there; of any other set, the set itself."""
+    if isinstance(shards, MixedShardSet):
+        for part in shards.parts:
+            if shard < part.num_shards:
+                return part, shard
+            shard -= part.num_shards
+    return shards, shard
+
+
+def cache_of(shards: ShardSet) -> ShardCache | None:
+    """Where the tars of a set are leased; None for a local set, or one that is read by ranges."""
+    return shards.cache if isinstance(shards, RemoteShardSet) else None
+
+
+def bytes_by_cache(shards: ShardSet, wanted: Iterable[int]) -> dict[ShardCache, int]:
+    """The bytes of the `wanted` shards in each cache that holds some of them."""
+    num_bytes: dict[ShardCache, int] = {}
+    for shard in wanted:
+        part, number = part_of(shards, shard)
+        cache = cache_of(part)
+        if cache is not None:
+            num_bytes[cache] = num_bytes.get(cache, 0) + part.manifest.shards[number].bytes
+    return num_bytes
+
+
+class Prefetcher:
+    """Fetches shards in threads, in the order asked for. Leaving the `with` cancels what has not begun.
+
+    What fails here fails again where the shard is read, and is handled there.
+    """
+
+    def __init__(self, shards: ShardSet, *, num_threads: int) -> None:
+        self._shards = shards
+        self._executor = ThreadPoolExecutor(num_threads, thread_name_prefix="fetch")
+        self._running: dict[int, Future[None]] = {}
+
+    def want(self, shards: Iterable[int]) -> None:
+        """Begins to fetch those that are not here and not under way."""
+        self._running = {shard: future for shard, future in self._running.items() if not future.done()}
+        for shard in shards:
+            part, number = part_of(self._shards, shard)
+            cache = cache_of(part)
+            if cache is not None and shard not in self._running and not cache.has(number):
+                self._running[shard] = self._executor.submit(self._fetch, cache, number)
+
+    @staticmethod
+    def _fetch(cache: ShardCache, number: int) -> None:
+        with cache.lease(number):
+            pass
+
+    def __enter__(self) -> "Prefetcher":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._executor.shutdown(wait=True, cancel_futures=True)
+
+
+def _cache_root(config: DataConfig) -> Path:
+    if config.cache_folder:
+        return Path(config.cache_folder)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "sret_scale" / "shards"
+
+
+def _digest(manifest: bytes) -> str:
+    return hashlib.sha256(manifest).hexdigest()[:16]
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Complete or absent under its name, also when two ranks write it at once."""
+    part = path.with_name(f"{path.name}.{os.getpid()}")
+    with part.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)

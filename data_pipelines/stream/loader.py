@@ -1,0 +1,293 @@
+"""Batches of one rank, as a function of (shards, config, seed, rank, world size, state).
+
+    (epoch, position) -> sample index       order.py, pure: the same for any number of ranks
+      -> bytes, checked                     reader.py
+      -> uint8 RGB                          decode.py
+      -> view: crop, resize, flip           view.py, pure per sample
+      -> row of a uint8 batch               batches.py: threads (worker_batches.py: processes) fill it ahead of its use
+
+The state is a position, so a run continues on any number of ranks, and every rank gets the same number of batches.
+"""
+
+import json
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import chain, islice
+
+import numpy as np
+
+from data_pipelines.config import DataConfig
+from data_pipelines.remote.shard_sets import Prefetcher, bytes_by_cache, cache_of
+from data_pipelines.shards.index import ShardSet
+from data_pipelines.shards.mixture import MixedShardSet
+from data_pipelines.stream.order import Indices, Order, advance, rank_positions, steps_per_epoch
+from data_pipelines.stream.prefetch import PADDING, Batch, BatchFiller, PendingBatch
+from data_pipelines.stream.quarantine import Quarantine
+from data_pipelines.stream.reader import BadSampleError, ShardReader, sample_name
+from data_pipelines.stream.samples import EvaluationSamples, TrainingSamples
+from data_pipelines.stream.worker_batches import BadSamples, PendingSharedBatch, ProcessBatchFiller
+
+__all__ = ["Batch", "DataConfig", "LoaderState", "Step", "TrainLoader", "evaluation_batches"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoaderState:
+    """Where the next global batch begins.
+
+    `fingerprint`, `seed` and `order` are filled in by the loader, which refuses to continue from a state that
+    belongs to other shards, another seed or another order.
+    """
+
+    epoch: int = 0
+    position: int = 0
+    fingerprint: str | None = None
+    seed: int | None = None
+    order: str | None = None
+
+    def to_json(self) -> str:
+        """Less than 200 bytes."""
+        return json.dumps(asdict(self), separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> "LoaderState":
+        return cls(**json.loads(text))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """The micro batches of one optimizer step, and the state after it."""
+
+    micro_batches: list[Batch]
+    next_state: LoaderState
+
+
+@dataclass(frozen=True)
+class TrainingSource:
+    """What makes the training samples of a run; can be sent to a worker process, which calls it."""
+
+    shards: ShardSet
+    config: DataConfig
+    seed: int
+
+    def over(self, reader: ShardReader, on_bad_sample: Callable[[int, BadSampleError], None]) -> TrainingSamples:
+        return TrainingSamples(
+            reader,
+            self.shards,
+            self.config,
+            seed=self.seed,
+            on_bad_sample=on_bad_sample,
+        )
+
+    def __call__(self, bad_samples: BadSamples) -> TrainingSamples:
+        """The samples of a worker process, whose end closes its files."""
+        return self.over(ShardReader(self.shards), lambda epoch, error: bad_samples.append((epoch, error)))
+
+
+class TrainLoader:
+    """Endless training steps of one rank: `for step in loader.steps(state)`."""
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        config: DataConfig,
+        *,
+        image_size: int,
+        seed: int,
+        rank: int,
+        world_size: int,
+        micro_batch_size: int,
+        grad_accum_steps: int,
+    ) -> None:
+        self.global_batch_size = micro_batch_size * grad_accum_steps * world_size
+        self.order = Order.of(shards, config, seed=seed, global_batch_size=self.global_batch_size)
+        epoch_length = self.order.epoch_length
+        if self.global_batch_size > epoch_length:
+            raise ValueError(
+                f"{shards.folder}: an epoch has {epoch_length} samples, fewer than one global batch of "
+                f"{self.global_batch_size} ({world_size} ranks x micro batch {micro_batch_size} x {grad_accum_steps} "
+                "accumulation steps): use fewer ranks, a smaller batch, or more data"
+            )
+        self.steps_per_epoch = steps_per_epoch(epoch_length, self.global_batch_size, config.last)
+        self._shards, self._config, self._image_size = shards, config, image_size
+        self._rank, self._world_size = rank, world_size
+        self._micro_batch_size, self._grad_accum_steps = micro_batch_size, grad_accum_steps
+        self._identity = LoaderState(fingerprint=shards.fingerprint[:32], seed=seed, order=self.order.name)
+        self._quarantine = Quarantine(
+            config.quarantine_file,
+            max_bad_rate=config.max_bad_rate,
+            samples_per_epoch=-(-epoch_length // world_size),
+            rank=rank,
+            world_size=world_size,
+        )
+
+    @property
+    def num_bad_samples(self) -> int:
+        """Different bad samples that this rank has met and replaced, earlier starts of the run included."""
+        return self._quarantine.count
+
+    def steps(self, state: LoaderState) -> Generator[Step]:
+        """Endless. Threads work ahead until the iterator is closed or collected; what fails in one is raised here."""
+        self._check(state)
+        return self._steps(state)
+
+    def _steps(self, state: LoaderState) -> Generator[Step]:
+        upcoming: deque[tuple[list[PendingBatch | PendingSharedBatch], LoaderState]] = deque()
+        with ExitStack() as stack:
+            fetch_ahead = self._fetch_ahead(state, stack)
+            filler = self._filler(stack)
+            while True:
+                while (len(upcoming) - 1) * self._grad_accum_steps < self._config.prefetch_batches:
+                    epoch, positions, state = self._next_positions(state)
+                    next(fetch_ahead, None)
+                    samples = zip(self.order.samples(epoch, positions), self.order.repeats(positions), strict=True)
+                    upcoming.append(([filler.submit(epoch, *rows) for rows in samples], state))
+                pending, next_state = upcoming.popleft()
+                yield Step(micro_batches=[batch.result() for batch in pending], next_state=next_state)
+
+    def _filler(self, stack: ExitStack) -> BatchFiller | ProcessBatchFiller:
+        """Threads or processes, which leaving `stack` ends."""
+        source = TrainingSource(self._shards, self._config, self.order.seed)
+        size, workers, stall_s = self._image_size, self._config.workers, self._config.stall_s
+        if self._config.worker_kind == "processes":
+            processes = ProcessBatchFiller(
+                source,
+                image_size=size,
+                num_workers=workers,
+                stall_s=stall_s,
+                on_bad_sample=self._quarantine.add,
+                name_of=partial(sample_name, self._shards),
+            )
+            return stack.enter_context(processes)
+        reader = stack.enter_context(ShardReader(self._shards))
+        threads = BatchFiller(
+            source.over(reader, self._quarantine.add),
+            image_size=size,
+            num_threads=workers,
+            stall_s=stall_s,
+            in_progress=reader.in_progress,
+        )
+        return stack.enter_context(threads)
+
+    def _fetch_ahead(self, state: LoaderState, stack: ExitStack) -> Iterator[None]:
+        """Each `next` fetches the shards of one more step, `fetch_ahead_steps` before it; nothing for a local set."""
+        steps = self._shards_of_steps(state)
+        window = list(islice(steps, self._config.fetch_ahead_steps)) if self._is_remote else []
+        if not window:
+            return iter(())
+        self._check_window(window)
+        prefetcher = stack.enter_context(Prefetcher(self._shards, num_threads=self._config.fetch_threads))
+        return map(prefetcher.want, chain([[shard for shards in window for shard in shards]], steps))
+
+    @property
+    def _is_remote(self) -> bool:
+        parts = self._shards.parts if isinstance(self._shards, MixedShardSet) else (self._shards,)
+        return any(cache_of(part) is not None for part in parts)
+
+    def check_cache(self, state: LoaderState) -> None:
+        """Raises ValueError unless the caches hold the shards of the steps that are fetched ahead, from `state` on."""
+        if self._is_remote:
+            self._check_window(list(islice(self._shards_of_steps(state), self._config.fetch_ahead_steps)))
+
+    def _check_window(self, window: list[list[int]]) -> None:
+        for cache, num_bytes in bytes_by_cache(self._shards, set().union(*window)).items():
+            if num_bytes > cache.max_bytes:
+                whose = f"rank {self._rank} of {self._world_size}"
+                raise ValueError(
+                    f"{self._shards.folder}: the next {len(window)} steps of {whose} read shards of {num_bytes:,} "
+                    f"bytes, and the cache holds {cache.max_bytes:,}: raise data.cache_gib, use data.order=block with "
+                    "a smaller data.block_window, or lower data.fetch_ahead_steps"
+                )
+
+    def _shards_of_steps(self, state: LoaderState) -> Iterator[list[int]]:
+        """The shards that this rank reads in each step, in order of use, without end."""
+        while True:
+            epoch, positions, state = self._next_positions(state)
+            indices = self.order.samples(epoch, positions).ravel()
+            yield list(dict.fromkeys(self._shards.shard_of[indices].tolist()))
+
+    def _next_positions(self, state: LoaderState) -> tuple[int, Indices, LoaderState]:
+        """Epoch, positions (grad_accum_steps, micro_batch_size) of the next global batch, and the state after it."""
+        epoch, position = advance(
+            state.epoch,
+            state.position,
+            epoch_length=self.order.epoch_length,
+            global_batch_size=self.global_batch_size,
+            last=self._config.last,
+        )
+        positions = rank_positions(
+            position,
+            rank=self._rank,
+            world_size=self._world_size,
+            micro_batch_size=self._micro_batch_size,
+            grad_accum_steps=self._grad_accum_steps,
+        )
+        after = replace(self._identity, epoch=epoch, position=position + self.global_batch_size)
+        return epoch, positions, after
+
+    def _check(self, state: LoaderState) -> None:
+        for name, what in (("fingerprint", "shards"), ("seed", "seed"), ("order", "order")):
+            got, expected = getattr(state, name), getattr(self._identity, name)
+            if got is not None and got != expected:
+                raise ValueError(
+                    f"{self._shards.folder}: the data position to resume from belongs to another {what} "
+                    f"(expected {expected}, got {got}): resume with the {what} of the interrupted run"
+                )
+
+
+def check_node_cache(
+    shards: ShardSet, config: DataConfig, *, seed: int, global_batch_size: int, num_nodes: int
+) -> None:
+    """Raises ValueError unless the cache of a node holds what all its ranks fetch ahead at the start of an epoch.
+
+    The ranks of a node are neighbours, so together they read what one rank of `num_nodes` would read.
+    """
+    loader = TrainLoader(
+        shards,
+        replace(config, quarantine_file=None),
+        image_size=1,
+        seed=seed,
+        rank=0,
+        world_size=num_nodes,
+        micro_batch_size=global_batch_size // num_nodes,
+        grad_accum_steps=1,
+    )
+    loader.check_cache(LoaderState())
+
+
+def evaluation_batches(
+    shards: ShardSet, config: DataConfig, *, image_size: int, batch_size: int, rank: int, world_size: int
+) -> Iterator[Batch]:
+    """Every sample exactly once over all ranks, in the order of the shards; the same number of batches on every rank.
+
+    The batches at the end are padded with rows whose `valid` is False; a batch may consist of them.
+    """
+    global_batch_size = batch_size * world_size
+    num_batches = -(-shards.num_samples // global_batch_size)
+    upcoming: deque[PendingBatch] = deque()
+    with ShardReader(shards) as reader:
+        source = EvaluationSamples(reader, shards, config)
+        filler = BatchFiller(
+            source,
+            image_size=image_size,
+            num_threads=config.workers,
+            stall_s=config.stall_s,
+            in_progress=reader.in_progress,
+        )
+        with filler:
+            for batch in range(num_batches):
+                positions_B = rank_positions(
+                    batch * global_batch_size,
+                    rank=rank,
+                    world_size=world_size,
+                    micro_batch_size=batch_size,
+                    grad_accum_steps=1,
+                )[0]
+                indices_B = np.where(positions_B < shards.num_samples, positions_B, PADDING)
+                upcoming.append(filler.submit(0, indices_B, np.zeros_like(indices_B)))
+                if len(upcoming) > config.prefetch_batches:
+                    yield upcoming.popleft().result()
+            while upcoming:
+                yield upcoming.popleft().result()

@@ -1,1 +1,0 @@
-"""The tar format of samples: writing it byte for byte, and reading it strictly."""

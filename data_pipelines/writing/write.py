@@ -1,0 +1,209 @@
+"""Image sources to webdataset shards: list, plan, write, finish.
+
+    source -> Listing -> Plan -> shard tars with done-markers -> index.npz, manifest.json
+
+Until the manifest appears, everything that a restart needs lies in TARGET/.writing: the plan and a marker for each
+complete shard. The same command continues, and the result has the same bytes as an uninterrupted run.
+"""
+
+import errno
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data_pipelines.shards.hashes import DEFAULT_HASH, HASH_NAMES, hash_name_of
+from data_pipelines.shards.index import WORK_FOLDER
+from data_pipelines.shards.manifest import MANIFEST_NAME, Manifest, read_manifest
+from data_pipelines.sources.kinds import source_kind
+from data_pipelines.sources.listing import Listing
+from data_pipelines.stream.processes import Progress
+from data_pipelines.writing.finish import finish_shards
+from data_pipelines.writing.prepare import ImageOptions
+from data_pipelines.writing.rows import DoneShard, done_path, load_done
+from data_pipelines.writing.shard_plan import PLAN_NAME, Plan, load_plan, make_plan, save_plan
+from data_pipelines.writing.workers import check_bad_rate, claim, write_missing
+
+DEFAULT_SHARD_BYTES = 256 * 2**20
+
+_FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WriteConfig:
+    """What shards are made of and how. `seed` None keeps the source's order; `shard_samples` beats `shard_bytes`.
+
+    `hash_name` is how the manifest knows the tars again (`data_pipelines.shards.hashes`).
+    """
+
+    kind: str
+    source: Path
+    split: str | None = None
+    seed: int | None = 0
+    shard_bytes: int = DEFAULT_SHARD_BYTES
+    shard_samples: int | None = None
+    options: ImageOptions = field(default_factory=ImageOptions)
+    hash_name: str = DEFAULT_HASH
+
+    def __post_init__(self) -> None:
+        source_kind(self.kind)
+        for name, value in (("shard_bytes", self.shard_bytes), ("shard_samples", self.shard_samples)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: expected 1 or more, got {value}")
+        if self.hash_name not in HASH_NAMES:
+            raise ValueError(f"hash {self.hash_name!r}: expected one of {', '.join(HASH_NAMES)}")
+
+    def record(self) -> dict[str, Any]:
+        """The arguments as the manifest keeps them: no paths of this machine, so that equal sets are equal bytes.
+
+        The hash is not among them, as it changes no image and stands beside each tar.
+        """
+        fields = asdict(self)
+        del fields["hash_name"]
+        return {**fields, "source": self.source.resolve().name}
+
+
+def write_shards(
+    config: WriteConfig,
+    target: str | Path,
+    *,
+    num_workers: int = 1,
+    max_bad_rate: float = 0.01,
+    list_samples: Callable[[], Listing] | None = None,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+) -> Manifest:
+    """Writes the shard set, or continues one that was interrupted; returns the manifest of the complete set.
+
+    `list_samples` takes the place of the kind's own listing. Any number of processes on any number of nodes may call
+    this at once with the same arguments. Raises ValueError or OSError with what to do: a bad source or image, more than
+    a share of `max_bad_rate` of bad images, a target that holds something else, a full disk.
+    """
+    target = Path(target)
+    if not 0 <= max_bad_rate <= 1:
+        raise ValueError(f"max_bad_rate: expected 0 to 1, got {max_bad_rate:g}")
+    if target.exists() and not target.is_dir():
+        raise NotADirectoryError(f"{target}: a file, expected a folder to write the shards into; choose another target")
+    if not (target / MANIFEST_NAME).exists():
+        try:
+            _write(config, target, list_samples, num_workers, max_bad_rate, on_progress)
+        except OSError as error:
+            # Another node may have finished the set and removed the plan under this one, or under its workers.
+            if (target / MANIFEST_NAME).exists():
+                return _already_complete(config, target)
+            if error.errno not in _FULL_DISK:
+                raise
+            advice = f"{error.strerror}; make room and run the same command again, it keeps what is complete"
+            raise OSError(error.errno, advice, error.filename) from error
+    return _already_complete(config, target)
+
+
+def _write(
+    config: WriteConfig,
+    target: Path,
+    list_samples: Callable[[], Listing] | None,
+    num_workers: int,
+    max_bad_rate: float,
+    on_progress: Callable[[Progress], None],
+) -> None:
+    work = target / WORK_FOLDER
+    # Nothing is made before the source was listed: a wrong argument must not leave an empty target behind. Nodes that
+    # begin together list together, and the first one's plan holds.
+    plan = None if (work / PLAN_NAME).exists() else _new_plan(config, target, list_samples)
+    work.mkdir(parents=True, exist_ok=True)
+    with claim(work / "plan.lock", wait=True):
+        if (target / MANIFEST_NAME).exists():
+            # Another node has finished the set while this one listed the source.
+            return
+        if (work / PLAN_NAME).exists():
+            plan = _plan_there(config, target)
+        else:
+            plan = plan or _new_plan(config, target, list_samples)
+            save_plan(plan, work)
+    write_missing(
+        plan,
+        target,
+        options=config.options,
+        num_workers=num_workers,
+        max_bad_rate=max_bad_rate,
+        on_progress=on_progress,
+    )
+    with claim(work / "finish.lock", wait=True):
+        if not (target / MANIFEST_NAME).exists():
+            shards = [_load_complete(target, index) for index in range(plan.num_shards)]
+            check_bad_rate(sum(len(shard.rejected) for shard in shards), len(plan.listing), max_bad_rate, target)
+            finish_shards(target, shards, class_names=plan.listing.class_names, writer=config.record())
+
+
+def _load_complete(target: Path, index: int) -> DoneShard:
+    """The done-marker of a shard whose tar still has the size that was written."""
+    shard = load_done(target, index)
+    path = target / shard.file
+    if path.stat().st_size != shard.bytes:
+        done_path(target, index).unlink()
+        raise ValueError(f"{path}: changed while the other shards were written; run the same command again to redo it")
+    return shard
+
+
+def _plan_there(config: WriteConfig, target: Path) -> Plan:
+    """The plan that is in the target already. Raises ValueError when it was made with other arguments."""
+    work = target / WORK_FOLDER
+    plan, arguments = load_plan(work), _plan_arguments(config)
+    if plan.arguments != arguments:
+        changed = sorted(name for name in arguments if plan.arguments.get(name) != arguments[name])
+        raise ValueError(
+            f"{target}: holds a half-finished shard set made with another {', '.join(changed)}; repeat those,"
+            f" choose another target, or delete {work}"
+        )
+    return plan
+
+
+def _plan_arguments(config: WriteConfig) -> dict[str, Any]:
+    return {**config.record(), "source": str(config.source.resolve()), "hash_name": config.hash_name}
+
+
+def _new_plan(config: WriteConfig, target: Path, list_samples: Callable[[], Listing] | None) -> Plan:
+    """The plan of the source. Raises ValueError when the target holds tars that belong to no plan."""
+    strangers = sorted(path.name for path in target.glob("*.tar"))
+    # Looked for after the tars, so that those of another node that has just planned are not taken for strangers.
+    has_owner = (target / WORK_FOLDER / PLAN_NAME).exists() or (target / MANIFEST_NAME).exists()
+    if strangers and not has_owner:
+        raise ValueError(f"{target}: already holds {strangers[0]} of something else; choose an empty target")
+    if list_samples is not None:
+        listing = list_samples()
+    else:
+        listing = source_kind(config.kind).list_samples(config.source, config.split)
+    return make_plan(
+        listing,
+        _plan_arguments(config),
+        seed=config.seed,
+        shard_bytes=config.shard_bytes,
+        shard_samples=config.shard_samples,
+    )
+
+
+def _already_complete(config: WriteConfig, target: Path) -> Manifest:
+    """The manifest of a target that was written with the same arguments; anything else is refused."""
+    manifest = read_manifest(target)
+    record = config.record()
+    if manifest.writer != record:
+        changed = sorted(name for name in record if manifest.writer.get(name) != record[name])
+        raise ValueError(
+            f"{target}: holds a complete shard set made with another {', '.join(changed)}; choose another target"
+        )
+    weak = config.hash_name == "sha256" and any(hash_name_of(shard.hash) != "sha256" for shard in manifest.shards)
+    if weak:
+        raise ValueError(f"{target}: holds a complete shard set made with another hash; choose another target")
+    _remove_work(target)
+    return manifest
+
+
+def _remove_work(target: Path) -> None:
+    """Removes the plan and the markers. Renamed first, so that no other node finds half of them."""
+    removed = target / f"{WORK_FOLDER}.removed.{os.uname().nodename}.{os.getpid()}"
+    try:
+        (target / WORK_FOLDER).rename(removed)
+    except FileNotFoundError:
+        return
+    shutil.rmtree(removed)

@@ -1,0 +1,242 @@
+"""Recipes: complete run configurations by name. Each says where its values come from and what it should reach."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from data_pipelines.image.augment import AugmentConfig
+from data_pipelines.stream.loader import DataConfig
+from sret_scale.config.run_config import EngineConfig, OptimConfig, RunConfig, TrainConfig, from_yaml, nearest
+from sret_scale.distill import DistillConfig
+from sret_scale.memory import MemoryConfig
+from sret_scale.model import PRESETS, preset
+
+IMAGENET_IMAGES = 1_281_167
+# Crop and flip alone; those belong to the data.
+NO_AUGMENTATION = AugmentConfig(randaugment_ops=0, erase_rate=0.0, mixup_alpha=0.0, cutmix_alpha=0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A run configuration and, in a sentence, its source and expected result."""
+
+    config: RunConfig
+    about: str
+
+
+def recipe(name: str) -> Recipe:
+    """The recipe of that name, or `sret` with the model preset of that name; ValueError with the nearest name."""
+    if name in RECIPES:
+        return RECIPES[name]
+    if name in PRESETS:
+        base = RECIPES["sret"]
+        return replace(base, config=replace(base.config, model=preset(name)))
+    raise ValueError(f"no recipe or model preset {name!r}: {nearest(name, [*RECIPES, *PRESETS])}")
+
+
+def configuration(name: str) -> RunConfig:
+    """Of a recipe, a model preset, or a YAML file, which its ending tells; ValueError or OSError for none of these."""
+    file = Path(name)
+    if is_file_name(name):
+        return from_yaml(file)
+    if file.is_dir():
+        raise ValueError(f"{name} is a folder: expected its configuration, {file / 'config.yaml'}")
+    return recipe(name).config
+
+
+def is_file_name(name: str) -> bool:
+    """True for what is read as a file and not looked up among the recipes."""
+    return name.endswith((".yaml", ".yml"))
+
+
+def _sret() -> RunConfig:
+    return RunConfig(
+        model=preset("sret_t"),
+        data=DataConfig(train_folder="shards/imagenet/train", test_folder="shards/imagenet/validation"),
+        augment=AugmentConfig(),
+        memory=MemoryConfig(schedule="none"),
+        distill=DistillConfig(label_smoothing=0.1),
+        optim=OptimConfig(
+            learning_rate=1e-3,
+            reference_batch_size=512,
+            batch_scaling="linear",
+            final_rate_ratio=0.01,
+            warmup_images=30 * IMAGENET_IMAGES,
+            weight_decay=0.05,
+        ),
+        train=TrainConfig(
+            total_images=300 * IMAGENET_IMAGES,
+            global_batch_size=1024,
+            micro_batch_size=128,
+            eval_interval_images=10 * IMAGENET_IMAGES,
+            checkpoint_interval_images=IMAGENET_IMAGES,
+            log_interval_steps=50,
+        ),
+        engine=EngineConfig(ds_config="zero0_autocast"),
+    )
+
+
+def _deit() -> RunConfig:
+    base = _sret()
+    return replace(
+        base,
+        data=replace(base.data, num_repeats=3),
+        optim=replace(base.optim, learning_rate=5e-4, warmup_images=5 * IMAGENET_IMAGES),
+    )
+
+
+def _fkd() -> RunConfig:
+    base = _sret()
+    return replace(
+        base,
+        model=preset("sret_lt"),
+        data=replace(base.data, num_repeats=4, interpolation="bilinear"),
+        augment=NO_AUGMENTATION,
+        distill=DistillConfig(teacher_input="view"),
+        optim=replace(
+            base.optim,
+            learning_rate=2e-3,
+            batch_scaling="none",
+            final_rate_ratio=0.005,
+            warmup_images=5 * IMAGENET_IMAGES,
+        ),
+    )
+
+
+def _deit3() -> RunConfig:
+    base = _sret()
+    return replace(
+        base,
+        model=preset("sret_s", drop_path=0.05),
+        data=replace(base.data, num_repeats=3, eval_crop_rate=1.0),
+        augment=AugmentConfig(randaugment_ops=0, three_augment_rate=1.0, color_jitter=0.3, erase_rate=0.0),
+        distill=DistillConfig(hard_loss="bce"),
+        optim=replace(
+            base.optim,
+            optimizer="lamb",
+            learning_rate=4e-3,
+            batch_scaling="none",
+            final_rate_ratio=0.0025,
+            warmup_images=5 * IMAGENET_IMAGES,
+        ),
+        train=replace(base.train, total_images=800 * IMAGENET_IMAGES, global_batch_size=2048),
+    )
+
+
+def _fine_tuning(model: str, weights: str, *, rate: float, weight_decay: float, epochs: int) -> RunConfig:
+    """At a constant rate after the warm-up, which is what lower bounds equal to the rate make of their cosines."""
+    base = _sret()
+    return replace(
+        base,
+        model=preset(model),
+        data=replace(base.data, eval_crop_rate=1.0),
+        optim=replace(
+            base.optim,
+            learning_rate=rate,
+            batch_scaling="none",
+            final_rate_ratio=1.0,
+            warmup_images=5 * IMAGENET_IMAGES,
+            weight_decay=weight_decay,
+        ),
+        train=replace(
+            base.train,
+            initial_weights=weights,
+            total_images=epochs * IMAGENET_IMAGES,
+            global_batch_size=512,
+            micro_batch_size=32,
+            eval_interval_images=IMAGENET_IMAGES,
+        ),
+    )
+
+
+def _deit_fine_tuning(model: str) -> RunConfig:
+    config = _fine_tuning(model, "run:runs/sret_s_no_slice", rate=5e-6, weight_decay=1e-8, epochs=30)
+    return replace(config, data=replace(config.data, num_repeats=3))
+
+
+def _deit3_fine_tuning() -> RunConfig:
+    config = _fine_tuning("sret_s_384", "run:runs/deit3", rate=1e-5, weight_decay=0.1, epochs=20)
+    return replace(config, model=preset("sret_s_384", drop_path=0.0), augment=AugmentConfig(erase_rate=0.0))
+
+
+def _demo(model: str, *, total_images: int, learning_rate: float, micro_batch_size: int = 32) -> RunConfig:
+    return RunConfig(
+        model=preset(model),
+        data=DataConfig(crop="padded", crop_padding=1, eval_crop_rate=1.0, workers=1),
+        augment=NO_AUGMENTATION,
+        memory=MemoryConfig(schedule="none"),
+        optim=OptimConfig(
+            learning_rate=learning_rate,
+            batch_scaling="none",
+            warmup_images=total_images // 20,
+            weight_decay=0.1,
+            ema_horizon_images=1_500,
+        ),
+        train=TrainConfig(
+            total_images=total_images,
+            global_batch_size=64,
+            micro_batch_size=micro_batch_size,
+            eval_interval_images=total_images // 5,
+            checkpoint_interval_images=total_images // 5,
+            log_interval_steps=10,
+            image_mean=(0.286, 0.286, 0.286),
+            image_std=(0.353, 0.353, 0.353),
+        ),
+        engine=EngineConfig(ds_config="zero0"),
+    )
+
+
+RECIPES = {
+    "sret": Recipe(
+        config=_sret(),
+        about="The published one (arXiv 2111.05297, section 5): 300 epochs of ImageNet, AdamW, batch 1024, rate 1e-3 x "
+        "batch / 512; here gradients are clipped at norm 1. Published: SReT-T 76.0 %, S 81.9 % top-1.",
+    ),
+    "deit": Recipe(
+        config=_deit(),
+        about="DeiT (arXiv 2012.12877, table 9; repeated augmentation as in its code), for a comparison at equal "
+        "training. Published for DeiT's own models: Ti 72.2 %, S 79.9 %; none for SReT.",
+    ),
+    "fkd": Recipe(
+        config=_fkd(),
+        about="Fast knowledge distillation (arXiv 2112.01528) from stored labels: crop and flip only, 4 crops an "
+        "image. Give the store with distill.teacher=labels:FOLDER, and data.num_views and data.view_seed as it was "
+        "written. "
+        "Published: SReT-LT 78.7 %.",
+    ),
+    "deit3": Recipe(
+        config=_deit3(),
+        about="DeiT III (arXiv 2204.07118; the command of its README_revenge.md for ViT-S): LAMB at 4e-3, batch 2048, "
+        "BCE, 3-Augment, 800 epochs of ImageNet; SReT's residual coefficients are in the place of LayerScale. "
+        "Published for its own ViT-S: 81.4 % top-1; none for SReT.",
+    ),
+    "finetune_384": Recipe(
+        config=_deit_fine_tuning("sret_s_no_slice_384"),
+        about="A trained model at 384 pixels, from train.initial_weights. SReT publishes results but no settings: "
+        "these are DeiT's (README_deit.md: 30 epochs, AdamW at 5e-6, weight decay 1e-8, batch 512). Published, "
+        "distilled and without slices: SReT-T 79.7 %, SReT-S 83.8 % top-1.",
+    ),
+    "finetune_512": Recipe(
+        config=_deit_fine_tuning("sret_s_no_slice_512"),
+        about="The same at 512 pixels. Published, distilled and without slices: SReT-S 84.3 % top-1; none for SReT-T.",
+    ),
+    "deit3_finetune_384": Recipe(
+        config=_deit3_fine_tuning(),
+        about="A model of `deit3` at 384 pixels (README_revenge.md for ViT-S: 20 epochs, AdamW at 1e-5, weight decay "
+        "0.1, batch 512, RandAugment, cross-entropy). Published for DeiT III's ViT-S: 83.4 % top-1; none for SReT.",
+    ),
+    "demo_teacher": Recipe(
+        config=_demo("demo_teacher", total_images=40_000, learning_rate=2e-3),
+        about="A wider model without recursion on the sample images: two to three minutes on two CPU cores.",
+    ),
+    "demo_student_108": Recipe(
+        config=replace(
+            _demo("demo_student_108", total_images=26_000, learning_rate=2e-3),
+            memory=MemoryConfig(schedule="segments"),
+        ),
+        about="108 applications of 10 blocks, distilled from the demo's teacher.",
+    ),
+    "demo_control_20": Recipe(
+        config=_demo("demo_control_20", total_images=26_000, learning_rate=2e-3),
+        about="The same 10 blocks at the published 2 loops, same teacher and number of images.",
+    ),
+}

@@ -1,0 +1,405 @@
+"""The configuration of a run: one frozen dataclass per component, their sum, and the way from text to it.
+
+A run is a recipe (sret_scale.config.recipes) or a YAML file, plus `section.field=value` overrides. Nothing here runs
+code that a file names, and nothing is guessed: an unknown key or a wrong type is an error that names the key, what was
+expected and the nearest valid name.
+"""
+
+import dataclasses
+import difflib
+import json
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import pydantic
+import yaml
+
+from data_pipelines.image.augment import AugmentConfig
+from data_pipelines.stream.loader import DataConfig
+from sret_scale.config.step_depth import DepthConfig
+from sret_scale.config.telemetry_config import TelemetryConfig
+from sret_scale.distill import DistillConfig
+from sret_scale.memory import MemoryConfig
+from sret_scale.model import SReTConfig, preset
+
+ParameterClass = Literal["tied", "projection", "residual", "stem_head"]
+"""Parameters whose gradients differ in size, and grow differently with depth: blocks that are applied many times; the
+projections and conditioning of single loops; residual coefficients; everything outside the stages."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassConfig:
+    """How one class of parameters departs from the rest; what is None is as for all."""
+
+    rate_ratio: float = 1.0
+    """Its rate relative to the run's."""
+    eps: float | None = None
+    weight_decay: float | None = None
+    """For those of its parameters that decay at all."""
+    clip_norm: float | None = None
+    """Clips the class by its own norm, and leaves it out of the norm that gradient_clipping of the ds_config bounds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """An update rule, a cosine schedule after a linear warm-up; rates are per optimizer step, horizons in images."""
+
+    optimizer: Literal["adamw", "lamb", "muon"] = "adamw"
+    """`muon` is an experiment: the matrices of the tied blocks by Muon, the rest by AdamW."""
+    learning_rate: float = 1e-3
+    """Peak rate at `reference_batch_size`."""
+    reference_batch_size: int = 512
+    batch_scaling: Literal["none", "linear", "sqrt", "linear_then_sqrt"] = "linear_then_sqrt"
+    """How the peak rate follows global_batch_size / reference_batch_size (linear: SReT, DeiT). `linear_then_sqrt` goes
+    on with the root beyond a batch of 2048."""
+    layer_decay: float = 1.0
+    """Factor of the rate per layer from the head to the stem; a block is one layer, however often it is applied."""
+    final_rate_ratio: float = 0.01
+    """The cosine ends at this part of the peak rate."""
+    warmup_images: int = 0
+    weight_decay: float = 0.05
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    tied: ClassConfig = field(default_factory=ClassConfig)
+    projection: ClassConfig = field(default_factory=ClassConfig)
+    residual: ClassConfig = field(default_factory=ClassConfig)
+    stem_head: ClassConfig = field(default_factory=ClassConfig)
+    ema_horizon_images: int = 0
+    """Images over which the average of the weights forgets to 1/e; 0 keeps no average. Until so many were seen, the
+    average is a plain mean, which forgets the initial weights."""
+    ema_statistics_images: int = 1024
+    """Training images over which BatchNorm's statistics are measured for the average before it is evaluated; 0 takes
+    their average."""
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "reference_batch_size", "eps"):
+            _require(getattr(self, name) > 0, f"optim.{name}", "above 0", getattr(self, name))
+        for name in (
+            "final_rate_ratio",
+            "warmup_images",
+            "weight_decay",
+            "ema_horizon_images",
+            "ema_statistics_images",
+        ):
+            _require(getattr(self, name) >= 0, f"optim.{name}", "0 or more", getattr(self, name))
+        for name in ("beta1", "beta2"):
+            _require(0 <= getattr(self, name) < 1, f"optim.{name}", "0 or more and less than 1", getattr(self, name))
+        _require(0 < self.layer_decay <= 1, "optim.layer_decay", "above 0 and at most 1", self.layer_decay)
+        for group in typing.get_args(ParameterClass):
+            self._check_class(f"optim.{group}", getattr(self, group))
+
+    def _check_class(self, path: str, group: ClassConfig) -> None:
+        for name in ("rate_ratio", "weight_decay"):
+            value = getattr(group, name)
+            _require(value is None or value >= 0, f"{path}.{name}", "0 or more", value)
+        for name in ("eps", "clip_norm"):
+            value = getattr(group, name)
+            _require(value is None or value > 0, f"{path}.{name}", "above 0", value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How DeepSpeed computes."""
+
+    ds_config: str = "zero0"
+    """A file of ds_configs/ by its name, or a path to a JSON of the same kind."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Duration, batch and bookkeeping of a run; the clock counts images."""
+
+    seed: int = 0
+    initial_weights: str | None = None
+    """`run:FOLDER` (its moving average where it has one), or a file of weights, native or published; for fine-tuning,
+    also at another image size. None draws them from the seed."""
+    total_images: int = 100_000
+    global_batch_size: int = 128
+    micro_batch_size: int = 64
+    """Images per rank in one forward pass; the rest of the global batch is accumulated."""
+    eval_interval_images: int = 0
+    """0 evaluates at the end only."""
+    checkpoint_interval_images: int = 0
+    """0 saves at the end and when the run is stopped only."""
+    keep_checkpoints: int = 2
+    log_interval_steps: int = 10
+    max_skipped_steps: int = 10
+    """So many updates in a row, left out for a loss or gradient that is not finite, end the run; fp16's search for its
+    loss scale does not count."""
+    hang_timeout_s: float = 1200.0
+    """A rank that comes no further for so long ends the run; more than the longest evaluation, save or compilation."""
+    tensorboard: bool = False
+    """Write TensorBoard events beside metrics.jsonl; needs the extra of that name."""
+    image_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Per channel, of pixels in [0, 1]; the default is ImageNet's."""
+    image_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    def __post_init__(self) -> None:
+        for name in (
+            *("total_images", "global_batch_size", "micro_batch_size", "keep_checkpoints", "log_interval_steps"),
+            *("hang_timeout_s", "max_skipped_steps"),
+        ):
+            _require(getattr(self, name) > 0, f"train.{name}", "above 0", getattr(self, name))
+        for name in ("seed", "eval_interval_images", "checkpoint_interval_images"):
+            _require(getattr(self, name) >= 0, f"train.{name}", "0 or more", getattr(self, name))
+        _require(min(self.image_std) > 0, "train.image_std", "above 0", self.image_std)
+
+
+def _require(is_valid: bool, name: str, expected: str, got: object) -> None:
+    if not is_valid:
+        raise ValueError(f"{name}: expected {expected}, got {got!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """All that decides what a run computes."""
+
+    model: SReTConfig = field(default_factory=lambda: preset("sret_t"))
+    data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    depth: DepthConfig = field(default_factory=DepthConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
+
+
+def grad_accum_steps(config: TrainConfig, world_size: int) -> int:
+    """Micro-steps per optimizer step: global_batch_size / (micro_batch_size * world_size).
+
+    Raises ValueError where that is not a whole number of at least 1.
+    """
+    per_forward = config.micro_batch_size * world_size
+    steps, remainder = divmod(config.global_batch_size, per_forward)
+    if remainder or not steps:
+        raise ValueError(
+            f"train.global_batch_size={config.global_batch_size} is not a multiple of train.micro_batch_size="
+            f"{config.micro_batch_size} x {world_size} ranks = {per_forward}: change train.micro_batch_size (a "
+            "run that has begun keeps its global batch), or choose e.g. "
+            f"train.global_batch_size={max(per_forward, round(config.global_batch_size / per_forward) * per_forward)}"
+        )
+    return steps
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML without its two classic traps: a key given twice is an error, and 1e-3 is a number."""
+
+    def __init__(self, text: str, source: str) -> None:
+        super().__init__(text)
+        self._source = source
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            place = f"{self._source} line {key_node.start_mark.line + 1}"
+            if not isinstance(key, str):
+                raise ValueError(f"{place}: a key must be text, got {key!r}")
+            if key in seen:
+                raise ValueError(f"{place}: the key {key!r} is given twice; keep one")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def parse_yaml(text: str, *, source: str) -> Any:
+    """The value of a YAML text (strict, see _StrictLoader); ValueError with `source` and the place for a bad one."""
+    try:
+        return _StrictLoader(text, source).get_single_data()
+    except yaml.MarkedYAMLError as error:
+        place = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ValueError(f"{source} is not valid YAML{place}: {error.problem}") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from error
+    except RecursionError as error:
+        raise ValueError(f"{source} is nested too deeply to be a configuration") from error
+
+
+def nearest(name: str, valid: Sequence[str]) -> str:
+    """A hint for an error message: the closest valid name, or all of them."""
+    close = difflib.get_close_matches(name, valid, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"valid names: {', '.join(valid)}"
+
+
+def build(kind: type[Any], value: Any, path: str = "") -> Any:
+    """An instance of the dataclass (or plain type) `kind` from parsed YAML; `path` is the key for messages.
+
+    Raises ValueError naming the key, the expected type and the value, or the nearest valid key.
+    """
+    section = _dataclass_of(kind, value)
+    if section is not None:
+        return _build_dataclass(section, value, path)
+    item: Any = _tuple_item(kind)
+    if item is not None and dataclasses.is_dataclass(item) and isinstance(value, list):
+        return tuple(build(cast(Any, item), entry, f"{path}.{index}") for index, entry in enumerate(value))
+    try:
+        # JSON's strict mode takes a list for a tuple and a whole number for a float, and nothing else for another.
+        return pydantic.TypeAdapter(kind).validate_json(json.dumps(value), strict=True)
+    except pydantic.ValidationError as error:
+        # 1e6 is how people write a million images.
+        if kind is int and isinstance(value, float) and value.is_integer():
+            return int(value)
+        first = error.errors()[0]
+        # Of a tuple that is too short, pydantic says which place lacks its value.
+        is_short = first["type"] == "missing"
+        reason = "expected more values" if is_short else first["msg"].replace("Input should be", "expected")
+        # pydantic speaks of JSON.
+        reason = reason.replace("a valid array", "a list").replace("an object", "keys with values")
+        place, found = (path, value) if is_short else (".".join([path, *map(str, first["loc"])]), first["input"])
+        raise ValueError(f"{place}: {reason}, got {found!r} ({type(found).__name__})") from error
+    except TypeError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _dataclass_of(kind: Any, value: Any) -> Any:
+    """The dataclass that `value` should become, looking into `X | None`; None where `kind` is no dataclass."""
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        options = [option for option in typing.get_args(kind) if dataclasses.is_dataclass(option)]
+        return options[0] if options and value is not None else None
+    return kind if dataclasses.is_dataclass(kind) else None
+
+
+def _tuple_item(kind: Any) -> Any:
+    """X of `tuple[X, ...]`, else None."""
+    arguments = typing.get_args(kind)
+    return arguments[0] if typing.get_origin(kind) is tuple and arguments[-1] is Ellipsis else None
+
+
+def _build_dataclass(kind: type[Any], value: Any, path: str) -> Any:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{path or 'the configuration'}: expected a section of `key: value`, got {value!r}")
+    hints = typing.get_type_hints(kind)
+    names = [entry.name for entry in dataclasses.fields(kind) if entry.init]
+    prefix = f"{path}." if path else ""
+    for key in value:
+        if key not in names:
+            raise ValueError(f"unknown key {prefix + str(key)!r}: {nearest(str(key), names)}")
+    missing = [
+        entry.name
+        for entry in dataclasses.fields(kind)
+        if entry.init
+        and entry.name not in value
+        and entry.default is dataclasses.MISSING
+        and entry.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ValueError(f"{prefix}{missing[0]} is not given and has no default")
+    arguments = {key: build(hints[key], entry, f"{prefix}{key}") for key, entry in value.items()}
+    try:
+        return kind(**arguments)
+    except ValueError as error:
+        # A section that names its own field says it all; others say only what is wrong with it.
+        raise ValueError(str(error) if not path or str(error).startswith(f"{path}.") else f"{path}: {error}") from error
+
+
+def to_plain(config: Any) -> Any:
+    """Dataclasses and tuples as dicts and lists: what `build` takes and YAML can hold."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
+def to_yaml(config: Any) -> str:
+    """The configuration as YAML that `from_yaml` reads back to an equal one."""
+    return yaml.safe_dump(to_plain(config), sort_keys=False, width=120)
+
+
+def from_yaml(file: Path) -> RunConfig:
+    """The RunConfig of a YAML file, which may leave out what keeps its default, and give `model` by preset name."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not text in UTF-8: expected a YAML file ({error.reason})") from error
+    tree = parse_yaml(text, source=str(file))
+    if not isinstance(tree, dict):
+        raise ValueError(f"{file}: expected sections of a run configuration, got {type(tree).__name__}")
+    try:
+        if isinstance(tree.get("model"), str):
+            tree["model"] = to_plain(preset(tree["model"]))
+        config: RunConfig = build(RunConfig, tree)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    return config
+
+
+def override(config: RunConfig, assignments: Sequence[str]) -> RunConfig:
+    """`config` with `section.field=value` assignments applied in order; values are YAML.
+
+    `model=NAME` takes another preset whole; items of a tuple are numbered (`model.stages.1.num_loops=20`).
+    """
+    tree = to_plain(config)
+    for assignment in assignments:
+        key, separator, text = assignment.partition("=")
+        if not separator or not key:
+            raise ValueError(f"override {assignment!r} is not of the form section.field=value")
+        value = parse_yaml(text, source=f"the value of {key}")
+        if key == "model" and isinstance(value, str):
+            tree["model"] = to_plain(preset(value))
+            continue
+        _assign(tree, key, value)
+    changed: RunConfig = build(RunConfig, tree)
+    return changed
+
+
+def _assign(tree: dict[str, Any], key: str, value: Any) -> None:
+    *parents, leaf = key.split(".")
+    node: Any = tree
+    walked: list[str] = []
+    for part in [*parents, leaf]:
+        valid = list(node) if isinstance(node, dict) else [str(index) for index in range(len(node))]
+        if part not in valid:
+            raise ValueError(f"unknown key {key!r}: {nearest(part, valid)}")
+        walked.append(part)
+        place: Any = part if isinstance(node, dict) else int(part)
+        if len(walked) == len(parents) + 1:
+            node[place] = value
+        elif isinstance(node[place], dict | list):
+            node = node[place]
+        else:
+            raise ValueError(f"{key!r}: {'.'.join(walked)} is a single value, it has no field {leaf!r}")
+
+
+# Fields that an interrupted run may take up again with another value: they decide how, not what is computed.
+# `train.micro_batch_size` is what another number of ranks needs; it changes BatchNorm's batches, and so the bits.
+CHANGEABLE = (
+    *("train.micro_batch_size", "train.eval_interval_images", "train.checkpoint_interval_images"),
+    *("train.keep_checkpoints", "train.log_interval_steps", "train.hang_timeout_s", "train.tensorboard"),
+    "train.max_skipped_steps",
+    *("data.workers", "data.worker_kind", "data.prefetch_batches", "data.cache_folder", "data.cache_gib"),
+    *("data.fetch_threads", "data.fetch_ahead_steps", "data.stall_s", "data.fetch_attempts", "data.quarantine_file"),
+    "data.max_bad_rate",
+    *("memory", "engine.ds_config", "distill.teacher_micro_batch_size", "telemetry"),
+    "distill.num_teacher_ranks",
+)
+
+
+def split_differences(old: RunConfig, new: RunConfig) -> tuple[list[str], list[str]]:
+    """(differences that make another run, differences that a continued run may have), each `key: old -> new`."""
+    changed = differences(old, new)
+    allowed = [line for line in changed if any(re.match(rf"{re.escape(name)}[.:]", line) for name in CHANGEABLE)]
+    return [line for line in changed if line not in allowed], allowed
+
+
+def differences(old: RunConfig, new: RunConfig) -> list[str]:
+    """`key: old -> new` for every field that differs."""
+    return differences_of(to_plain(old), to_plain(new))
+
+
+def differences_of(old: Any, new: Any, path: str = "") -> list[str]:
+    """`key: old -> new` for every leaf of two plain trees that differs."""
+    if isinstance(old, dict) and isinstance(new, dict) and set(old) == set(new):
+        return [line for key in old for line in differences_of(old[key], new[key], f"{path}.{key}".lstrip("."))]
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        pairs = enumerate(zip(old, new, strict=True))
+        return [line for index, (a, b) in pairs for line in differences_of(a, b, f"{path}.{index}".lstrip("."))]
+    return [] if old == new else [f"{path}: {old!r} -> {new!r}"]

@@ -1,0 +1,1 @@
+"""The report: reads run folders, draws figures, writes one page."""

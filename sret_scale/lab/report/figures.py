@@ -1,0 +1,137 @@
+"""Which figures a report has: what of the runs each shows, and the sentence below it."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from sret_scale.lab.readable_numbers import binary_size, compact
+from sret_scale.lab.report.chart import Caption, Chart
+from sret_scale.lab.report.compare import teacher_of
+from sret_scale.lab.report.plots import MOST_LABELS, SMOOTH_FROM, Bar, Curve, bar_chart, line_chart, smoothed
+from sret_scale.lab.report.run_record import Run
+from sret_scale.lab.report.summary import Summary, evaluation_split
+from sret_scale.runs.metrics_log import Series
+
+MOST_BARS = 16  # A chart with more is longer than the table that has the same figures.
+
+
+def basic_figures(runs: Sequence[Run], summaries: Sequence[Summary], colours: Sequence[str]) -> list[Chart]:
+    """Accuracy, losses, speed and memory of the runs; a figure for which no run has a value is left out."""
+    charts = [
+        _accuracy(runs, colours),
+        _training_loss(runs, colours),
+        _evaluation_loss(runs, colours),
+        _speed(summaries, colours),
+        _memory(summaries, colours),
+    ]
+    return [chart for chart in charts if chart is not None]
+
+
+def _accuracy(runs: Sequence[Run], colours: Sequence[str]) -> Chart | None:
+    curves = [
+        Curve(label=run.name, colour=colour, series=main, faint=faint, kinds=("ema" if faint else "raw", "raw"))
+        for run, colour in zip(runs, colours, strict=True)
+        for main, faint in [_by_weights(run, "top1", 100.0)]
+    ]
+    split = evaluation_split(runs[0])
+    averaged = any(curve.faint is not None and len(curve.faint.images) > 1 for curve in curves)
+    text = f"On the {split} split, each sample counted once." + (
+        " Strong lines: averaged weights (EMA); faint lines: the weights as trained." if averaged else ""
+    )
+    caption = Caption(name="accuracy", title="Accuracy", text=text, x_label="images seen", y_label="top-1, %")
+    return _lines(curves, caption, decimals=1)
+
+
+def _training_loss(runs: Sequence[Run], colours: Sequence[str]) -> Chart | None:
+    curves = []
+    for run, colour in zip(runs, colours, strict=True):
+        measured = run.series("train", "loss")
+        long = len(measured.images) >= SMOOTH_FROM
+        curves.append(
+            Curve(
+                label=run.name,
+                colour=colour,
+                series=smoothed(measured),
+                faint=measured if long else None,
+                kinds=("mean" if long else "measured", "measured"),
+            )
+        )
+    text = "Strong lines are averages over neighbouring steps." if any(curve.faint for curve in curves) else ""
+    if len({teacher_of(run) is None for run in runs}) > 1:
+        text += " A distilled run's loss measures the distance to its teacher: compare its course, not its height."
+    caption = Caption(
+        name="training_loss", title="Training loss", text=text.strip(), x_label="images seen", y_label="loss, nats"
+    )
+    return _lines(curves, caption, decimals=2)
+
+
+def _evaluation_loss(runs: Sequence[Run], colours: Sequence[str]) -> Chart | None:
+    curves = [
+        Curve(label=run.name, colour=colour, series=_by_weights(run, "loss", 1.0)[0])
+        for run, colour in zip(runs, colours, strict=True)
+    ]
+    caption = Caption(
+        name="evaluation_loss",
+        title="Evaluation loss",
+        text=f"Cross-entropy on the {evaluation_split(runs[0])} split: the same measure for every run.",
+        x_label="images seen",
+        y_label="cross-entropy, nats",
+    )
+    return _lines(curves, caption, decimals=2)
+
+
+def _by_weights(run: Run, field: str, factor: float) -> tuple[Series, Series | None]:
+    """An evaluated quantity of the averaged weights with the raw ones behind it, or of the raw ones alone."""
+    split = evaluation_split(run)
+    raw, averaged = (
+        Series(images=series.images, values=factor * series.values)
+        for series in (run.series("eval", field, weights=weights, split=split) for weights in ("raw", "ema"))
+    )
+    return (averaged, raw) if len(averaged.images) else (raw, None)
+
+
+def _lines(curves: list[Curve], caption: Caption, *, decimals: int) -> Chart | None:
+    """The chart of the curves that have a finite value."""
+    drawn = [curve for curve in curves if np.isfinite(curve.series.values).any()]
+    if not drawn:
+        return None
+    if len(drawn) > MOST_LABELS:
+        more = "One line per run, in the colours of the table."
+        caption = Caption(**{**vars(caption), "text": f"{caption.text} {more}".strip()})
+    return line_chart(drawn, caption, decimals=decimals)
+
+
+def _speed(summaries: Sequence[Summary], colours: Sequence[str]) -> Chart | None:
+    bars = [
+        Bar(label=s.run, colour=colour, value=s.images_per_s, text=f"{compact(s.images_per_s)} images/s")
+        for s, colour in zip(summaries, colours, strict=True)
+        if s.images_per_s is not None
+    ]
+    caption = Caption(
+        name="speed",
+        title="Training speed",
+        text="Median over the run, all ranks together; with distillation the teacher is included.",
+        x_label="images/s",
+    )
+    return bar_chart(bars, caption) if 0 < len(bars) <= MOST_BARS else None
+
+
+def _memory(summaries: Sequence[Summary], colours: Sequence[str]) -> Chart | None:
+    bars = [
+        Bar(
+            label=s.run,
+            colour=colour,
+            value=s.peak_bytes,
+            text=binary_size(s.peak_bytes),
+            tick=s.predicted_activation_bytes,
+        )
+        for s, colour in zip(summaries, colours, strict=True)
+        if s.peak_bytes is not None
+    ]
+    device = any(s.peak_is_device for s in summaries)
+    text = "Peak of the device's allocator" if device else "Peak of the process (RSS, which includes code and data)"
+    text += ", on the rank that needs most."
+    if any(bar.tick is not None for bar in bars):
+        text += " The tick marks the prediction, for activations alone."
+    caption = Caption(name="memory", title="Peak memory", text=text, x_label="bytes")
+    return bar_chart(bars, caption) if 0 < len(bars) <= MOST_BARS else None

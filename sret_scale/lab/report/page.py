@@ -1,0 +1,181 @@
+"""Writes the report: one page that answers by itself, from disk and without scripts, and its figures as files."""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+
+from data_pipelines.atomic_files import write_whole
+from sret_scale.lab.readable_numbers import compact, duration, grouped, percent
+from sret_scale.lab.report.chart import Chart, css_colour, run_colours
+from sret_scale.lab.report.compare import differing_fields, flatten
+from sret_scale.lab.report.depth_curves import depth_figures
+from sret_scale.lab.report.figures import basic_figures
+from sret_scale.lab.report.health import alarms, health_figures
+from sret_scale.lab.report.memory_figures import memory_figures
+from sret_scale.lab.report.run_record import Run, load_runs
+from sret_scale.lab.report.summary import COLUMNS, Summary, best_rows, energy_words, summarise, summary_table
+
+MOST_TILES = 4
+MOST_ROWS_ABOVE = 12
+MOST_RUNS_ACROSS = 6  # With more runs than this, a table of differences has the runs as its rows.
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What was written: the page, its figures' files, and what the reader was told of the runs."""
+
+    page: Path
+    files: tuple[Path, ...]
+    num_runs: int
+    left_out: tuple[str, ...]
+
+
+def write_report(paths: Sequence[Path], page: Path, *, note: str = "") -> Report:
+    """Report on the runs in `paths`: `page`, and SVG, PNG and CSV of each figure in the folder PAGE_files.
+
+    `note` stands under the title: what a reader must know before the numbers.
+
+    Raises FileNotFoundError or ValueError for a path that is no run, OSError where the page cannot be written.
+    """
+    if page.is_dir():
+        raise IsADirectoryError(f"{page} is a folder: expected a file to write, such as -o {page / 'report.html'}")
+    runs, left_out = load_runs(paths)
+    summaries = [summarise(run) for run in runs]
+    colours = run_colours(len(runs))
+    basic, depth = basic_figures(runs, summaries, colours), depth_figures(runs, summaries)
+    basic += health_figures(runs) + memory_figures(runs, summaries, colours)
+    # Of many runs the depth curves are the answer; of a few the courses are.
+    charts = depth + basic if len(runs) > MOST_TILES else basic + depth
+    folder = page.with_name(f"{page.stem}_files")
+    text = render(runs, summaries, charts, colours, files=folder.name, left_out=left_out, note=note)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = f"cannot write the report {page}: {error.strerror}; choose another page with -o"
+        raise OSError(error.errno, reason) from error
+    files = [file for chart in charts for file in chart.write(folder)]
+    table = io.StringIO()
+    csv.writer(table, lineterminator="\n").writerows(summary_table(summaries))
+    files.append(folder / "summary.csv")
+    files[-1].write_text(table.getvalue(), encoding="utf-8")
+    # The page appears whole or not at all: a browser may be looking at the last one.
+    write_whole(page, text)
+    return Report(page=page, files=tuple(files), num_runs=len(runs), left_out=tuple(left_out))
+
+
+def render(
+    runs: Sequence[Run],
+    summaries: Sequence[Summary],
+    charts: Sequence[Chart],
+    colours: Sequence[str],
+    *,
+    files: str,
+    left_out: Sequence[str],
+    note: str = "",
+) -> str:
+    """The page's HTML. Everything that comes from a run is escaped; only our own SVG is not."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("sret_scale.lab", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    rows = list(zip(summaries, map(css_colour, colours), strict=True))
+    remarks = [f"{run.name}: {remark}" for run in runs for remark in [*run.remarks, *alarms(run)]]
+    remarks += [f"{run.name}: no metrics yet." for run in runs if not run.lines]
+    remarks += [f"Left out: {reason}" for reason in left_out]
+    return environment.get_template("report.html").render(
+        title=_title(runs),
+        lead=lead(summaries),
+        page_note=note,
+        rows=rows,
+        tiles=rows if 1 < len(rows) <= MOST_TILES and any(s.top1 is not None for s in summaries) else [],
+        columns=COLUMNS,
+        best=[best_rows(column, list(summaries)) for column in COLUMNS],
+        charts=charts,
+        # A table longer than a screen would hide the answer.
+        figures_first=len(rows) > MOST_ROWS_ABOVE,
+        files=files,
+        remarks=remarks,
+        difference=_difference_table(runs),
+        difference_first=len(runs) == 2,
+        shared_config=_shared([flatten(run.config) for run in runs]),
+        shared_environment=_shared([_facts(run) for run in runs]),
+        repeats=[(run.name, run.environment.get("command", "not recorded")) for run in runs],
+        environment_difference=_unequal_facts(runs),
+        percent=percent,
+        compact=compact,
+        grouped=grouped,
+    )
+
+
+def lead(summaries: Sequence[Summary]) -> str:
+    """The answer in a sentence: the most accurate run, and what it took."""
+    scored = [s for s in summaries if s.top1 is not None and s.top1 == s.top1]
+    if not scored:
+        return "No run has been evaluated yet."
+    best = max(scored, key=lambda s: s.top1 or 0.0)
+    weights = "averaged weights" if best.top1_ema is not None else "raw weights"
+    start = f"{best.run} is the most accurate: " if len(scored) > 1 else f"{best.run}: "
+    return (
+        f"{start}{percent(best.top1)} % top-1 ({weights}) with {grouped(best.applications)} block applications and "
+        f"{compact(best.parameters)} parameters, after {grouped(best.images_seen)} images in {duration(best.time_s)}."
+    )
+
+
+def _title(runs: Sequence[Run]) -> str:
+    names = [run.name for run in runs]
+    if len(names) <= 3:
+        return " \N{MIDDLE DOT} ".join(names)
+    return f"{len(names)} runs"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A plain table of texts."""
+
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+def _difference_table(runs: Sequence[Run]) -> Table | None:
+    """The config fields in which the runs differ; None if there are none, or nothing to compare."""
+    columns = differing_fields(runs)
+    if len(runs) < 2 or not columns:
+        return None
+    names = [run.name for run in runs]
+    return _table(columns, names, corner="field" if len(runs) <= MOST_RUNS_ACROSS else "run")
+
+
+def _table(columns: Mapping[str, Sequence[str]], names: Sequence[str], *, corner: str) -> Table:
+    """Fields down and runs across, or the other way round for many runs."""
+    if corner == "field":
+        return Table(header=(corner, *names), rows=tuple((key, *values) for key, values in columns.items()))
+    return Table(header=(corner, *columns), rows=tuple(zip(names, *columns.values(), strict=True)))
+
+
+def _shared(fields: Sequence[Mapping[str, str]]) -> list[tuple[str, str]]:
+    """Keys with the same text everywhere."""
+    return [(key, text) for key, text in fields[0].items() if all(other.get(key) == text for other in fields[1:])]
+
+
+def _facts(run: Run) -> dict[str, str]:
+    """The environment without the command, which each run has of its own, and what was told of its energy."""
+    facts = flatten({key: value for key, value in run.environment.items() if key != "command"})
+    told = energy_words(run)
+    return facts | ({"energy": told} if told else {})
+
+
+def _unequal_facts(runs: Sequence[Run]) -> Table | None:
+    facts = [_facts(run) for run in runs]
+    keys = dict.fromkeys(key for fact in facts for key in fact)
+    columns = {key: [fact.get(key, "-") for fact in facts] for key in keys}
+    columns = {key: values for key, values in columns.items() if len(set(values)) > 1}
+    if not columns:
+        return None
+    return _table(columns, [run.name for run in runs], corner="field" if len(runs) <= MOST_RUNS_ACROSS else "run")

@@ -1,0 +1,1 @@
+"""What `sret-scale doctor` looks at, on this machine and on all nodes together."""

@@ -1,0 +1,75 @@
+"""What a run will do, said before anything starts: who trains, the memory of a rank, the shards that a node reads."""
+
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from data_pipelines.remote.shard_sets import open_training_data
+from data_pipelines.stream.order import Order
+from sret_scale.config.ds_config import load_ds_config, precision_of, zero_stage_of
+from sret_scale.config.run_config import RunConfig
+from sret_scale.launch.nodes import Place
+from sret_scale.launch.roles import student_ranks, teacher_ranks_of
+from sret_scale.memory.planning.micro_batch import BatchSearch
+from sret_scale.memory.planning.rank_state import format_bytes, state_bytes
+from sret_scale.memory.planning.step_cost import DEVICES
+from sret_scale.model import SReT
+from sret_scale.train.recomputation import bytes_beside, set_up_recomputation
+
+
+def describe_run(config: RunConfig, place: Place) -> Iterator[str]:
+    """Lines for the terminal."""
+    yield from describe_roles(config, place)
+    students = student_ranks([len(host.devices) for host in place.hosts], teacher_ranks_of(config))
+    yield describe_memory(config, sum(students))
+    for host, line in zip(place.hosts, describe_shards(config, students), strict=True):
+        yield f"{host.name}: {line}"
+
+
+def describe_roles(config: RunConfig, place: Place) -> Iterator[str]:
+    """Which devices of every node train and which run the teacher; nothing where the job has no teacher ranks."""
+    number = teacher_ranks_of(config)
+    for host in place.hosts if number else ():
+        students, teachers = host.devices[:-number], host.devices[-number:]
+        yield f"{host.name}: students on devices {','.join(students)}, the teacher on {','.join(teachers)}"
+
+
+def describe_memory(config: RunConfig, world_size: int) -> str:
+    """The plan of memory of one student, as the planner predicts it."""
+    ds_config = load_ds_config(config.engine.ds_config)
+    with torch.device("meta"):
+        model = SReT(config.model)
+    prepared = set_up_recomputation(model, config, world_size)
+    costs = BatchSearch(config.model, precision_of(ds_config), DEVICES["cpu"]).costs(1)
+    state = state_bytes(costs, world_size=world_size, zero_stage=zero_stage_of(ds_config))
+    beside = bytes_beside(config, world_size)
+    parts = {
+        "weights": state.parameters,
+        "gradients": state.gradients,
+        "optimizer": state.optimizer,
+        "buckets": state.buckets,
+        "activations": prepared.activations,
+        "teacher": beside,
+    }
+    text = ", ".join(f"{name} {format_bytes(count)}" for name, count in parts.items())
+    schedule = f"chosen for {config.memory.budget_bytes:,} bytes" if prepared.plan else config.memory.schedule
+    return f"memory of a rank: {format_bytes(sum(parts.values()))}: {text}; recomputation: {schedule}"
+
+
+def describe_shards(config: RunConfig, students: list[int]) -> Iterator[str]:
+    """For every node, how many shards its ranks read in the first epoch, and in the first step alone."""
+    shards = open_training_data(config.data)
+    global_batch_size = config.train.global_batch_size
+    order = Order.of(shards, config.data, seed=config.train.seed, global_batch_size=global_batch_size)
+    num_steps = max(1, order.epoch_length // global_batch_size)
+    positions = np.arange(num_steps * global_batch_size, dtype=np.int64)
+    shard_of_SB = shards.shard_of[order.samples(0, positions)].reshape(num_steps, global_batch_size)
+    # A rank's samples of a step are neighbours, and so are the ranks of a node.
+    per_rank = global_batch_size // sum(students)
+    borders = np.cumsum([0, *students]) * per_rank
+    for first, last in itertools.pairwise(borders):
+        of_node_SB = shard_of_SB[:, first:last]
+        epoch, step = len(np.unique(of_node_SB)), len(np.unique(of_node_SB[0]))
+        yield f"reads {epoch} of {shards.num_shards} shards in the first epoch, {step} in the first step"

@@ -1,0 +1,76 @@
+"""What a node is told: one line of JSON on the agent's stdin, so that no value ever passes through a shell."""
+
+import base64
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+RANKS_OF_NODES = "SRET_SCALE_RANKS_OF_NODES"
+"""The agent tells its ranks in the environment: how many ranks every node has, in order, such as `8,8,4`."""
+NODE_FOLDER = "SRET_SCALE_NODE_FOLDER"
+"""And a folder on the node that lives as long as the job, and that only its user can enter."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A job of one or more nodes; the same on all of them but for `node_rank`."""
+
+    run_folder: str
+    working_folder: str
+    module: str
+    arguments: tuple[str, ...]
+    world: Mapping[str, tuple[str, ...]]
+    """Host name -> its devices, in rank order."""
+    master_addr: str
+    master_port: int
+    node_rank: int | None = None
+    """This node's place in `world`; None inside Slurm, where the agent finds it by the node's name."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Set for the ranks, over what the node has."""
+    archive: str = ""
+    """What the ranks import from, to be unpacked below `local_folder` on each node; empty: what is installed."""
+    local_folder: str = ""
+    stop_grace_s: float = 120.0
+    """How long ranks may take to save and end after they are asked to stop."""
+    failure_grace_s: float = 10.0
+    """How long the other ranks may live after one failed."""
+
+    @property
+    def world_size(self) -> int:
+        """Ranks on all nodes together."""
+        return sum(len(devices) for devices in self.world.values())
+
+    def to_line(self) -> str:
+        """One line of JSON."""
+        return json.dumps(asdict(self)) + "\n"
+
+    @classmethod
+    def from_line(cls, line: str) -> "Job":
+        """The job of a line that `to_line` wrote."""
+        content: dict[str, Any] = json.loads(line)
+        content["arguments"] = tuple(content["arguments"])
+        content["world"] = {name: tuple(devices) for name, devices in content["world"].items()}
+        return cls(**{key.name: content[key.name] for key in fields(cls)})
+
+
+def deepspeed_command(job: Job, node_rank: int) -> list[str]:
+    """The command of DeepSpeed's per-node launcher, which starts the ranks of that node.
+
+    The `deepspeed` runner in front of it is left out: killed, it leaves the nodes running and reports success, and it
+    builds shell lines from its arguments.
+    """
+    world = base64.urlsafe_b64encode(json.dumps(job.world).encode()).decode()
+    return [
+        *(sys.executable, "-u", "-m", "deepspeed.launcher.launch"),
+        f"--world_info={world}",
+        f"--node_rank={node_rank}",
+        f"--master_addr={job.master_addr}",
+        f"--master_port={job.master_port}",
+        "--log_level=critical",
+        "--no_local_rank",
+        "--module",
+        "sret_scale.launch.rank_bootstrap",
+        *(job.run_folder, job.module, *job.arguments),
+    ]

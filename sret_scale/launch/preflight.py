@@ -1,0 +1,215 @@
+"""Everything that is checked before a run's processes start, and their start."""
+
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from data_pipelines.atomic_files import write_whole
+from data_pipelines.remote.shard_sets import open_data, open_training_data
+from data_pipelines.stream.loader import check_node_cache
+from sret_scale.config.ds_config import load_ds_config, zero_stage_of
+from sret_scale.config.run_config import RunConfig, from_yaml, grad_accum_steps, split_differences, to_yaml
+from sret_scale.config.step_depth import check_depth
+from sret_scale.distill.label_teacher import open_matching_labels
+from sret_scale.distill.spec import parse_teacher
+from sret_scale.launch.dry_run import describe_run
+from sret_scale.launch.hostfile import Host
+from sret_scale.launch.launcher import launch
+from sret_scale.launch.nodes import choose_nodes
+from sret_scale.launch.roles import student_ranks, teacher_ranks_of
+from sret_scale.model import SReT, describe
+from sret_scale.runs.run_folder import EXIT_FINISHED, RunFolder, environment, read_status, write_json
+from sret_scale.train.load_run import initial_state
+from sret_scale.train.optim import check_optimizer
+from sret_scale.train.recomputation import set_up_recomputation
+from sret_scale.train.teacher_plan import with_teacher_ranks
+
+
+def start_run(
+    config: RunConfig,
+    path: Path,
+    *,
+    num_ranks: int | None = None,
+    hosts: Sequence[Host] = (),
+    is_fresh: bool = False,
+    dry_run: bool = False,
+) -> int:
+    """Check `config`, make or continue the run folder, start the ranks, wait; returns the run's exit status.
+
+    Raises ValueError or OSError, before anything is started or written, for what can be known to be wrong.
+    """
+    place = choose_nodes(num_ranks=num_ranks, hosts=hosts)
+    ranks_of_nodes = [len(host.devices) for host in place.hosts]
+    is_elsewhere = any(start.is_remote for start in place.starts) or len(place.hosts) > 1
+    config = with_teacher_ranks(config, path, ranks_of_nodes, is_fresh=is_fresh, is_elsewhere=is_elsewhere)
+    students = student_ranks(ranks_of_nodes, teacher_ranks_of(config))
+    world_size = sum(students)
+    check_run(config, world_size)
+    check_cache(config, students)
+    # A run that goes on has its own weights; those that it began with may be gone by then.
+    if config.train.initial_weights and (is_fresh or not RunFolder(path).checkpoints.exists()):
+        initial_state(config.train.initial_weights, config.model)
+    if dry_run:
+        for line in describe_run(config, place):
+            print(line)
+        with tempfile.TemporaryDirectory() as temporary:
+            file = Path(temporary) / "config.yaml"
+            file.write_text(to_yaml(config), encoding="utf-8")
+            return launch(path, file, num_ranks=num_ranks, hosts=hosts, dry_run=True)
+    folder = RunFolder(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            error.errno, f"cannot make the run folder {path}: {error.strerror}; choose another --run"
+        ) from error
+    # Held until the ranks have ended: nobody else may look at the folder between this check and rank 0's own lock.
+    with folder.locked("launch.lock"):
+        with folder.locked():
+            if is_fresh:
+                remove_results(folder)
+            check_configuration(folder, config)
+        if is_finished(folder):
+            print(f"{path} is finished: {config.train.total_images:,} images; --fresh runs it again")
+            return EXIT_FINISHED
+        place.check_reachable(path)
+        write_description(folder, config, world_size)
+        return launch(path, folder.config, num_ranks=num_ranks, hosts=hosts)
+
+
+def check_run(config: RunConfig, world_size: int) -> None:
+    """Raise ValueError or OSError where shards, classes, batch, memory, ds_config or teacher do not fit together."""
+    train = config.train
+    grad_accum_steps(train, world_size)
+    zero_stage = zero_stage_of(load_ds_config(config.engine.ds_config))
+    check_optimizer(config.optim, zero_stage)
+    if config.memory.budget_bytes is not None:
+        with torch.device("meta"):
+            model = SReT(config.model)
+        set_up_recomputation(model, config, world_size)
+    check_depth(
+        config.depth,
+        config.model,
+        schedule=config.memory.schedule,
+        zero_stage=zero_stage,
+        has_features=config.distill.matches_features,
+    )
+    check_data(config, world_size)
+    if train.total_images < train.global_batch_size:
+        raise ValueError(
+            f"train.total_images={train.total_images} is less than one global batch of {train.global_batch_size}"
+        )
+    if config.optim.warmup_images >= train.total_images:
+        raise ValueError(
+            f"optim.warmup_images={config.optim.warmup_images} leaves nothing of train.total_images="
+            f"{train.total_images}: the rate would never reach its peak; set a shorter warm-up"
+        )
+    check_teacher(config)
+
+
+def check_data(config: RunConfig, world_size: int) -> None:
+    """Raise ValueError unless both shard sets have the model's classes, the same ones, and enough samples."""
+    sets = {"train": open_training_data(config.data), "test": open_data(config.data.test_folder, config.data)}
+    for name, shards in sets.items():
+        if shards.num_classes != config.model.num_classes:
+            raise ValueError(
+                f"the {name} shards {shards.folder} have {shards.num_classes} classes, the model has "
+                f"{config.model.num_classes}: set model.num_classes={shards.num_classes}"
+            )
+    for index, (ours, theirs) in enumerate(zip(*(shards.class_names for shards in sets.values()), strict=True)):
+        if ours != theirs:
+            raise ValueError(
+                f"class {index} is {ours!r} in {sets['train'].folder} and {theirs!r} in {sets['test'].folder}: "
+                "write both from sources with the same classes"
+            )
+    if sets["train"].num_samples < config.train.global_batch_size:
+        raise ValueError(
+            f"{sets['train'].folder} has {sets['train'].num_samples} samples, fewer than one global batch of "
+            f"{config.train.global_batch_size} for {world_size} ranks: use fewer ranks or a smaller batch"
+        )
+
+
+def check_cache(config: RunConfig, ranks_of_nodes: Sequence[int]) -> None:
+    """Raise ValueError where the shards that the ranks of a node fetch ahead do not fit its cache.
+
+    Where nodes have different numbers of ranks, each rank checks its own part at its start.
+    """
+    if len(set(ranks_of_nodes)) == 1:
+        check_node_cache(
+            open_training_data(config.data),
+            config.data,
+            seed=config.train.seed,
+            global_batch_size=config.train.global_batch_size,
+            num_nodes=len(ranks_of_nodes),
+        )
+
+
+def check_teacher(config: RunConfig) -> None:
+    """Raise ValueError or OSError for a teacher that cannot be, as far as is known without loading a network."""
+    for part in parse_teacher(config.distill.teacher) if config.distill.teacher else ():
+        if part.kind == "run":
+            check_teacher_run(Path(part.value))
+        elif part.kind == "labels":
+            open_matching_labels(
+                Path(part.value),
+                config.distill,
+                shards=open_training_data(config.data),
+                data=config.data,
+                augment=config.augment,
+                run_seed=config.train.seed,
+            )
+
+
+def check_teacher_run(path: Path) -> None:
+    """Raise unless the folder holds a finished run: weights that still change would change what a student learns."""
+    folder = RunFolder(path)
+    if not folder.config.exists():
+        raise FileNotFoundError(f"teacher run:{path}: {path} is not a run folder (no config.yaml)")
+    if not is_finished(folder):
+        raise ValueError(
+            f"teacher run:{path}: expected a finished run, got state {read_status(folder).get('state')!r}: "
+            "finish it with its own command first"
+        )
+
+
+def check_configuration(folder: RunFolder, config: RunConfig) -> None:
+    """Raise ValueError where the folder holds a run of another configuration; print what a continued run may change."""
+    if not folder.config.exists():
+        return
+    refused, allowed = split_differences(from_yaml(folder.config), config)
+    if refused:
+        raise ValueError(
+            f"{folder.path} holds a run of another configuration: {'; '.join(refused[:5])}"
+            f"{' ...' if len(refused) > 5 else ''} (there -> asked for): choose another --run, or add --fresh"
+        )
+    for line in allowed:
+        print(f"continues with {line}")
+
+
+def write_description(folder: RunFolder, config: RunConfig, world_size: int) -> None:
+    """What is computed, by what, and how large it is."""
+    write_whole(folder.config, to_yaml(config))
+    write_json(folder.model, describe(config.model))
+    write_json(folder.environment, environment(world_size))
+
+
+def is_finished(folder: RunFolder) -> bool:
+    """True when the run of this folder came to its end, its last evaluation included."""
+    return read_status(folder).get("state") == "finished"
+
+
+def remove_results(folder: RunFolder) -> None:
+    """Delete what an earlier run left in the folder; other files stay."""
+    if not folder.environment.exists():
+        if any(file.name not in ("lock", "launch.lock") for file in folder.path.iterdir()):
+            raise ValueError(f"{folder.path} is not a run folder (no environment.json): --fresh deletes nothing there")
+        return
+    for name in ("logs", "errors", "heartbeats", "tensorboard"):
+        shutil.rmtree(folder.path / name, ignore_errors=True)
+    if folder.checkpoints.exists():
+        shutil.rmtree(folder.checkpoints)
+    for file in (folder.config, folder.model, folder.metrics, folder.status, folder.quarantine, folder.environment):
+        file.unlink(missing_ok=True)

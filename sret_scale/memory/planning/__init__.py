@@ -1,0 +1,1 @@
+"""What a schedule costs, and the choice of one: measured on fake tensors, without a device."""

@@ -1,0 +1,66 @@
+"""Bytes that a rank holds from step to step: parameters, gradients, optimiser state and DeepSpeed's buckets."""
+
+from dataclasses import dataclass
+
+from sret_scale.memory.planning.probe import StepCosts
+
+BUCKET_BYTES = 2 * 20_000_000 * 4
+"""The reduce and the gather bucket of ds_configs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StateBytes:
+    """All in fp32."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    buckets: int
+
+    @property
+    def total(self) -> int:
+        """The sum."""
+        return self.parameters + self.gradients + self.optimizer + self.buckets
+
+
+def state_bytes(costs: StepCosts, *, world_size: int, zero_stage: int) -> StateBytes:
+    """The state of one of `world_size` ranks with Adam: two moments, and under ZeRO a copy of the rank's parameters.
+
+    At ZeRO 3 one stage of the model is gathered at a time.
+    """
+    if zero_stage not in (0, 1, 2, 3):
+        raise ValueError(f"zero stage: expected 0, 1, 2 or 3, got {zero_stage}")
+    if world_size < 1:
+        raise ValueError(f"world size: expected at least 1, got {world_size}")
+    whole, part = costs.parameter_bytes, -(-costs.parameter_bytes // world_size)
+    return StateBytes(
+        parameters=costs.buffer_bytes + (part + costs.largest_stage_parameter_bytes if zero_stage == 3 else whole),
+        gradients=part if zero_stage >= 2 else whole,
+        optimizer=2 * whole if zero_stage == 0 else 3 * part,
+        buckets=BUCKET_BYTES if zero_stage else 0,
+    )
+
+
+def format_bytes(count: int) -> str:
+    """A size in the unit that suits it."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count} B"
+
+
+def parse_bytes(text: str, name: str = "size") -> int:
+    """Bytes of a size such as `80GiB`, `512MiB`, `40e9` or `16GB`; ValueError, with the `name` of the setting, else."""
+    units = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "kB": 10**3, "MB": 10**6, "GB": 10**9, "B": 1}
+    number, factor = text.strip(), 1
+    for unit, size in units.items():
+        if number.endswith(unit):
+            number, factor = number.removesuffix(unit), size
+            break
+    try:
+        count = int(float(number) * factor)
+    except (ValueError, OverflowError):
+        count = -1
+    if count < 0:
+        raise ValueError(f"{name}: expected a number of bytes such as 80GiB, 512MiB or 16GB, got {text!r}")
+    return count

@@ -1,0 +1,1 @@
+"""The vision model on the recursion core: stem, SReT, presets, published weights."""

@@ -1,0 +1,194 @@
+"""What a run leaves behind: the names of its files, and how each is written.
+
+config.yaml         the resolved configuration; `train` takes it back
+model.json          preset name and counts (sret_scale.model.describe)
+environment.json    command, versions, commit, world size; the machine of rank 0, and of every node
+metrics.jsonl       one JSON object a line
+checkpoints/        see sret_scale.runs.checkpoint
+status.json         state ("running", "finished", "stopped", "failed"), exit code, reason; written by rank 0
+lock                held by rank 0 while the run is alive
+"""
+
+import fcntl
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from data_pipelines.atomic_files import write_whole
+
+EXIT_FINISHED = 0
+EXIT_FAILED = 1
+EXIT_STOPPED = 85
+"""A signal stopped the run after it had saved: the same command continues it."""
+
+RECORDED_PACKAGES = ("sret-scale", "torch", "deepspeed", "webdataset", "numpy", "torchvision")
+
+
+class RunFolder:
+    """Paths of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.model = path / "model.json"
+        self.environment = path / "environment.json"
+        self.metrics = path / "metrics.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.status = path / "status.json"
+        self.quarantine = path / "quarantine.jsonl"
+
+    @contextmanager
+    def locked(self, name: str = "lock") -> Iterator[None]:
+        """Hold the run for this process; ValueError where another process holds it.
+
+        `lock` is rank 0's, `launch.lock` that of the process which starts the ranks.
+        """
+        with (self.path / name).open("a") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ValueError(
+                    f"{self.path} is in use by another running job: wait for it, or use another --run"
+                ) from error
+            yield
+
+    def record_nodes(self, nodes: list[dict[str, Any]]) -> None:
+        """Put what the ranks run on into environment.json: the launching host, which wrote it, may be another kind."""
+        known = json.loads(self.environment.read_text(encoding="utf-8"))
+        write_json(self.environment, {**known, **nodes[0], "nodes": nodes})
+
+    def write_status(self, state: str, exit_code: int | None, reason: str = "") -> None:
+        """Replace status.json in one step, so that a reader never sees half of it."""
+        write_json(self.status, {"state": state, "exit_code": exit_code, "reason": reason})
+
+
+def read_status(folder: RunFolder) -> dict[str, Any]:
+    """What rank 0 wrote of the run's end; empty where it wrote nothing."""
+    return json.loads(folder.status.read_text(encoding="utf-8")) if folder.status.exists() else {}
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Replace a JSON file in one step."""
+    write_whole(file, json.dumps(value, indent=1) + "\n")
+
+
+class MetricsLog:
+    """Appends to metrics.jsonl inside a `with`, and to TensorBoard event files where they are asked for."""
+
+    def __init__(self, file: Path, *, tensorboard: bool = False) -> None:
+        self._file = file
+        self._events = _tensorboard_writer(file.parent / "tensorboard") if tensorboard else None
+
+    def __enter__(self) -> "MetricsLog":
+        self.is_continued = self._file.exists() and self._file.stat().st_size > 0
+        was_cut = self._file.exists() and self._file.stat().st_size and not self._file.read_bytes().endswith(b"\n")
+        self._stream = self._file.open("a", encoding="utf-8")
+        if was_cut:
+            # A line that a kill cut off is ended, so that it cannot swallow the next one.
+            self._stream.write("\n")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stream.close()
+        if self._events:
+            self._events.close()
+
+    def write(self, kind: str, values: Mapping[str, Any]) -> None:
+        """Append one line and hand it to the operating system at once; `values` has `images`, the clock."""
+        self._stream.write(json.dumps({"kind": kind, **values}) + "\n")
+        self._stream.flush()
+        if self._events:
+            prefix = f"{kind}/{values['weights']}" if "weights" in values else kind
+            for name, value in scalars(values):
+                if name != "images":
+                    self._events.add_scalar(f"{prefix}/{name}", value, values["images"])
+
+
+def scalars(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """The numbers of nested mappings, under names such as `classes/tied/norm`; lists are left out."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from ((f"{name}/{inner}", number) for inner, number in scalars(value))
+        elif isinstance(value, int | float):
+            yield name, value
+
+
+def _tensorboard_writer(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError(
+            f"train.tensorboard=true needs the tensorboard extra ({error}): pip install 'sret-scale[tensorboard]', "
+            "or leave it false"
+        ) from error
+    return SummaryWriter(str(folder))
+
+
+class NoMetrics:
+    """Stands in for a MetricsLog on the ranks that write nothing."""
+
+    is_continued = False
+
+    def __enter__(self) -> "NoMetrics":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        return None
+
+    def write(self, kind: str, values: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+
+def environment(world_size: int) -> dict[str, Any]:
+    """Everything about machine and versions that a reader needs to repeat a run. Holds no environment variables."""
+    return {
+        "command": shlex.join(["sret-scale", *sys.argv[1:]]),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in RECORDED_PACKAGES}},
+        **machine(),
+        "commit": _commit(),
+        "world_size": world_size,
+    }
+
+
+def machine() -> dict[str, Any]:
+    """What this process runs on."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"cpu": _cpu_name(), "num_cpus": os.cpu_count(), "gpu": gpu}
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def _commit() -> str | None:
+    """The project's commit, with `+changes` where the tree differs from it; None where it is not a git checkout."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    run = subprocess.run(
+        ["git", "-C", str(root), "describe", "--always", "--dirty=+changes", "--abbrev=12", "--exclude=*"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return run.stdout.strip() or None

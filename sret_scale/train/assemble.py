@@ -1,0 +1,239 @@
+"""A run's parts: model, engine, data, teacher and logs, built from its configuration on every rank."""
+
+import contextlib
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from data_pipelines.image.augment import BatchAugment
+from data_pipelines.remote.shard_sets import open_data, open_training_data
+from data_pipelines.shards.index import ShardSet
+from data_pipelines.stream.loader import LoaderState, TrainLoader
+from sret_scale.config.ds_config import load_ds_config, precision_of
+from sret_scale.config.run_config import RunConfig, grad_accum_steps
+from sret_scale.distill import (
+    AnyTeacher,
+    FeatureMatch,
+    OnlineTeacher,
+    RemoteTeacher,
+    StoredTeacher,
+    Teacher,
+    build_teacher,
+    open_stored_teacher,
+    stored_labels,
+)
+from sret_scale.memory import Prepared
+from sret_scale.model import SReT, Stage
+from sret_scale.model.vision.stem import SyncBatchNorm
+from sret_scale.runs.run_folder import MetricsLog, NoMetrics, RunFolder
+from sret_scale.train.checkpoint_writer import CheckpointWriter
+from sret_scale.train.distributed import Ranks, differentiable_sum
+from sret_scale.train.energy import EnergyMeter, spent_before
+from sret_scale.train.engine.apex_door import choose_kernels
+from sret_scale.train.engine.engine import Engine, shard_frozen
+from sret_scale.train.load_run import load_teacher_run
+from sret_scale.train.optim import WeightAverage, build_optimizer
+from sret_scale.train.progress import RunProgress
+from sret_scale.train.recomputation import set_up_recomputation
+from sret_scale.train.telemetry import Telemetry, telemetry_of
+from sret_scale.train.watchdog import Watchdog
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clock:
+    """How far a run has come. `time_s` adds up all its starts."""
+
+    step: int = 0
+    images: int = 0
+    time_s: float = 0.0
+    is_evaluated: bool = True
+    """False when a signal came before an evaluation that was due here."""
+    skipped_steps: int = 0
+    """Updates in a row, up to here, that were left out."""
+    loader: LoaderState = field(default_factory=LoaderState)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """The parts of a run that the training loop and its saves share."""
+
+    config: RunConfig
+    folder: RunFolder
+    ranks: Ranks
+    loader: TrainLoader
+    train_shards: ShardSet
+    test_shards: ShardSet
+    augment: BatchAugment
+    engine: Engine
+    average: WeightAverage | None
+    teacher: AnyTeacher | None
+    teacher_identity: dict[str, Any] | None
+    features: FeatureMatch | None
+    memory: Prepared
+    energy: EnergyMeter
+    eval_model: SReT
+    metrics: MetricsLog | NoMetrics
+    telemetry: Telemetry | None
+    progress: RunProgress
+    watchdog: Watchdog
+    writer: CheckpointWriter
+
+
+def set_up(config: RunConfig, folder: RunFolder, ranks: Ranks, stack: contextlib.ExitStack) -> Run:
+    """Model, engine, data, teacher and logs; the initial weights are a function of the seed alone."""
+    rank, job_size = ranks.place_in_job
+    watchdog = Watchdog(folder.path, rank=rank, world_size=job_size, timeout_s=config.train.hang_timeout_s)
+    stack.enter_context(watchdog)
+    accumulation = grad_accum_steps(config.train, ranks.world_size)
+    shards = open_training_data(config.data)
+    loader = TrainLoader(
+        shards,
+        dataclasses.replace(config.data, quarantine_file=config.data.quarantine_file or str(folder.quarantine)),
+        image_size=config.model.image_size,
+        seed=config.train.seed,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        micro_batch_size=config.train.micro_batch_size,
+        grad_accum_steps=accumulation,
+    )
+    engine, memory = set_up_engine(config, ranks, accumulation)
+    horizon = config.optim.ema_horizon_images
+    teacher = set_up_teacher(config, ranks, shards)
+    if isinstance(teacher, RemoteTeacher):
+        stack.enter_context(teacher)
+    metrics: MetricsLog | NoMetrics = NoMetrics()
+    if ranks.is_main:
+        metrics = MetricsLog(folder.metrics, tensorboard=config.train.tensorboard)
+    return Run(
+        config=config,
+        folder=folder,
+        ranks=ranks,
+        loader=loader,
+        train_shards=shards,
+        test_shards=open_data(config.data.test_folder, config.data),
+        augment=BatchAugment(config.augment, config.model.num_classes),
+        engine=engine,
+        average=WeightAverage(engine.local_weights(), horizon) if horizon else None,
+        teacher=teacher,
+        teacher_identity=identity_of(teacher, config),
+        features=match_features(config, engine.model, teacher),
+        memory=memory,
+        energy=stack.enter_context(energy_meter(folder, ranks)),
+        eval_model=SReT(config.model).to(ranks.device).eval(),
+        metrics=stack.enter_context(metrics),  # type: ignore[arg-type]  # mypy joins the two kinds to object
+        telemetry=set_up_telemetry(config, engine, ranks),
+        watchdog=watchdog,
+        writer=stack.enter_context(CheckpointWriter(folder.checkpoints, ranks, keep=config.train.keep_checkpoints)),
+        progress=stack.enter_context(
+            RunProgress(folder.path.name, total_images=config.train.total_images, is_shown=ranks.is_main)
+        ),
+    )
+
+
+def set_up_telemetry(config: RunConfig, engine: Engine, ranks: Ranks) -> Telemetry | None:
+    """What looks at the health of the model's depth on rank 0."""
+    precision = precision_of(load_ds_config(config.engine.ds_config))
+    assert isinstance(engine.model, SReT)
+    return telemetry_of(engine.model, config.telemetry, precision, is_main=ranks.is_main, zero_stage=engine.zero_stage)
+
+
+def set_up_engine(config: RunConfig, ranks: Ranks, accumulation: int) -> tuple[Engine, Prepared]:
+    """(the model under DeepSpeed, with its optimiser and recomputation; what is said of its memory)"""
+    torch.manual_seed(config.train.seed)
+    model = over_all_ranks(SReT(config.model).to(ranks.device))
+    ds_config = load_ds_config(config.engine.ds_config)
+    memory = set_up_recomputation(model, config, ranks.world_size)
+    optimizer = build_optimizer(model, model.parameter_tags(), config.optim)
+    optimizer.apex, kernels = choose_kernels(ranks.device)
+    if ranks.is_main and optimizer.apex:
+        print(kernels, flush=True)
+    engine = Engine(
+        model,
+        optimizer,
+        ds_config,
+        micro_batch_size=config.train.micro_batch_size,
+        grad_accum_steps=accumulation,
+        z3_leaf_modules=(Stage,),
+    )
+    return engine, memory
+
+
+def energy_meter(folder: RunFolder, ranks: Ranks) -> EnergyMeter:
+    """Counts from here on; on rank 0 it goes on from what earlier starts of the run drew."""
+    before = spent_before(folder.metrics) if ranks.is_main else {}
+    return EnergyMeter(metered_devices(ranks), is_first_on_node=ranks.local_rank == 0, before=before)
+
+
+def metered_devices(ranks: Ranks) -> list[torch.device]:
+    """The device of a rank; on the first of a node also those of the ranks there that only run a teacher."""
+    if ranks.beside is None or ranks.local_rank != 0 or ranks.device.type != "cuda":
+        return [ranks.device]
+    # The last ranks of a node, each with the device of its number.
+    first = ranks.beside.students_of_node
+    return [ranks.device, *(torch.device("cuda", first + index) for index in range(len(ranks.beside.files)))]
+
+
+def over_all_ranks(model: SReT) -> SReT:
+    """`model`, its synchronised BatchNorms connected over the ranks."""
+    for module in model.modules():
+        if isinstance(module, SyncBatchNorm):
+            module.all_reduce = differentiable_sum
+    return model
+
+
+def set_up_teacher(config: RunConfig, ranks: Ranks, shards: ShardSet) -> AnyTeacher | None:
+    """The teacher of the configuration, live or stored, outside everything that is trained, averaged or saved."""
+    if config.distill.teacher is None:
+        return None
+    if ranks.beside:
+        student, classes = ranks.beside.student_of_node, config.model.num_classes
+        return RemoteTeacher(ranks.beside.files, student=student, num_classes=classes)
+    store = stored_labels(config.distill.teacher)
+    if store:
+        return open_stored_teacher(
+            store,
+            config.distill,
+            shards=shards,
+            data=config.data,
+            augment=config.augment,
+            run_seed=config.train.seed,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+        )
+    return live_teacher(config, ranks.device)
+
+
+def live_teacher(config: RunConfig, device: torch.device) -> Teacher:
+    """The network that the configuration names, on a device."""
+    assert config.distill.teacher is not None
+    return build_teacher(
+        config.distill.teacher,
+        num_classes=config.model.num_classes,
+        device=device,
+        load_run=load_teacher_run,
+        micro_batch_size=config.distill.teacher_micro_batch_size,
+        precision=config.distill.teacher_precision,
+        compiled=config.distill.teacher_compile,
+        shard=shard_frozen if config.distill.teacher_placement == "sharded" else None,
+    )
+
+
+def match_features(config: RunConfig, student: torch.nn.Module, teacher: AnyTeacher | None) -> FeatureMatch | None:
+    """What compares the features of student and teacher, where the configuration asks for it."""
+    if not config.distill.matches_features:
+        return None
+    assert isinstance(teacher, OnlineTeacher)
+    return FeatureMatch(student, teacher.module, num_classes=config.model.num_classes, teacher_name=teacher.spec)
+
+
+def identity_of(teacher: AnyTeacher | None, config: RunConfig) -> dict[str, Any] | None:
+    """What decides on a live teacher's answers, its weights' hash included. A store of labels proves itself."""
+    if teacher is None or isinstance(teacher, StoredTeacher):
+        return None
+    if isinstance(teacher, RemoteTeacher):
+        return teacher.identity
+    if config.distill.teacher_placement == "sharded":
+        return {"spec": config.distill.teacher}
+    return teacher.describe()

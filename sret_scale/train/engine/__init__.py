@@ -1,0 +1,1 @@
+"""The one room that knows DeepSpeed: engine, optimiser, clipping, and where ZeRO keeps what."""

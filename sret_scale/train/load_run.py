@@ -1,0 +1,131 @@
+"""Reads a finished or running run back: its configuration and a model with the weights of its newest checkpoint."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from sret_scale.config.run_config import RunConfig, build, differences_of, from_yaml, to_plain
+from sret_scale.model import SReT, SReTConfig
+from sret_scale.model.vision.carry_weights import adapted_state
+from sret_scale.model.vision.official import from_published
+from sret_scale.model.vision.weight_files import load_model as load_native
+from sret_scale.model.vision.weight_files import load_published
+from sret_scale.runs.checkpoint import newest_valid, read_state, read_tensors
+from sret_scale.runs.run_folder import RunFolder
+
+WeightsKind = Literal["raw", "ema"]
+
+
+def load_config(run: Path) -> RunConfig:
+    """The configuration of a run folder; FileNotFoundError saying what was looked for."""
+    file = RunFolder(run).config
+    if not file.exists():
+        raise FileNotFoundError(f"{run} is not a run folder: it has no config.yaml; give the folder that `train` made")
+    return from_yaml(file)
+
+
+def load_model(run: Path, weights: WeightsKind | None, report: Callable[[str], None]) -> tuple[SReT, WeightsKind, int]:
+    """(model in eval mode on the CPU, which weights it has, its step); `None` takes the EMA where one is kept."""
+    config = load_config(run)
+    checkpoint = newest_valid(RunFolder(run).checkpoints, report)
+    if checkpoint is None:
+        raise FileNotFoundError(f"{run} has no checkpoint yet: train it first")
+    state = read_state(checkpoint)
+    check_architecture(config.model, state["model"], str(checkpoint))
+    tensors = read_tensors(checkpoint, "ema") if weights != "raw" else {}
+    if tensors:
+        tensors |= read_tensors(checkpoint, "ema_statistics")
+    if weights == "ema" and not tensors:
+        raise ValueError(
+            f"{checkpoint} holds no moving average: use the raw weights, or train with optim.ema_horizon_images"
+        )
+    kind: WeightsKind = "ema" if tensors else "raw"
+    model = SReT(config.model)
+    model.load_state_dict(tensors or read_tensors(checkpoint, "weights"))
+    return model.eval(), kind, int(state["step"])
+
+
+def load_trained(source: Path, weights: WeightsKind | None = None) -> SReT:
+    """The model of a run's folder, or of a native file, which has one kind of weights; in eval mode on the CPU."""
+    if not source.is_dir():
+        return load_native(source)
+    model, _, _ = load_model(source, weights, print)
+    return model
+
+
+# What may differ between a model and the weights that it starts from: none of these has weights of its own, besides
+# the position tensor, which is interpolated.
+_FREE_IN_FINE_TUNING = ("image_size", "drop_path", "dropout", "permutation", "permutation_seed", "group_fit", "groups")
+
+
+def initial_state(source: str, config: SReTConfig) -> dict[str, Tensor]:
+    """The state dict for `config` of `run:FOLDER` or of a file, its position tensor interpolated to the image size.
+
+    A file ending in .safetensors is native, any other in the published layout (no code in it is run). Raises ValueError
+    or OSError where there is none, or where it is of another architecture.
+    """
+    kind, _, path = source.partition(":")
+    try:
+        if kind == "run" and path:
+            model, _, _ = load_model(Path(path), None, print)
+        elif source.endswith(".safetensors"):
+            model = load_native(Path(source))
+        else:
+            model = published_model(Path(source), config)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"train.initial_weights={source}: {error}") from error
+    changed = [
+        line
+        for line in differences_of(to_plain(model.config), to_plain(config))
+        if not any(name in line.partition(":")[0].split(".") for name in _FREE_IN_FINE_TUNING)
+    ]
+    if changed:
+        raise ValueError(
+            f"train.initial_weights={source}: of another architecture: {'; '.join(changed[:4])} (there -> model); "
+            "only image size, slicing and regularisation may differ"
+        )
+    return adapted_state(model.state_dict(), model.config, config, SReT(config).state_dict())
+
+
+def published_model(file: Path, config: SReTConfig) -> SReT:
+    """The published weights of a file in a model of `config`, at the image size that they were trained at."""
+    published, _ = load_published(file)
+    side = published["pos_embed"].shape[-1] if "pos_embed" in published else config.grids[0]
+    image_size = side * config.image_size // config.grids[0]
+    before = replace(config, image_size=image_size, group_fit="nearest")
+    model = SReT(before)
+    try:
+        model.load_state_dict(from_published(before, published))
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise ValueError(f"train.initial_weights={file}: does not fit the model: {reason}") from error
+    return model
+
+
+def load_teacher_run(run: Path) -> tuple[nn.Module, tuple[float, ...], tuple[float, ...], int]:
+    """(model, mean, std, image size) of a run, as sret_scale.distill takes a teacher."""
+    config = load_config(run)
+    model, _, _ = load_model(run, None, print)
+    return model, config.train.image_mean, config.train.image_std, config.model.image_size
+
+
+def untrained_teacher_run(run: Path) -> tuple[SReT, int]:
+    """(model without weights on the meta device, image size) of a run folder."""
+    config = load_config(run)
+    with torch.device("meta"):
+        return SReT(config.model), config.model.image_size
+
+
+def check_architecture(expected: SReTConfig, saved: object, where: str) -> None:
+    """Raise ValueError, naming what differs, unless a checkpoint's saved model config is `expected`."""
+    found = build(SReTConfig, saved, "model")
+    changed = differences_of(to_plain(found), to_plain(expected))
+    if changed:
+        raise ValueError(
+            f"{where} was made by another architecture: {'; '.join(changed[:4])} (checkpoint -> configuration); "
+            "use another --run, or the configuration of the checkpoint"
+        )

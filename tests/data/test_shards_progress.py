@@ -1,0 +1,44 @@
+"""What a person sees of shard work: a bar on a terminal, lines in a log; both with rates and the time that is left."""
+
+import io
+import sys
+
+import pytest
+
+from data_pipelines.stream.processes import Progress
+from sret_scale.commands.shards import progress
+from sret_scale.commands.shards.progress import progress_bar
+
+
+def at(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    monkeypatch.setattr(progress.time, "monotonic", lambda: seconds)
+
+
+def test_a_log_gets_a_line_every_ten_seconds(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    at(monkeypatch, 100.0)
+    with progress_bar("writing") as show:
+        for seconds, samples in ((105.0, 4_000), (110.0, 10_000), (112.0, 12_000), (120.0, 20_000)):
+            at(monkeypatch, seconds)
+            show(Progress(samples=samples, bytes=samples * 110_000, total_samples=50_000))
+    assert capsys.readouterr().err.splitlines() == [
+        "writing: 10,000 of 50,000 images, 1,000 images/s, 110.0 MB/s, 40 s remain",
+        "writing: 20,000 of 50,000 images, 1,000 images/s, 110.0 MB/s, 30 s remain",
+    ]
+
+
+def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    for name, value in (("TERM", "xterm"), ("COLUMNS", "120")):
+        monkeypatch.setenv(name, value)
+    at(monkeypatch, 100.0)
+    with progress_bar("verifying") as show:
+        at(monkeypatch, 110.0)
+        show(Progress(samples=10_000, bytes=1_100_000_000, total_samples=50_000))
+    text = terminal.getvalue()
+    assert "verifying" in text and "10000/50000" in text and "1,000 images/s 110.0 MB/s" in text

@@ -1,0 +1,149 @@
+"""A user's transform, in threads and in processes: the same rows, resume and errors; what fails is named."""
+
+import json
+import multiprocessing
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from data_pipelines.config import DataConfig
+from data_pipelines.image.user_transform import TransformError, load_transform
+from data_pipelines.image.view import view_settings
+from data_pipelines.stream.loader import Batch, LoaderState, TrainLoader
+from data_pipelines.stream.quarantine import TooManyBadSamplesError
+from tests.data.stream_shards import TarShards, grey_level_shards
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> TarShards:
+    """Sample 20 has a flipped byte."""
+    shards = grey_level_shards(tmp_path_factory.mktemp("shards"), 50)
+    path = shards.folder / shards.shard_names[1]
+    content = bytearray(path.read_bytes())
+    content[int(shards.offset[24]) + 30] ^= 0x10
+    path.write_bytes(content)
+    return shards
+
+
+@contextmanager
+def _batches(
+    shards: TarShards, state: LoaderState | None = None, **fields: Any
+) -> Iterator[Iterator[tuple[Batch, LoaderState]]]:
+    options: dict[str, Any] = {"crop": "centre", "transform": "tests.data.stream_transforms:seeded_noise", **fields}
+    loader = TrainLoader(
+        shards,  # type: ignore[arg-type]
+        DataConfig(**{"eval_crop_rate": 1.0, "max_bad_rate": 0.1, "num_repeats": 2, **options}),
+        image_size=6,
+        seed=7,
+        rank=0,
+        world_size=1,
+        micro_batch_size=10,
+        grad_accum_steps=2,
+    )
+    steps = loader.steps(state or LoaderState())
+    try:
+        yield ((batch, step.next_state) for step in steps for batch in step.micro_batches)
+    finally:
+        steps.close()
+
+
+def _workers() -> set[str]:
+    return {child.name for child in multiprocessing.active_children() if child.name.startswith("data-worker")}
+
+
+def _same(left: Batch, right: Batch) -> bool:
+    names = ("images", "labels", "indices", "valid", "views", "view_numbers")
+    return all(torch.equal(getattr(left, name), getattr(right, name)) for name in names)
+
+
+def test_processes_give_the_batches_of_threads_and_resume(shards: TarShards, tmp_path: Path) -> None:
+    files = [tmp_path / "threads.jsonl", tmp_path / "processes.jsonl"]
+    with _batches(shards, workers=1, quarantine_file=str(files[0])) as threads:
+        expected = list(islice(threads, 14))
+    options: dict[str, Any] = {"worker_kind": "processes", "workers": 2}
+    with _batches(shards, quarantine_file=str(files[1]), **options) as processes:
+        got = list(islice(processes, 14))
+        assert {"data-worker-0", "data-worker-1"} <= _workers()
+    assert not _workers()
+    for (left, left_state), (right, right_state) in zip(expected, got, strict=True):
+        assert _same(left, right) and left_state == right_state
+    with _batches(shards, got[3][1], worker_kind="processes", workers=1) as resumed:
+        for (left, _), (right, _) in zip(expected[4:8], resumed, strict=False):
+            assert _same(left, right)
+    # Noise was added, and it is the view's: the two views of an image differ, and threads do not matter.
+    assert len({tuple(batch.images[:, 0, 0, 0].tolist()) for batch, _ in expected}) == 14
+    records = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
+    assert records[0][0] == records[1][0] and records[0][0]["key"] == "00000024"
+
+
+@pytest.mark.parametrize("kind", ["threads", "processes"])
+def test_errors_are_the_same_and_name_the_sample(shards: TarShards, kind: str) -> None:
+    name = "tests.data.stream_transforms:fails_on_grey_20"
+    message = rf"{name}: .*shard-000001\.tar: sample '00000020' at offset \d+: RuntimeError: no grey of 20"
+    with (
+        _batches(shards, transform=name, worker_kind=kind, workers=1) as batches,
+        pytest.raises(TransformError, match=message),
+    ):
+        list(islice(batches, 10))
+    assert not _workers()
+
+
+@pytest.mark.slow
+def test_too_many_bad_samples_stop_processes_too(shards: TarShards) -> None:
+    with (
+        _batches(shards, max_bad_rate=0.0, worker_kind="processes", workers=1) as batches,
+        pytest.raises(TooManyBadSamplesError, match=r"1 bad samples in epoch 0, more than data\.max_bad_rate 0 of"),
+    ):
+        list(islice(batches, 10))
+
+
+def test_a_worker_that_dies_is_named(shards: TarShards) -> None:
+    name = "tests.data.stream_transforms:dies_on_grey_20"
+    place = r"at .*shard-000001\.tar: sample '00000020' at offset \d+"
+    message = (
+        rf"data-worker-0 \(process \d+\), {place}: the process, which reads.*was killed by SIGKILL; out of memory\?"
+    )
+    with (
+        _batches(shards, transform=name, worker_kind="processes", workers=1) as batches,
+        pytest.raises(OSError, match=message),
+    ):
+        list(islice(batches, 10))
+    assert not _workers()
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_while_it_waits_is_named(shards: TarShards) -> None:
+    with _batches(shards, worker_kind="processes", workers=1, prefetch_batches=1) as batches:
+        next(batches)
+        (worker,) = [child for child in multiprocessing.active_children() if child.name == "data-worker-0"]
+        worker.terminate()
+        worker.join()
+        with pytest.raises(OSError, match=r"data-worker-0 .*, between two samples: .* was killed by SIGTERM"):
+            list(islice(batches, 10))
+
+
+def test_what_is_no_transform_is_named(shards: TarShards) -> None:
+    with pytest.raises(ValueError, match=r"data\.transform: expected module:function, or null, got 'os.system'"):
+        DataConfig(transform="os.system")
+    for name, reason in (
+        ("no_such_module_here:f", "no module no_such_module_here; expected module:function"),
+        ("tests.data.stream_transforms:nothing", "tests.data.stream_transforms has no function 'nothing'"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            load_transform(name)
+    name = "tests.data.stream_transforms:returns_floats"
+    with (
+        _batches(shards, transform=name) as batches,
+        pytest.raises(TransformError, match=r"expected uint8 \(3, 6, 6\), got float64 \(3, 6, 6\)"),
+    ):
+        next(batches)
+
+
+def test_a_transform_belongs_to_the_view() -> None:
+    """Stored soft labels are of views: those of another transform must not be taken for them."""
+    assert view_settings(DataConfig(transform="a:b")) != view_settings(DataConfig())

@@ -1,0 +1,1 @@
+"""Tests of sret_scale/lab."""

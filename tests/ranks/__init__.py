@@ -1,0 +1,1 @@
+"""Programs that ranks of tests run."""
