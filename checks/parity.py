@@ -1,4 +1,4 @@
-"""Checks the model against golden outputs of the published code: `python -m checks.parity tests/golden/sret_parity.npz`.
+"""Checks the model against golden outputs of the published code: `python -m checks.parity FILE`.
 
 The file's format, and the formula that makes weights and inputs, are in `tests/golden/README.md`.
 """

@@ -32,7 +32,8 @@ class DataConfig:
     block_window: int = 8192
     # Views of each sample in an epoch, all in one global batch (repeated augmentation).
     num_repeats: int = 1
-    # A transform of your own for each view, as module:function (data_pipelines/image/user_transform.py says how it is called).
+    # A transform of your own for each view, as module:function; data_pipelines/image/user_transform.py says how it is
+    # called.
     transform: str | None = None
     # Decoding threads of one rank (or processes, for a transform that holds the interpreter lock), and micro batches
     # that they may be ahead.

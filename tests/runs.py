@@ -68,7 +68,8 @@ def digest_of(checkpoint: Path) -> dict[str, str]:
 def run_two_ranks(module: str, *arguments: str | Path) -> None:
     """`python -m MODULE ARGUMENTS` as two gloo ranks on this machine, without a launcher; both must end well.
 
-    They are forks of one process for all tests (`tests.ranks.rank_server`), and see the environment as it is at the call.
+    They are forks of one process for all tests (`tests.ranks.rank_server`), and see the environment as it is
+    at the call.
     """
     run_ranks(2, module, *arguments)
 

@@ -2,8 +2,8 @@
 
     open_shards(folder): manifest.json -> index.npz -> sizes of the tars -> ShardSet
 
-Opening proves that manifest, index and the tars' sizes belong together; it reads no tar. `data_pipelines.upkeep.verify` reads
-everything.
+Opening proves that manifest, index and the tars' sizes belong together; it reads no tar.
+`data_pipelines.upkeep.verify` reads everything.
 """
 
 import hashlib

@@ -1,1 +1,1 @@
-"""From a command to ranks on nodes: checks before the start, the launcher, the agent of a node, the first code of a rank."""
+"""From a command to ranks on nodes: checks before the start, launcher, agent of a node, first code of a rank."""

@@ -1,7 +1,7 @@
 """The first code of every rank: its log, its error record, its end with its parent; then the module that was asked for.
 
-Started as `python -m sret_scale.launch.rank_bootstrap RUN_FOLDER MODULE ARGUMENT...` with RANK in the environment. Rank 0
-keeps the terminal for what it prints; everything else of all ranks goes to RUN_FOLDER/logs/rank-NNNNN.log.
+Started as `python -m sret_scale.launch.rank_bootstrap RUN_FOLDER MODULE ARGUMENT...` with RANK in the environment.
+Rank 0 keeps the terminal for what it prints; everything else of all ranks goes to RUN_FOLDER/logs/rank-NNNNN.log.
 """
 
 import contextlib

@@ -180,7 +180,8 @@ def test_earliest_record_is_the_first_error_and_a_rank_keeps_its_first(tmp_path:
 
 def test_a_launcher_imports_neither_torchvision_nor_deepspeed() -> None:
     """Both cost each command that starts a run seconds and more than a thousand files; only ranks need them."""
-    code = "import sys, sret_scale.launch.elastic; print(*({'torchvision', 'torch._dynamo', 'deepspeed'} & {*sys.modules}))"
+    heavy = "{'torchvision', 'torch._dynamo', 'deepspeed'}"
+    code = f"import sys, sret_scale.launch.elastic; print(*({heavy} & {{*sys.modules}}))"
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     process = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert process.stdout.split() == []

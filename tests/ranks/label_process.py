@@ -1,4 +1,4 @@
-"""One rank that writes soft labels, to be killed: `python -m tests.ranks.label_process SHARDS STORE RANK WORLD_SIZE`."""
+"""One rank that writes soft labels, to be killed: `python -m tests.ranks.label_process SHARDS STORE RANK WORLD`."""
 
 import sys
 from pathlib import Path

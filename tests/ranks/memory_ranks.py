@@ -1,4 +1,4 @@
-"""One rank of the test that recomputation changes nothing under ZeRO: `python -m tests.ranks.memory_ranks OUT_FOLDER`."""
+"""A rank of the test that recomputation changes nothing under ZeRO: `python -m tests.ranks.memory_ranks OUT_FOLDER`."""
 
 import json
 import sys

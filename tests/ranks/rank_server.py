@@ -1,4 +1,4 @@
-"""Rank processes of tests, forked off one process that has imported torch and DeepSpeed: `python -m tests.ranks.rank_server`.
+"""Ranks of tests, forked off one process that has imported torch and DeepSpeed: `python -m tests.ranks.rank_server`.
 
 Reads a line of JSON for each job from its input and answers with the exit status of every rank. A fork begins where a
 new interpreter would be after two seconds of imports, and shares nothing with other jobs.

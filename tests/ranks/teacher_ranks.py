@@ -1,4 +1,4 @@
-"""One rank of the test of a sharded teacher: `python -m tests.ranks.teacher_ranks OUT`; the environment names the rank."""
+"""One rank of the test of a sharded teacher: `python -m tests.ranks.teacher_ranks OUT`; the environment names it."""
 
 import functools
 import json

@@ -1,4 +1,4 @@
-"""A rank that does what the test of the launcher needs: `python -m tests.ranks.toy_rank FILE`, whose first line says what."""
+"""A rank for tests of the launcher: `python -m tests.ranks.toy_rank FILE`, whose first line says it."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""One rank of the tests of the update rules: `python -m tests.ranks.update_ranks OUT_FOLDER`, in an environment that says so.
+"""One rank of the tests of the update rules: `python -m tests.ranks.update_ranks OUT_FOLDER`, in an environment for it.
 
 Trains the toy under every ZeRO stage and rule, straight and with a save and a load in the middle of the plan.
 """

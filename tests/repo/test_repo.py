@@ -13,7 +13,7 @@ import pytest
 from sret_scale.cli import COMMANDS, build_parser
 
 ROOT = Path(__file__).parents[2]
-CODE_FOLDERS = ("sret_scale", "data_pipelines", "ds_configs", "benchmarks", "tests")
+CODE_FOLDERS = ("sret_scale", "data_pipelines", "ds_configs", "benchmarks", "checks", "tests")
 CODE = sorted(path for folder in CODE_FOLDERS for path in (ROOT / folder).rglob("*.py"))
 TEXT = [
     *CODE,

@@ -1,8 +1,8 @@
 """Views of JPEGs, decoded and resized where they are needed, normalisation and checksums: an optional small library.
 
-Set-up builds it (`python -m data_pipelines.image.native.library`) where there are a C compiler and the headers of libjpeg-turbo. It
-gives the bits that decoding the whole image and resizing with torch gives, so a run does not depend on whether a
-machine has it. What it gains is in docs/data.md; the larger the image, the more.
+Set-up builds it (`python -m data_pipelines.image.native.library`) where there are a C compiler and the headers of
+libjpeg-turbo. It gives the bits that decoding the whole image and resizing with torch gives, so a run does not depend
+on whether a machine has it. What it gains is in docs/data.md; the larger the image, the more.
 """
 
 import ctypes
@@ -47,7 +47,8 @@ def _library() -> ctypes.CDLL | None:
     """The built library, or None where it has not been built."""
     if is_stale():
         logger.warning(
-            "the compiled JPEG decoder is older than its sources and is not used: python -m data_pipelines.image.native.library"
+            "the compiled JPEG decoder is older than its sources and is not used: "
+            "python -m data_pipelines.image.native.library"
         )
     return _load(LIBRARY) if LIBRARY.exists() else None
 
