@@ -3,12 +3,13 @@
 path -> open_regular -> read_bounded (at most max_bytes) -> parse_checked (JSON, strict) -> an object of the schema
 """
 
+import json
 import os
 import stat
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Annotated, Any, BinaryIO, TypeVar
 
 import pydantic
 
@@ -18,6 +19,17 @@ MAX_JSON_BYTES = 64 * 2**20
 # Building the checks of a schema takes milliseconds, and a file of lines asks for them again and again.
 _adapter: Callable[[Any], pydantic.TypeAdapter[Any]] = cache(pydantic.TypeAdapter)
 _KINDS = {stat.S_ISDIR: "a folder", stat.S_ISFIFO: "a named pipe", stat.S_ISSOCK: "a socket"}
+
+
+def plain_name(name: str) -> str:
+    """`name`, if it can only be that of a file in the folder it is joined to. Raises ValueError for any other."""
+    if name in ("", ".", "..") or "/" in name or "\0" in name:
+        raise ValueError("expected a plain file name")
+    return name
+
+
+# For schemas: every name in a file from elsewhere that is joined to a folder is one of these.
+PlainName = Annotated[str, pydantic.AfterValidator(plain_name)]
 
 
 def open_regular(path: str | Path) -> BinaryIO:
@@ -49,16 +61,25 @@ def parse_checked(data: bytes, schema: type[Schema], source: str | Path) -> Sche
     Types are strict: no text for a number, no fraction for a whole one. Raises ValueError with `source` and the place.
     """
     try:
-        return _adapter(schema).validate_json(data, strict=True)
+        try:
+            return _adapter(schema).validate_json(data, strict=True)
+        except pydantic.ValidationError as error:
+            # Names that are not UTF-8 stand in JSON as lone surrogates ("\\udce9"), which only Python's parser takes.
+            if error.errors()[0]["type"] != "json_invalid" or b"\\ud" not in data.lower():
+                raise
+            return _adapter(schema).validate_python(json.loads(data))
     except pydantic.ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
-        if first["type"] == "json_invalid":
-            raise ValueError(f"{source}: not JSON, or damaged ({first['msg']})") from None
-        place = ".".join(map(str, first["loc"])) or "the content"
-        reason = first["msg"].replace("Input should be", "expected").replace("Field required", "missing")
-        # What the file holds is shown cut, and without characters that a terminal obeys.
-        got = "" if first["type"] == "missing" else f", got {ascii(first['input'])[:60]}"
-        raise ValueError(f"{source}: {ascii(place)[1:-1]}: {reason}{got}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{source}: not JSON, or damaged ({error})") from None
+    if first["type"] == "json_invalid":
+        raise ValueError(f"{source}: not JSON, or damaged ({first['msg']})")
+    place = ".".join(map(str, first["loc"])) or "the content"
+    reason = first["msg"].removeprefix("Value error, ")
+    reason = reason.replace("Input should be", "expected").replace("Field required", "missing")
+    # What the file holds is shown cut, and without characters that a terminal obeys.
+    got = "" if first["type"] == "missing" else f", got {ascii(first['input'])[:60]}"
+    raise ValueError(f"{source}: {ascii(place)[1:-1]}: {reason}{got}")
 
 
 def read_checked(path: str | Path, schema: type[Schema], max_bytes: int = MAX_JSON_BYTES) -> Schema:

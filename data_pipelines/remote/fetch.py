@@ -39,8 +39,8 @@ class RemoteFolder:
         # Files of the hub are read through a buffer that would fetch 5 MiB more than is asked for.
         self._exactly = {"cache_type": "none"} if scheme == "hf" else {}
 
-    def read(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
-        """The bytes of file `name` from `start` to before `end`; all of them without these."""
+    def read(self, name: str, start: int, end: int, *, may_be_shorter: bool = False) -> bytes:
+        """The bytes of file `name` from `start` to before `end`, or to its end where that may come first."""
         for attempt in stamina.retry_context(
             on=_is_worth_a_retry,
             attempts=self._attempts,
@@ -52,7 +52,7 @@ class RemoteFolder:
             with attempt:
                 try:
                     data = bytes(self._files.cat_file(f"{self._path}/{name}", start=start, end=end, **self._exactly))
-                    if start is not None and end is not None and len(data) != end - start:
+                    if len(data) != end - start and not may_be_shorter:
                         raise _ShortReadError(f"{len(data)} of {end - start} bytes")
                     return data
                 except Exception as error:
@@ -63,6 +63,13 @@ class RemoteFolder:
                     logger.warning("attempt %d of %d: %s", attempt.num, self._attempts, reason)
                     raise UnavailableError(f"{reason} (given up after {self._attempts} attempts)") from error
         raise AssertionError("a retry loop ends by returning or raising")
+
+    def read_whole(self, name: str, max_bytes: int) -> bytes:
+        """All bytes of file `name`. Raises ValueError where they are more than `max_bytes`."""
+        data = self.read(name, 0, max_bytes + 1, may_be_shorter=True)
+        if len(data) > max_bytes:
+            raise ValueError(f"{self.url}/{name}: more than the {max_bytes:,} bytes that it may have")
+        return data
 
     def download(self, name: str, target: Path, *, num_bytes: int, file_hash: str) -> None:
         """Writes file `name` to `target`, which must exist with `num_bytes`, and waits until it is on the disk.

@@ -14,10 +14,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from types import TracebackType
 
+from data_pipelines.atomic_files import write_whole
+from data_pipelines.checked_files import MAX_JSON_BYTES, read_bounded
 from data_pipelines.config import DataConfig
 from data_pipelines.remote.cache import ShardCache
-from data_pipelines.shards.index import ShardSet, open_shards
-from data_pipelines.shards.manifest import INDEX_NAME, MANIFEST_NAME
+from data_pipelines.shards.index import ShardSet, open_shards, parse_set
+from data_pipelines.shards.manifest import INDEX_NAME, MANIFEST_NAME, Manifest, max_index_bytes, parse_manifest
 from data_pipelines.shards.mixture import MixedShardSet, mix_shards
 
 
@@ -43,14 +45,18 @@ def open_data(location: str | Path, config: DataConfig) -> ShardSet:
     except ModuleNotFoundError as error:
         raise ValueError(f"{location}: needs {error.name}; pip install 'sret-scale[remote]'") from error
     remote = RemoteFolder(location, stall_s=config.stall_s, attempts=config.fetch_attempts)
-    manifest = remote.read(MANIFEST_NAME)
+    data = remote.read_whole(MANIFEST_NAME, MAX_JSON_BYTES)
+    manifest = parse_manifest(data, f"{remote.url}/{MANIFEST_NAME}")
     # Content decides the folder: jobs that read the same shards from anywhere share it, others cannot meet in it.
-    folder = _cache_root(config) / _digest(manifest)
-    folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / MANIFEST_NAME, manifest)
-    if not (folder / INDEX_NAME).exists():
-        _write(folder / INDEX_NAME, remote.read(INDEX_NAME))
-    shards = open_shards(folder, check_tars=False)
+    folder = _cache_root(config) / hashlib.sha256(data).hexdigest()[:16]
+    kept = _kept_index(folder, manifest)
+    index = remote.read_whole(INDEX_NAME, manifest.index_bytes) if kept is None else kept
+    # Before anything of it is kept: what a server says names files in the cache.
+    shards = parse_set(folder, manifest, index, f"{remote.url}/{INDEX_NAME}")
+    if kept is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in ((INDEX_NAME, index), (MANIFEST_NAME, data)):
+            write_whole(folder / name, content)
     cache = None
     if config.remote_reads == "shards":
         cache = ShardCache(remote.download, folder, shards.manifest, max_bytes=int(config.cache_gib * 2**30))
@@ -132,15 +138,9 @@ def _cache_root(config: DataConfig) -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "sret_scale" / "shards"
 
 
-def _digest(manifest: bytes) -> str:
-    return hashlib.sha256(manifest).hexdigest()[:16]
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Complete or absent under its name, also when two ranks write it at once."""
-    part = path.with_name(f"{path.name}.{os.getpid()}")
-    with part.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+def _kept_index(folder: Path, manifest: Manifest) -> bytes | None:
+    """The index that is in the cache already, if it is whole."""
+    if not (folder / INDEX_NAME).is_file():
+        return None
+    data = read_bounded(folder / INDEX_NAME, max_index_bytes(manifest.num_samples))
+    return data if hashlib.sha256(data).hexdigest() == manifest.index_sha256 else None

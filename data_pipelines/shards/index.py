@@ -15,7 +15,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipelines.shards.manifest import INDEX_NAME, MANIFEST_NAME, Manifest, ShardEntry, read_manifest
+from data_pipelines.checked_files import read_bounded
+from data_pipelines.shards.manifest import (
+    INDEX_NAME,
+    MANIFEST_NAME,
+    Manifest,
+    ShardEntry,
+    max_index_bytes,
+    read_manifest,
+)
 from data_pipelines.shards.npz_columns import Columns, parse_columns, render_columns
 from data_pipelines.shards.packed_strings import PackedStrings
 
@@ -101,10 +109,21 @@ def open_shards(folder: str | Path, *, check_tars: bool = True) -> ShardSet:
     if not (folder / MANIFEST_NAME).exists():
         raise FileNotFoundError(_why_no_manifest(folder))
     manifest = read_manifest(folder)
-    columns = _read_index(folder / INDEX_NAME, manifest)
-    _check_columns(columns, manifest.shards, len(manifest.class_names), folder / INDEX_NAME)
+    path = folder / INDEX_NAME
+    try:
+        index = read_bounded(path, max_index_bytes(manifest.num_samples))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: missing; copy it again, or write the shards again") from None
+    shards = parse_set(folder, manifest, index, path)
     if check_tars:
         _check_sizes(folder, manifest.shards)
+    return shards
+
+
+def parse_set(folder: Path, manifest: Manifest, index: bytes, source: str | Path) -> ShardSet:
+    """The set that `manifest` and the bytes of its index make; `source` names the index in a ValueError."""
+    columns = _parse_index(index, manifest, source)
+    _check_columns(columns, manifest, source)
     keys = PackedStrings(columns["key_end"], columns["key_bytes"])
     arrays = {name: columns[name] for name in COLUMNS if not name.startswith("key_")}
     return ShardSet(folder=folder, manifest=manifest, keys=keys, **arrays)
@@ -124,54 +143,55 @@ def _why_no_manifest(folder: Path) -> str:
     return f"{folder}: no {MANIFEST_NAME}, so not a shard set; make one with `sret-scale shards write`"
 
 
-def _read_index(path: Path, manifest: Manifest) -> dict[str, NDArray[Any]]:
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: missing; copy it again, or write the shards again") from None
+def _parse_index(data: bytes, manifest: Manifest, source: str | Path) -> dict[str, NDArray[Any]]:
     if len(data) != manifest.index_bytes or hashlib.sha256(data).hexdigest() != manifest.index_sha256:
         raise ValueError(
-            f"{path}: changed, cut off or of other shards: {len(data):,} bytes; {MANIFEST_NAME} expects"
+            f"{source}: changed, cut off or of other shards: {len(data):,} bytes; {MANIFEST_NAME} expects"
             f" {manifest.index_bytes:,} with sha256 {manifest.index_sha256[:12]}...; copy or write the shards again"
         )
     try:
         columns = parse_columns(data)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}; write the shards again") from error
+        raise ValueError(f"{source}: {error}; write the shards again") from error
     for name, kind in COLUMNS.items():
         if name not in columns or columns[name].dtype != np.dtype(kind) or columns[name].ndim != 1:
-            raise ValueError(f"{path}: expected a column {name} of type {kind}; write the shards again")
+            raise ValueError(f"{source}: expected a column {name} of type {kind}; write the shards again")
     return columns
 
 
-def _check_columns(columns: Columns, shards: list[ShardEntry], num_classes: int, path: Path) -> None:
-    """Raises ValueError unless every sample lies inside its shard and has a label among the classes."""
-    counts = np.array([shard.num_samples for shard in shards], np.int64)
-    num_samples = int(counts.sum())
+def _check_columns(columns: Columns, manifest: Manifest, source: str | Path) -> None:
+    """Raises ValueError unless every sample lies inside its record and its shard and has a label among the classes."""
     lengths = {name: len(columns[name]) for name in COLUMNS if name != "key_bytes"}
-    if set(lengths.values()) != {num_samples}:
-        raise ValueError(f"{path}: columns of {sorted(set(lengths.values()))} rows, expected {num_samples} in each")
-    shard_ends = np.repeat(np.array([shard.end for shard in shards], np.int64), counts)
-    label = columns["label"]
-    key_end = columns["key_end"]
+    if set(lengths.values()) != {manifest.num_samples}:
+        raise ValueError(
+            f"{source}: columns of {sorted(set(lengths.values()))} rows, expected {manifest.num_samples} in each"
+        )
+    label, num_classes = columns["label"], len(manifest.class_names)
     outside = np.flatnonzero((label < 0) | (label >= num_classes))
     if len(outside):
         first = int(outside[0])
         raise ValueError(
-            f"{path}: label {int(label[first])} of sample {first} is outside the {num_classes} classes; "
+            f"{source}: label {int(label[first])} of sample {first} is outside the {num_classes} classes; "
             "write the shards again"
         )
+    counts = [shard.num_samples for shard in manifest.shards]
+    shard_of = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+    # Where records end: where the next one of the shard begins, or the shard ends.
+    start, offset, length, key_end = (columns[name] for name in ("record_offset", "offset", "length", "key_end"))
+    end = np.repeat(np.array([shard.end for shard in manifest.shards], np.int64), counts)
+    is_inner = np.diff(shard_of) == 0
+    end[:-1][is_inner] = start[1:][is_inner]
+    # In this order, so that no sum of what the file says runs over.
     sound = (
-        np.array_equal(columns["shard_of"], np.repeat(np.arange(len(shards), dtype=np.int32), counts))
-        and bool((columns["record_offset"] >= 0).all())
-        and bool((columns["offset"] >= columns["record_offset"] + 512).all())
-        and bool((columns["length"] >= 0).all())
-        and bool((columns["offset"] + columns["length"] <= shard_ends).all())
-        and bool((np.diff(key_end, prepend=0) >= 0).all())
-        and (int(key_end[-1]) if num_samples else 0) == len(columns["key_bytes"])
+        np.array_equal(columns["shard_of"], shard_of)
+        and bool((start >= 0).all() and (start < end).all())
+        and bool((offset <= end).all() and (offset - start >= 512).all())
+        and bool((length >= 0).all() and (length <= end - offset).all())
+        and bool((key_end >= 0).all() and (np.diff(key_end) >= 0).all())
+        and (int(key_end[-1]) if len(key_end) else 0) == len(columns["key_bytes"])
     )
     if not sound:
-        raise ValueError(f"{path}: rows that lie outside their shard or the keys; write the shards again")
+        raise ValueError(f"{source}: rows that lie outside their shard or the keys; write the shards again")
 
 
 def _check_sizes(folder: Path, shards: list[ShardEntry]) -> None:

@@ -13,7 +13,12 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import pydantic
+from pydantic import AfterValidator, AliasChoices, BeforeValidator, FailFast, Field, StringConstraints
+
+from data_pipelines.checked_files import MAX_JSON_BYTES, parse_checked, plain_name, read_bounded
 
 FORMAT = "sret_scale shards"
 VERSION = 2
@@ -21,6 +26,35 @@ _READABLE = (1, 2)
 MANIFEST_NAME = "manifest.json"
 INDEX_NAME = "index.npz"
 _NO_HASH = "0" * 64
+# A sample takes two headers in its tar at the least.
+_SMALLEST_RECORD_BYTES = 1024
+
+
+def tar_name(name: str) -> str:
+    """`name`, if it is that of a tar in its folder. Raises ValueError: the cache has other files under other names."""
+    if not plain_name(name).endswith(".tar") or name == ".tar":
+        raise ValueError("expected the name of a .tar file")
+    return name
+
+
+# What a manifest may say, wherever it comes from. Sums of counts fit into 64 bits.
+_Count = Annotated[int, Field(ge=0, lt=1 << 48)]
+_Sha256 = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
+_Hash = Annotated[
+    str,
+    # Version 1 has the digits of a SHA-256, under that name.
+    Field(validation_alias=AliasChoices("hash", "sha256")),
+    StringConstraints(pattern="^(xxh3_128:[0-9a-f]{32}|sha256:[0-9a-f]{64})$"),
+    BeforeValidator(lambda value: f"sha256:{value}" if isinstance(value, str) and ":" not in value else value),
+]
+
+
+INDEX_BYTES_A_SAMPLE = 56
+
+
+def max_index_bytes(num_samples: int) -> int:
+    """The size of the largest index that is read or written, keys of 72 bytes included; ImageNet-21k has 25."""
+    return 64 * 2**20 + (INDEX_BYTES_A_SAMPLE + 72) * num_samples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,24 +64,24 @@ class ShardEntry:
     `hash` is that of the whole file, as `data_pipelines.shards.hashes` writes it.
     """
 
-    file: str
-    bytes: int
-    hash: str
-    end: int
-    num_samples: int
-    class_counts: list[int]
+    file: Annotated[str, AfterValidator(tar_name)]
+    bytes: _Count
+    hash: _Hash
+    end: _Count
+    num_samples: _Count
+    class_counts: Annotated[list[_Count], FailFast()]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
     """The manifest's fields. `writer`: the arguments that made the shards; `num_rejected`: images left out."""
 
-    class_names: list[str]
-    fingerprint: str
-    index_bytes: int
-    index_sha256: str
-    shards: list[ShardEntry]
-    num_rejected: int
+    class_names: Annotated[list[str], FailFast()]
+    fingerprint: _Sha256
+    index_bytes: _Count
+    index_sha256: _Sha256
+    shards: Annotated[list[ShardEntry], FailFast()]
+    num_rejected: _Count
     writer: Mapping[str, Any]
 
     @property
@@ -89,41 +123,49 @@ def _seal(digest: str) -> bytes:
     return f'"sha256": "{digest}"\n}}\n'.encode("ascii")
 
 
+class _Head(pydantic.BaseModel):
+    """What says that the rest can be read."""
+
+    format: Any
+    version: Any
+
+
 def read_manifest(folder: Path) -> Manifest:
     """The checked manifest of a shard folder. Raises ValueError when it was changed, FileNotFoundError without one."""
     path = folder / MANIFEST_NAME
-    data = path.read_bytes()
-    try:
-        fields = json.loads(data)
-        form, version = fields["format"], fields["version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not a shard manifest or a damaged one ({error}); write the shards again") from error
-    if form != FORMAT or version not in _READABLE:
+    return parse_manifest(read_bounded(path, MAX_JSON_BYTES), path)
+
+
+def parse_manifest(data: bytes, source: str | Path) -> Manifest:
+    """The checked manifest in `data`; `source` names it in what is raised: ValueError when it was changed."""
+    head = parse_checked(data, _Head, source)
+    if head.format != FORMAT or head.version not in _READABLE:
         raise ValueError(
-            f"{path}: expected format {FORMAT!r} of version {' or '.join(map(str, _READABLE))}, got {form!r} of version"
-            f" {version}; use the version of sret-scale that wrote it"
+            f"{source}: expected format {FORMAT!r} of version {' or '.join(map(str, _READABLE))}, got"
+            f" {head.format!r:.60} of version {head.version!r:.60}; use the version of sret-scale that wrote it"
         )
     body = data[: -len(_seal(_NO_HASH))]
     digest = hashlib.sha256(body + _seal(_NO_HASH)).hexdigest()
     if data != body + _seal(digest):
-        raise ValueError(f"{path}: its content does not match its own sha256, so it was changed; write it again")
-    manifest = Manifest(
-        class_names=fields["class_names"],
-        fingerprint=fields["fingerprint"],
-        index_bytes=fields["index_bytes"],
-        index_sha256=fields["index_sha256"],
-        shards=[_shard_entry(shard, version) for shard in fields["shards"]],
-        num_rejected=fields["num_rejected"],
-        writer=fields["writer"],
-    )
-    if content_fingerprint(manifest.shards, manifest.class_names, version) != manifest.fingerprint:
-        raise ValueError(f"{path}: the fingerprint does not belong to the shards listed in it; write it again")
+        raise ValueError(f"{source}: its content does not match its own sha256, so it was changed; write it again")
+    manifest = parse_checked(data, Manifest, source)
+    if content_fingerprint(manifest.shards, manifest.class_names, head.version) != manifest.fingerprint:
+        raise ValueError(f"{source}: the fingerprint does not belong to the shards listed in it; write it again")
+    _check_sizes(manifest, source)
     return manifest
 
 
-def _shard_entry(fields: dict[str, Any], version: int) -> ShardEntry:
-    if version == 1:
-        fields = {name: value for name, value in fields.items() if name != "sha256"} | {
-            "hash": f"sha256:{fields['sha256']}"
-        }
-    return ShardEntry(**fields)
+def _check_sizes(manifest: Manifest, source: str | Path) -> None:
+    """Raises ValueError for sizes that no writer gives, and that would let others read or reserve what they like."""
+    for shard in manifest.shards:
+        if not shard.num_samples * _SMALLEST_RECORD_BYTES <= shard.end <= shard.bytes:
+            raise ValueError(
+                f"{source}: {shard.file!r}: {shard.num_samples} samples until {shard.end} of {shard.bytes}"
+            )
+    if len({shard.file for shard in manifest.shards}) < len(manifest.shards):
+        raise ValueError(f"{source}: lists a shard twice; write it again")
+    if manifest.index_bytes > max_index_bytes(manifest.num_samples):
+        raise ValueError(
+            f"{source}: an index of {manifest.index_bytes:,} bytes for {manifest.num_samples:,} samples, expected at"
+            f" most {max_index_bytes(manifest.num_samples):,}"
+        )

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipelines.atomic_files import write_whole
+from data_pipelines.checked_files import MAX_JSON_BYTES
 from data_pipelines.shards.index import COLUMNS, render_index
 from data_pipelines.shards.manifest import (
     INDEX_NAME,
@@ -18,6 +19,7 @@ from data_pipelines.shards.manifest import (
     Manifest,
     ShardEntry,
     content_fingerprint,
+    max_index_bytes,
     render_manifest,
 )
 from data_pipelines.writing.rows import DoneShard
@@ -34,6 +36,7 @@ def finish_shards(
     if rejected:
         write_whole(folder / REJECTED_NAME, b"".join(json.dumps(asdict(item)).encode() + b"\n" for item in rejected))
     index = render_index(_joined(shards))
+    check_sizes(len(index), max_index_bytes(sum(shard.num_samples for shard in shards)), 0)
     write_whole(folder / INDEX_NAME, index)
     manifest = Manifest(
         class_names=list(class_names),
@@ -44,8 +47,21 @@ def finish_shards(
         num_rejected=len(rejected),
         writer=writer,
     )
-    write_whole(folder / MANIFEST_NAME, render_manifest(manifest))
+    rendered = render_manifest(manifest)
+    check_sizes(0, 0, len(rendered))
+    write_whole(folder / MANIFEST_NAME, rendered)
     return manifest
+
+
+def check_sizes(index_bytes: int, most_index_bytes: int, manifest_bytes: int) -> None:
+    """Raises ValueError where index or manifest have more bytes than readers take."""
+    if index_bytes > most_index_bytes:
+        raise ValueError(f"the keys take too much: an index of {index_bytes:,} bytes, at most {most_index_bytes:,}")
+    if manifest_bytes > MAX_JSON_BYTES:
+        raise ValueError(
+            f"shards times classes are too many: a manifest of {manifest_bytes:,} bytes, at most {MAX_JSON_BYTES:,};"
+            " make larger shards (--shard-mb)"
+        )
 
 
 def _entry(shard: DoneShard, num_classes: int) -> ShardEntry:

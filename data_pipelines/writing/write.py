@@ -7,6 +7,7 @@ complete shard. The same command continues, and the result has the same bytes as
 """
 
 import errno
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -16,11 +17,11 @@ from typing import Any
 
 from data_pipelines.shards.hashes import DEFAULT_HASH, HASH_NAMES, hash_name_of
 from data_pipelines.shards.index import WORK_FOLDER
-from data_pipelines.shards.manifest import MANIFEST_NAME, Manifest, read_manifest
+from data_pipelines.shards.manifest import INDEX_BYTES_A_SAMPLE, MANIFEST_NAME, Manifest, max_index_bytes, read_manifest
 from data_pipelines.sources.kinds import source_kind
 from data_pipelines.sources.listing import Listing
 from data_pipelines.stream.processes import Progress
-from data_pipelines.writing.finish import finish_shards
+from data_pipelines.writing.finish import check_sizes, finish_shards
 from data_pipelines.writing.prepare import ImageOptions
 from data_pipelines.writing.rows import DoneShard, done_path, load_done
 from data_pipelines.writing.shard_plan import PLAN_NAME, Plan, load_plan, make_plan, save_plan
@@ -174,13 +175,19 @@ def _new_plan(config: WriteConfig, target: Path, list_samples: Callable[[], List
         listing = list_samples()
     else:
         listing = source_kind(config.kind).list_samples(config.source, config.split)
-    return make_plan(
+    plan = make_plan(
         listing,
         _plan_arguments(config),
         seed=config.seed,
         shard_bytes=config.shard_bytes,
         shard_samples=config.shard_samples,
     )
+    # What would be refused after hours of writing is refused now: columns and keys; for each shard 256 bytes and a
+    # number for each class, and the classes' names.
+    index_bytes = INDEX_BYTES_A_SAMPLE * len(listing) + len(listing.keys.blob)
+    manifest_bytes = plan.num_shards * (256 + 4 * len(listing.class_names)) + len(json.dumps(listing.class_names))
+    check_sizes(index_bytes, max_index_bytes(len(listing)), manifest_bytes)
+    return plan
 
 
 def _already_complete(config: WriteConfig, target: Path) -> Manifest:
