@@ -8,6 +8,8 @@ venv=$root/.venv
 log=$venv/setup.log
 use_venv=yes
 python=
+# Set-up takes no file of the working folder for a module of Python; what it starts afterwards says so itself, by -P.
+export PYTHONSAFEPATH=1
 
 fail() {
     printf 'error: %s\n' "$@" >&2
@@ -183,6 +185,7 @@ prepare() {
         check_active_python "$1" || exit 2
     fi
     export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+    unset PYTHONSAFEPATH
 }
 
 # check NAME COMMAND...: runs one of the checks; all run even if one fails, so that one start shows every complaint.

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from sret_scale.launch.output import open_missing_streams, outlast
 from sret_scale.runs.rank_errors import in_words
 
 # Name of a sub-command -> what it does. Its parser and its work are in `sret_scale.commands.NAME`.
@@ -47,8 +48,33 @@ def build_parser(command: str) -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one sub-command; returns the exit status: 0, what the command returned, or 2 for a bad input."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    """Run one sub-command; returns the exit status: 0, what the command returned, or 2 for a bad input.
+
+    Without `argv` it is this process's command: one whose product is in files goes on when its output cannot be
+    written; any other says so, or ends silently where its reader (`| head`) has left.
+    """
+    if argv is not None:
+        return _run(argv)
+    words = sys.argv[1:]
+    open_missing_streams()
+    outlast("stderr")
+    is_printed = any(word.startswith(("--dry", "--slurm")) for word in words)
+    if not is_printed and (words[:1] in (["train"], ["sweep"], ["demo"]) or words[1:2] == ["write"]):
+        outlast("stdout")
+    status = _run(words)
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        # Nor must flushing at exit fail.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            return status or 1
+        print(f"error: the output cannot be written: {error.strerror}", file=sys.stderr)
+        return status or 2
+    return status
+
+
+def _run(argv: Sequence[str]) -> int:
     top = argparse.ArgumentParser(
         prog="sret-scale",
         description="Train Sliced Recursive Transformers of 20 to more than 1000 block applications.",
@@ -71,8 +97,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status = args.run_command(args)
     except BrokenPipeError:
-        # The reader (`| head`) has left: nobody is there to tell, and flushing at exit must not fail either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -95,7 +95,7 @@ def environment() -> dict[str, str]:
 def sret_scale(*arguments: str | Path, cwd: Path) -> "subprocess.Popen[str]":
     """The command line, started."""
     return subprocess.Popen(
-        [sys.executable, "-m", "sret_scale.cli", *map(str, arguments)],
+        [sys.executable, "-P", "-m", "sret_scale.cli", *map(str, arguments)],
         cwd=cwd,
         env=environment(),
         stdout=subprocess.PIPE,

@@ -1,12 +1,12 @@
 """Where a teacher's network comes from: one loader per kind of spec."""
 
 import dataclasses
-import importlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from torch import nn
 
+from data_pipelines.image.user_transform import import_of_user
 from sret_scale.distill import efficientnet_lite
 from sret_scale.distill.spec import TeacherSpec, nearest
 
@@ -59,7 +59,7 @@ def _call_module(spec: TeacherSpec) -> object:
     if not function_name:
         raise ValueError(f"teacher {spec.text!r}: expected module:pkg.mod:function")
     try:
-        module = importlib.import_module(module_name)
+        module = import_of_user(module_name)
     except ImportError as error:
         raise ValueError(f"teacher {spec.text!r}: cannot import {module_name}: {error}") from error
     function = getattr(module, function_name, None)

@@ -63,14 +63,15 @@ def deepspeed_command(job: Job, node_rank: int) -> list[str]:
     """
     world = base64.urlsafe_b64encode(json.dumps(job.world).encode()).decode()
     return [
-        *(sys.executable, "-u", "-m", "deepspeed.launcher.launch"),
+        *(sys.executable, "-u", "-P", "-m", "deepspeed.launcher.launch"),
         f"--world_info={world}",
         f"--node_rank={node_rank}",
         f"--master_addr={job.master_addr}",
         f"--master_port={job.master_port}",
         "--log_level=critical",
         "--no_local_rank",
-        "--module",
-        "sret_scale.launch.rank_bootstrap",
+        # Its own way to start Python would let files of the working folder come before the libraries' modules.
+        "--no_python",
+        *(sys.executable, "-u", "-P", "-m", "sret_scale.launch.rank_bootstrap"),
         *(job.run_folder, job.module, *job.arguments),
     ]

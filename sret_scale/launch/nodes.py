@@ -15,7 +15,7 @@ from pathlib import Path
 
 from sret_scale.launch.hostfile import Host, check_host_name
 
-_AGENT = (sys.executable, "-u", "-m", "sret_scale.launch.agent")
+_AGENT = (sys.executable, "-u", "-P", "-m", "sret_scale.launch.agent")
 # What a remote node is given of this environment (inside Slurm srun passes all). Names, then beginnings of names.
 _PASSED = ("PATH", "LD_LIBRARY_PATH", "OMP_NUM_THREADS", "TORCH_EXTENSIONS_DIR", "CUDA_HOME", "DS_ACCELERATOR")
 _PASSED_PREFIXES = ("NCCL_", "TORCH_NCCL_", "GLOO_", "UCX_", "FI_", "TORCHINDUCTOR_", "TRITON_")

@@ -4,7 +4,6 @@ Started as `python -m sret_scale.launch.rank_bootstrap RUN_FOLDER MODULE ARGUMEN
 Rank 0 keeps the terminal for what it prints; everything else of all ranks goes to RUN_FOLDER/logs/rank-NNNNN.log.
 """
 
-import contextlib
 import faulthandler
 import os
 import runpy
@@ -16,11 +15,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sret_scale.launch.child_processes import STOP_SIGNALS, die_with_parent
+from sret_scale.launch.output import outlast
 from sret_scale.runs.rank_errors import RankError, in_words, log_path, now_s, write_error
 
 
 def redirect_output(run_folder: Path, rank: int) -> None:
-    """Sends stderr, and on every rank but 0 also stdout, to the rank's log; C++ libraries included."""
+    """Sends stderr, and on every rank but 0 also stdout, to the rank's log; C++ libraries included.
+
+    What rank 0 prints goes there too once it cannot be written. A log on a full disk loses lines and ends nothing.
+    """
     path = log_path(run_folder, rank)
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -29,6 +32,8 @@ def redirect_output(run_folder: Path, rank: int) -> None:
     for target in (2,) if rank == 0 else (1, 2):
         os.dup2(descriptor, target)
     os.close(descriptor)
+    outlast("stdout", path if rank == 0 else os.devnull)
+    outlast("stderr")
 
 
 def run_module(run_folder: Path, module: str, arguments: Sequence[str]) -> int:
@@ -70,9 +75,7 @@ def main(argv: Sequence[str]) -> None:
     status = run_module(run_folder, argv[1], argv[2:])
     if status == 0:
         sys.exit(0)
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(BrokenPipeError):
-            stream.flush()
+    sys.stdout.flush()
     os._exit(status)
 
 

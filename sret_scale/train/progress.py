@@ -49,8 +49,8 @@ class RunProgress:
     def update(self, images: int, *, loss: float, images_per_s: float) -> None:
         """Show the state after an optimizer step."""
         numbers = f"loss {loss:.4f}  {images_per_s:,.0f} images/s"
-        if self._bar:
-            self._bar.update(self._task, completed=images, numbers=numbers)
+        if bar := self._living_bar():
+            bar.update(self._task, completed=images, numbers=numbers)
             return
         now = time.monotonic()
         if self._is_shown and (now - self._last_line >= LOG_INTERVAL_S or images >= self._total_images):
@@ -64,10 +64,19 @@ class RunProgress:
 
     def say(self, text: str) -> None:
         """One line of text, above the bar where there is one."""
-        if self._bar:
-            self._bar.console.print(text, markup=False, highlight=False)
+        if bar := self._living_bar():
+            bar.console.print(text, markup=False, highlight=False)
         elif self._is_shown:
             print(text, flush=True)
+
+    def _living_bar(self) -> Progress | None:
+        """The bar, until its terminal is gone: lines come after it."""
+        if self._bar and not sys.stdout.isatty():
+            self._bar.stop()
+            # It ends without a line's end.
+            print(flush=True)
+            self._bar = None
+        return self._bar
 
 
 def format_s(seconds: float) -> str:

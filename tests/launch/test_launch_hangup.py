@@ -1,7 +1,10 @@
 """A terminal that goes: hang-ups save the run or are ignored under nohup, and lost output ends no run."""
 
 import os
+import pty
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +12,9 @@ import pytest
 
 from sret_scale.launch.child_processes import caught_signals
 from sret_scale.train.stop import StopFlag
-from tests.launch.test_launch_run import left_over, rank_pids, start
+from tests.data.shard_sources import make_tree
+from tests.launch.test_launch_run import ROOT, START, left_over, rank_pids, start
+from tests.tiny import environment
 
 
 @pytest.fixture
@@ -71,3 +76,81 @@ def test_under_nohup_a_run_outlives_its_terminal(tmp_path: Path) -> None:
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert '"finished"' in (folder / "status.json").read_text()
+
+
+def command(words: str) -> "subprocess.CompletedProcess[str]":
+    """The command line with the shell's redirections behind it."""
+    line = f"exec {sys.executable} -P -m sret_scale.cli {words}"
+    return subprocess.run(["bash", "-c", line], env=environment(), capture_output=True, text=True, check=False)
+
+
+def test_a_table_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+    full = command("describe sret_t >/dev/full")
+    assert full.returncode == 2 and full.stderr.splitlines()[-1].endswith("No space left on device")
+    closed = command("describe sret_t --json >&-")
+    assert (closed.returncode, closed.stderr) == (2, "error: the output cannot be written: Bad file descriptor\n")
+    left = command("describe sret_t | true; exit ${PIPESTATUS[0]}".replace("exec ", ""))
+    assert left.returncode in (0, 1) and left.stderr == ""
+
+
+def test_a_bad_input_has_its_status_where_its_message_is_lost() -> None:
+    assert command("describe no_such_model 2>/dev/full").returncode == 2
+    assert command("describe no_such_model 2>&-").returncode == 2
+
+
+@pytest.mark.parametrize("gone", [">/dev/full", ">&-", "<&- >&- 2>&-"])
+def test_shards_are_written_whoever_reads_of_it(tmp_path: Path, gone: str) -> None:
+    source = make_tree(tmp_path / "images")
+    assert command(f"shards write folder {source} {tmp_path / 'shards'} --workers 1 {gone}").returncode == 0
+    assert (tmp_path / "shards" / "manifest.json").exists()
+
+
+@pytest.mark.multi_process
+@pytest.mark.parametrize("gone", [">/dev/full", "| true", "<&- >&- 2>&-"])
+def test_a_run_whose_output_nobody_takes_goes_on_into_its_log(tmp_path: Path, gone: str) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.yaml").write_text("finish")
+    call = "import sys; from sret_scale.launch.output import open_missing_streams; open_missing_streams()"
+    program = tmp_path / "start.py"
+    program.write_text(call + START)
+    line = f"{sys.executable} {program} {folder} {gone}; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", line], env=environment(), cwd=ROOT, timeout=120, check=False)
+    assert done.returncode == 0
+    assert '"finished"' in (folder / "status.json").read_text()
+    logs = [(folder / "logs" / f"rank-0000{rank}.log").read_text() for rank in (0, 1)]
+    assert ["hello from rank 0\n" in logs[0], "hello from rank 1\n" in logs[1]] == [True, True]
+
+
+@pytest.mark.multi_process
+def test_a_progress_bar_whose_terminal_goes_becomes_lines_of_the_log(tmp_path: Path) -> None:
+    program = """
+import os, sys
+from pathlib import Path
+from sret_scale.launch.rank_bootstrap import redirect_output
+from sret_scale.train.progress import RunProgress
+redirect_output(Path(sys.argv[1]), 0)
+with RunProgress("run", total_images=100, is_shown=True) as progress:
+    progress.update(10, loss=2.0, images_per_s=1.0)
+    progress.say("on the terminal")
+    os.write(int(sys.argv[2]), b"!")
+    os.read(int(sys.argv[3]), 1)
+    progress.update(20, loss=1.0, images_per_s=1.0)
+    progress.say("a line")
+"""
+    ours, theirs = pty.openpty()
+    (said, says), (heard, hears) = os.pipe(), os.pipe()
+    arguments = [str(tmp_path), str(says), str(heard)]
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, *arguments],
+        stdout=theirs, env={**environment(), "TERM": "xterm"}, pass_fds=(says, heard),
+    )  # fmt: skip
+    os.close(theirs)
+    assert os.read(said, 1) == b"!"
+    os.close(ours)
+    os.write(hears, b"!")
+    assert process.wait(timeout=60) == 0
+    for descriptor in (said, says, heard, hears):
+        os.close(descriptor)
+    lines = (tmp_path / "logs" / "rank-00000.log").read_text().splitlines()
+    assert lines[-2].startswith("run: 20 of 100 images  loss 1.0000") and lines[-1] == "a line"

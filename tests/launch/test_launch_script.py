@@ -316,6 +316,16 @@ metadata.version = version
     assert not (copy.parent / ".venv").exists()
 
 
+def test_no_file_of_the_working_folder_is_taken_for_a_module(tmp_path: Path) -> None:
+    for name in ("configparser", "sret_scale", "argparse", "ensurepip"):
+        (tmp_path / f"{name}.py").write_text("raise RuntimeError('imported from the working folder')")
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    result = run(ROOT / "launch.sh", "--no-venv", "train", "--help", cwd=tmp_path, path=path)
+    assert result.returncode == 0, result.stderr
+    result = run(ROOT / "launch.sh", "--help", cwd=tmp_path, path=path)
+    assert result.returncode == 0 and "doctor" in result.stdout, result.stderr
+
+
 def test_no_venv_runs_a_command_where_the_user_stands(tmp_path: Path) -> None:
     folder = tmp_path / "some where"
     folder.mkdir()

@@ -151,7 +151,7 @@ def build() -> None:
     try:
         _run([*shlex.split(compiler), *flags, *map(str, SOURCES), "-o", str(unfinished), "-ljpeg", "-lm"])
         # Another process, because a library that does not fit its libjpeg may end it.
-        _run([sys.executable, "-m", "data_pipelines.image.native.library", "check", str(unfinished)])
+        _run([sys.executable, "-P", "-m", "data_pipelines.image.native.library", "check", str(unfinished)])
         for other in LIBRARY.parent.glob("_roi_decode*.so"):
             # Those of other sources; of these, another node may be building.
             if not other.name.startswith(LIBRARY.stem):

@@ -66,7 +66,7 @@ def write_on_hosts(hostfile: Path, args: argparse.Namespace) -> None:
 def _command(name: str) -> list[str]:
     from sret_scale.launch.nodes import ssh_command
 
-    own = [sys.executable, "-m", "sret_scale.commands.shards.nodes"]
+    own = [sys.executable, "-P", "-m", "sret_scale.commands.shards.nodes"]
     if name in {*_LOCAL_NAMES, socket.gethostname()}:
         return own
     return ssh_command(name, shlex.join(["env", f"PYTHONPATH={os.environ.get('PYTHONPATH', '')}", *own]))
