@@ -6,6 +6,7 @@ without one.
 """
 
 import contextlib
+import dataclasses
 import os
 import queue
 import signal
@@ -136,7 +137,11 @@ def start_launcher(job: Job, node_rank: int, node_folder: str) -> "subprocess.Po
 
     node_folder: for what the ranks of this node share, sockets of teacher ranks for example.
     """
-    devices = list(job.world.values())[node_rank]
+    name, devices = list(job.world.items())[node_rank]
+    gpus = visible_gpus()
+    if job.node_rank is None and len(gpus) >= len(devices):
+        # Slurm counts what it grants, and a job's GPUs of a node need not begin at 0.
+        job = dataclasses.replace(job, world={**job.world, name: gpus[: len(devices)]})
     environment = {**os.environ, **job.environment, NODE_FOLDER: node_folder}
     environment[RANKS_OF_NODES] = ",".join(str(len(devices)) for devices in job.world.values())
     if job.archive:
@@ -144,12 +149,12 @@ def start_launcher(job: Job, node_rank: int, node_folder: str) -> "subprocess.Po
         environment = staged_environment(staged, environment, job.working_folder)
     cores = len(os.sched_getaffinity(0))
     environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // len(devices))))
-    if not visible_gpus():
+    if not gpus:
         # Says what DeepSpeed would find out with a warning from every process.
         environment.setdefault("DS_ACCELERATOR", "cpu")
     interface = job_interface(job)
-    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if interface else ():
-        environment.setdefault(name, interface)
+    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if interface else ():
+        environment.setdefault(variable, interface)
     return subprocess.Popen(
         deepspeed_command(job, node_rank),
         stdin=subprocess.DEVNULL,

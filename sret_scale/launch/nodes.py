@@ -2,7 +2,6 @@
 
 import os
 import random
-import re
 import shlex
 import shutil
 import socket
@@ -13,7 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from sret_scale.launch.allocation import granted_hosts, is_reached_by_srun, processors_per_node
 from sret_scale.launch.hostfile import Host, check_host_name
+from sret_scale.runs.rank_errors import counted
 
 _AGENT = (sys.executable, "-u", "-P", "-m", "sret_scale.launch.agent")
 # What a remote node is given of this environment (inside Slurm srun passes all). Names, then beginnings of names.
@@ -72,7 +73,7 @@ def choose_nodes(*, num_ranks: int | None = None, hosts: Sequence[Host] = (), ma
         if num_ranks is not None:
             raise ValueError("give a hostfile or a number of ranks, not both: the hostfile's slots are the ranks")
         return _from_hosts(tuple(hosts), master_port)
-    if "SLURM_JOB_ID" in os.environ and int(os.environ.get("SLURM_JOB_NUM_NODES", "1")) > 1:
+    if is_reached_by_srun():
         return _from_slurm(num_ranks, master_port)
     return _this_machine(num_ranks, master_port)
 
@@ -140,29 +141,20 @@ def _from_hosts(hosts: tuple[Host, ...], master_port: int | None) -> Place:
 
 def _from_slurm(num_ranks: int | None, master_port: int | None) -> Place:
     """One agent a node of the allocation, all started by one srun."""
-    node_list = os.environ["SLURM_JOB_NODELIST"]
-    query = ["scontrol", "show", "hostnames", node_list]
-    names = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()
-    num_devices = num_ranks or int(os.environ.get("SLURM_GPUS_ON_NODE") or _leading_number("SLURM_NTASKS_PER_NODE", 1))
-    devices = tuple(str(index) for index in range(num_devices))
-    hosts = tuple(Host(name=check_host_name(name, "Slurm's node list"), devices=devices) for name in names)
-    # The allocation gives the agent all that the job has on a node; its ranks share it.
-    srun = ["srun", f"--nodes={len(names)}", f"--ntasks={len(names)}", "--ntasks-per-node=1", "--overlap"]
-    srun += [f"--cpus-per-task={_leading_number('SLURM_JOB_CPUS_PER_NODE', 1)}", "--cpu-bind=none"]
+    hosts = granted_hosts(num_ranks)
+    # The allocation gives the agent what the job has on every node; its ranks share it.
+    srun = ["srun", f"--nodes={len(hosts)}", f"--ntasks={len(hosts)}", "--ntasks-per-node=1", "--overlap"]
+    srun += [f"--cpus-per-task={processors_per_node(len(hosts))}", "--cpu-bind=none", "--kill-on-bad-exit=0"]
     return Place(
         hosts=hosts,
         starts=(
-            NodeStart(name=f"{len(names)} nodes", command=(*srun, "--kill-on-bad-exit=0", *_AGENT), node_rank=None),
+            NodeStart(
+                name=counted(len(hosts), "node"), command=(*srun, "--kill-on-bad-exit=0", *_AGENT), node_rank=None
+            ),
         ),
-        master_addr=_chosen_address() or names[0],
+        master_addr=_chosen_address() or hosts[0].name,
         master_port=master_port or _PORTS[int(os.environ["SLURM_JOB_ID"]) % len(_PORTS)],
     )
-
-
-def _leading_number(variable: str, default: int) -> int:
-    """The first number of values such as `4` or `16(x3)`."""
-    match = re.match(r"[0-9]+", os.environ.get(variable, ""))
-    return int(match[0]) if match else default
 
 
 def _free_local_port() -> int:

@@ -3,11 +3,12 @@
 import os
 import re
 import shlex
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from sret_scale.launch.allocation import scontrol
 
 # What a value of an #SBATCH line may hold: no blank, no quote, no line break, so that it stays one value.
 _PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.,:@%/&|+=-]*")
@@ -80,8 +81,11 @@ def requeue_running_job(job_id: str) -> None:
     Called when the ranks have saved because of a signal: the warning before the time limit, or a preemption, during
     whose grace time the job would otherwise count as ended. A cancelled job is no longer RUNNING and stays cancelled.
     """
-    query = ["scontrol", "show", "job", job_id]
-    shown = subprocess.run(query, capture_output=True, text=True, check=False).stdout
-    if "JobState=RUNNING" in shown and "BatchFlag=1" in shown:
-        print(f"requeueing job {job_id}; it continues from its checkpoint", flush=True)
-        subprocess.run(["scontrol", "requeue", job_id], check=True)
+    try:
+        shown = scontrol("show", "job", job_id)
+        if "JobState=RUNNING" in shown and "BatchFlag=1" in shown:
+            print(f"requeueing job {job_id}; it continues from its checkpoint", flush=True)
+            scontrol("requeue", job_id)
+    except OSError as error:
+        # The run has saved, and that is its status.
+        print(f"job {job_id} is not requeued: the same command continues the run. {error}", file=sys.stderr)
