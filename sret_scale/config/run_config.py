@@ -21,6 +21,7 @@ import yaml
 
 from data_pipelines.image.augment import AugmentConfig
 from data_pipelines.stream.loader import DataConfig
+from sret_scale.config.removed_fields import is_removed
 from sret_scale.config.step_depth import DepthConfig
 from sret_scale.config.telemetry_config import TelemetryConfig
 from sret_scale.distill import DistillConfig
@@ -284,7 +285,7 @@ def _build_dataclass(kind: type[Any], value: Any, path: str) -> Any:
     names = [entry.name for entry in dataclasses.fields(kind) if entry.init]
     prefix = f"{path}." if path else ""
     for key in value:
-        if key not in names:
+        if key not in names and not is_removed(f"{prefix}{key}", value[key]):
             raise ValueError(f"unknown key {prefix + str(key)!r}: {nearest(str(key), names)}")
     missing = [
         entry.name
@@ -296,7 +297,7 @@ def _build_dataclass(kind: type[Any], value: Any, path: str) -> Any:
     ]
     if missing:
         raise ValueError(f"{prefix}{missing[0]} is not given and has no default")
-    arguments = {key: build(hints[key], entry, f"{prefix}{key}") for key, entry in value.items()}
+    arguments = {key: build(hints[key], entry, f"{prefix}{key}") for key, entry in value.items() if key in names}
     try:
         return kind(**arguments)
     except ValueError as error:
@@ -345,8 +346,8 @@ def override(config: RunConfig, assignments: Sequence[str]) -> RunConfig:
         value = parse_yaml(text, source=f"the value of {key}")
         if key == "model" and isinstance(value, str):
             tree["model"] = to_plain(preset(value))
-            continue
-        _assign(tree, key, value)
+        elif not is_removed(key, value):
+            _assign(tree, key, value)
     changed: RunConfig = build(RunConfig, tree)
     return changed
 

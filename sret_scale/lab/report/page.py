@@ -79,7 +79,7 @@ def render(
 ) -> str:
     """The page's HTML. Everything that comes from a run is escaped; only our own SVG is not."""
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("sret_scale.lab", "."),
+        loader=jinja2.PackageLoader("sret_scale.lab.report", "."),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
