@@ -24,7 +24,7 @@ from sret_scale.train.engine.clip import measure
 from sret_scale.train.engine.zero_layout import gradient_chunks
 from sret_scale.train.evaluate import count
 from sret_scale.train.optim import WeightAverage, build_optimizer
-from sret_scale.train.telemetry.probe import probe
+from sret_scale.train.telemetry.depth_probe import probe
 from tests.train.fake_gpu import CUDA, WatchedGpu, pretend
 
 Case = Callable[[WatchedGpu], None]

@@ -17,7 +17,7 @@ from sret_scale.model.depth_plan import DepthPlan, StageDepth
 from sret_scale.model.vision.padding import padded_state
 from sret_scale.train.telemetry import Telemetry, TelemetryConfig, telemetry_of
 from sret_scale.train.telemetry.alarms import alarms, findings, growth_per_loop
-from sret_scale.train.telemetry.probe import BACKWARD, FORWARD, BlockUses, probe
+from sret_scale.train.telemetry.depth_probe import BACKWARD, FORWARD, BlockUses, probe
 from sret_scale.train.telemetry.statistics import attention_entropy, rank_ratio, token_cosine
 from sret_scale.train.telemetry.truncation import gradient_cosines
 

@@ -11,7 +11,6 @@ from typing import Any, cast
 
 import deepspeed
 import torch
-from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from deepspeed.utils import (
     safe_get_local_optimizer_state,
     safe_set_full_fp32_param,
@@ -32,6 +31,7 @@ from sret_scale.train.distributed import (
     sum_over_ranks,
     whole_from_parts,
 )
+from sret_scale.train.engine import deepspeed_internals
 from sret_scale.train.engine.clip import GradientNorms, clip_factors, measure, scale_gradients
 from sret_scale.train.engine.optimizer import MOMENTS, Optimizer, Rule
 from sret_scale.train.engine.snapshot import Field, Piece
@@ -45,10 +45,7 @@ bucket that fits into a cache saves passes over memory."""
 
 def start_communication(ranks: Ranks) -> None:
     """Join the job's process group: nccl on GPUs, gloo on CPU."""
-    # DeepSpeed builds a shared-memory all-reduce on CPU at start. Only its inference path calls it, the build takes a
-    # minute and a C++ compiler, and a killed build leaves a lock that hangs every later start. Nothing else is asked of
-    # this table, which is set as a whole because DeepSpeed would fill it by compiling small programs for 0.8 s.
-    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
+    deepspeed_internals.build_no_operators()
     deepspeed.utils.logger.setLevel(logging.WARNING)
     backend = "nccl" if ranks.device.type == "cuda" else "gloo"
     join_ranks(ranks, backend)
@@ -93,9 +90,7 @@ class Engine:
         if self.zero_stage == 3 and z3_leaf_modules:
             # A stage's recomputation is one autograd function: its parameters must be gathered as one.
             set_z3_leaf_modules(model, list(z3_leaf_modules))
-        if Optimizer not in ZERO_SUPPORTED_OPTIMIZERS:
-            # DeepSpeed warns of what it does not know; tests/train/test_train_update.py holds this one at every stage.
-            ZERO_SUPPORTED_OPTIMIZERS.append(Optimizer)
+        deepspeed_internals.take_under_zero(Optimizer)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
@@ -107,12 +102,10 @@ class Engine:
             },
         )
         if self.loss_scale:
-            # Ours is one for all groups and ranks; theirs are not.
-            self._engine.torch_autocast_z0_gradscaler = None
-            if self.zero_stage:
-                self._optimizer.torch_autocast_gradscaler = None
-        # Where it reduces by itself, the size of its buckets is fixed.
-        self._engine.enable_backward_allreduce = self.zero_stage > 0
+            deepspeed_internals.leave_loss_scaling(self._engine, self._optimizer, self.zero_stage)
+        if self.zero_stage == 0:
+            # Where it reduces by itself, the size of its buckets is fixed.
+            deepspeed_internals.leave_reduction(self._engine)
         # Found once: every step asks for them, and a walk through all layers of SReT-T takes half a millisecond.
         self._parameters = dict(model.named_parameters())
         self._owners_of_buffers = owners_of_buffers(model)
@@ -151,7 +144,7 @@ class Engine:
             self._engine.step()
             return True
         if self.zero_stage == 0 and self._world_size > 1:
-            self._engine.buffered_allreduce_fallback(self._whole_gradients(), elements_per_buffer=ZERO_0_BUCKET)
+            deepspeed_internals.add_up(self._engine, self._whole_gradients(), ZERO_0_BUCKET)
         optimizer = self._client_optimizer
         scale = self.loss_scale.value if self.loss_scale else 1.0
         if self._is_offloaded and self._device.type == "cuda":
@@ -208,8 +201,11 @@ class Engine:
 
         Parameters are fp32 at every stage, so these are the bits that the optimiser's own copy has.
         """
-        parameters = {name: getattr(value, "ds_tensor", value).detach() for name, value in self._parameters.items()}
-        return parameters | self.buffers()
+        parts = {name: deepspeed_internals.stage_3_part(value) for name, value in self._parameters.items()}
+        return {
+            name: (value if parts[name] is None else cast(Tensor, parts[name])).detach()
+            for name, value in self._parameters.items()
+        } | self.buffers()
 
     def buffers(self) -> dict[str, Tensor]:
         """The live buffers that belong to the model's state by name: whole ones at every stage."""
@@ -222,7 +218,7 @@ class Engine:
     @torch.no_grad()
     def assemble(self, local: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Whole tensors, new ones, from tensors like those of `local_weights`; all ranks must call it."""
-        shapes = {name: getattr(value, "ds_shape", None) for name, value in self._parameters.items()}
+        shapes = {name: deepspeed_internals.stage_3_shape(value) for name, value in self._parameters.items()}
         return {name: _whole(value, shapes.get(name)) for name, value in local.items()}
 
     @torch.no_grad()
@@ -249,7 +245,7 @@ class Engine:
 
     def pieces(self, set_name: str, local: Mapping[str, Tensor]) -> Iterator[Piece]:
         """What this rank has of tensors like those of `local_weights`, for a snapshot."""
-        shapes = {name: getattr(value, "ds_shape", None) for name, value in self._parameters.items()}
+        shapes = {name: deepspeed_internals.stage_3_shape(value) for name, value in self._parameters.items()}
         for name, value in local.items():
             shape = shapes.get(name)
             entry = Field(set_name=set_name, name=name, shape=shape or value.shape)
@@ -272,20 +268,20 @@ class Engine:
                     values = safe_get_local_optimizer_state(parameter, moment)
                 else:
                     values = entries[parameter][moment]
-                shape = getattr(parameter, "ds_shape", parameter.shape)
+                cut = deepspeed_internals.stage_3_shape(parameter)
+                shape = parameter.shape if cut is None else cut
                 entry = Field(set_name="optimizer", name=f"{moment}.{name}", shape=shape)
                 yield Piece(values=values, is_part=self.zero_stage == 3, fields=(entry,))
 
     def _flat_moments(self, entries: Mapping[Any, Mapping[str, Tensor]]) -> Iterator[Piece]:
         # ZeRO 1 and 2 lay the parameters of a group end to end and cut the whole into equal parts.
         names = {parameter: name for name, parameter in self._trained_parameters()}
-        for index, owner in enumerate(self._optimizer.single_partition_of_fp32_groups):
-            parameters = self._optimizer.round_robin_bit16_groups[index]
-            starts = self._optimizer.round_robin_bit16_offsets[index]
+        owners = deepspeed_internals.flat_weights(self._optimizer, self.zero_stage)
+        for owner, group in zip(owners, deepspeed_internals.places(self._optimizer), strict=True):
             for moment in ADAM_MOMENTS:
                 fields = tuple(
                     Field(set_name="optimizer", name=f"{moment}.{names[value]}", shape=value.shape, start=start)
-                    for value, start in zip(parameters, starts, strict=True)
+                    for value, start in group
                 )
                 yield Piece(values=entries[owner][moment], is_part=True, fields=fields)
 
@@ -305,7 +301,8 @@ class Engine:
                 "optim.optimizer; continue with that one, or start a run with train.initial_weights"
             )
         self._create_optimizer_entries(state["step"])
-        self._link_moments()
+        if self.zero_stage in (1, 2):
+            deepspeed_internals.link_moments(self._optimizer)
         for name, parameter in self._trained_parameters():
             for moment in self._moments(name):
                 value = state[f"{moment}.{name}"].to(parameter.device)
@@ -334,19 +331,12 @@ class Engine:
             moments = ADAM_MOMENTS if self.zero_stage else self._moments(parts[0].name)
             entries[owner] = {"step": step.clone(), **{moment: torch.zeros_like(owner) for moment in moments}}
 
-    def _link_moments(self) -> None:
-        # DeepSpeed 0.19.8 links moments to parameters after the first parameter group's first update, when the other
-        # groups have none yet, and then never again: their moments could not be found.
-        if self.zero_stage in (1, 2):
-            self._optimizer._hp_optimizer_states_linked = False
-            self._optimizer._lazy_init_hp_params_optimizer_state()
-
     def _own_part(self, parameter: nn.Parameter, value: Tensor) -> Tensor:
         """This rank's flat ZeRO-3 part of `value`, zero-padded as DeepSpeed pads it.
 
         DeepSpeed's own setter of whole values fails where the ranks do not divide the size.
         """
-        part = cast(Tensor, parameter.ds_tensor)  # type: ignore[attr-defined]  # DeepSpeed sets it
+        part = cast(Tensor, deepspeed_internals.stage_3_part(parameter))
         length = part.numel()
         start = self._rank * length
         own = value.to(part.device).flatten()[start : start + length]

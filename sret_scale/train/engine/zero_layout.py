@@ -10,6 +10,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sret_scale.train.engine.deepspeed_internals import (
+    averaged_gradients,
+    flat_weights,
+    listed_parameters,
+    own_fragment,
+    stage_3_part,
+    stage_3_shape,
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
@@ -32,42 +41,40 @@ def layout_of(zero_stage: int, optimizer: Any, names: Mapping[nn.Parameter, str]
     if zero_stage == 0:
         parameters = [value for group in optimizer.param_groups for value in group["params"]]
         return {value: (Part(name=names[value], start=0, length=value.numel()),) for value in parameters}
+    owners = flat_weights(optimizer, zero_stage)
+    groups = listed_parameters(optimizer, zero_stage)
     if zero_stage == 3:
-        return {
-            owner: tuple(_end_to_end(group, names, rank))
-            for owner, group in zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True)
-        }
-    owners = optimizer.single_partition_of_fp32_groups
+        return {owner: tuple(_end_to_end(group, names, rank)) for owner, group in zip(owners, groups, strict=True)}
     return {
         # DeepSpeed may place the parameters of a group in another order than it lists them (round_robin_gradients).
         owner: tuple(sorted(_fragments(group, names), key=lambda part: part.start))
-        for owner, group in zip(owners, optimizer.bit16_groups, strict=True)
+        for owner, group in zip(owners, groups, strict=True)
     }
 
 
-def _end_to_end(group: Sequence[Any], names: Mapping[nn.Parameter, str], rank: int) -> Iterator[Part]:
+def _end_to_end(group: Sequence[nn.Parameter], names: Mapping[nn.Parameter, str], rank: int) -> Iterator[Part]:
     start = 0
     for parameter in group:
-        room = parameter.ds_tensor.numel()
+        own, shape = stage_3_part(parameter), stage_3_shape(parameter)
+        assert own is not None and shape is not None
+        room = own.numel()
         # The rest is padding that nobody ever wrote to: a norm must not see it.
-        length = max(0, min(room, parameter.ds_numel - rank * room))
+        length = max(0, min(room, shape.numel() - rank * room))
         yield Part(name=names[parameter], start=start, length=length)
         start += room
 
 
-def _fragments(group: Sequence[Any], names: Mapping[nn.Parameter, str]) -> Iterator[Part]:
+def _fragments(group: Sequence[nn.Parameter], names: Mapping[nn.Parameter, str]) -> Iterator[Part]:
     for parameter in group:
-        # None where the whole parameter lies on other ranks.
-        if parameter._hp_mapping is not None:
-            place = parameter._hp_mapping.hp_fragment_address
-            yield Part(name=names[parameter], start=place.start, length=place.numel)
+        if fragment := own_fragment(parameter):
+            yield Part(name=names[parameter], start=fragment[0], length=fragment[1])
 
 
 def gradient_chunks(zero_stage: int, optimizer: Any, layout: Layout, is_offloaded: bool) -> dict[Tensor, list[Tensor]]:
     """The gradient of every tensor of `layout` as live tensors that make it up, end to end; after the last backward."""
     if zero_stage == 0 or is_offloaded:
         return {owner: [] if owner.grad is None else [owner.grad] for owner in layout}
-    return {owner: list(optimizer.averaged_gradients[index]) for index, owner in enumerate(layout)}
+    return {owner: averaged_gradients(optimizer, index) for index, owner in enumerate(layout)}
 
 
 def slices(chunks: Sequence[Tensor], parts: Sequence[Part]) -> Iterator[tuple[Part, Tensor]]:

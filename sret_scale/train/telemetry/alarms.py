@@ -6,7 +6,7 @@ Thresholds are far from what healthy runs of the shipped recipes show (docs/dept
 import math
 from collections.abc import Collection, Sequence
 
-from sret_scale.train.telemetry.probe import BlockUses
+from sret_scale.train.telemetry.depth_probe import BlockUses
 
 LIMITS = {"fp16": 65504.0, "bf16": 3.39e38, "fp32": 3.40e38}
 """The largest number of each type that computes products."""

@@ -15,7 +15,7 @@ from sret_scale.model import Noise, SReT
 from sret_scale.model.applications import resolved_scheme
 from sret_scale.model.depth_plan import DepthPlan
 from sret_scale.train.telemetry.alarms import alarms, findings, growth_per_loop
-from sret_scale.train.telemetry.probe import BlockUses, probe, undisturbed
+from sret_scale.train.telemetry.depth_probe import BlockUses, probe, undisturbed
 from sret_scale.train.telemetry.truncation import gradient_cosines
 
 MAX_LOOPS = 32
