@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from data_pipelines.home_folder import with_home
 from sret_scale.launch.output import open_missing_streams, outlast
 from sret_scale.runs.rank_errors import in_words
 
@@ -75,6 +76,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str]) -> int:
+    if list(argv[:2]) != ["labels", "write"]:
+        # Left over from another launcher: this process is no rank, and gives its own ranks theirs.
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+            os.environ.pop(name, None)
     top = argparse.ArgumentParser(
         prog="sret-scale",
         description="Train Sliced Recursive Transformers of 20 to more than 1000 block applications.",
@@ -89,11 +94,16 @@ def _run(argv: Sequence[str]) -> int:
         return 2
     parser = build_parser(top.parse_args(argv[:1]).command)
     try:
+        words = [with_home(word) for word in argv[1:]]
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    try:
         # Options may stand between positional arguments: `train NAME --run FOLDER section.field=value`.
-        args = parser.parse_intermixed_args(argv[1:])
+        args = parser.parse_intermixed_args(words)
     except TypeError:
         # argparse has no such order for a command that has sub-commands of its own.
-        args = parser.parse_args(argv[1:])
+        args = parser.parse_args(words)
     try:
         status = args.run_command(args)
     except BrokenPipeError:

@@ -17,6 +17,7 @@ from types import TracebackType
 from data_pipelines.atomic_files import write_whole
 from data_pipelines.checked_files import MAX_JSON_BYTES, read_bounded
 from data_pipelines.config import DataConfig
+from data_pipelines.home_folder import with_home
 from data_pipelines.remote.cache import ShardCache
 from data_pipelines.shards.index import ShardSet, open_shards, parse_set
 from data_pipelines.shards.manifest import INDEX_NAME, MANIFEST_NAME, Manifest, max_index_bytes, parse_manifest
@@ -134,8 +135,7 @@ class Prefetcher:
 def _cache_root(config: DataConfig) -> Path:
     if config.cache_folder:
         return Path(config.cache_folder)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "sret_scale" / "shards"
+    return Path(os.environ.get("XDG_CACHE_HOME") or with_home("~/.cache")) / "sret_scale" / "shards"
 
 
 def _kept_index(folder: Path, manifest: Manifest) -> bytes | None:

@@ -19,6 +19,7 @@ from typing import Any, Literal, cast
 import pydantic
 import yaml
 
+from data_pipelines.home_folder import with_home
 from data_pipelines.image.augment import AugmentConfig
 from data_pipelines.stream.loader import DataConfig
 from sret_scale.config.removed_fields import is_removed
@@ -191,7 +192,7 @@ def grad_accum_steps(config: TrainConfig, world_size: int) -> int:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML without its two classic traps: a key given twice is an error, and 1e-3 is a number."""
+    """YAML without its two classic traps: a key given twice is an error, and 1e-3 is a number. `~/` is the home."""
 
     def __init__(self, text: str, source: str) -> None:
         super().__init__(text)
@@ -208,6 +209,10 @@ class _StrictLoader(yaml.SafeLoader):
                 raise ValueError(f"{place}: the key {key!r} is given twice; keep one")
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
+        value = super().construct_scalar(node)
+        return with_home(value) if isinstance(value, str) else value
 
 
 _StrictLoader.add_implicit_resolver(
