@@ -32,6 +32,13 @@ find_python() {
     return 1
 }
 
+# The names of the extras in setup.cfg, in a line.
+extras() {
+    local names
+    names=$(sed -n '/^\[options.extras_require\]/,/^\[options.entry/s/^\([a-z]*\) =.*/\1/p' "$root/setup.cfg")
+    printf '%s' "${names//$'\n'/ }"
+}
+
 # What the installed packages depend on: when it changes, set-up runs again. The path counts because a .venv cannot move.
 fingerprint() {
     { cat "$root/constraints.txt" "$root/setup.cfg" "$root/pyproject.toml" && printf '%s\n' "$1" "$root"; } | sha256sum
@@ -102,15 +109,22 @@ build_jpeg_library() {
     printf '%s\n' "${said##*$'\n'}"
 }
 
-# set_up core|test: nothing to do when the stamp fits; `test` holds all of `core`.
+# is_in EXTRA: whether a stamp says that it is installed as the fingerprint in $print has it. With "*" any stamp will do.
+is_in() {
+    local stamp
+    for stamp in "$venv"/installed-$1; do
+        if [[ -e $stamp && $(<"$stamp") == "$print" ]]; then return 0; fi
+    done
+    return 1
+}
+
+# set_up [EXTRA...]: nothing to do when the stamps fit. Extras that are in stay in.
 set_up() {
-    local wanted=$1 extra='' print build stamp
-    if [[ -x $venv/bin/python ]]; then
-        print=$(fingerprint "$("$venv/bin/python" -V 2>/dev/null || true)")
-        for stamp in "$venv/installed-test" "$venv/installed-$wanted"; do
-            if [[ -e $stamp && $(<"$stamp") == "$print" ]]; then return 0; fi
-        done
-    fi
+    local print='' all=yes build extra name
+    local -A extras=()
+    if [[ -x $venv/bin/python ]]; then print=$(fingerprint "$("$venv/bin/python" -V 2>/dev/null || true)"); fi
+    for name in "${@:-*}"; do is_in "$name" || all=no; done
+    if [[ $all == yes ]]; then return 0; fi
     [[ -w $root ]] || fail "$root is not writable, and set-up writes .venv there; copy the project or use --no-venv"
     # Two starts at once would install over each other; the second waits and then finds the stamp.
     if command -v flock >/dev/null; then
@@ -119,13 +133,16 @@ set_up() {
             echo "another set-up is running here; waiting for it"
             flock 9
             exec 9<&-
-            set_up "$wanted"
+            set_up "$@"
             return
         fi
     fi
     make_venv
     print=$(fingerprint "$("$venv/bin/python" -V)")
-    if [[ $wanted == test ]]; then extra='[test]'; fi
+    for name in "$@" "$venv"/installed-*; do extras[${name##*installed-}]=1; done
+    unset 'extras[core]' 'extras[*]'
+    extra=${!extras[*]}
+    extra=${extra:+[${extra// /,}]}
     step "build tools" pip_install "$(pin_of setuptools)" "$(pin_of wheel)"
     # torch alone and first: a package's dependency range must never choose its build.
     step "$(pin_of torch)" pip_install "$(pin_of torch)"
@@ -136,53 +153,57 @@ set_up() {
             "a dependency replaced it: remove .venv, and check the package indexes that pip is configured with"
     fi
     build_jpeg_library
-    printf '%s' "$print" >"$venv/installed-$wanted"
+    for name in core "${!extras[@]}"; do printf '%s' "$print" >"$venv/installed-$name"; done
     exec 9<&-
 }
 
-# Says what the active environment lacks for `core` or `test`, or has in a version that setup.cfg does not take.
+# check_active_python [EXTRA...]: says what the active environment lacks of setup.cfg, or has in a version it does not take.
 check_active_python() {
-    "$python" - "$1" "$root/setup.cfg" <<'CHECK'
-import configparser, importlib.metadata, importlib.util, re, sys
+    "$python" - "$root" "$@" <<'CHECK'
+import configparser, importlib.metadata, importlib.util, re, shlex, sys
 
-names = "torch deepspeed webdataset torchvision einops pydantic psutil rich yaml safetensors simplejpeg xxhash matplotlib jinja2"
-if sys.argv[1] == "test":
-    names += " pytest pytest_timeout pytest_randomly xdist hypothesis ruff mypy importlinter timm"
-missing = [name for name in names.split() if importlib.util.find_spec(name) is None]
+root, *extras = sys.argv[1:]
 if sys.version_info < (3, 11):
     sys.exit(f"error: --no-venv: {sys.executable} is Python {sys.version.split()[0]}, expected 3.11 or later")
-remedy = "\nerror: install them with pip -c constraints.txt"
-if missing:
-    sys.exit(f"error: --no-venv: {sys.executable} lacks {', '.join(missing)}{remedy}")
+config = configparser.ConfigParser(interpolation=None)
+config.read(f"{root}/setup.cfg", encoding="utf-8")
+wanted = "\n".join([config["options"]["install_requires"], *(config["options.extras_require"][name] for name in extras)])
 
 def numbers(version):
     return [int(part) for part in re.findall(r"\d+", version.partition("+")[0])]
 
-config = configparser.ConfigParser(interpolation=None)
-config.read(sys.argv[2], encoding="utf-8")
-wrong = []
-for name, relation, wanted in re.findall(r"^([\w-]+)(==|>=)([\d.]+)$", config["options"]["install_requires"], re.M):
+missing, wrong, remedy = [], [], []
+for name, relation, version in re.findall(r"^([\w-]+)(==|>=)?([\d.]*)$", wanted, re.M):
     try:
         found = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         found = "of unknown version"
-    fits = numbers(found) == numbers(wanted) if relation == "==" else numbers(found) >= numbers(wanted)
-    if not fits:
-        wrong.append(f"{name} {found}, expected {name}{relation}{wanted}")
-if wrong:
-    sys.exit(f"error: --no-venv: {sys.executable} has {'; '.join(wrong)}{remedy}")
+        if importlib.util.find_spec(name.replace("-", "_")) is None:
+            missing.append(name)
+            remedy.append(name + relation + version)
+            continue
+    have, least = numbers(found), numbers(version)
+    if have != least if relation == "==" else have < least:
+        wrong.append(f"{name} {found}, expected {name}{relation}{version}")
+        remedy.append(name + relation + version)
+if remedy:
+    # Pins could replace a container's own torch by another build.
+    pins = ["-c", f"{root}/constraints.txt"] if remedy[0].startswith("torch>") else []
+    state = [f"lacks {', '.join(missing)}"] * bool(missing) + [f"has {'; '.join(wrong)}"] * bool(wrong)
+    command = shlex.join([sys.executable, "-m", "pip", "install", *pins, *remedy])
+    sys.exit(f"error: --no-venv: {sys.executable} {' and '.join(state)}\nerror: install with: {command}")
 CHECK
 }
 
 # Sets $python for the rest, installing when that is wanted.
 prepare() {
     if [[ $use_venv == yes ]]; then
-        set_up "$1"
+        set_up "$@"
         python=$venv/bin/python
     else
         python=$(type -P python || type -P python3 || true)
         [[ -n $python ]] || fail "--no-venv: no python on PATH; activate your environment first"
-        check_active_python "$1" || exit 2
+        check_active_python "$@" || exit 2
     fi
     export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
     unset PYTHONSAFEPATH
@@ -228,16 +249,17 @@ usage() {
 usage: ./launch.sh [--no-venv] [COMMAND [ARGUMENT ...]]
 
 Sets the project up in .venv when needed (once), then:
-  ./launch.sh               the demo on the data that ships with the project, into runs/demo
-  ./launch.sh test [...]    every check and test; arguments go to pytest
-  ./launch.sh setup [test]  only the set-up; with "test" also what the tests need
-  ./launch.sh COMMAND ...   a sret-scale command of the list below; COMMAND --help says more
+  ./launch.sh                    the demo on the data that ships with the project, into runs/demo
+  ./launch.sh test [...]         every check and test; arguments go to pytest
+  ./launch.sh setup [EXTRA ...]  only the set-up, and the packages of optional parts
+  ./launch.sh COMMAND ...        a sret-scale command of the list below; COMMAND --help says more
 
 options:
   --no-venv   use the Python environment that is active and install nothing
   -h, --help  this text
 
 USAGE
+    printf 'extras: %s\n\n' "$(extras)"
     local any
     any=$(find_python) || return 0
     PYTHONPATH=$root "$any" -m sret_scale.cli --help | sed -n '/^commands:/,$p'
@@ -253,8 +275,10 @@ main() {
     case $command in
     -h | --help | help) usage ;;
     setup)
-        [[ ${1-core} == core || $1 == test ]] || fail "setup takes nothing or \"test\", got \"$1\""
-        prepare "${1-core}"
+        for name in "$@"; do
+            [[ " $(extras) " == *" $name "* ]] || fail "setup knows no extra \"$name\"; there are: $(extras)"
+        done
+        prepare "$@"
         echo "ready: $python"
         ;;
     test)
@@ -265,7 +289,7 @@ main() {
     *)
         # A wrong name must not cost an installation first: the table of commands is read as text.
         grep -q "^    \"$command\": " "$root/sret_scale/cli.py" || fail "unknown command $command; see ./launch.sh --help"
-        prepare core
+        prepare
         # The demo's files belong to the project; every other command works where the user stands.
         if [[ $command == demo ]]; then cd "$root"; fi
         exec "$python" -P -m sret_scale.cli "$command" "$@"

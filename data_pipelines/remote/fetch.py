@@ -13,6 +13,7 @@ from typing import Any
 import fsspec
 import stamina
 
+from data_pipelines.extras import install_packages
 from data_pipelines.remote.cache import ChangedFileError, UnavailableError
 from data_pipelines.shards.hashes import FileHash, hash_name_of
 
@@ -109,7 +110,7 @@ def _need_package(url: str, scheme: str) -> None:
     try:
         importlib.import_module(package)
     except ImportError as error:
-        raise ValueError(f"{url}: {scheme}:// needs {package} ({error}); pip install {package}") from error
+        raise ValueError(f"{url}: {scheme}:// needs {package} ({error}); {install_packages(package)}") from error
 
 
 def _timeouts(scheme: str, stall_s: float) -> dict[str, Any]:

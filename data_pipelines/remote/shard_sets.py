@@ -17,6 +17,7 @@ from types import TracebackType
 from data_pipelines.atomic_files import write_whole
 from data_pipelines.checked_files import MAX_JSON_BYTES, read_bounded
 from data_pipelines.config import DataConfig
+from data_pipelines.extras import install_extra
 from data_pipelines.home_folder import with_home
 from data_pipelines.remote.cache import ShardCache
 from data_pipelines.shards.index import ShardSet, open_shards, parse_set
@@ -44,7 +45,7 @@ def open_data(location: str | Path, config: DataConfig) -> ShardSet:
     try:
         from data_pipelines.remote.fetch import RemoteFolder
     except ModuleNotFoundError as error:
-        raise ValueError(f"{location}: needs {error.name}; pip install 'sret-scale[remote]'") from error
+        raise ValueError(f"{location}: needs {error.name}; {install_extra('remote')}") from error
     remote = RemoteFolder(location, stall_s=config.stall_s, attempts=config.fetch_attempts)
     data = remote.read_whole(MANIFEST_NAME, MAX_JSON_BYTES)
     manifest = parse_manifest(data, f"{remote.url}/{MANIFEST_NAME}")

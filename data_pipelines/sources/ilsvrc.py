@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from data_pipelines.extras import install_packages
 from data_pipelines.shards.packed_strings import pack_strings
 from data_pipelines.shards.tar_scan import Member, TarError, mapped, scan_members, split_name
 from data_pipelines.shards.tar_write import safe_key
@@ -103,7 +104,7 @@ def _devkit_synsets(path: Path) -> list[str]:
     try:
         from scipy.io import loadmat
     except ImportError:
-        raise ValueError(f"{path}: reading the kit's meta.mat needs scipy; `pip install scipy`") from None
+        raise ValueError(f"{path}: reading the kit's meta.mat needs scipy; {install_packages('scipy')}") from None
     try:
         with tarfile.open(path) as kit:
             content = {Path(member.name).name: member for member in kit.getmembers() if member.isfile()}

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from data_pipelines.extras import install_extra
 from data_pipelines.shards.packed_strings import pack_strings
 from data_pipelines.sources.listing import Listing, are_class_names, check_labels, numbered_class_names
 
@@ -28,7 +29,7 @@ def _pyarrow() -> Any:
     try:
         import pyarrow.parquet
     except ImportError:
-        raise ValueError("Parquet needs pyarrow; `pip install 'sret-scale[parquet]'`") from None
+        raise ValueError(f"Parquet needs pyarrow; {install_extra('parquet')}") from None
     return pyarrow
 
 

@@ -4,6 +4,8 @@ import argparse
 import importlib.util
 from pathlib import Path
 
+from data_pipelines.extras import install_extra
+
 EXAMPLE = """examples:
   sret-scale export runs/sret_t sret_t.onnx
   sret-scale export sret_t.safetensors sret_t.onnx --loops kept"""
@@ -56,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
     if args.format == "onnx":
         for package in ("onnx", "onnxscript", "onnxruntime"):
             if importlib.util.find_spec(package) is None:
-                raise ValueError(f"{package} is not installed: pip install 'sret-scale[export]'")
+                raise ValueError(f"{package} is not installed: {install_extra('export')}")
     size, channels = model.config.image_size, model.config.in_channels
     images_BCHW = torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(0))
     shapes = {"images_BCHW": {0: torch.export.Dim("batch")}}

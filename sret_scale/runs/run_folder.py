@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from data_pipelines.atomic_files import write_whole
+from data_pipelines.extras import install_extra
 
 EXIT_FINISHED = 0
 EXIT_FAILED = 1
@@ -131,7 +132,7 @@ def _tensorboard_writer(folder: Path) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ValueError(
-            f"train.tensorboard=true needs the tensorboard extra ({error}): pip install 'sret-scale[tensorboard]', "
+            f"train.tensorboard=true needs the tensorboard extra ({error}): {install_extra('tensorboard')}, "
             "or leave it false"
         ) from error
     return SummaryWriter(str(folder))

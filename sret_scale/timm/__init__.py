@@ -1,6 +1,6 @@
 """At home in timm: importing this registers every preset, so that `timm.create_model("sret_t")` works.
 
-timm is an optional extra (`pip install sret-scale[timm]`) and importing it takes seconds: import this where it is used.
+timm is an optional extra (`./launch.sh setup timm`) and importing it takes seconds: import this where it is used.
 """
 
 from sret_scale.timm.door import create_architecture, create_model, import_timm, preprocessing

@@ -12,6 +12,8 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from data_pipelines.extras import install_extra
+
 
 def import_timm() -> ModuleType:
     """timm, on CPU builds of torch too. ValueError with the command to install it when it is missing."""
@@ -20,7 +22,7 @@ def import_timm() -> ModuleType:
     try:
         return importlib.import_module("timm")
     except ModuleNotFoundError as error:
-        raise ValueError("timm is not installed: pip install 'sret-scale[timm]'") from error
+        raise ValueError(f"timm is not installed: {install_extra('timm')}") from error
 
 
 def create_model(name: str, *, num_classes: int, checkpoint: Path | None) -> nn.Module:

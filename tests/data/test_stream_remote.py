@@ -399,7 +399,7 @@ def test_the_package_that_a_scheme_needs_is_named(
     scheme: str, package: str, config: DataConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ValueError, match=rf"{scheme}://a/b: {scheme}:// needs {package} .*; pip install {package}$"):
+    with pytest.raises(ValueError, match=rf"{scheme}://a/b: {scheme}:// needs {package} .*-m pip install .*{package}$"):
         open_data(f"{scheme}://a/b", config)
 
 

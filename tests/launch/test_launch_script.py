@@ -1,7 +1,9 @@
 """launch.sh from outside: help, wrong commands, which Python it takes, what it says when something is missing."""
 
+import configparser
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -148,6 +150,32 @@ def test_test_setup_adds_its_extra_and_holds_the_core(copy: Path, tools: Path, f
     assert taken_log(fake) == expected_calls(project, "[test]")
     (project / ".venv" / "installed-core").unlink()
     assert run(copy, "setup", cwd=project, path=str(tools)).returncode == 0
+    assert taken_log(fake) == []
+
+
+def test_extras_are_installed_once_and_stay_in(copy: Path, tools: Path, fake: Path) -> None:
+    project = copy.parent
+
+    def asked(*extras: str) -> list[str]:
+        result = run(copy, "setup", *extras, cwd=project, path=str(tools))
+        assert result.returncode == 0, result.stderr
+        calls = [call for call in taken_log(fake) if " -e " in call]
+        return sorted(calls[0].partition(f" -e {project}")[2].strip("[]").split(",")) if calls else []
+
+    assert asked("wandb", "remote") == ["remote", "wandb"]
+    assert asked() == asked("remote") == asked("wandb", "remote") == []
+    assert asked("parquet", "wandb") == ["parquet", "remote", "wandb"]
+    with (project / "constraints.txt").open("a") as stream:
+        stream.write("zipp==1.0\n")
+    assert asked() == ["parquet", "remote", "wandb"]
+
+
+def test_unknown_extra_is_an_error_that_lists_all(copy: Path, tools: Path, fake: Path) -> None:
+    result = run(copy, "setup", "remote", "wandv", cwd=copy.parent, path=str(tools))
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    names = " ".join(config["options.extras_require"])
+    assert (result.returncode, result.stderr) == (2, f'error: setup knows no extra "wandv"; there are: {names}\n')
     assert taken_log(fake) == []
 
 
@@ -312,7 +340,12 @@ metadata.version = version
         assert (result.returncode, result.stderr) == (0, "")
     else:
         assert result.returncode == 2
-        assert message in result.stderr and "constraints.txt" in result.stderr.splitlines()[-1]
+        assert message in result.stderr
+        # Pins must not replace a torch that will do.
+        command = ["-c", f"{copy.parent}/constraints.txt", "torch>=2.11"] if "torch" in versions else []
+        command += ["deepspeed==0.19.8"] if "deepspeed" in versions else []
+        remedy = shlex.join([sys.executable, "-m", "pip", "install", *command])
+        assert result.stderr.splitlines()[-1] == f"error: install with: {remedy}"
     assert not (copy.parent / ".venv").exists()
 
 

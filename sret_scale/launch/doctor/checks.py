@@ -14,6 +14,7 @@ from typing import Literal
 
 import psutil
 
+from data_pipelines.extras import install_packages
 from data_pipelines.image.native import library as roi
 from sret_scale.launch.build_lock import clear_stale_locks
 from sret_scale.launch.nodes import visible_gpus
@@ -55,7 +56,7 @@ def check_versions(version_of: Callable[[str], str]) -> Iterator[Finding]:
     yield Finding(name="python", state="ok", text=f"{sys.version.split()[0]} ({sys.executable})")
     for package, wanted, is_exact in _NEEDED:
         text = ".".join(map(str, wanted))
-        advice = f"pip install -c constraints.txt {package}"
+        advice = install_packages(f"{package}{'==' if is_exact else '>='}{text}")
         try:
             found = version_of(package)
         except importlib.metadata.PackageNotFoundError:
@@ -74,7 +75,7 @@ def check_torchvision() -> Finding:
     try:
         importlib.import_module("data_pipelines.image.torchvision_door")
     except (ImportError, RuntimeError) as error:
-        advice = "install the torchvision that belongs to this torch: pip install -c constraints.txt torchvision"
+        advice = f"install the torchvision that belongs to this torch: {install_packages('torchvision')}"
         return Finding(name="torchvision", state="fail", text=str(error).splitlines()[0], advice=advice)
     return Finding(name="torchvision", state="ok", text=importlib.metadata.version("torchvision"))
 
