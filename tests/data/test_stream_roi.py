@@ -1,7 +1,6 @@
 """Views have the bits of decoding the whole image and resizing by torch, with the optional library and without it."""
 
 import io
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -88,6 +87,33 @@ def test_a_view_has_the_bits_of_the_whole_image_resized(subsampling: str, is_pro
             assert torch.equal(got_CHW, _expected(data, view, size, interpolation))
 
 
+# Waves of 8 pixels whose coefficients have many bits each, so that a decoder that counts them short runs out.
+_FREQUENCIES = {(1, 1): 3.0, (2, 1): 3.0, (2, 2): 3.0, (1, 3): 300.0}
+
+
+def _waves(height: int, width: int, noise: float) -> np.ndarray[Any, Any]:
+    """A grey photograph of a grating: RGB pixels (height, width, 3)."""
+    y, x = np.mgrid[:height, :width]
+    pixels = np.full((height, width), 128.0)
+    for (down, across), value in _FREQUENCIES.items():
+        pixels += value / 4 * np.cos((2 * y + 1) * down * np.pi / 16) * np.cos((2 * x + 1) * across * np.pi / 16)
+    pixels += np.random.default_rng(0).normal(0, noise, pixels.shape)
+    return np.repeat(pixels.clip(0, 255).round().astype(np.uint8)[:, :, None], 3, axis=2)
+
+
+@pytest.mark.parametrize("quality", [98, 99, 100])
+@pytest.mark.usefixtures("library")
+def test_photographs_of_high_quality_have_the_same_bits(quality: int) -> None:
+    photographs = [_waves(240, 320, noise) for noise in (0.3, 0.6, 2.0)] + [smooth_image(240, 320, 1)]
+    for place, pixels in enumerate(photographs):
+        data = encoded(pixels, "JPEG", quality=quality, subsampling=2 * (place % 2))
+        for index in range(25):
+            view = draw_view(DataConfig(), *pixels.shape[:2], seed=0, number=0, index=index)
+            got_CHW = _got(data, view, 32, "bicubic")
+            assert got_CHW is not None
+            assert torch.equal(got_CHW, _expected(data, view, 32, "bicubic"))
+
+
 @given(
     height=st.integers(1, 300),
     width=st.integers(1, 300),
@@ -109,27 +135,29 @@ def test_any_size_and_quality_has_the_same_bits(
     assert torch.equal(got_CHW, _expected(data, view, size, interpolation))
 
 
-@given(places=st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), min_size=1, max_size=4))
-@settings(max_examples=30, deadline=None)
+@given(
+    places=st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), max_size=4),
+    end=st.floats(0.3, 1),
+    is_progressive=st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
 @pytest.mark.usefixtures("library")
-def test_damaged_bytes_give_pixels_or_nothing(places: list[tuple[int, int]]) -> None:
-    data = bytearray(jpeg(smooth_image(60, 80, 0)))
+def test_damaged_bytes_give_the_pixels_of_the_whole_image_or_nothing(
+    places: list[tuple[int, int]], end: float, is_progressive: bool
+) -> None:
+    whole = _jpeg(smooth_image(60, 80, 0), "420", is_progressive=is_progressive)
+    data = bytearray(whole[: int(len(whole) * end)] + whole[-2:])
     for place, value in places:
         data[place % (len(data) - 2)] = value
     for top in (0, 20):
         view = (top, 20, 30, 30, 0)
-        # Twice the same: pixels of what was never decoded would be those of the memory before.
-        first, second = (_got(bytes(data), view, 16, "bilinear") for _ in range(2))
-        assert (first is None) == (second is None)
-        assert first is None or second is None or torch.equal(first, second)
-
-
-@given(data=st.binary(max_size=700), start=st.integers(0, 5))
-@settings(max_examples=30, deadline=None)
-@pytest.mark.usefixtures("library")
-def test_sums_are_those_of_zlib(data: bytes, start: int) -> None:
-    assert roi.crc32(data[start:]) == zlib.crc32(data[start:])
-    assert roi.crc32(data * 50) == zlib.crc32(data * 50)
+        got_CHW = _got(bytes(data), view, 16, "bilinear")
+        try:
+            expected_CHW = _expected(bytes(data), view, 16, "bilinear")
+        except DecodeError:
+            # Damage below the box is not seen there (docs/data.md).
+            continue
+        assert got_CHW is None or torch.equal(got_CHW, expected_CHW)
 
 
 CONFIG = DataConfig()

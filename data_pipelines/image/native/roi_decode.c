@@ -2,7 +2,8 @@
  * cutting the box out and resizing it with torch.
  *
  * Lines above the box are entropy-decoded only, lines below are not read, and columns beside it are not transformed.
- * A margin of one iMCU around the box gives chroma upsampling the neighbours that it interpolates from.
+ * A margin of one iMCU around the box gives chroma upsampling the neighbours that it interpolates from. Of
+ * libjpeg-turbo only the public interface is used.
  * Built by `python -m data_pipelines.image.native.library`, called through ctypes, which releases the interpreter lock. */
 
 #include <setjmp.h>
@@ -13,7 +14,6 @@
 
 #include <jpeglib.h>
 
-#include "roi_entropy.h"
 #include "roi_resize.h"
 
 struct failure {
@@ -63,13 +63,19 @@ static void write_places(struct lines *lines, int number) {
   }
 }
 
+/* A progressive image that lacks scans is smoothed, by each version of libjpeg-turbo in its own way. */
+static void leave_unless_complete(j_decompress_ptr decoder) {
+  for (int i = 0; decoder->progressive_mode && i < decoder->num_components * DCTSIZE2; i++)
+    if (decoder->coef_bits[i / DCTSIZE2][i % DCTSIZE2] != 0) leave((j_common_ptr)decoder);
+}
+
 static void read_view(j_decompress_ptr decoder, const struct view *view, unsigned char *out) {
   int margin_x = decoder->max_h_samp_factor * DCTSIZE, margin_y = decoder->max_v_samp_factor * DCTSIZE;
   int full_width = (int)decoder->output_width, full_height = (int)decoder->output_height;
-  int bottom = view->top + view->height, right = view->left + view->width;
   if (view->top < 0 || view->left < 0 || view->height < 1 || view->width < 1 || view->size < 1 ||
-      bottom > full_height || right > full_width)
+      view->height > full_height - view->top || view->width > full_width - view->left)
     leave((j_common_ptr)decoder);
+  int bottom = view->top + view->height, right = view->left + view->width;
   JDIMENSION start_x = view->left > margin_x ? (JDIMENSION)(view->left - margin_x) : 0;
   JDIMENSION read_width = (JDIMENSION)(right + margin_x < full_width ? right + margin_x : full_width) - start_x;
   jpeg_crop_scanline(decoder, &start_x, &read_width);
@@ -98,9 +104,8 @@ static void read_view(j_decompress_ptr decoder, const struct view *view, unsigne
   }
 }
 
-/* Returns 0 and fills `out` (3 x size x size), or 1 when the view cannot be had this way. `is_plain` keeps to
- * libjpeg-turbo's own entropy decoder. */
-int roi_view(const unsigned char *data, size_t size, const struct view *view, int is_plain, unsigned char *out) {
+/* Returns 0 and fills `out` (3 x size x size), or 1 when the view cannot be had this way. */
+int roi_view(const unsigned char *data, size_t size, const struct view *view, unsigned char *out) {
   struct jpeg_decompress_struct decoder;
   struct failure failure;
 
@@ -116,7 +121,7 @@ int roi_view(const unsigned char *data, size_t size, const struct view *view, in
   jpeg_read_header(&decoder, TRUE);
   decoder.out_color_space = JCS_RGB;
   jpeg_start_decompress(&decoder);
-  if (!is_plain) entropy_attach(&decoder);
+  leave_unless_complete(&decoder);
   read_view(&decoder, view, out);
   jpeg_destroy_decompress(&decoder);
   return 0;
