@@ -51,7 +51,7 @@ def list_samples(folder: Path, split: str | None) -> Listing:
         offset=np.array([member.offset for member, _ in found], np.int64),
         length=np.array([member.size for member, _ in found], np.int64),
         label=np.array([number[synset] for _, synset in found], np.int32),
-        keys=pack_strings(safe_key(split_name(member.name)[0]) for member, _ in found),
+        keys=pack_strings(safe_key((split_name(member.name) or ("",))[0]) for member, _ in found),
         names=pack_strings(f"{synset}.tar/{member.name}" if prefix else member.name for member, synset in found),
     )
 
@@ -65,7 +65,7 @@ def _existing(folder: Path, name: str) -> Path:
 def _members(path: Path) -> list[Member]:
     with mapped(path) as data:
         try:
-            return list(scan_members(data))
+            return [member for member in scan_members(data) if split_name(member.name)]
         except TarError as error:
             raise ValueError(f"{path}: at offset {error.offset}: {error.reason}; get the file again") from error
 
@@ -77,6 +77,8 @@ def _train_members(path: Path) -> Iterator[tuple[str, Member]]:
         with mapped(path) as data, data[outer.offset : outer.offset + outer.size] as inner:
             try:
                 for image in scan_members(inner):
+                    if not split_name(image.name):
+                        continue
                     start, offset = outer.offset + image.start, outer.offset + image.offset
                     yield synset, Member(name=image.name, start=start, offset=offset, size=image.size)
             except TarError as error:

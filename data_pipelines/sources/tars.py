@@ -4,6 +4,8 @@ Images are read where they lie in the tars. Of shards with a manifest the class 
 in the folder, one name a line, gives them, or else the labels are their own names. A `.json` member is kept as it is.
 """
 
+import logging
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,9 +13,11 @@ import numpy as np
 
 from data_pipelines.shards.manifest import MANIFEST_NAME, read_manifest
 from data_pipelines.shards.packed_strings import pack_strings
-from data_pipelines.shards.tar_scan import Member, TarError, TarSample, mapped, scan_samples
+from data_pipelines.shards.tar_scan import Member, TarError, TarSample, describe_passed_over, mapped, scan_samples
 from data_pipelines.shards.tar_write import is_safe_key, safe_key
 from data_pipelines.sources.listing import Listing, check_labels, numbered_class_names, read_class_names
+
+logger = logging.getLogger(__name__)
 
 CLASSES_FILE = "classes.txt"
 _LONGEST_LABEL = 32  # bytes: digits, with space around them
@@ -30,10 +34,11 @@ def list_samples(folder: Path, split: str | None) -> Listing:
     images: list[Member] = []
     metadata: list[Member | None] = []
     labels: list[int] = []
+    passed_over: Counter[str] = Counter()
     for number, path in enumerate(paths):
         with mapped(path) as data:
             try:
-                for sample in scan_samples(data):
+                for sample in scan_samples(data, passed_over):
                     path_of.append(number)
                     keys.append(sample.key)
                     images.append(image_member(sample))
@@ -41,6 +46,8 @@ def list_samples(folder: Path, split: str | None) -> Listing:
                     labels.append(label_of(sample, data))
             except TarError as error:
                 raise ValueError(f"{path}: at offset {error.offset}: {error.reason}") from error
+    if passed_over:
+        logger.warning("%s: %s", folder, describe_passed_over(passed_over))
     label = np.array(labels, np.int32)
     class_names = class_names_of(folder, labels)
     check_labels(label, class_names, folder)

@@ -3,7 +3,9 @@
 *.tar, in parallel -> strict scan, checksums, image headers -> index.npz, manifest.json
 """
 
+import logging
 import zlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import numpy as np
 from data_pipelines.shards.hashes import DEFAULT_HASH, hash_bytes
 from data_pipelines.shards.index import WORK_FOLDER
 from data_pipelines.shards.manifest import MANIFEST_NAME, Manifest
-from data_pipelines.shards.tar_scan import TarError, TarSample, mapped, scan_samples
+from data_pipelines.shards.tar_scan import TarError, TarSample, describe_passed_over, mapped, scan_samples
 from data_pipelines.shards.tar_write import frame_crc
 from data_pipelines.sources.listing import check_labels
 from data_pipelines.sources.tars import class_names_of, image_member, label_of, tar_paths
@@ -20,6 +22,8 @@ from data_pipelines.stream.processes import Progress, run_jobs
 from data_pipelines.writing.finish import finish_shards
 from data_pipelines.writing.image_header import BadImageError, read_header
 from data_pipelines.writing.rows import DoneShard, RowTable
+
+logger = logging.getLogger(__name__)
 
 
 def index_shards(
@@ -40,12 +44,16 @@ def index_shards(
     paths = tar_paths(folder)
     done: dict[int, DoneShard] = {}
     num_samples = num_bytes = 0
-    for number, shard in run_jobs(_Worker, (paths,), range(len(paths)), num_workers):
+    passed_over: Counter[str] = Counter()
+    for number, (shard, others) in run_jobs(_Worker, (paths,), range(len(paths)), num_workers):
         done[number] = shard
+        passed_over += others
         num_samples, num_bytes = num_samples + shard.num_samples, num_bytes + shard.bytes
         # The number of samples is not known before the end: what is left is guessed from the shards read so far.
         total = num_samples * len(paths) // len(done)
         on_progress(Progress(samples=num_samples, bytes=num_bytes, total_samples=total))
+    if passed_over:
+        logger.warning("%s: %s", folder, describe_passed_over(passed_over))
     shards = [done[number] for number in range(len(paths))]
     label = np.concatenate([shard.columns["label"] for shard in shards])
     if not len(label):
@@ -61,20 +69,18 @@ class _Worker:
     def __init__(self, paths: Sequence[Path]) -> None:
         self._paths = paths
 
-    def __call__(self, number: int) -> DoneShard:
+    def __call__(self, number: int) -> tuple[DoneShard, Counter[str]]:
         path = self._paths[number]
         with mapped(path) as data:
             try:
-                return _read_shard(path.name, data)
+                passed_over: Counter[str] = Counter()
+                return _read_shard(path.name, data, passed_over), passed_over
             except TarError as error:
-                raise ValueError(
-                    f"{path}: at offset {error.offset}: {error.reason}; get the tar again, or write the good samples"
-                    " to a new set with `sret-scale shards write tars ... --on-bad skip`"
-                ) from error
+                raise ValueError(f"{path}: at offset {error.offset}: {error.reason}") from error
 
 
-def _read_shard(name: str, data: memoryview) -> DoneShard:
-    samples = list(scan_samples(data))
+def _read_shard(name: str, data: memoryview, passed_over: Counter[str]) -> DoneShard:
+    samples = list(scan_samples(data, passed_over))
     ends = [sample.start for sample in samples[1:]] + [_end(samples)]
     rows = RowTable()
     for sample, end in zip(samples, ends, strict=True):
@@ -83,7 +89,8 @@ def _read_shard(name: str, data: memoryview) -> DoneShard:
         try:
             header = read_header(image)
         except BadImageError as error:
-            raise TarError(member.offset, f"sample {sample.key!r}: {error}") from error
+            advice = "write the good samples to a new set with `sret-scale shards write tars ... --on-bad skip`"
+            raise TarError(member.offset, f"sample {sample.key!r}: {error}; {advice}") from error
         rows.add(
             sample.key,
             offset=member.offset,

@@ -48,8 +48,8 @@ def repair_shards(
     nothing is wrong, or when nothing is left.
     """
     shards = open_shards(folder, check_tars=False)
-    bad = _bad_rows(shards, num_workers, on_progress)
-    if not len(bad):
+    bad, is_damaged = _bad_rows(shards, num_workers, on_progress)
+    if not is_damaged:
         raise ValueError(f"{folder}: nothing in it is wrong, so there is nothing to repair")
     spare = open_shards(copy) if copy is not None else None
     replacements = _replacements(shards, bad, spare, num_workers, on_progress) if spare is not None else {}
@@ -75,9 +75,13 @@ def repair_shards(
     return Repair(num_replaced=len(replacements), num_dropped=len(dropped), manifest=manifest)
 
 
-def _bad_rows(shards: ShardSet, num_workers: int, on_progress: Callable[[Progress], None]) -> NDArray[np.int64]:
+def _bad_rows(
+    shards: ShardSet, num_workers: int, on_progress: Callable[[Progress], None]
+) -> tuple[NDArray[np.int64], bool]:
+    """The bad samples, and whether anything is wrong: bytes behind the end of a tar concern no sample."""
     verdicts = judge_shards(shards, num_workers=num_workers, decode=True, on_progress=on_progress)
-    return np.array([row for verdict in verdicts for row in verdict.bad_rows], np.int64)
+    rows = np.array([row for verdict in verdicts for row in verdict.bad_rows], np.int64)
+    return rows, any(verdict.findings for verdict in verdicts)
 
 
 def _replacements(
@@ -88,7 +92,7 @@ def _replacements(
     on_progress: Callable[[Progress], None],
 ) -> dict[int, int]:
     """Row of a bad sample -> row of its good copy."""
-    unusable = set(_bad_rows(spare, num_workers, on_progress).tolist())
+    unusable = set(_bad_rows(spare, num_workers, on_progress)[0].tolist())
     wanted = {shards.key(row): row for row in bad.tolist()}
     found: dict[int, int] = {}
     for spare_row, key in enumerate(spare.keys):

@@ -115,7 +115,7 @@ def tar_header(name: str, size: int, kind: bytes = tarfile.REGTYPE, target: str 
         (gzip.compress(bytes(10240)), "is gzip, not tar"),
         # 8 TiB that are not there: refused from the header, before any room is made for them.
         (tar_header("a.jpg", 1 << 43), "a member of 8,796,093,022,208 bytes, 0 are there"),
-        (tar_header("x", 1 << 20, tarfile.XHDTYPE) + bytes(1 << 20), "an extended header of 1,048,576 bytes"),
+        (tar_header("x", 1 + (1 << 20), tarfile.XHDTYPE) + bytes(1 << 21), "an extended header of 1,048,577 bytes"),
         (tar_header("a.jpg", 0, tarfile.SYMTYPE, "/etc/passwd"), "is a link"),
         (tar_header("a.jpg", 0, tarfile.CHRTYPE), "device or other special member"),
         (tar_header("../a.jpg", 0), "leads out of the folder"),
