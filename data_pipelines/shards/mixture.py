@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_pipelines.shards.classes import check_same_classes
 from data_pipelines.shards.index import ShardSet
 from data_pipelines.shards.manifest import Manifest
 from data_pipelines.shards.packed_strings import PackedStrings
@@ -34,8 +35,7 @@ def mix_shards(parts: Sequence[ShardSet]) -> MixedShardSet:
     """The sets as one. Raises ValueError unless they have the same classes."""
     first = parts[0]
     for part in parts[1:]:
-        if part.class_names != first.class_names:
-            raise ValueError(f"{part.folder}: other classes than {first.folder}; sets of a mixture must agree in them")
+        check_same_classes(part.class_names, first.class_names, where=str(part.folder), owner=str(first.folder))
     first_shards = np.cumsum([0, *(part.num_shards for part in parts)])
     key_starts = np.cumsum([0, *(len(part.keys.blob) for part in parts)])
     return MixedShardSet(

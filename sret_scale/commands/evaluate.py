@@ -70,6 +70,10 @@ def run(args: argparse.Namespace) -> int:
             f"{result['num_samples']:,} images of {result['shards']}: top-1 {result['top1']:.2%}, "
             f"top-5 {result['top5']:.2%}, loss {result['loss']:.4f} ({result['images_per_s']:,.0f} images/s)"
         )
+        if result["classes_without_samples"]:
+            from data_pipelines.shards.classes import describe_missing
+
+            print(describe_missing(result["classes_without_samples"], result["shards"]))
     return 0
 
 

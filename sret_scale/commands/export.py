@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import json
 from pathlib import Path
 
 from data_pipelines.extras import install_extra
@@ -46,13 +47,13 @@ def run(args: argparse.Namespace) -> None:
     from sret_scale.model.loop_export import keep_loops
     from sret_scale.model.vision.for_inference import folded
     from sret_scale.model.vision.weight_files import save_model
-    from sret_scale.train.load_run import load_trained
+    from sret_scale.train.load_run import load_class_names, load_trained
 
     if args.format == "safetensors" and args.loops == "kept":
         raise ValueError("--loops kept is for the formats onnx and torch: safetensors holds weights and no program")
-    model = load_trained(args.file, args.weights)
+    model, class_names = load_trained(args.file, args.weights), load_class_names(args.file)
     if args.format == "safetensors":
-        save_model(model, args.out)
+        save_model(model, args.out, class_names)
         print(f"{args.out}: safetensors")
         return
     if args.format == "onnx":
@@ -71,7 +72,7 @@ def run(args: argparse.Namespace) -> None:
         partial = Path(file.name)
         program = torch.export.export(ready, (images_BCHW,), dynamic_shapes=shapes)
         if args.format == "torch":
-            torch.export.save(program, partial)
+            torch.export.save(program, partial, extra_files={"class_names.json": json.dumps(class_names)})
         else:
             torch.onnx.export(
                 program,
@@ -83,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
                 external_data=False,
                 verbose=False,
             )
-            strip_traces(partial)
+            strip_traces(partial, class_names)
         difference = _difference(model, partial, args.format)
         if not difference <= TOLERANCE:
             raise ValueError(
@@ -92,8 +93,11 @@ def run(args: argparse.Namespace) -> None:
     print(f"{args.out}: {args.format}, largest difference from the model {difference:.1e}")
 
 
-def strip_traces(file: Path) -> None:
-    """Take out of an ONNX file where in the code each node was traced: 9 of 10 bytes of a small one."""
+def strip_traces(file: Path, class_names: list[str] | None) -> None:
+    """Put the names of the classes into an ONNX file, and take out where in the code each node was traced.
+
+    The traces are 9 of 10 bytes of a small file.
+    """
     import onnx
 
     model = onnx.load(file)
@@ -104,6 +108,8 @@ def strip_traces(file: Path) -> None:
             node.doc_string = ""
             del node.metadata_props[:]
             graphs.extend(attribute.g for attribute in node.attribute if attribute.HasField("g"))
+    if class_names is not None:
+        model.metadata_props.add(key="class_names", value=json.dumps(class_names))
     onnx.save(model, file)
 
 

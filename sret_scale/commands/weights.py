@@ -99,6 +99,7 @@ def _change(args: argparse.Namespace) -> None:
     from sret_scale.model.vision.tie import tied
     from sret_scale.model.vision.weight_files import save_model
     from sret_scale.train.evaluate_main import evaluator_of
+    from sret_scale.train.load_run import load_class_names
 
     if args.out.suffix != ".safetensors":
         raise ValueError(f"the file to write must end in .safetensors, got {args.out}")
@@ -120,7 +121,7 @@ def _change(args: argparse.Namespace) -> None:
             f"{name:<6} loss {result.loss:.4f}  top-1 {result.top1:.2%}  {one.config.num_applications:,} applications  "
             f"{parameters:,} parameters"
         )
-    save_model(changed, args.out)
+    save_model(changed, args.out, load_class_names(args.run))
     lines = differences_of(to_plain(model.config), to_plain(changed.config), "model")
     print(f"{args.out}: train it on with train.initial_weights={args.out} and the run's configuration with")
     for line in lines:

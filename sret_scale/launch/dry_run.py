@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from data_pipelines.remote.shard_sets import open_training_data
+from data_pipelines.shards.classes import classes_without_samples, describe_missing
 from data_pipelines.stream.order import Order
 from sret_scale.config.ds_config import load_ds_config, precision_of, zero_stage_of
 from sret_scale.config.run_config import RunConfig
@@ -16,11 +17,15 @@ from sret_scale.memory.planning.micro_batch import BatchSearch
 from sret_scale.memory.planning.rank_state import format_bytes, state_bytes
 from sret_scale.memory.planning.step_cost import DEVICES
 from sret_scale.model import SReT
+from sret_scale.train.load_run import open_test_data
 from sret_scale.train.recomputation import bytes_beside, set_up_recomputation
 
 
 def describe_run(config: RunConfig, place: Place) -> Iterator[str]:
     """Lines for the terminal."""
+    missing = classes_without_samples(test := open_test_data(config, open_training_data(config.data)))
+    if missing:
+        yield describe_missing(missing, test.folder)
     yield from describe_roles(config, place)
     students = student_ranks([len(host.devices) for host in place.hosts], teacher_ranks_of(config))
     yield describe_memory(config, sum(students))

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from data_pipelines.atomic_files import write_whole
-from data_pipelines.remote.shard_sets import open_data, open_training_data
+from data_pipelines.remote.shard_sets import open_training_data
+from data_pipelines.shards.classes import check_same_classes
 from data_pipelines.stream.loader import check_node_cache
 from sret_scale.config.ds_config import load_ds_config, zero_stage_of
 from sret_scale.config.run_config import RunConfig, from_yaml, grad_accum_steps, split_differences, to_yaml
@@ -22,7 +23,7 @@ from sret_scale.launch.nodes import choose_nodes
 from sret_scale.launch.roles import student_ranks, teacher_ranks_of
 from sret_scale.model import SReT, describe
 from sret_scale.runs.run_folder import EXIT_FINISHED, RunFolder, environment, read_status, write_json
-from sret_scale.train.load_run import initial_state
+from sret_scale.train.load_run import check_teacher_classes, initial_state, load_class_names, open_test_data
 from sret_scale.train.optim import check_optimizer
 from sret_scale.train.recomputation import set_up_recomputation
 from sret_scale.train.teacher_plan import with_teacher_ranks
@@ -111,23 +112,20 @@ def check_run(config: RunConfig, world_size: int) -> None:
 
 
 def check_data(config: RunConfig, world_size: int) -> None:
-    """Raise ValueError unless both shard sets have the model's classes, the same ones, and enough samples."""
-    sets = {"train": open_training_data(config.data), "test": open_data(config.data.test_folder, config.data)}
-    for name, shards in sets.items():
-        if shards.num_classes != config.model.num_classes:
-            raise ValueError(
-                f"the {name} shards {shards.folder} have {shards.num_classes} classes, the model has "
-                f"{config.model.num_classes}: set model.num_classes={shards.num_classes}"
-            )
-    for index, (ours, theirs) in enumerate(zip(*(shards.class_names for shards in sets.values()), strict=True)):
-        if ours != theirs:
-            raise ValueError(
-                f"class {index} is {ours!r} in {sets['train'].folder} and {theirs!r} in {sets['test'].folder}: "
-                "write both from sources with the same classes"
-            )
-    if sets["train"].num_samples < config.train.global_batch_size:
+    """Raise ValueError unless the training set has the model's classes and enough samples, and the test set no others.
+
+    A test set may lack classes.
+    """
+    shards = open_training_data(config.data)
+    if shards.num_classes != config.model.num_classes:
         raise ValueError(
-            f"{sets['train'].folder} has {sets['train'].num_samples} samples, fewer than one global batch of "
+            f"the train shards {shards.folder} have {shards.num_classes} classes, the model has "
+            f"{config.model.num_classes}: set model.num_classes={shards.num_classes}"
+        )
+    open_test_data(config, shards)
+    if shards.num_samples < config.train.global_batch_size:
+        raise ValueError(
+            f"{shards.folder} has {shards.num_samples} samples, fewer than one global batch of "
             f"{config.train.global_batch_size} for {world_size} ranks: use fewer ranks or a smaller batch"
         )
 
@@ -149,7 +147,9 @@ def check_cache(config: RunConfig, ranks_of_nodes: Sequence[int]) -> None:
 
 def check_teacher(config: RunConfig) -> None:
     """Raise ValueError or OSError for a teacher that cannot be, as far as is known without loading a network."""
-    for part in parse_teacher(config.distill.teacher) if config.distill.teacher else ():
+    if config.distill.teacher is None:
+        return
+    for part in parse_teacher(config.distill.teacher):
         if part.kind == "run":
             check_teacher_run(Path(part.value))
         elif part.kind == "labels":
@@ -161,6 +161,7 @@ def check_teacher(config: RunConfig) -> None:
                 augment=config.augment,
                 run_seed=config.train.seed,
             )
+    check_teacher_classes(config.distill.teacher, open_training_data(config.data).class_names)
 
 
 def check_teacher_run(path: Path) -> None:
@@ -179,6 +180,10 @@ def check_configuration(folder: RunFolder, config: RunConfig) -> None:
     """Raise ValueError where the folder holds a run of another configuration; print what a continued run may change."""
     if not folder.config.exists():
         return
+    if folder.classes.exists():
+        shards = open_training_data(config.data)
+        before = load_class_names(folder.path) or []
+        check_same_classes(shards.class_names, before, where=str(shards.folder), owner=f"the run {folder.path}")
     refused, allowed = split_differences(from_yaml(folder.config), config)
     if refused:
         raise ValueError(
@@ -191,6 +196,7 @@ def check_configuration(folder: RunFolder, config: RunConfig) -> None:
 
 def write_description(folder: RunFolder, config: RunConfig, world_size: int) -> None:
     """What is computed, by what, and how large it is."""
+    write_json(folder.classes, open_training_data(config.data).class_names)
     write_whole(folder.config, to_yaml(config))
     write_json(folder.model, describe(config.model))
     write_json(folder.environment, environment(world_size))
@@ -211,5 +217,13 @@ def remove_results(folder: RunFolder) -> None:
         shutil.rmtree(folder.path / name, ignore_errors=True)
     if folder.checkpoints.exists():
         shutil.rmtree(folder.checkpoints)
-    for file in (folder.config, folder.model, folder.metrics, folder.status, folder.quarantine, folder.environment):
+    for file in (
+        folder.classes,
+        folder.config,
+        folder.model,
+        folder.metrics,
+        folder.status,
+        folder.quarantine,
+        folder.environment,
+    ):
         file.unlink(missing_ok=True)

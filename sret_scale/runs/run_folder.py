@@ -1,5 +1,6 @@
 """What a run leaves behind: the names of its files, and how each is written.
 
+classes.json        the names of the classes, in the order of their numbers
 config.yaml         the resolved configuration; `train` takes it back
 model.json          preset name and counts (sret_scale.model.describe)
 environment.json    command, versions, commit, world size; the machine of rank 0, and of every node
@@ -41,6 +42,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.classes = path / "classes.json"
         self.config = path / "config.yaml"
         self.model = path / "model.json"
         self.environment = path / "environment.json"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from data_pipelines.image.augment import BatchAugment
-from data_pipelines.remote.shard_sets import open_data, open_training_data
+from data_pipelines.remote.shard_sets import open_training_data
 from data_pipelines.shards.index import ShardSet
 from data_pipelines.stream.loader import LoaderState, TrainLoader
 from sret_scale.config.ds_config import load_ds_config, precision_of
@@ -33,7 +33,7 @@ from sret_scale.train.distributed import Ranks, differentiable_sum
 from sret_scale.train.energy import EnergyMeter, spent_before
 from sret_scale.train.engine.apex_door import choose_kernels
 from sret_scale.train.engine.engine import Engine, shard_frozen
-from sret_scale.train.load_run import load_teacher_run
+from sret_scale.train.load_run import load_teacher_run, open_test_data
 from sret_scale.train.optim import WeightAverage, build_optimizer
 from sret_scale.train.progress import RunProgress
 from sret_scale.train.recomputation import set_up_recomputation
@@ -112,7 +112,7 @@ def set_up(config: RunConfig, folder: RunFolder, ranks: Ranks, stack: contextlib
         ranks=ranks,
         loader=loader,
         train_shards=shards,
-        test_shards=open_data(config.data.test_folder, config.data),
+        test_shards=open_test_data(config, shards),
         augment=BatchAugment(config.augment, config.model.num_classes),
         engine=engine,
         average=WeightAverage(engine.local_weights(), horizon) if horizon else None,

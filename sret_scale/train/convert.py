@@ -97,5 +97,6 @@ def _state_from_counters(config: RunConfig, counters: dict[str, Any]) -> dict[st
         "ema_updates": 0,
         "is_evaluated": True,
         "model": to_plain(config.model),
+        "class_names": shards.class_names,
         "teacher": None,
     }

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from data_pipelines.remote.shard_sets import open_data
+from data_pipelines.shards.classes import classes_without_samples, renumbered
 from data_pipelines.shards.index import ShardSet
 from sret_scale.config.run_config import RunConfig
 from sret_scale.config.step_depth import proportional_loops
@@ -20,7 +21,7 @@ from sret_scale.model import SReT
 from sret_scale.runs.run_folder import EXIT_FINISHED, RunFolder, write_json
 from sret_scale.train.distributed import Ranks, leave, ranks_from_environment
 from sret_scale.train.evaluate import Evaluation, evaluate
-from sret_scale.train.load_run import load_config, load_model
+from sret_scale.train.load_run import load_class_names, load_config, load_model
 
 
 class Measure(Protocol):
@@ -48,6 +49,7 @@ def evaluate_run(
         "loops": [stage.num_loops for stage in model.config.stages],
         "applications": model.config.num_applications,
         **dataclasses.asdict(result),
+        "classes_without_samples": classes_without_samples(opened),
     }
 
 
@@ -66,9 +68,15 @@ def evaluator_of(run: Path, shards: str | None, weights: Any, loops: int | None)
 
 
 def open_shards(run: Path, shards: str | None) -> tuple[ShardSet, RunConfig]:
-    """`shards`, or the run's test set, and the run's configuration; ValueError where classes differ in number."""
+    """`shards`, or the run's test set, its labels those of the run's classes, and the run's configuration.
+
+    ValueError for other classes; of a run whose class names nobody knows any more, for another number of them.
+    """
     config = load_config(run)
     opened = open_data(shards or config.data.test_folder, config.data)
+    class_names = load_class_names(run)
+    if class_names is not None:
+        return renumbered(opened, class_names, owner=f"the run {run}"), config
     if opened.num_classes != config.model.num_classes:
         raise ValueError(
             f"{opened.folder} has {opened.num_classes} classes, the model of {run} has {config.model.num_classes}"

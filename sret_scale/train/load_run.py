@@ -1,6 +1,7 @@
 """Reads a finished or running run back: its configuration and a model with the weights of its newest checkpoint."""
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -8,13 +9,19 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from data_pipelines.checked_files import read_bounded
+from data_pipelines.remote.shard_sets import open_data, open_training_data
+from data_pipelines.shards.classes import check_same_classes, renumbered
+from data_pipelines.shards.index import ShardSet
+from data_pipelines.sources.listing import are_class_names
 from sret_scale.config.run_config import RunConfig, build, differences_of, from_yaml, to_plain
+from sret_scale.distill.spec import parse_teacher
 from sret_scale.model import SReT, SReTConfig
 from sret_scale.model.vision.carry_weights import adapted_state
 from sret_scale.model.vision.official import from_published
 from sret_scale.model.vision.weight_files import load_model as load_native
-from sret_scale.model.vision.weight_files import load_published
-from sret_scale.runs.checkpoint import newest_valid, read_state, read_tensors
+from sret_scale.model.vision.weight_files import load_published, read_metadata
+from sret_scale.runs.checkpoint import list_checkpoints, newest_valid, read_state, read_tensors
 from sret_scale.runs.run_folder import RunFolder
 
 WeightsKind = Literal["raw", "ema"]
@@ -26,6 +33,52 @@ def load_config(run: Path) -> RunConfig:
     if not file.exists():
         raise FileNotFoundError(f"{run} is not a run folder: it has no config.yaml; give the folder that `train` made")
     return from_yaml(file)
+
+
+def load_class_names(source: Path) -> list[str] | None:
+    """What a run, or a native file, calls its classes, in their order; None where nobody knows.
+
+    The folder of a run of version 0.1.0 does not say: they are those of its training shards, where these are there.
+    """
+    if not source.is_dir():
+        text = read_metadata(source).get("class_names", "null")
+        return None if text == "null" else _parse_class_names(text, source)
+    folder, config = RunFolder(source), load_config(source)
+    checkpoints = list_checkpoints(folder.checkpoints)
+    if folder.classes.exists():
+        return _parse_class_names(read_bounded(folder.classes), folder.classes, config.model.num_classes)
+    if checkpoints and "class_names" in (state := read_state(checkpoints[0])):
+        return _parse_class_names(json.dumps(state["class_names"]), checkpoints[0], config.model.num_classes)
+    try:
+        names = open_training_data(config.data).class_names
+    except (OSError, ValueError):
+        # What a run was trained on may be gone, moved or damaged: what it learned is still of use.
+        return None
+    return names if len(names) == config.model.num_classes else None
+
+
+def _parse_class_names(text: str | bytes, where: Path, number: int | None = None) -> list[str]:
+    try:
+        names = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not JSON, or damaged ({error})") from error
+    if not are_class_names(names) or len(names) != (number or len(names)):
+        raise ValueError(f"{where}: expected a list of {number or ''} class names, none empty and none twice")
+    return list(names)
+
+
+def open_test_data(config: RunConfig, training: ShardSet) -> ShardSet:
+    """The test set of a run with the classes of its training set. ValueError for one with others."""
+    test = open_data(config.data.test_folder, config.data)
+    return renumbered(test, training.class_names, owner=f"the train shards {training.folder}")
+
+
+def check_teacher_classes(spec: str, class_names: Sequence[str]) -> None:
+    """Raise ValueError where a run that teaches has learned other classes than those of the data."""
+    for part in parse_teacher(spec):
+        names = load_class_names(Path(part.value)) if part.kind == "run" else None
+        if names is not None:
+            check_same_classes(names, class_names, where=f"teacher {part.text}", owner="the data")
 
 
 def load_model(run: Path, weights: WeightsKind | None, report: Callable[[str], None]) -> tuple[SReT, WeightsKind, int]:

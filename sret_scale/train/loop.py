@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from data_pipelines.image.augment import normalise_
+from data_pipelines.shards.classes import classes_without_samples, describe_missing
 from data_pipelines.stream.loader import Batch, Step
 from sret_scale.config.run_config import RunConfig
 from sret_scale.config.step_depth import depth_plans, weighted_loss
@@ -214,7 +215,10 @@ def log(run: Run, clock: Clock, kind: str, values: dict[str, object]) -> None:
 
 
 def log_start(run: Run, clock: Clock) -> None:
-    """Where a continued run goes on, and what the planner chose for this start."""
+    """Where a continued run goes on, what the planner chose for this start, and what the test set cannot tell."""
+    missing = classes_without_samples(run.test_shards)
+    if missing:
+        run.progress.say(describe_missing(missing, run.test_shards.folder))
     if clock.step or run.metrics.is_continued:
         log(run, clock, "restart", {"from_step": clock.step})
     if run.memory.plan:

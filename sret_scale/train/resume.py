@@ -32,6 +32,7 @@ def save(run: Run, clock: Clock) -> None:
         "ema_updates": run.average.num_updates if run.average else 0,
         "is_evaluated": clock.is_evaluated,
         "model": to_plain(run.config.model),
+        "class_names": run.train_shards.class_names,
         "teacher": run.teacher_identity,
     }
     run.writer.start(pieces_of(run), step=clock.step, state=state)

@@ -135,10 +135,10 @@ def test_what_is_wrong_on_another_node_is_said_with_its_name() -> None:
 
 def test_teacher_is_loaded_for_the_classes_of_the_shards() -> None:
     spec = "module:tests.launch.test_launch_doctor:two_classes"
-    assert check_teacher(spec, 2) == Finding(name="teacher", state="ok", text=f"{spec} answers for 2 classes")
-    wrong = check_teacher(spec, 3)
+    assert check_teacher(spec, ["a", "b"]) == Finding(name="teacher", state="ok", text=f"{spec} answers for 2 classes")
+    wrong = check_teacher(spec, ["a", "b", "c"])
     assert wrong.state == "fail" and "3" in wrong.text
-    assert check_teacher("module:tests.nowhere:nothing", 2).state == "fail"
+    assert check_teacher("module:tests.nowhere:nothing", ["a", "b"]).state == "fail"
 
 
 def test_teacher_without_shards_is_refused(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     from sret_scale.config.run_config import RunConfig, override
     from sret_scale.distill import build_teacher
     from sret_scale.distill.label_writer import LabelJob, plan_labels, write_labels
-    from sret_scale.train.load_run import load_teacher_run
+    from sret_scale.train.load_run import check_teacher_classes, load_teacher_run
 
     if not 0 <= args.rank < args.world_size:
         raise ValueError(f"--rank: expected 0 to {args.world_size - 1}, got {args.rank}")
@@ -70,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"{args.recipe} names code, which runs only when you say so: --set {transform}")
     data = dataclasses.replace(config.data, view_seed=config.data.view_seed or 0)
     shards = open_shards(args.shards)
+    check_teacher_classes(args.teacher, shards.class_names)
     device = torch.device(args.device or default_device())
     teacher = build_teacher(
         args.teacher,

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_pipelines.image.augment import normalise
-from data_pipelines.remote.shard_sets import open_data
 from data_pipelines.stream.loader import evaluation_batches
 from sret_scale.model import SReT
-from sret_scale.train.load_run import load_config, load_model
+from sret_scale.train.evaluate_main import open_shards
+from sret_scale.train.load_run import load_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,13 +36,13 @@ def open_subject(run: Path, num_images: int, report: Callable[[str], None]) -> S
     """
     if num_images < 1:
         raise ValueError(f"--images: expected at least 1, got {num_images}")
-    config = load_config(run)
+    shards, config = open_shards(run, None)
     model, weights, step = load_model(run, None, report)
     report(f"{run}: {weights} weights of step {step}, {config.model.num_applications} applications")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batches, count = [], 0
     for batch in evaluation_batches(
-        open_data(config.data.test_folder, config.data),
+        shards,
         config.data,
         image_size=config.model.image_size,
         batch_size=min(config.train.micro_batch_size, num_images),

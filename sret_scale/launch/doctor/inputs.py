@@ -20,13 +20,14 @@ def check_shards(folders: Sequence[Path]) -> Iterator[Finding]:
         yield Finding(name="shards", state="ok", text=text)
 
 
-def check_teacher(spec: str, num_classes: int) -> Finding:
-    """The teacher loads here, and answers two images with logits of the right number of classes."""
+def check_teacher(spec: str, class_names: Sequence[str]) -> Finding:
+    """The teacher loads here, and answers two images with logits of these classes."""
     from sret_scale.distill import build_teacher
-    from sret_scale.train.load_run import load_teacher_run
+    from sret_scale.train.load_run import check_teacher_classes, load_teacher_run
 
     try:
-        build_teacher(spec, num_classes=num_classes, device="cpu", load_run=load_teacher_run)
+        check_teacher_classes(spec, class_names)
+        build_teacher(spec, num_classes=len(class_names), device="cpu", load_run=load_teacher_run)
     except (ValueError, OSError) as error:
         return Finding(name="teacher", state="fail", text=str(error), advice="see docs/distillation.md for its names")
-    return Finding(name="teacher", state="ok", text=f"{spec} answers for {num_classes} classes")
+    return Finding(name="teacher", state="ok", text=f"{spec} answers for {len(class_names)} classes")

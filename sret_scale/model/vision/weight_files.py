@@ -26,12 +26,15 @@ def config_from_dict(fields: dict[str, Any]) -> SReTConfig:
         raise ValueError(f"not a model config: {error}") from error
 
 
-def save_model(model: SReT, path: Path) -> None:
-    """Write weights and config; the file is complete or absent."""
+def save_model(model: SReT, path: Path, class_names: list[str] | None = None) -> None:
+    """Write weights, config and, where they are known, the names of the classes; the file is complete or absent."""
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    metadata = {"format": "pt", "sret_config": json.dumps(asdict(model.config))}
+    if class_names is not None:
+        metadata["class_names"] = json.dumps(class_names)
     with replacing(path) as file:
         try:
-            save_file(state, file.name, metadata={"format": "pt", "sret_config": json.dumps(asdict(model.config))})
+            save_file(state, file.name, metadata=metadata)
         except SafetensorError as error:
             # Its way to report what the disk refused.
             raise OSError(errno.EIO, str(error), str(path)) from error
@@ -56,6 +59,17 @@ def load_model(path: Path) -> SReT:
     except RuntimeError as error:
         raise ValueError(f"the weights in {path} do not fit their config: {str(error).splitlines()[-1]}") from error
     return model.eval()
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file says beside its tensors."""
+    _require_file(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata: dict[str, str] = file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a complete safetensors file: {error}") from error
+    return metadata
 
 
 class _Inert:

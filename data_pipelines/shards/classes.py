@@ -1,0 +1,50 @@
+"""Class names: what makes a list of them, and two sets whose labels are to mean the same."""
+
+import dataclasses
+from collections.abc import Sequence
+from itertools import zip_longest
+
+import numpy as np
+
+from data_pipelines.shards.index import ShardSet
+
+
+def check_same_classes(got: Sequence[str], expected: Sequence[str], *, where: str, owner: str) -> None:
+    """Raise ValueError, naming the first difference, unless the classes at `where` are those of `owner`, in order."""
+    for index, (one, other) in enumerate(zip_longest(got, expected)):
+        if one != other:
+            raise ValueError(f"{where}: other classes than {owner}: class {index}: expected {other!r}, got {one!r}")
+
+
+def renumbered(shards: ShardSet, class_names: Sequence[str], owner: str) -> ShardSet:
+    """`shards` with the labels of `class_names`, those of `owner`: found by name, so that a set may lack classes.
+
+    Raises ValueError for a class that is not among them.
+    """
+    if shards.class_names == list(class_names):
+        return shards
+    number = {name: index for index, name in enumerate(class_names)}
+    if not number.keys() >= set(shards.class_names):
+        got = shards.class_names
+        if len(got) != len(class_names):
+            index = next(index for index, name in enumerate(got) if name not in number)
+            raise ValueError(
+                f"{shards.folder}: other classes than {owner}: {len(got)}, expected the {len(class_names)} there or"
+                f" some of them; class {index}, {got[index]!r}, is none of these"
+            )
+        check_same_classes(got, class_names, where=str(shards.folder), owner=owner)
+    label = np.array([number[name] for name in shards.class_names], np.int32)[shards.label]
+    manifest = dataclasses.replace(shards.manifest, class_names=list(class_names))
+    return dataclasses.replace(shards, label=label, manifest=manifest)
+
+
+def classes_without_samples(shards: ShardSet) -> list[str]:
+    """The names of classes that no sample of the set has."""
+    counts = np.bincount(shards.label, minlength=shards.num_classes)
+    return [name for name, count in zip(shards.class_names, counts, strict=True) if not count]
+
+
+def describe_missing(names: Sequence[str], folder: object) -> str:
+    """A sentence about the classes that a set has no sample of."""
+    shown = ", ".join(map(repr, names[:10])) + (", ..." if len(names) > 10 else "")
+    return f"{folder} has no sample of {len(names):,} {'class' if len(names) == 1 else 'classes'}: {shown}"
