@@ -222,4 +222,4 @@ def own_parameters(model: SReTConfig, index: int) -> list[str]:
     """What the loops of a stage do not share."""
     stage = model.stages[index]
     owned = ["projections"] if stage.projections in ("per_application", "per_loop") else []
-    return owned + (["conditioning"] if stage.conditioning not in ("none", "norm_by_depth") else [])
+    return owned + (["conditioning"] if stage.conditioning not in ("none", "norm_by_depth", "input_tied") else [])

@@ -55,10 +55,12 @@ class BranchScale:
 
 def application_slots(config: SReTConfig, index: int) -> tuple[Slot, ...]:
     """The applications of a stage in the order in which they run."""
-    stage, num_tokens = config.stages[index], config.grids[index] ** 2
+    stage, num_tokens = config.stages[index], stage_tokens(config, index)
     blocks, loops = range(stage.num_blocks), range(stage.num_loops)
     # Where the config asks for exact groups they divide the tokens, and the nearest divisor is the number itself.
     groups = [nearest_divisor(num_tokens, stage.groups_of(loop)) for loop in loops]
+    if stage.slices == "windows":
+        groups = [num_tokens // stage.window**2] * stage.num_loops
     if stage.loop_order == "block":
         order = [(block, loop) for block in blocks for loop in loops]
     else:
@@ -70,10 +72,21 @@ def application_slots(config: SReTConfig, index: int) -> tuple[Slot, ...]:
             projection=projection_index(stage, block, loop),
             groups=groups[loop],
             # A permutation in front of attention over all tokens changes nothing, so none is drawn.
-            permuted=loop >= stage.permute_from_loop and groups[loop] > 1,
+            permuted=stage.slices == "windows" or (loop >= stage.permute_from_loop and groups[loop] > 1),
         )
         for block, loop in order
     )
+
+
+def stage_tokens(config: SReTConfig, index: int) -> int:
+    """Tokens that a stage's applications work on; with windows the padding counts."""
+    stage, grid = config.stages[index], config.grids[index]
+    return (padded_side(grid, stage.window) if stage.slices == "windows" else grid) ** 2
+
+
+def padded_side(grid: int, window: int) -> int:
+    """Side of the padded grid: the least multiple of the window that leaves room for a shift by half a window."""
+    return window * -(-(grid + window // 2) // window)
 
 
 def nearest_divisor(number: int, wanted: int) -> int:
@@ -108,7 +121,8 @@ def resolved_scheme(stage: StageConfig) -> BranchScheme:
     """The scheme that `by_depth` stands for in this stage; a norm after the residual has constants of its own."""
     if stage.branch_scheme != "by_depth":
         return stage.branch_scheme
-    return "published" if stage.num_loops <= PUBLISHED_LOOPS or post_norm(stage) else "loop_aware"
+    has_norms = post_norm(stage) or stage.norm_placement == "outer"
+    return "published" if stage.num_loops <= PUBLISHED_LOOPS or has_norms else "loop_aware"
 
 
 def resolved_skip(stage: StageConfig) -> Skip:
@@ -155,8 +169,10 @@ def post_norm(stage: StageConfig) -> tuple[float, float] | None:
     deepnorm  norm(a x + b f(x)) with a = (2M)^(1/4), b = (8M)^(-1/4) for M applications (arXiv 2203.00555, where b
               shrinks the initial weights instead).
     deeploop  the same with exponents 1/2: M uses of one weight add up coherently.
+    outer     pre, and a norm of the stream after each application: with branches of size 1 an application is the same
+              step wherever it stands, and can settle. The residuals stay as they are.
     """
-    if stage.norm_placement in ("pre", "subln"):
+    if stage.norm_placement in ("pre", "subln", "outer"):
         return None
     exponent = 0.25 if stage.norm_placement == "deepnorm" else 0.5
     return (2 * stage.num_applications) ** exponent, (8 * stage.num_applications) ** -exponent

@@ -87,13 +87,16 @@ class LowRankPerLoop(nn.Module):
 class InputInjection(nn.Module):
     """The stage's input is added to the stream before every use of the block, times a gain per loop and channel.
 
-    Gated: the gain is further multiplied by a sigmoid of the stream. The stream then carries the input along: a chain's
-    state is (B, 2N, D), the stream before the input.
+    Gated: the gain is further multiplied by a sigmoid of the stream. Tied: one gain for all loops, 1 at first, so that
+    every loop is the same step, also those beyond the ones that were trained. The stream carries the input along: a
+    chain's state is (B, 2N, D), the stream before the input.
     """
 
     def __init__(self, stage: StageConfig, sizes: Sizes) -> None:
         super().__init__()
-        self.gain = nn.Parameter(torch.zeros(stage.num_loops, sizes.width))
+        self.is_tied = stage.conditioning == "input_tied"
+        gain = torch.ones(1, sizes.width) if self.is_tied else torch.zeros(stage.num_loops, sizes.width)
+        self.gain = nn.Parameter(gain)
         self.gate = nn.Linear(sizes.width, sizes.width) if stage.conditioning == "input_gated" else None
 
     def deltas(self, loop: int, place: Place | None = None) -> LoopDeltas:
@@ -102,7 +105,7 @@ class InputInjection(nn.Module):
 
     def forward(self, x_BND: Tensor, input_BND: Tensor, loop: int) -> Tensor:
         """The stream with this loop's share of the input."""
-        added_BND = input_BND * self.gain[loop]
+        added_BND = input_BND * self.gain[0 if self.is_tied else loop]
         if self.gate is not None:
             added_BND = added_BND * torch.sigmoid(self.gate(x_BND))
         return x_BND + added_BND
@@ -121,5 +124,6 @@ def conditioning(stage: StageConfig, sizes: Sizes) -> Conditioning | None:
         "low_rank": LowRankPerLoop,
         "input_add": InputInjection,
         "input_gated": InputInjection,
+        "input_tied": InputInjection,
     }
     return kinds[stage.conditioning](stage, sizes)

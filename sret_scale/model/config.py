@@ -11,11 +11,17 @@ LoopOrder = Literal["block", "model"]
 ProjectionPolicy = Literal["per_application", "per_loop", "per_block", "none"]
 BranchScheme = Literal["by_depth", "published", "inv_sqrt", "loop_aware", "layerscale", "rezero"]
 Skip = Literal["by_depth", "learned", "frozen", "slow"]
-NormPlacement = Literal["pre", "subln", "deepnorm", "deeploop"]
-ConditioningKind = Literal["none", "norm_per_loop", "norm_by_depth", "low_rank", "input_add", "input_gated"]
+NormPlacement = Literal["pre", "subln", "deepnorm", "deeploop", "outer"]
+ConditioningKind = Literal[
+    "none", "norm_per_loop", "norm_by_depth", "low_rank", "input_add", "input_gated", "input_tied"
+]
+Slices = Literal["raster", "windows"]
 PermutationPolicy = Literal["fixed", "random"]
 GroupFit = Literal["exact", "nearest"]
+StemKind = Literal["convolutions", "pixels"]
 StemNorm = Literal["batch", "sync_batch", "group", "layer"]
+Positions = Literal["learned", "none"]
+Head = Literal["classes", "tokens"]
 
 # The reference has two loops; schemes named `by_depth` keep its choice up to there.
 PUBLISHED_LOOPS = 2
@@ -27,6 +33,9 @@ class StageConfig:
 
     loop_order: "block" applies A A B B (published), "model" A B A B.
     groups: number of slices of the tokens per loop; the last entry holds for all later loops.
+    slices: "raster" cuts the tokens in the image's order, or in a drawn one, into `groups` (published); "windows" cuts
+        the image into squares of `window` x `window` tokens, shifted by half a window in every second application, and
+        learns a bias between the places of a window (as in Swin, arXiv 2103.14030).
     permute_from_loop: loops from this one on draw a permutation before slicing (published: 1).
     projections: which applications share a non-linear projection; "per_application" is published.
     branch_scheme: fixed multiplier of each branch, see `depth.branch_scales`; "by_depth" is "published" up to two loops
@@ -43,6 +52,8 @@ class StageConfig:
     num_loops: int = PUBLISHED_LOOPS
     loop_order: LoopOrder = "block"
     groups: tuple[int, ...] = (1,)
+    slices: Slices = "raster"
+    window: int = 3
     permute_from_loop: int = 1
     mlp_ratio: float = 4.0
     projections: ProjectionPolicy = "per_application"
@@ -55,7 +66,7 @@ class StageConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "groups", require_list("groups", self.groups))
-        for name in ("width", "num_heads", "num_blocks", "num_loops", "conditioning_rank"):
+        for name in ("width", "num_heads", "num_blocks", "num_loops", "conditioning_rank", "window"):
             require_positive(name, getattr(self, name))
         if not self.groups:
             raise ValueError("groups is empty: give one number of slices per loop, for example (8, 2)")
@@ -73,7 +84,13 @@ class StageConfig:
         require_whole("permute_from_loop", self.permute_from_loop)
         if self.permute_from_loop < 0:
             raise ValueError(f"permute_from_loop must be 0 or more, got {self.permute_from_loop}")
+        if self.slices == "windows" and (self.window < 2 or self.groups != (1,)):
+            raise ValueError(
+                f"slices 'windows' takes a window of 2 or more in place of groups, got window {self.window!r} and "
+                f"groups {self.groups}"
+            )
         require_choice("loop_order", self.loop_order, LoopOrder)
+        require_choice("slices", self.slices, Slices)
         require_choice("projections", self.projections, ProjectionPolicy)
         require_choice("branch_scheme", self.branch_scheme, BranchScheme)
         require_choice("skip", self.skip, Skip)
@@ -110,7 +127,10 @@ class SReTConfig:
         "random" draws anew from torch's global generator in every forward pass, as the reference does.
     group_fit: where a number of groups does not divide a stage's tokens, "exact" refuses the config and "nearest" takes
         the closest number that does (the larger of two).
+    stem: three "convolutions" (published), or a linear layer of single "pixels", whose strides are 1.
     stem_norm: "batch" is published; "sync_batch" takes its moments over all ranks (see `stem.SyncBatchNorm`).
+    positions: a "learned" tensor is added to the first tokens (published), or "none", which serves any image size.
+    head: scores of "classes" from the mean of the last tokens (published), or of each of the last "tokens".
     padded: store widths, heads and hidden sizes as multiples of 8 for a GPU's matrix units, with zeros that stay zero
         (`padding`); what the model computes and its exported weights are the same.
     """
@@ -120,12 +140,15 @@ class SReTConfig:
     in_channels: int = 3
     num_classes: int = 1000
     stem_strides: tuple[int, int, int] = (2, 2, 2)
+    stem: StemKind = "convolutions"
     stem_norm: StemNorm = "batch"
     drop_path: float = 0.0
     dropout: float = 0.0
     permutation: PermutationPolicy = "fixed"
     permutation_seed: int = 0
     group_fit: GroupFit = "exact"
+    positions: Positions = "learned"
+    head: Head = "classes"
     padded: bool = False
 
     def __post_init__(self) -> None:
@@ -146,6 +169,9 @@ class SReTConfig:
             require_whole("stem_strides", stride)
         if len(self.stem_strides) != 3 or not set(self.stem_strides) <= {1, 2}:
             raise ValueError(f"stem_strides must be three of 1 or 2, got {self.stem_strides}")
+        require_choice("stem", self.stem, StemKind)
+        if self.stem == "pixels" and self.stem_strides != (1, 1, 1):
+            raise ValueError(f"stem 'pixels' needs stem_strides (1, 1, 1), got {self.stem_strides}")
         require_whole("permutation_seed", self.permutation_seed)
         for name in ("drop_path", "dropout"):
             require_number(name, getattr(self, name))
@@ -154,6 +180,8 @@ class SReTConfig:
         require_choice("permutation", self.permutation, PermutationPolicy)
         require_choice("group_fit", self.group_fit, GroupFit)
         require_choice("stem_norm", self.stem_norm, StemNorm)
+        require_choice("positions", self.positions, Positions)
+        require_choice("head", self.head, Head)
         for before, after in zip(self.stages, self.stages[1:], strict=False):
             if after.width % before.width:
                 raise ValueError(

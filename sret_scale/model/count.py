@@ -9,7 +9,13 @@ from typing import Any
 
 import torch
 
-from sret_scale.model.applications import application_slots, num_projections, resolved_scheme, resolved_skip
+from sret_scale.model.applications import (
+    application_slots,
+    num_projections,
+    resolved_scheme,
+    resolved_skip,
+    stage_tokens,
+)
 from sret_scale.model.conditioning import NUM_DEPTH_FEATURES
 from sret_scale.model.config import SReTConfig
 from sret_scale.model.vision.sret import SReT
@@ -24,7 +30,7 @@ def describe(config: SReTConfig, image_size: int | None = None) -> dict[str, Any
     with torch.device("meta"):
         model = SReT(config)
     stages = [_stage_row(config, index, model) for index in range(len(config.stages))]
-    head_macs = config.stages[-1].width * config.num_classes
+    head_macs = config.stages[-1].width * config.num_classes * (config.grids[-1] ** 2 if config.head == "tokens" else 1)
     body_macs = _stem_macs(config) + _pool_macs(config) + sum(row["macs"] for row in stages)
     return {
         "image_size": config.image_size,
@@ -55,6 +61,7 @@ def _stage_row(config: SReTConfig, index: int, model: SReT) -> dict[str, Any]:
         "loops": stage.num_loops,
         "loop_order": stage.loop_order,
         "groups": list(stage.groups),
+        "slices": f"windows of {stage.window}" if stage.slices == "windows" else stage.slices,
         "projections": stage.projections,
         "branch_scheme": resolved_scheme(stage),
         "skip": resolved_skip(stage),
@@ -70,7 +77,7 @@ def _stage_row(config: SReTConfig, index: int, model: SReT) -> dict[str, Any]:
 
 def _stage_macs(config: SReTConfig, index: int) -> int:
     """Linear layers per token, the two products of attention over the tokens of a group, and conditioning."""
-    stage, num_tokens = config.stages[index], config.grids[index] ** 2
+    stage, num_tokens = config.stages[index], stage_tokens(config, index)
     width = stage.width
     linear = 4 * width * width + 2 * width * stage.hidden_width
     if num_projections(stage):
@@ -83,11 +90,15 @@ def _stage_macs(config: SReTConfig, index: int) -> int:
         "low_rank": stage.conditioning_rank * width * (3 * width + stage.hidden_width),
         "norm_by_depth": NUM_DEPTH_FEATURES * 4 * width,
     }.get(stage.conditioning, 0)
+    if stage.slices == "windows":
+        weights += stage.num_heads * (2 * stage.window - 1) ** 2 * stage.window**4
     return num_tokens * (stage.num_applications * linear + attention) + stage.num_applications * weights
 
 
 def _stem_macs(config: SReTConfig) -> int:
     width, side, total = config.stages[0].width, config.image_size, 0
+    if config.stem == "pixels":
+        return side * side * config.in_channels * width
     widths = (config.in_channels, width // 2, width, width)
     for before, after, stride in zip(widths, widths[1:], config.stem_strides, strict=False):
         side = -(-side // stride)

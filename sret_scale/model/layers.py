@@ -26,6 +26,7 @@ from sret_scale.model.conditioning import LoopDeltas, conditioning
 from sret_scale.model.config import StageConfig
 from sret_scale.model.fused import NORM_EPS
 from sret_scale.model.stored_sizes import Sizes
+from sret_scale.model.windows import place_pairs
 
 Affine = tuple[Tensor, Tensor]
 # From a shape to the next dropout mask of a call (`noise.Dropout`).
@@ -74,6 +75,8 @@ class LearnableResidual(nn.Module):
 class Attention(nn.Module):
     """Weights of multi-head self-attention inside equal, contiguous slices of the tokens (group self-attention)."""
 
+    pairs: Tensor
+
     def __init__(self, stage: StageConfig, sizes: Sizes) -> None:
         super().__init__()
         self.num_heads, self.head_width = stage.num_heads, sizes.head_width
@@ -82,19 +85,38 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(sizes.width, 3 * inner_width)
         self.out = nn.Linear(inner_width, sizes.width)
         self.inner_norm = nn.LayerNorm(stage.width, eps=NORM_EPS) if stage.norm_placement == "subln" else None
+        if stage.slices == "windows":
+            pairs = place_pairs(stage.window)
+            self.offsets = nn.Parameter(torch.zeros(stage.num_heads, len(pairs)))
+            self.register_buffer("pairs", pairs, persistent=False)
 
-    def mix(self, qkv_BNC: Tensor, groups: int) -> Tensor:
-        """(B, N, D) attention of (B, N, 3D) queries, keys, values. Groups fold into the batch of one fused call."""
+    def mix(self, qkv_BNC: Tensor, groups: int, hidden: Tensor | None = None) -> Tensor:
+        """(B, N, D) attention of (B, N, 3D) queries, keys, values. Groups fold into the batch of one fused call.
+
+        hidden: (G, 1, 1, L) of windows, added to the scores of keys beside the bias of their places.
+        """
         qkv = rearrange(qkv_BNC, "b (g l) (three h k) -> three (b g) h l k", g=groups, three=3, h=self.num_heads)
         # unbind, since the gradients of three indexings would be three full-size tensors of mostly zeros.
         query, key, value = qkv.unbind(0)
-        mixed = F.scaled_dot_product_attention(query, key, value, scale=self.head_width**-0.5)
+        if hidden is None:
+            mixed = F.scaled_dot_product_attention(query, key, value, scale=self.head_width**-0.5)
+        else:
+            mixed = self._mix_windows(query, key, value, hidden)
         if self.inner_norm is None or not self.padding:
             mixed_BND = rearrange(mixed, "(b g) h l k -> b (g l) (h k)", g=groups)
             return mixed_BND if self.inner_norm is None else self.inner_norm(mixed_BND)
         real_BND = rearrange(mixed[..., : self.head_width], "(b g) h l k -> b (g l) (h k)", g=groups)
         heads = rearrange(self.inner_norm(real_BND), "b n (h k) -> b n h k", h=self.num_heads)
         return F.pad(heads, (0, self.padding)).flatten(-2)
+
+    def _mix_windows(self, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor) -> Tensor:
+        # A product with a one-hot table: the backward pass of an index would add up in any order.
+        bias_HLL = rearrange(self.offsets @ self.pairs, "h (i j) -> h i j", i=query.shape[-2])
+        bias_GHLL = (bias_HLL + hidden).to(query.dtype)
+        # Groups stay a dimension of their own here, so that the bias is not copied for every image.
+        query, key, value = (rearrange(x, "(b g) h l k -> b g h l k", g=len(hidden)) for x in (query, key, value))
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=bias_GHLL, scale=self.head_width**-0.5)
+        return mixed.flatten(0, 1)
 
     def unpadded(self, qkv_BNC: Tensor) -> Tensor:
         """(B, N, 3D) of the channels that are real."""
@@ -150,6 +172,7 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(sizes.width, sizes.hidden_width, _inner_norm(stage, stage.hidden_width))
         self.residual2 = LearnableResidual(stage, sizes.width, scale, constants)
         self.conditioning = conditioning(stage, sizes)
+        self.outer_norm = nn.LayerNorm(stage.width, eps=NORM_EPS) if stage.norm_placement == "outer" else None
 
     def forward(
         self,
@@ -159,13 +182,14 @@ class Block(nn.Module):
         masks: Tensor | None = None,
         draw: Draw | None = None,
         place: Place | None = None,
+        hidden: Tensor | None = None,
     ) -> Tensor:
         """The stream after one use of the block; masks (2, B, 1, 1) scales both branches of each sample.
 
-        place: where the loop stands, in a stage that runs other than all its loops.
+        place: where the loop stands, in a stage that runs other than all its loops. hidden: see `Attention.mix`.
         """
         constants = None if place is None else place.block
-        return self.transform(x_BND, self._deltas(loop, place), groups, masks, draw, constants)
+        return self.transform(x_BND, self._deltas(loop, place), groups, masks, draw, constants, hidden)
 
     def transform(
         self,
@@ -175,6 +199,7 @@ class Block(nn.Module):
         masks: Tensor | None,
         draw: Draw | None,
         constants: ResidualConstants | None,
+        hidden: Tensor | None = None,
     ) -> Tensor:
         """The stream after one use with what its loop adds; nothing else tells loops apart, so a graph serves them all.
 
@@ -185,7 +210,7 @@ class Block(nn.Module):
         attention = self.attention
         x_BND = operations().project_residual(
             x_BND,
-            attention.mix(self._qkv(x_BND, norm1, deltas), groups),
+            attention.mix(self._qkv(x_BND, norm1, deltas), groups, hidden),
             attention.out.weight,
             attention.out.bias,
             **self.residual1.coefficients(x_BND, mask1, draw, constants),
@@ -197,6 +222,11 @@ class Block(nn.Module):
         coefficients = self.residual2.coefficients(x_BND, mask2, draw, constants)
         x_BND = self.feed_forward.residual(x_BND, before, fc1, coefficients, draw)
         return plain.layer_norm(x_BND, *norm2) if self.norms_after else x_BND
+
+    def finished(self, x_BND: Tensor) -> Tensor:
+        """The stream as an application leaves it, its projection included: normed where the placement is "outer"."""
+        norm = self.outer_norm
+        return x_BND if norm is None else plain.layer_norm(x_BND, norm.weight, norm.bias)
 
     def qkv(self, x_BND: Tensor, loop: int, place: Place | None = None) -> Tensor:
         """(B, N, 3D) queries, keys and values of one use, for whoever looks at its attention."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch._higher_order_ops.scan import scan
 from torch.func import functional_call
 
+from sret_scale.model.applications import stage_tokens
 from sret_scale.model.conditioning import InputInjection
 from sret_scale.model.permutation import TokenOrder, as_index, reorder_tokens
 from sret_scale.model.stage import Application, Stage
@@ -24,16 +25,17 @@ _PER_LOOP = ("delta", "features", "down", "up_qkv", "up_fc1", "gain")
 
 def keep_loops(model: SReT) -> None:
     """Make every stage of a folded model run its chain as loops, for `torch.export`; a plain pass works too."""
-    for index, grid in enumerate(model.config.grids):
-        model.stages[index] = LoopedStage(cast(Stage, model.stages[index]), grid * grid)
+    for index in range(len(model.stages)):
+        model.stages[index] = LoopedStage(cast(Stage, model.stages[index]))
 
 
 class LoopedStage(nn.Module):
     """A stage for inference whose chain was built, and what its turns own stacked, beforehand."""
 
-    def __init__(self, stage: Stage, num_tokens: int) -> None:
+    def __init__(self, stage: Stage) -> None:
         super().__init__()
         self.stage = stage
+        num_tokens = stage_tokens(stage.config, stage.index)
         width = stage.blocks[0].norm1.weight.new_empty(1, num_tokens, 1)  # type: ignore[union-attr, operator]
         order = TokenOrder(stage._draw_permutations(stage.slots, width, None))
         applications = stage.chain(stage.slots, width, order, None, None)
@@ -64,6 +66,9 @@ class LoopedStage(nn.Module):
 
     def forward(self, x_BND: Tensor, noise: None = None) -> Tensor:
         """The stream after all applications; there is no noise in inference."""
+        windows = self.stage.windows
+        if windows is not None:
+            x_BND = windows.padded(x_BND)
         if self.stage.injected:
             x_BND = torch.cat([x_BND, x_BND], dim=1)
         for first, names in self.parts:
@@ -75,7 +80,8 @@ class LoopedStage(nn.Module):
             x_BND = _scanned(first, stacks, x_BND)
         if self.stage.injected:
             x_BND = x_BND.chunk(2, dim=1)[0]
-        return x_BND if self.back is None else reorder_tokens(x_BND, *self.back)
+        x_BND = x_BND if self.back is None else reorder_tokens(x_BND, *self.back)
+        return x_BND if windows is None else windows.cropped(x_BND)
 
 
 def _scanned(first: tuple[Application, ...], stacks: list[dict[str, Tensor]], x_BND: Tensor) -> Tensor:
@@ -103,6 +109,8 @@ def _rows(applications: list[Application]) -> dict[str, list[Tensor]]:
     for application in applications:
         if application.gather is not None:
             own.setdefault("gather", []).append(as_index(application.gather))
+        if application.hidden is not None:
+            own.setdefault("hidden", []).append(application.hidden)
         conditioning = application.block.conditioning
         if conditioning is not None:
             tensors = dict(itertools.chain(conditioning.named_parameters(), conditioning.named_buffers()))
@@ -122,8 +130,9 @@ def _rows(applications: list[Application]) -> dict[str, list[Tensor]]:
 
 
 def _is_per_loop(name: str, conditioning: nn.Module) -> bool:
-    # A smooth function of the depth has its coordinate per loop, and one matrix for all.
-    return name in _PER_LOOP and not (name == "delta" and hasattr(conditioning, "features"))
+    # A smooth function of the depth has its coordinate per loop, and one matrix for all; a tied gain is one row.
+    is_shared = (name == "delta" and hasattr(conditioning, "features")) or (name == "gain" and conditioning.is_tied)
+    return name in _PER_LOOP and not is_shared
 
 
 def _call(application: Application, own: dict[str, Tensor], x_BND: Tensor) -> Tensor:
@@ -145,10 +154,12 @@ def _call(application: Application, own: dict[str, Tensor], x_BND: Tensor) -> Te
         x_BND = functional_call(injection, rows, (x_BND, input_BND, loop))
     else:
         x_BND = reordered(x_BND)
-    x_BND = functional_call(block, conditioned, (x_BND, loop, application.slot.groups))
+    use = (x_BND, loop, application.slot.groups, None, None, None, own.get("hidden"))
+    x_BND = functional_call(block, conditioned, use)
     if projection is not None:
         weights = {
             name.removeprefix("projection."): tensor for name, tensor in own.items() if name.startswith("projection.")
         }
         x_BND = functional_call(projection, weights, (x_BND,))
+    x_BND = block.finished(x_BND)
     return x_BND if input_BND is None else torch.cat([x_BND, input_BND], dim=1)

@@ -51,7 +51,9 @@ class TokenOrder:
             dtype = table_dtype(permutations.shape[1], permutations.device)
             self.permutations = permutations.to(dtype)
             self.inverses = permutations.argsort(dim=1).to(dtype)
+        self.count = 0 if permutations is None else len(permutations)
         self.current: int | None = None
+        self._ways: dict[tuple[int | None, int | None], tuple[Tensor, Tensor]] = {}
 
     def move_to(self, target: int | None) -> tuple[Tensor, Tensor] | None:
         """(gather, its inverse) that bring the tokens from the current order to the target; None if they are there."""
@@ -63,6 +65,12 @@ class TokenOrder:
         """(gather, its inverse) from one order to another; None if they are the same."""
         if target == before:
             return None
+        # Windows take the same ways again and again.
+        if (before, target) not in self._ways:
+            self._ways[before, target] = self._found(before, target)
+        return self._ways[before, target]
+
+    def _found(self, before: int | None, target: int | None) -> tuple[Tensor, Tensor]:
         assert self.permutations is not None and self.inverses is not None
         # Copies where a row would do: a row would keep the whole table alive.
         if before is None:

@@ -22,6 +22,7 @@ from sret_scale.model.noise import Dropout, Noise, PermutationSource, drop_path_
 from sret_scale.model.permutation import TokenOrder, reorder_tokens
 from sret_scale.model.stored_sizes import stored_sizes
 from sret_scale.model.upload import uploaded
+from sret_scale.model.windows import WindowOrder
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +33,7 @@ class Application:
     gather, scatter: (N,) relative order of the tokens and its inverse, or None to leave them as they lie.
     token_order: which of the stage's permutations the tokens are in afterwards, None for the image's own order.
     masks: (2, B, 1, 1) factors of both branches per sample (stochastic depth).
+    hidden: what windows add to the scores of keys (`layers.Attention.mix`).
     autocast: the mode of the pass that built the chain; a re-run in the backward pass enters it again. The weight
         cache is off: with it, gradients of many uses of a weight are summed in bf16 (20 % error at 1000 uses against
         0.5 %).
@@ -50,6 +52,7 @@ class Application:
     injected: bool
     is_detached: bool
     dropout: Dropout | None
+    hidden: Tensor | None = None
 
     is_boxed = True
     """A call may also be given its input alone in a list, which it empties: it is free once it was reordered."""
@@ -94,8 +97,10 @@ class Application:
 
     def _transform(self, x_BND: Tensor) -> Tensor:
         draw = None if self.dropout is None else self.dropout.masks(x_BND)
-        x_BND = self.block(x_BND, self.slot.loop, self.slot.groups, self.masks, draw, self.slot.place)
-        return x_BND if self.projection is None else self.projection(x_BND, draw, self.slot.place)
+        slot = self.slot
+        x_BND = self.block(x_BND, slot.loop, slot.groups, self.masks, draw, slot.place, self.hidden)
+        x_BND = x_BND if self.projection is None else self.projection(x_BND, draw, slot.place)
+        return self.block.finished(x_BND)
 
     def parameters(self) -> tuple[nn.Parameter, ...]:
         """Every parameter that a call reads."""
@@ -120,12 +125,13 @@ class Stage(nn.Module):
         self.index = index
         self.slots = application_slots(config, index)
         self.dropout = config.dropout
-        self.injected = stage.conditioning in ("input_add", "input_gated")
+        self.injected = stage.conditioning in ("input_add", "input_gated", "input_tied")
         self.drop_path_rates = [drop_path_rates(config)[index][slot.block] for slot in self.slots]
         sizes = stored_sizes(config, index)
         self.blocks = nn.ModuleList(Block(stage, sizes) for _ in range(stage.num_blocks))
         self.projections = nn.ModuleList(NonLinearProjection(stage, sizes) for _ in range(num_projections(stage)))
-        self.permutations: Callable[..., Tensor] = PermutationSource(config, index)
+        self.windows = WindowOrder(config.grids[index], stage.window) if stage.slices == "windows" else None
+        self.permutations: Callable[..., Tensor] = self.windows or PermutationSource(config, index)
         self.run_chain: Callable[[Sequence[Application], Tensor], Tensor] = run_in_turn
 
     def forward(self, x_BND: Tensor, noise: Noise | None = None, plan: DepthPlan | None = None) -> Tensor:
@@ -138,6 +144,8 @@ class Stage(nn.Module):
     ) -> Iterator[Tensor]:
         """The stream after each of these numbers of loops of the last block, and at last after all applications."""
         slots = self.slots if plan is None else planned_slots(self.config, plan, self.index)
+        if self.windows is not None:
+            x_BND = self.windows.padded(x_BND)
         order = TokenOrder(self._draw_permutations(slots, x_BND, noise))
         applications = self.chain(slots, x_BND, order, noise, plan)
         state = torch.cat([x_BND, x_BND], dim=1) if self.injected else x_BND
@@ -148,7 +156,8 @@ class Stage(nn.Module):
             done = end
             out_BND = state.chunk(2, dim=1)[0] if self.injected else state
             back = order.way(applications[end - 1].token_order, None)
-            yield out_BND if back is None else reorder_tokens(out_BND, *back)
+            out_BND = out_BND if back is None else reorder_tokens(out_BND, *back)
+            yield out_BND if self.windows is None else self.windows.cropped(out_BND)
 
     def chain(
         self,
@@ -163,10 +172,11 @@ class Stage(nn.Module):
         num_detached = 0 if plan is None else plan.stages[self.index].num_detached
         autocast = uncached_autocast(x_BND.device.type)
         applications, num_permuted = [], 0
+        hidden = None if self.windows is None else self.windows.hidden(x_BND)
         for index, slot in enumerate(slots):
             move = None
             if slot.permuted:
-                move, num_permuted = order.move_to(num_permuted), num_permuted + 1
+                move, num_permuted = order.move_to(num_permuted % order.count), num_permuted + 1
             elif slot.groups > 1:
                 move = order.move_to(None)
             gather, scatter = move or (None, None)
@@ -187,6 +197,7 @@ class Stage(nn.Module):
                     dropout=Dropout(self.dropout, (noise.sample_seed, self.index, index))
                     if self.training and noise is not None and self.dropout
                     else None,
+                    hidden=None if hidden is None or order.current is None else hidden[order.current],
                 )
             )
         return applications

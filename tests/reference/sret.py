@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sret_scale.model import Noise, SReT
 from sret_scale.model.applications import application_slots, post_norm
 from sret_scale.model.layers import LearnableResidual
+from tests.reference.windows import attend_in_windows
 
 
 class PlainSReT(nn.Module):
@@ -23,8 +24,11 @@ class PlainSReT(nn.Module):
     def forward(self, images_BCHW: Tensor, noise: Noise | None = None) -> Tensor:
         model = self.model
         x_BCHW = images_BCHW
-        for conv, norm in zip(model.stem.convs, model.stem.norms, strict=True):
-            x_BCHW = F.relu(norm(conv(x_BCHW)))
+        if model.config.stem == "pixels":
+            x_BCHW = model.stem.convs[0](x_BCHW)
+        else:
+            for conv, norm in zip(model.stem.convs, model.stem.norms, strict=True):
+                x_BCHW = F.relu(norm(conv(x_BCHW)))
         x_BCHW = x_BCHW + model.position
         for index in range(len(model.stages)):
             if index:
@@ -33,6 +37,8 @@ class PlainSReT(nn.Module):
             x_BND = x_BCHW.flatten(2).transpose(1, 2)
             x_BND = self.run_stage(index, x_BND, noise)
             x_BCHW = x_BND.transpose(1, 2).reshape(batch, width, height, side)
+        if model.config.head == "tokens":
+            return model.head(model.norm(x_BCHW.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
         x_BD = F.adaptive_avg_pool2d(x_BCHW, 1).flatten(1)
         return model.head(model.norm(x_BD))
 
@@ -41,13 +47,13 @@ class PlainSReT(nn.Module):
         slots = application_slots(self.model.config, index)
         permutations = stage._draw_permutations(slots, x_BND, noise)
         num_permuted, input_BND = 0, x_BND
-        for slot in slots:
+        for number, slot in enumerate(slots):
             block = stage.blocks[slot.block]
             permutation = None
-            if slot.permuted:
+            if slot.permuted and stage.windows is None:
                 permutation, num_permuted = permutations[num_permuted], num_permuted + 1
             x_BND = self.inject(block, x_BND, input_BND, slot.loop)
-            x_BND = self.apply_block(index, block, x_BND, slot.loop, slot.groups, permutation)
+            x_BND = self.apply_block(index, block, x_BND, slot.loop, slot.groups, permutation, number)
             if slot.projection is not None:
                 projection = stage.projections[slot.projection]
                 feed_forward = projection.feed_forward
@@ -57,6 +63,8 @@ class PlainSReT(nn.Module):
                     return self.feed(feed_forward, feed_forward.fc1.weight, y_BND)
 
                 x_BND = self.residual(index, projection.residual, norm, x_BND, branch)
+            if block.outer_norm is not None:
+                x_BND = block.outer_norm(x_BND)
         return x_BND
 
     def inject(self, block: nn.Module, x_BND: Tensor, input_BND: Tensor, loop: int) -> Tensor:
@@ -64,10 +72,17 @@ class PlainSReT(nn.Module):
         if not hasattr(conditioning, "gain"):
             return x_BND
         gate = 1.0 if conditioning.gate is None else torch.sigmoid(conditioning.gate(x_BND))
-        return x_BND + conditioning.gain[loop] * input_BND * gate
+        return x_BND + conditioning.gain[loop if len(conditioning.gain) > 1 else 0] * input_BND * gate
 
     def apply_block(
-        self, index: int, block: nn.Module, x_BND: Tensor, loop: int, groups: int, permutation: Tensor | None
+        self,
+        index: int,
+        block: nn.Module,
+        x_BND: Tensor,
+        loop: int,
+        groups: int,
+        permutation: Tensor | None,
+        number: int,
     ) -> Tensor:
         norm1 = [block.norm1.weight, block.norm1.bias]
         norm2 = [block.norm2.weight, block.norm2.bias]
@@ -81,7 +96,14 @@ class PlainSReT(nn.Module):
             qkv_weight = qkv_weight + conditioning.up_qkv[loop] @ conditioning.down[loop, 0]
             fc1_weight = fc1_weight + conditioning.up_fc1[loop] @ conditioning.down[loop, 1]
 
+        config = self.model.config.stages[index]
+
         def attend(y_BND: Tensor) -> Tensor:
+            if config.slices == "windows":
+                qkv_BNC = F.linear(y_BND, qkv_weight, block.attention.qkv.bias)
+                mixed_BND = attend_in_windows(block.attention, qkv_BNC, config.window, number)
+                inner = block.attention.inner_norm
+                return block.attention.out(mixed_BND if inner is None else inner(mixed_BND))
             return self.attend(block.attention, qkv_weight, y_BND, groups, permutation)
 
         def feed(y_BND: Tensor) -> Tensor:

@@ -78,6 +78,7 @@ def require_published_layout(config: SReTConfig) -> None:
             "skip": (resolved_skip(stage), "learned"),
             "norm_placement": (stage.norm_placement, "pre"),
             "conditioning": (stage.conditioning, "none"),
+            "slices": (stage.slices, "raster"),
         }
         for name, (value, published) in found.items():
             if value != published:
@@ -85,6 +86,9 @@ def require_published_layout(config: SReTConfig) -> None:
                     f"the published layout holds {name} {published!r} only, stage {index} has {value!r}; "
                     "keep this model as safetensors"
                 )
+    for name, published in (("stem", "convolutions"), ("positions", "learned"), ("head", "classes")):
+        if getattr(config, name) != published:
+            raise ValueError(f"the published layout holds {name} {published!r} only, not {getattr(config, name)!r}")
     if config.stem_norm not in ("batch", "sync_batch"):
         raise ValueError(f"the published layout holds a BatchNorm stem only, this model has {config.stem_norm!r}")
 

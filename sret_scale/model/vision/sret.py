@@ -69,22 +69,27 @@ class SReT(nn.Module):
         self.config = config
         widths = [stored_sizes(config, index).width for index in range(len(config.stages))]
         self.stem = Stem(config)
-        self.position = nn.Parameter(torch.empty(1, widths[0], config.grids[0], config.grids[0]))
+        self.position: Tensor
+        if config.positions == "learned":
+            self.position = nn.Parameter(torch.empty(1, widths[0], config.grids[0], config.grids[0]))
+        else:
+            self.register_buffer("position", torch.zeros(1, 1, 1, 1), persistent=False)
         self.stages = nn.ModuleList(Stage(config, index) for index in range(len(widths)))
         self.pools = nn.ModuleList(pooling(*pair) for pair in itertools.pairwise(widths))
         self.norm = nn.LayerNorm(config.stages[-1].width, eps=NORM_EPS)
         self.head = nn.Linear(config.stages[-1].width, config.num_classes)
-        nn.init.trunc_normal_(self.position, std=0.02)
+        if config.positions == "learned":
+            nn.init.trunc_normal_(self.position, std=0.02)
         if drawn is not None:
             self.load_state_dict(padded_state(config, drawn, self.state_dict()))
 
     def forward(
         self, images_BCHW: Tensor, noise: Noise | None = None, plans: Sequence[DepthPlan] | None = None
     ) -> Tensor:
-        """(B, num_classes) scores of normalised images of the configured size.
+        """(B, num_classes) scores of normalised images of the configured size; (B, num_classes, H, W) of a token head.
 
-        With `plans` (K, B, num_classes): for each plan in turn the scores at its supervised loop counts, then those at
-        its full depth. The plans share one pass of the stem.
+        With `plans` a dimension of K more in front: for each plan in turn the scores at its supervised loop counts,
+        then those at its full depth. The plans share one pass of the stem.
         """
         if plans is None:
             return self.forward_head(self.forward_features(images_BCHW, noise))
@@ -135,7 +140,13 @@ class SReT(nn.Module):
         return x_BCHW
 
     def forward_head(self, x_BDHW: Tensor, pre_logits: bool = False) -> Tensor:
-        """(B, num_classes) scores of the last stage's tokens: average, norm, linear; (B, D) if pre_logits."""
+        """(B, num_classes) scores of the last stage's tokens: average, norm, linear; (B, D) if pre_logits.
+
+        A token head has no average: (B, num_classes, H, W), and (B, D, H, W) if pre_logits.
+        """
+        if self.config.head == "tokens":
+            x_BHWD = self.norm(x_BDHW.movedim(1, -1)[..., : self.norm.normalized_shape[0]])
+            return (x_BHWD if pre_logits else self.head(x_BHWD)).movedim(-1, 1)
         x_BD = self.norm(x_BDHW.mean(dim=(2, 3))[:, : self.norm.normalized_shape[0]])
         return x_BD if pre_logits else self.head(x_BD)
 
@@ -164,7 +175,7 @@ class SReT(nn.Module):
         return model
 
     def parameter_tags(self) -> dict[str, ParameterTag]:
-        """A tag for every parameter by name. As in DeiT, vectors and the position tensor do not decay, nor
+        """A tag for every parameter by name. As in DeiT, vectors and what tells positions do not decay, nor
         does conditioning, which starts at zero and would be pulled back to the tied model."""
         layers = layer_numbers(self.config)
         return {name: self._tag(name, parameter, layers) for name, parameter in self.named_parameters()}
@@ -178,6 +189,8 @@ class SReT(nn.Module):
                 kind = "projection"
             if "conditioning" in parts:
                 kind = "conditioning"
+            if parts[-1] == "offsets":
+                kind = "position"
             if parts[-2].startswith("residual"):
                 kind = "residual"
                 stage = self.config.stages[int(parts[1])]

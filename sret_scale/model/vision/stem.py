@@ -17,6 +17,7 @@ from sret_scale.model.stored_sizes import stem_widths
 class Stem(nn.Module):
     """Three 3 x 3 convolutions, each with a norm and ReLU. The first stage's tokens come out as (B, D, H, W).
 
+    Of `pixels`: one linear layer of each pixel, which looks at no neighbour and has no norm.
     `repeats_norms` may be set from outside: the backward pass then runs norms once more, and less than half is stored.
     """
 
@@ -24,6 +25,10 @@ class Stem(nn.Module):
         super().__init__()
         width = config.stages[0].width
         widths, real_widths = (config.in_channels, *stem_widths(config)), (width // 2, width, width)
+        self.repeats_norms = False
+        if config.stem == "pixels":
+            self.convs, self.norms = nn.ModuleList([nn.Conv2d(widths[0], widths[-1], 1)]), nn.ModuleList()
+            return
         self.convs = nn.ModuleList(
             nn.Conv2d(before, after, kernel_size=3, stride=stride, padding=1)
             for before, after, stride in zip(widths, widths[1:], config.stem_strides, strict=False)
@@ -31,12 +36,11 @@ class Stem(nn.Module):
         self.norms = nn.ModuleList(
             stem_norm(config.stem_norm, *channels) for channels in zip(real_widths, widths[1:], strict=True)
         )
-        self.repeats_norms = False
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """(B, D, H, W) from images (B, channels, height, width)."""
         x_BCHW = self._first_conv(x_BCHW)
-        for norm, conv in zip(self.norms, (*list(self.convs)[1:], None), strict=True):
+        for norm, conv in zip(self.norms, (*list(self.convs)[1:], None), strict=False):
             repeats = self.repeats_norms and _is_repeatable(norm) and not torch.compiler.is_compiling()
             if repeats and x_BCHW.requires_grad:
                 x_BCHW = _NormReluConv.apply(  # type: ignore[no-untyped-call]
