@@ -14,7 +14,8 @@ from sret_scale.launch.child_processes import caught_signals
 from sret_scale.train.stop import StopFlag
 from tests.data.shard_sources import make_tree
 from tests.launch.test_launch_run import ROOT, START, left_over, rank_pids, start
-from tests.tiny import environment
+from tests.runs import wait_for_images
+from tests.tiny import environment, tiny_config, tiny_shards, write_config
 
 
 @pytest.fixture
@@ -154,3 +155,24 @@ with RunProgress("run", total_images=100, is_shown=True) as progress:
         os.close(descriptor)
     lines = (tmp_path / "logs" / "rank-00000.log").read_text().splitlines()
     assert lines[-2].startswith("run: 20 of 100 images  loss 1.0000") and lines[-1] == "a line"
+
+
+@pytest.mark.multi_process
+def test_a_run_whose_terminal_is_closed_saves_itself(tmp_path: Path) -> None:
+    """A hang-up, and output that ends in errors from then on."""
+    config = tiny_config(tiny_shards(tmp_path / "shards"))
+    file = write_config(tmp_path / "tiny.yaml", config, total_images=32_000, checkpoint_interval_images=0)
+    ours, theirs = pty.openpty()
+    words = ["train", str(file), "--run", str(tmp_path / "run")]
+    process = subprocess.Popen(
+        # setsid makes the first terminal that is opened the controlling one, as a login does.
+        ["setsid", "--wait", "--ctty", sys.executable, "-P", "-m", "sret_scale.cli", *words],
+        stdin=theirs, stdout=theirs, stderr=theirs, env=environment(), text=True,
+    )  # fmt: skip
+    os.close(theirs)
+    wait_for_images(tmp_path / "run", 32, process)
+    os.close(ours)
+    assert process.wait(timeout=120) == 85
+    assert '"stopped"' in (tmp_path / "run" / "status.json").read_text()
+    assert list((tmp_path / "run" / "checkpoints").glob("step-*"))
+    assert "stopped by a signal" in (tmp_path / "run" / "logs" / "rank-00000.log").read_text()
