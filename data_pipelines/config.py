@@ -77,15 +77,15 @@ class DataConfig:
         )
         is_name = self.transform is None or re.fullmatch(r"[\w.]+:\w+", self.transform) is not None
         _require(is_name, "transform", "module:function, or null", self.transform)
-        _require(self.workers >= 1, "workers", "at least 1", self.workers)
-        _require(self.prefetch_batches >= 1, "prefetch_batches", "at least 1", self.prefetch_batches)
+        _require(1 <= self.workers <= 1024, "workers", "1 to 1024", self.workers)
+        _require(1 <= self.prefetch_batches <= 1 << 20, "prefetch_batches", "1 to 1,048,576", self.prefetch_batches)
         _require(self.block_window >= 1, "block_window", "at least 1", self.block_window)
         _require(self.num_repeats >= 1, "num_repeats", "at least 1", self.num_repeats)
         low, high = self.crop_scale
         _require(0 < low <= high <= 1, "crop_scale", "0 < low <= high <= 1", self.crop_scale)
         low, high = self.crop_ratio
         _require(0 < low <= high, "crop_ratio", "0 < low <= high", self.crop_ratio)
-        _require(self.crop_padding >= 0, "crop_padding", "0 or more", self.crop_padding)
+        _require(0 <= self.crop_padding <= 1 << 12, "crop_padding", "0 to 4096", self.crop_padding)
         _require(0 <= self.flip_rate <= 1, "flip_rate", "between 0 and 1", self.flip_rate)
         _require(self.num_views is None or self.num_views >= 1, "num_views", "at least 1, or null", self.num_views)
         _require(0 < self.eval_crop_rate <= 1, "eval_crop_rate", "above 0, at most 1", self.eval_crop_rate)

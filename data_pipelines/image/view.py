@@ -18,6 +18,11 @@ from data_pipelines.keyed_random import keyed_uniforms
 # Raised by every change after which a view is another one, or has other pixels, than it was for the same arguments.
 VIEW_VERSION = 1
 
+# Settings that `view_settings` may give, besides the version.
+VIEW_FIELDS = (
+    *("crop", "flip_rate", "interpolation", "crop_scale", "crop_ratio", "crop_padding", "eval_crop_rate", "transform"),
+)
+
 View = tuple[int, int, int, int, int]
 
 # RandomResizedCrop draws this many boxes before it falls back to the centre (torchvision's number).

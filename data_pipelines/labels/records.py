@@ -9,14 +9,17 @@ import json
 import struct
 import zlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from pydantic import ConfigDict, Field
 from torch import Tensor
+from typing_extensions import TypedDict
 
+from data_pipelines.checked_files import parse_checked
 from data_pipelines.image.upload import uploaded
 
 MAGIC = b"SRETSOFT"
@@ -26,6 +29,20 @@ _PREFIX = struct.Struct("<8sIII")
 # Records begin at a multiple of this, so that a mapped file's fields need no shifting.
 _ALIGNMENT = 64
 MAX_CLASSES = 1 << 16
+
+_Count = Annotated[int, Field(ge=0, lt=1 << 32)]
+
+
+class FileHeader(TypedDict):
+    """What a file says of its records; the sums are of `coverage_sums`."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+    plan_sha256: str
+    num_samples: _Count
+    record_bytes: _Count
+    view_crc32: list[_Count]
+    coverage_sums: dict[str, int | float]
+
 
 Records = NDArray[np.void]
 
@@ -145,7 +162,7 @@ def parse_header(data: bytes, size_bytes: int) -> tuple[dict[str, Any], int]:
     text = data[_PREFIX.size : offset]
     if len(text) != header_bytes or zlib.crc32(text) != crc:
         raise ValueError("its header is cut off or was changed")
-    header: dict[str, Any] = json.loads(text)
+    header: dict[str, Any] = dict(parse_checked(text, FileHeader, "its header"))
     expected = offset + len(header["view_crc32"]) * header["num_samples"] * header["record_bytes"]
     if size_bytes != expected:
         raise ValueError(f"{size_bytes:,} bytes, expected {expected:,}: cut off or appended to")

@@ -13,17 +13,20 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, Required, cast
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
+from typing_extensions import TypedDict
 
+from data_pipelines.checked_files import read_checked
 from data_pipelines.config import DataConfig
 from data_pipelines.image.view import view_settings
 from data_pipelines.labels.records import Records, parse_header, record_dtype
 from data_pipelines.shards.index import ShardSet
 
-FORMAT = "sret_scale soft labels"
+FORMAT: Literal["sret_scale soft labels"] = "sret_scale soft labels"
 PLAN_NAME, HEADER_NAME = "plan.json", "header.json"
 # A header is a few hundred bytes, and a dozen more a view.
 _HEADER_READ_BYTES = 1 << 16
@@ -41,21 +44,68 @@ class Unit:
     last_view: int
 
 
+class _Member(TypedDict):
+    spec: str
+    weights_sha256: str
+    image_size: int
+    interpolation: str
+    # A whole number stays one: the plan's hash is that of its text.
+    mean: list[int | float]
+    std: list[int | float]
+    precision: Literal["bf16", "fp32"]
+
+
+class _Members(TypedDict):
+    members: Annotated[list[_Member], Field(min_length=1)]
+
+
+class _Coverage(TypedDict, total=False):
+    views: Required[int | float]
+    mass: Required[int | float]
+    kl: Required[int | float]
+    entropy: Required[int | float]
+    top1_agreement: Required[int | float]
+    gradient_cosine: int | float
+
+
+class _Header(TypedDict):
+    coverage: _Coverage
+
+
 @dataclass(frozen=True, kw_only=True)
 class LabelPlan:
     """All that the bytes of a store depend on. `fingerprint` is the image shards', `view` says how views are drawn."""
 
-    format: str = FORMAT
+    format: Literal["sret_scale soft labels"] = FORMAT
     fingerprint: str
-    shards: list[tuple[str, int]]
+    shards: list[tuple[str, Annotated[int, Field(ge=0)]]]
     num_classes: int
     top_k: int
     num_views: int
     views_per_file: int
     batch_size: int
     image_size: int
-    teacher: Mapping[str, Any]
-    view: Mapping[str, Any]
+    teacher: _Member | _Members
+    view: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        for name, value, most in (
+            ("classes", self.num_classes, 1 << 16),
+            ("top_k", self.top_k, self.num_classes),
+            ("views", self.num_views, 1 << 20),
+            ("views_per_file", self.views_per_file, self.num_views),
+            ("batch_size", self.batch_size, 1 << 20),
+            ("image_size", self.image_size, 1 << 16),
+            ("files", len(self.shards) * -(-self.num_views // max(1, self.views_per_file)), 1 << 22),
+        ):
+            if not 1 <= value <= most:
+                raise ValueError(f"soft labels: expected {name} from 1 to {most}, got {value}")
+
+    @property
+    def members(self) -> list[_Member]:
+        """The descriptions of the teachers, of which there may be several."""
+        members: list[_Member] = cast(Any, self.teacher).get("members", [self.teacher])
+        return members
 
     def units(self) -> Iterator[Unit]:
         """The units of work, in their fixed order. A shard without samples has none."""
@@ -84,13 +134,9 @@ def read_plan(folder: Path) -> LabelPlan:
     if not path.is_file():
         raise FileNotFoundError(f"{folder}: no store of soft labels; make one with `sret-scale labels write`")
     try:
-        values = json.loads(path.read_text())
-        if values["format"] != FORMAT:
-            raise ValueError(f"format {values['format']!r}")
-        values["shards"] = [tuple(shard) for shard in values["shards"]]
-        return LabelPlan(**values)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not a plan of this format, or damaged ({error}); write the labels again") from error
+        return read_checked(path, LabelPlan)
+    except ValueError as error:
+        raise ValueError(f"{error}; not a plan of this format, or damaged: write the labels again") from error
 
 
 def read_header(folder: Path, plan: LabelPlan, unit: Unit) -> tuple[dict[str, Any], int]:
@@ -102,6 +148,10 @@ def read_header(folder: Path, plan: LabelPlan, unit: Unit) -> tuple[dict[str, An
         head = file.read(_HEADER_READ_BYTES)
     try:
         header, offset = parse_header(head, path.stat().st_size)
+        sizes = len(header["view_crc32"]), header["num_samples"], header["record_bytes"]
+        planned = unit.last_view - unit.first_view + 1, plan.shards[unit.shard][1], record_dtype(plan.top_k).itemsize
+        if sizes != planned:
+            raise ValueError(f"views, samples and bytes a record {sizes}, the plan has {planned}")
     except ValueError as error:
         raise ValueError(f"{path}: {error}; remove it and {_AGAIN}") from error
     if header["plan_sha256"] != plan.sha256:
@@ -180,10 +230,10 @@ def open_labels(folder: str | Path) -> LabelStore:
     if missing or not path.is_file():
         raise FileNotFoundError(f"{folder}: unfinished, {len(missing)} files are missing; {_AGAIN}")
     try:
-        coverage = json.loads(path.read_text())["coverage"]
+        coverage = cast(dict[str, float], read_checked(path, _Header)["coverage"])
         if path.read_bytes() != render_header(plan, coverage):
             raise ValueError(f"it was changed, or {PLAN_NAME} beside it is another one")
-    except (ValueError, KeyError, TypeError) as error:
+    except ValueError as error:
         raise ValueError(f"{path}: damaged ({error}); remove it and {_AGAIN}") from error
     return LabelStore(folder, plan, coverage)
 

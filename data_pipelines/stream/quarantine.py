@@ -6,10 +6,26 @@ import os
 import threading
 from collections import Counter
 from pathlib import Path
+from typing import Annotated
 
+from pydantic import Field
+from typing_extensions import TypedDict
+
+from data_pipelines.checked_files import parse_checked, read_bounded
 from data_pipelines.stream.reader import BadSampleError
 
 logger = logging.getLogger(__name__)
+
+
+_MAX_BYTES = 1 << 28
+_Count = Annotated[int, Field(ge=0, lt=1 << 63)]
+
+
+class _Line(TypedDict):
+    index: _Count
+    epoch: _Count
+    rank: _Count
+    world_size: _Count
 
 
 class TooManyBadSamplesError(ValueError):
@@ -62,11 +78,14 @@ class Quarantine:
             ) from error
 
     def _count_on(self, file: Path) -> None:
-        # A line without a closing brace is what a killed process was writing; its sample will be met again.
-        for line in file.read_bytes().splitlines():
-            if not line.endswith(b"}"):
+        for number, line in enumerate(read_bounded(file, _MAX_BYTES).splitlines(), 1):
+            try:
+                found = parse_checked(line, _Line, f"{file} line {number}")
+            except ValueError as error:
+                # What a killed process was writing, or a disk lost: its sample will be met again.
+                if line.strip():
+                    logger.warning("left out: %s", error)
                 continue
-            found = json.loads(line)
             if found["world_size"] != self._world_size:
                 self._found_by_others[found["epoch"]] += 1
             elif found["rank"] == self._rank:

@@ -19,6 +19,7 @@ from typing import Any, Literal, cast
 import pydantic
 import yaml
 
+from data_pipelines.checked_files import read_bounded
 from data_pipelines.home_folder import with_home
 from data_pipelines.image.augment import AugmentConfig
 from data_pipelines.stream.loader import DataConfig
@@ -191,12 +192,33 @@ def grad_accum_steps(config: TrainConfig, world_size: int) -> int:
     return steps
 
 
+# PyYAML reads a hundred kilobytes a second; a configuration has six.
+MAX_YAML_BYTES = 1 << 18
+MAX_YAML_DEPTH = 32
+
+
 class _StrictLoader(yaml.SafeLoader):
-    """YAML without its two classic traps: a key given twice is an error, and 1e-3 is a number. `~/` is the home."""
+    """YAML without its traps: a key given twice is an error, 1e-3 is a number; no aliases (bombs), tags, deep nests.
+
+    `~/` is the home.
+    """
 
     def __init__(self, text: str, source: str) -> None:
         super().__init__(text)
-        self._source = source
+        self._source, self._depth = source, 0
+
+    def compose_node(self, parent: Any, index: Any) -> yaml.Node | None:
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+        for what in ("anchor", "tag"):
+            if getattr(event, what, None) is not None:
+                place = f"{self._source} is not valid YAML in line {event.start_mark.line + 1}"
+                raise ValueError(f"{place}: aliases (&, *) and tags (!) are not taken; write the value itself")
+        if self._depth >= MAX_YAML_DEPTH:
+            raise ValueError(f"{self._source} is nested too deeply to be a configuration")
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -229,8 +251,18 @@ def parse_yaml(text: str, *, source: str) -> Any:
         raise ValueError(f"{source} is not valid YAML{place}: {error.problem}") from error
     except yaml.YAMLError as error:
         raise ValueError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from error
-    except RecursionError as error:
-        raise ValueError(f"{source} is nested too deeply to be a configuration") from error
+    except ValueError as error:
+        # Of a number or a date that Python does not take; ours name the source.
+        raise error if str(error).startswith(source) else ValueError(f"{source}: {error}") from error
+
+
+def read_yaml(file: Path) -> Any:
+    """The value of a YAML file. Raises ValueError, with the file and the place, or OSError."""
+    try:
+        text = read_bounded(file, MAX_YAML_BYTES).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not text in UTF-8: expected a YAML file ({error.reason})") from error
+    return parse_yaml(text, source=str(file))
 
 
 def nearest(name: str, valid: Sequence[str]) -> str:
@@ -242,8 +274,11 @@ def nearest(name: str, valid: Sequence[str]) -> str:
 def build(kind: type[Any], value: Any, path: str = "") -> Any:
     """An instance of the dataclass (or plain type) `kind` from parsed YAML; `path` is the key for messages.
 
-    Raises ValueError naming the key, the expected type and the value, or the nearest valid key.
+    Raises ValueError naming the key, the expected type and the value, or the nearest valid key. Numbers are finite and
+    within 64 bits: what is beyond ends in an overflow, or a loop of years.
     """
+    if isinstance(value, int | float) and not abs(value) < 2**63:
+        raise ValueError(f"{path}: expected a finite number within 64 bits, got {str(value)[:40]}")
     section = _dataclass_of(kind, value)
     if section is not None:
         return _build_dataclass(section, value, path)
@@ -264,7 +299,7 @@ def build(kind: type[Any], value: Any, path: str = "") -> Any:
         # pydantic speaks of JSON.
         reason = reason.replace("a valid array", "a list").replace("an object", "keys with values")
         place, found = (path, value) if is_short else (".".join([path, *map(str, first["loc"])]), first["input"])
-        raise ValueError(f"{place}: {reason}, got {found!r} ({type(found).__name__})") from error
+        raise ValueError(f"{place}: {reason}, got {str(ascii(found))[:60]} ({type(found).__name__})") from error
     except TypeError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -322,11 +357,7 @@ def to_yaml(config: Any) -> str:
 
 def from_yaml(file: Path) -> RunConfig:
     """The RunConfig of a YAML file, which may leave out what keeps its default, and give `model` by preset name."""
-    try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not text in UTF-8: expected a YAML file ({error.reason})") from error
-    tree = parse_yaml(text, source=str(file))
+    tree = read_yaml(file)
     if not isinstance(tree, dict):
         raise ValueError(f"{file}: expected sections of a run configuration, got {type(tree).__name__}")
     try:

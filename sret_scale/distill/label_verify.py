@@ -1,15 +1,17 @@
 """Asks the teacher of a store again about some of its records."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from shlex import quote
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from data_pipelines.checked_files import parse_checked
 from data_pipelines.config import DataConfig
+from data_pipelines.image.view import VIEW_FIELDS
 from data_pipelines.keyed_random import keyed_permutation
 from data_pipelines.labels.store import LabelPlan, LabelStore, check_labels
 from data_pipelines.shards.index import ShardSet
@@ -38,7 +40,7 @@ def plan_teacher(plan: LabelPlan, spec: str | None, device: torch.device, load_r
 
     A plan is data: the code that it names runs only where `spec` repeats it.
     """
-    members = plan.teacher.get("members", [plan.teacher])
+    members = plan.members
     written = "+".join(member["spec"] for member in members)
     if spec is None and any(part.kind == "module" for part in parse_teacher(written)):
         raise ValueError(f"the store's teacher is code, which runs only when you say so: --teacher {quote(written)}")
@@ -50,8 +52,11 @@ def plan_teacher(plan: LabelPlan, spec: str | None, device: torch.device, load_r
         precision=members[0]["precision"],
     )
     now = teacher.describe()
-    for member, member_now in zip(members, now.get("members", [now]), strict=True):
-        differing = [name for name in member if name != "spec" and member[name] != member_now[name]]
+    there = now.get("members", [now])
+    if len(there) != len(members):
+        raise ValueError(f"the labels were written by {len(members)} teachers, --teacher names {len(there)}")
+    for member, member_now in zip(members, there, strict=True):
+        differing = [name for name, value in member.items() if name != "spec" and value != member_now[name]]
         if differing:
             raise ValueError(
                 f"teacher {member['spec']!r} has changed since the labels were written: {', '.join(differing)} differ"
@@ -97,11 +102,12 @@ def verify_records(
 
 def plan_data(plan: LabelPlan) -> DataConfig:
     """The data settings that draw the views of a plan."""
-    settings: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in plan.view.items()
-    }
-    settings.pop("version")
-    return DataConfig(view_seed=settings.pop("seed"), num_views=plan.num_views, **settings)
+    settings = {name: value for name, value in plan.view.items() if name not in ("version", "seed")}
+    unknown = [name for name in settings if name not in VIEW_FIELDS]
+    if unknown:
+        raise ValueError(f"the store's plan.json: view: {unknown[0]!a} is no setting of a view")
+    text = json.dumps({**settings, "view_seed": plan.view.get("seed"), "num_views": plan.num_views})
+    return parse_checked(text.encode(), DataConfig, "the store's plan.json: view")
 
 
 def _batches(plan: LabelPlan, shards: ShardSet, data: DataConfig, chosen: NDArray[np.int64]) -> Iterator[Batch]:

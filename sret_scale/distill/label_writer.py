@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -77,16 +77,6 @@ def plan_labels(
     batch_size: int,
 ) -> LabelPlan:
     """The plan of a store. Raises ValueError for numbers that cannot be."""
-    for name, value, most in (
-        ("top_k", top_k, shards.num_classes),
-        ("views", num_views, 1 << 20),
-        ("views_per_file", views_per_file, num_views),
-        ("batch_size", batch_size, 1 << 20),
-        ("image_size", image_size, 1 << 16),
-        ("classes", shards.num_classes, 1 << 16),
-    ):
-        if not 1 <= value <= most:
-            raise ValueError(f"soft labels: expected {name} from 1 to {most}, got {value}")
     counts = np.bincount(shards.shard_of, minlength=shards.num_shards).tolist()
     return LabelPlan(
         fingerprint=shards.fingerprint,
@@ -96,7 +86,7 @@ def plan_labels(
         num_views=num_views,
         views_per_file=views_per_file,
         batch_size=batch_size,
-        teacher=teacher.describe(),
+        teacher=cast(Any, teacher.describe()),
         image_size=image_size,
         view=label_view(data, run_seed=0),
     )

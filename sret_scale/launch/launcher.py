@@ -5,7 +5,6 @@ RUN/status.json, written by rank 0; without that file a run has failed, whatever
 """
 
 import dataclasses
-import json
 import os
 import shlex
 import subprocess
@@ -30,6 +29,7 @@ from sret_scale.runs.rank_errors import (
     show_first_error,
     write_error,
 )
+from sret_scale.runs.run_folder import RunFolder, read_status
 
 
 def launch(
@@ -76,7 +76,7 @@ def launch(
     with caught_signals() as requests:
         all_ended_well = _supervise(place.starts, job, requests)
         status = exit_status(run_folder, all_ended_well, requests)
-    if all_ended_well and _status(run_folder).get("state") == "stopped" and "SLURM_JOB_ID" in os.environ:
+    if all_ended_well and read_status(RunFolder(run_folder)).get("state") == "stopped" and "SLURM_JOB_ID" in os.environ:
         requeue_running_job(os.environ["SLURM_JOB_ID"])
     return status
 
@@ -167,21 +167,12 @@ def _note_lost(names: Sequence[str], agents: dict[str, "subprocess.Popen[str]"],
             write_error(Path(job.run_folder), record)
 
 
-def _status(run_folder: Path) -> dict[str, object]:
-    """What rank 0 wrote at its end; empty when there is nothing readable."""
-    with suppress(FileNotFoundError):
-        content = json.loads((run_folder / "status.json").read_text(encoding="utf-8"))
-        if isinstance(content, dict):
-            return content
-    return {}
-
-
 def exit_status(run_folder: Path, all_ended_well: bool, requests: Sequence[int]) -> int:
     """The run's exit status; says on stderr what went wrong, the first error last.
 
     requests: the signals that asked for the end, in their order.
     """
-    status = _status(run_folder)
+    status = read_status(RunFolder(run_folder))
     code = status.get("exit_code")
     error = first_error(run_folder)
     # A failed rank makes DeepSpeed's launcher send SIGTERM to the others, which then say "stopped" in good faith.

@@ -81,6 +81,10 @@ class StageConfig:
             require_number(name, getattr(self, name))
             if int(getattr(self, name) * self.width) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} leaves no hidden channel at width {self.width}")
+        # Far beyond what anybody trains; what a file says must not decide how long or large a loop over it gets.
+        require_positive("num_blocks x num_loops", self.num_blocks * self.num_loops)
+        for name in ("mlp_ratio", "projection_ratio"):
+            require_positive(f"{name} x width", int(getattr(self, name) * self.width), 1 << 20)
         require_whole("permute_from_loop", self.permute_from_loop)
         if self.permute_from_loop < 0:
             raise ValueError(f"permute_from_loop must be 0 or more, got {self.permute_from_loop}")
@@ -154,8 +158,8 @@ class SReTConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "stages", require_list("stages", self.stages))
         object.__setattr__(self, "stem_strides", require_list("stem_strides", self.stem_strides))
-        for name in ("image_size", "in_channels", "num_classes"):
-            require_positive(name, getattr(self, name))
+        for name, most in (("image_size", 1 << 14), ("in_channels", 1 << 10), ("num_classes", 1 << 24)):
+            require_positive(name, getattr(self, name), most)
         if not isinstance(self.padded, bool):
             raise ValueError(f"padded must be true or false, got {self.padded!r}")
         if not self.stages:
@@ -235,10 +239,11 @@ class SReTConfig:
         return sum(stage.num_applications for stage in self.stages)
 
 
-def require_positive(name: str, value: object) -> None:
-    """ValueError unless the value is an int of at least 1."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+def require_positive(name: str, value: object, most: int = 1 << 16) -> None:
+    """ValueError unless the value is an int of at least 1, and at most `most`."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+        bound = "at least 1" if not isinstance(value, int) or value <= most else f"at most {most}"
+        raise ValueError(f"{name} must be a whole number of {bound}, got {ascii(value)[:40]}")
 
 
 def require_whole(name: str, value: object) -> None:

@@ -21,21 +21,65 @@ import shutil
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, Required
 
+from pydantic import ConfigDict, Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from data_pipelines.atomic_files import sync_path
+from data_pipelines.checked_files import read_checked
 
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{9})")
 _TEMPORARY = ".writing-"
 
 
+class _Entry(TypedDict):
+    bytes: int
+    sha256: str
+
+
+class _Manifest(TypedDict):
+    format: Literal[1]
+    files: dict[str, _Entry]
+
+
+_Count = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class _State(TypedDict, total=False):
+    """What is used of state.json, where it is there; other keys stay."""
+
+    __pydantic_config__ = ConfigDict(extra="allow", allow_inf_nan=False)  # type: ignore[misc]
+    format: Required[Literal[1]]
+    step: _Count
+    images: _Count
+    time_s: float
+    loader: str
+    skipped_steps: _Count
+    loss_scale: dict[str, Any] | None
+    missed_updates: dict[str, _Count]
+    ema_updates: _Count
+    is_evaluated: bool
+    model: dict[str, Any]
+
+
 class CheckpointError(ValueError):
     """A checkpoint that is not what it should be; the message names the file, what was expected and what was found."""
+
+
+class _KnownState(dict[str, Any]):
+    """A state that says which file lacks what is asked for."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__(_read_checked(file, _State))
+        self._file = file
+
+    def __missing__(self, key: str) -> Any:
+        raise CheckpointError(f"{self._file}: {key} is missing")
 
 
 def save_checkpoint(
@@ -112,20 +156,14 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 def verify_checkpoint(path: Path) -> None:
     """Raise CheckpointError unless every file of the manifest is there, whole and unchanged."""
-    manifest = _read_json(path / "manifest.json")
-    files = manifest.get("files")
-    if manifest.get("format") != FORMAT or not isinstance(files, dict):
-        raise CheckpointError(f"{path / 'manifest.json'}: expected format {FORMAT}, found {manifest.get('format')!r}")
-    for name, expected in files.items():
+    for name, expected in _read_checked(path / "manifest.json", _Manifest)["files"].items():
         file = path / name
-        if not file.is_file():
-            raise CheckpointError(f"{file}: missing")
+        if Path(name).name != name or not file.is_file():
+            raise CheckpointError(f"{path / ascii(name)[1:-1]}: missing, or no plain name")
         found = _entry(file)
-        if not isinstance(expected, dict) or set(expected) != set(found):
-            raise CheckpointError(f"{path / 'manifest.json'}: expected bytes and sha256 of {name}, found {expected!r}")
-        for what in ("bytes", "sha256"):
-            if found[what] != expected[what]:
-                raise CheckpointError(f"{file}: expected {what} {expected[what]}, found {found[what]}")
+        for what, value in found.items():
+            if value != expected[what]:
+                raise CheckpointError(f"{file}: expected {what} {expected[what]}, found {value}")
 
 
 def newest_valid(folder: Path, report: Callable[[str], None]) -> Path | None:
@@ -151,7 +189,7 @@ def newest_valid(folder: Path, report: Callable[[str], None]) -> Path | None:
 
 def read_state(path: Path) -> dict[str, Any]:
     """The JSON state of a checkpoint."""
-    return _read_json(path / "state.json")
+    return _KnownState(path / "state.json")
 
 
 def read_tensors(path: Path, name: str) -> dict[str, Tensor]:
@@ -161,7 +199,7 @@ def read_tensors(path: Path, name: str) -> dict[str, Tensor]:
         return {}
     try:
         return load_file(file)
-    except SafetensorError as error:
+    except (SafetensorError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"{file}: {error}") from error
 
 
@@ -174,13 +212,10 @@ def prune_checkpoints(folder: Path, keep: int) -> None:
     _remove_leftovers(folder)
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def _read_checked(file: Path, schema: type[Any]) -> Any:
     try:
-        value = json.loads(file.read_bytes())
+        return read_checked(file, schema)
     except FileNotFoundError as error:
         raise CheckpointError(f"{file}: missing") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{file}: not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{file}: expected an object, found {type(value).__name__}")
-    return value
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error

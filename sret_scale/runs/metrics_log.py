@@ -17,6 +17,9 @@ import numpy.typing as npt
 # Values whose loss of finiteness the reader must hear of, with the kind of line they stand in.
 WATCHED = (("train", "loss"), ("train", "grad_norm"), ("eval", "loss"), ("eval", "top1"))
 
+# Beyond what a float holds, and far beyond what a run counts.
+MOST = 1e300
+
 Line = Mapping[str, Any]
 Floats = npt.NDArray[np.float64]
 
@@ -62,9 +65,13 @@ def _parse(raw: bytes) -> Line | None:
     """The metric line, or None if it is cut off: no JSON object, or without the fields that every line has."""
     try:
         line = json.loads(raw)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(line, dict) or not isinstance(line.get("kind"), str):
+        return None
+    if not isinstance(line.get("weights"), str | None) or not isinstance(line.get("split"), str | None):
+        return None
+    if line["kind"] == "restart" and not is_count(line.get("from_step", 0)):
         return None
     return line if all(is_count(line.get(key)) for key in ("step", "images", "time_s")) else None
 
@@ -85,11 +92,11 @@ def not_finite(lines: Sequence[Line]) -> list[str]:
 
 def number(value: object) -> float:
     """A finite float, or NaN for everything else."""
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else math.nan
+    return float(value) if isinstance(value, int | float) and abs(value) < MOST else math.nan
 
 
 def is_count(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < MOST
 
 
 def _times(count: int, noun: str) -> str:

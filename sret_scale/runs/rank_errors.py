@@ -6,12 +6,14 @@ error is worded for people is here too, because ranks, nodes and the command say
 
 import contextlib
 import json
+import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from data_pipelines.atomic_files import write_whole
+from data_pipelines.checked_files import read_checked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +77,11 @@ def show_first_error(run_folder: Path, error: RankError) -> Iterator[str]:
 
 
 def _read(path: Path) -> RankError:
-    content = json.loads(path.read_text(encoding="utf-8"))
-    return RankError(**{field.name: content[field.name] for field in fields(RankError)})
+    try:
+        return read_checked(path, RankError)
+    except ValueError as error:
+        # Better than none: that there was an error, and where its record is.
+        return RankError(time_s=math.inf, rank=-1, host="", message=str(error), exit_code=1)
 
 
 def counted(number: int, noun: str) -> str:

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 from data_pipelines.atomic_files import write_whole
+from data_pipelines.checked_files import read_checked
 from data_pipelines.extras import install_extra
 
 EXIT_FINISHED = 0
@@ -68,7 +69,7 @@ class RunFolder:
 
     def record_nodes(self, nodes: list[dict[str, Any]]) -> None:
         """Put what the ranks run on into environment.json: the launching host, which wrote it, may be another kind."""
-        known = json.loads(self.environment.read_text(encoding="utf-8"))
+        known = read_known(self.environment)
         write_json(self.environment, {**known, **nodes[0], "nodes": nodes})
 
     def write_status(self, state: str, exit_code: int | None, reason: str = "") -> None:
@@ -77,8 +78,22 @@ class RunFolder:
 
 
 def read_status(folder: RunFolder) -> dict[str, Any]:
-    """What rank 0 wrote of the run's end; empty where it wrote nothing."""
-    return json.loads(folder.status.read_text(encoding="utf-8")) if folder.status.exists() else {}
+    """What rank 0 wrote of the run's end; empty where it wrote nothing that can be read, which is said."""
+    status = read_known(folder.status)
+    code = status.get("exit_code")
+    # A state that is not "finished" is always safe: the run is taken up from its checkpoint.
+    return {**status, "exit_code": code if type(code) is int else None} if status else {}
+
+
+def read_known(file: Path) -> dict[str, Any]:
+    """A JSON object that a run can do without: empty where it is missing, and, with a word of it, where damaged."""
+    try:
+        return read_checked(file, dict[str, Any], 1 << 24)
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        print(f"passed over: {error}", file=sys.stderr, flush=True)
+        return {}
 
 
 def write_json(file: Path, value: Any) -> None:

@@ -128,7 +128,7 @@ def test_boxes_of_huge_images_are_refused() -> None:
 
 def small_file() -> tuple[bytes, Records]:
     records = encode_records(random_log_probs(6, 5, 1.0, 3), views_of(6), 2).reshape(2, 3)
-    return render_file({"plan_sha256": "0" * 64}, records), records
+    return render_file({"plan_sha256": "0" * 64, "coverage_sums": {}}, records), records
 
 
 def test_file_gives_its_records_back() -> None:

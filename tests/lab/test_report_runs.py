@@ -107,7 +107,7 @@ def test_a_broken_run_among_many_is_left_out_with_its_reason(tmp_path: Path) -> 
     (write_run(tmp_path / "killed", images=640) / "model.json").write_text('{"applications": 2')
     runs, left_out = load_runs([tmp_path])
     assert [run.name for run in runs] == ["good"]
-    assert len(left_out) == 1 and "killed/model.json is not valid JSON" in left_out[0]
+    assert len(left_out) == 1 and "killed/model.json: not JSON" in left_out[0]
 
 
 def test_runs_of_equal_name_are_told_apart_and_one_given_twice_counts_once(tmp_path: Path) -> None:

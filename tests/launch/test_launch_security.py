@@ -26,7 +26,7 @@ from sret_scale.config.run_config import from_yaml
 from sret_scale.launch.hostfile import read_hostfile
 from sret_scale.launch.nodes import choose_nodes
 from sret_scale.runs.checkpoint import read_state, read_tensors
-from sret_scale.runs.run_folder import RunFolder, environment, read_status
+from sret_scale.runs.run_folder import environment
 
 ROOT = Path(__file__).parents[2]
 CANARY = "canary-4f1d9a"
@@ -73,7 +73,6 @@ def read_label_header(file: Path) -> object:
         ("plan.json", lambda file: open_labels(file.parent)),
         ("unit-00000.soft", read_label_header),
         ("state.json", lambda file: read_state(file.parent)),
-        ("status.json", lambda file: read_status(RunFolder(file.parent))),
     ],
 )
 def test_pickle_in_any_place_is_an_error_and_runs_nothing(

@@ -151,7 +151,7 @@ def test_starting_over_must_be_said_in_words(tmp_path: Path) -> None:
 def test_a_manifest_of_another_format_is_named(tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path, step=1, tensors=TENSORS, state={})
     (path / "manifest.json").write_text(json.dumps({"format": 2, "files": {}}))
-    with pytest.raises(CheckpointError, match="expected format 1, found 2"):
+    with pytest.raises(CheckpointError, match="format: expected 1, got 2"):
         verify_checkpoint(path)
 
 

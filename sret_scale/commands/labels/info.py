@@ -38,10 +38,9 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(values, indent=1))
         return 0
-    members = plan.teacher.get("members", [plan.teacher])
     print(f"{args.folder}: {num_samples:,} samples x {plan.num_views} views, {values['bytes']:,} bytes")
     print(f"  top {plan.top_k} of {plan.num_classes} classes, {values['bytes_per_view']} bytes a view")
-    for member in members:
+    for member in plan.members:
         print(f"  teacher {member['spec']}, weights {member['weights_sha256'][:12]}, {member['image_size']} px")
     print(f"  views at {plan.image_size} px: {', '.join(f'{name} {value}' for name, value in plan.view.items())}")
     print(f"  shards {plan.fingerprint[:12]}")

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from sret_scale.config.recipes import configuration, is_file_name
-from sret_scale.config.run_config import RunConfig, build, override, parse_yaml
+from sret_scale.config.run_config import RunConfig, build, override, read_yaml
 from sret_scale.lab.experiments.matching import Match, counts, matched, with_images
 
 NAME_LENGTH = 100
@@ -68,7 +68,7 @@ def load_experiment(
     The ranks of a run matter to equal_memory alone: those that train share the global batch and the optimizer's state.
     `changes` are `section.field=value` for every run, `rehearsal` the part of its images that each sees.
     """
-    tree = parse_yaml(file.read_text(encoding="utf-8"), source=str(file))
+    tree = read_yaml(file)
     if not isinstance(tree, dict):
         raise ValueError(f"{file}: expected `base`, and `grid` or `runs`, got {type(tree).__name__}")
     if "set" in tree:

@@ -37,7 +37,7 @@ def standing_of(folder: Path) -> Standing:
     for raw in reversed(lines):
         try:
             line = json.loads(raw)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         kind = line.get("kind") if isinstance(line, dict) else None
         if kind == "train" and train is None:

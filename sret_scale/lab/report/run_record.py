@@ -4,23 +4,48 @@ A folder that lacks what every run has is an error: it is no run, or another ver
 to a run's metrics is tolerated and becomes a remark (see `metrics`).
 """
 
-import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
+from pydantic import ConfigDict
+from typing_extensions import TypedDict
 
+from data_pipelines.checked_files import read_checked
+from sret_scale.config.run_config import read_yaml
 from sret_scale.runs.metrics_log import Line, Series, is_count, not_finite, number, read_metrics
 
 # The parts that runs play in an experiment, in the order in which they are read.
 ROLES = ("teacher", "student", "control")
 # What the report needs of `describe()`; a folder without them was written by a version that counted differently.
 MODEL_COUNTS = ("applications", "residual_sublayers", "weight_layers", "parameters", "macs")
+
+
+class Environment(TypedDict, total=False):
+    """What the page shows of environment.json; other keys stay."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+    versions: dict[str, str]
+    command: str
+    commit: str | None
+    cpu: str | None
+    gpu: str | None
+    num_cpus: int | None
+    world_size: int
+    nodes: list[dict[str, Any]]
+
+
+class Status(TypedDict, total=False):
+    """How the run ended."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+    state: str
+    exit_code: int | None
+    reason: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,16 +95,13 @@ class Run:
 def load_runs(paths: Iterable[Path]) -> tuple[list[Run], list[str]]:
     """The runs that the paths name, in order, and sentences on what was left out.
 
-    A path is a run folder, or a folder of run folders: there an unreadable one is left out with its reason, so that one
+    A path is a run folder, or a folder of run folders: an unreadable one is left out with its reason, so that one
     killed run of a sweep does not cost the page. Raises FileNotFoundError or ValueError for a path that is neither.
     """
     runs: dict[Path, Run] = {}
     left_out: list[str] = []
     for path in paths:
-        if is_run_folder(path):
-            runs.setdefault(path.resolve(), load_run(path))
-            continue
-        for folder in _run_folders_in(path):
+        for folder in [path] if is_run_folder(path) else _run_folders_in(path):
             try:
                 runs.setdefault(folder.resolve(), load_run(folder))
             except (ValueError, OSError) as error:
@@ -98,8 +120,8 @@ def load_run(folder: Path) -> Run:
     """One run. Raises FileNotFoundError or ValueError, naming file and remedy, if it is not a run of this version."""
     if not is_run_folder(folder):
         raise FileNotFoundError(f"{folder} is not a run folder: it has neither config.yaml nor metrics.jsonl")
-    environment = _read_json(folder / "environment.json", folder)
-    model = _read_json(folder / "model.json", folder)
+    environment = _read(folder / "environment.json", Environment)
+    model = _read(folder / "model.json", dict[str, Any])
     absent = [key for key in MODEL_COUNTS if not is_count(model.get(key))]
     if absent:
         version = environment.get("versions", {}).get("sret-scale", "a version that did not say")
@@ -107,15 +129,21 @@ def load_run(folder: Path) -> Run:
             f"{folder}/model.json has no number for {', '.join(absent)}: the folder was written by sret_scale "
             f"{version}. Report on it with that version, or train again"
         )
-    status_file = folder / "status.json"
+    status_file, file = folder / "status.json", folder / "config.yaml"
     lines, remarks = read_metrics(folder / "metrics.jsonl")
+    try:
+        status = _read(status_file, Status) if status_file.is_file() else {}
+    except ValueError as error:
+        # It tells how the run ended, and no number.
+        status, remarks = {}, [*remarks, f"Left out: {error}."]
+    config = _sections(_or_absent(lambda: read_yaml(file), file), file)
     return Run(
         name=folder.resolve().name,
         folder=folder,
-        config=_read_yaml(folder / "config.yaml", folder),
+        config=config,
         model=model,
         environment=environment,
-        status=_read_json(status_file, folder) if status_file.is_file() else {},
+        status=status,
         lines=tuple(lines),
         remarks=tuple(remarks + not_finite(lines)),
     )
@@ -159,33 +187,25 @@ def _path_ends(folder: Path) -> list[str]:
     return ["/".join(parts[-length:]) for length in range(1, len(parts) + 1)]
 
 
-def _read_json(path: Path, folder: Path) -> dict[str, Any]:
+def _read(path: Path, schema: type[Any]) -> dict[str, Any]:
+    return dict(_or_absent(lambda: read_checked(path, schema), path))
+
+
+def _or_absent(read: Callable[[], Any], path: Path) -> Any:
+    """What `read` gives; for a file that is not there, an error that says what that means."""
     try:
-        value = json.loads(path.read_bytes())
+        return read()
     except FileNotFoundError:
         raise FileNotFoundError(
-            f"{folder} has no {path.name}: the run failed before its first step, or another version wrote it"
+            f"{path.parent} has no {path.name}: the run failed before its first step, or another version wrote it"
         ) from None
-    except ValueError as error:
-        raise ValueError(
-            f"{path} is not valid JSON ({error}): the run was killed while writing it; start the run again"
-        ) from None
-    return _mapping(value, path)
 
 
-def _read_yaml(path: Path, folder: Path) -> dict[str, Any]:
-    try:
-        value = yaml.load(path.read_bytes(), Loader=yaml.CSafeLoader)
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"{folder} has no config.yaml: the run failed before its first step, or another version wrote it"
-        ) from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML ({' '.join(str(error).split())}): train the run again") from None
-    return _mapping(value, path)
-
-
-def _mapping(value: object, path: Path) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}, expected a mapping: another version wrote it")
-    return value
+def _sections(tree: object, path: Path) -> dict[str, Any]:
+    """The configuration, of whichever version; the sections that the report reads have names in them."""
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path} holds a {type(tree).__name__}, expected a mapping: another version wrote it")
+    for name in ("train", "distill", "model", "memory", "optim", "data"):
+        if not isinstance(tree.get(name, {}), dict):
+            raise ValueError(f"{path}: expected a section {name} of `key: value`, got {ascii(tree[name])[:60]}")
+    return tree

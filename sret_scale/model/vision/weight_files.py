@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data_pipelines.atomic_files import replacing
+from data_pipelines.checked_files import parse_checked
 from sret_scale.model.config import SReTConfig, StageConfig
 from sret_scale.model.vision.sret import SReT
 
@@ -22,7 +23,7 @@ def config_from_dict(fields: dict[str, Any]) -> SReTConfig:
     try:
         stages = tuple(StageConfig(**stage) for stage in fields["stages"])
         return SReTConfig(**{**fields, "stages": stages})
-    except (TypeError, KeyError) as error:
+    except (TypeError, KeyError, AttributeError, OverflowError) as error:
         raise ValueError(f"not a model config: {error}") from error
 
 
@@ -53,9 +54,15 @@ def load_model(path: Path) -> SReT:
         raise ValueError(f"{path} is not a complete safetensors file: {error}") from error
     if "sret_config" not in metadata:
         raise ValueError(f"{path} has no model config; was it written by `sret-scale weights import`?")
-    model = SReT(config_from_dict(json.loads(metadata["sret_config"])))
     try:
-        model.load_state_dict(state, strict=True)
+        config = config_from_dict(parse_checked(metadata["sret_config"].encode(), dict[str, Any], "sret_config"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    with torch.device("meta"):
+        # Nothing is allocated for a config before the tensors that it asks for are seen to be there.
+        model = SReT(config)
+    try:
+        model.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as error:
         raise ValueError(f"the weights in {path} do not fit their config: {str(error).splitlines()[-1]}") from error
     return model.eval()

@@ -1,0 +1,228 @@
+"""Mutated files in every reader: a command ends with status 0 or 2 (1 where it says so), never with a traceback."""
+
+import hashlib
+import json
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from data_pipelines.labels.store import read_plan
+from sret_scale.model.vision.weight_files import save_model
+from sret_scale.train.load_run import load_trained
+from tests.fuzz_reader import MOST_S
+from tests.hand_made import make_labels, make_run
+from tests.tiny import ROOT, environment, tiny_config, tiny_shards
+
+HOSTILE: tuple[Any, ...] = (
+    *(None, True, 0, -1, 1.5, 10**12, 10**400, 1e308, float("inf"), float("nan"), "", "x", "\x1b]0;owned\x07\x1b[31m"),
+    *([], {}, [[]], {"a": 1}, ["\ud800"], "9" * 400, "../../etc/passwd", "/dev/zero", "\u202e", 2**63, -(2**63), 2**31),
+)
+NUM_MUTATIONS = 40
+
+
+def changed(value: Any, rng: random.Random) -> Any:
+    """A copy of a JSON value in which one place, anywhere, holds something else or nothing."""
+    value = json.loads(json.dumps(value))
+    places: list[tuple[Any, Any]] = []
+
+    def walk(node: Any) -> None:
+        for key, inner in list(node.items() if isinstance(node, dict) else enumerate(node)):
+            places.append((node, key))
+            if isinstance(inner, dict | list):
+                walk(inner)
+
+    walk(value)
+    node, key = rng.choice(places)
+    if rng.random() < 0.2:
+        del node[key]
+    else:
+        node[key] = rng.choice(HOSTILE)
+    return value
+
+
+def damaged(data: bytes, rng: random.Random) -> bytes:
+    """The bytes cut off, emptied, with bytes changed, or with a nest or a long number in them."""
+    place = rng.randrange(len(data))
+    return rng.choice(
+        (
+            data[:place],
+            b"",
+            data[:place] + bytes([rng.randrange(256)]) + data[place + 1 :],
+            data[:place] + b"[" * 100_000,
+            data[:place] + b"9" * 5000 + data[place:],
+            b"\x00" * len(data),
+            b"\xef\xbb\xbf" + data,
+        )
+    )
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with shards, a run, a store of labels and native weights."""
+    folder = tmp_path_factory.mktemp("made")
+    config = tiny_config(tiny_shards(folder / "shards"))
+    make_run(folder / "run", config)
+    make_labels(folder / "store", folder / "shards" / "train", config)
+    save_model(load_trained(folder / "run"), folder / "weights.safetensors")
+    (folder / "sweep.yaml").write_text("base: run/config.yaml\ngrid: {model.stages.1.num_loops: [2, 4]}\nretries: 1\n")
+    return folder
+
+
+Ask = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture(scope="module")
+def ask() -> Iterator[Ask]:
+    with subprocess.Popen(
+        [sys.executable, "-m", "tests.fuzz_reader"],
+        cwd=ROOT,
+        env=environment(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as process:
+        assert process.stdin and process.stdout
+        stdin, stdout = process.stdin, process.stdout
+
+        def one(*arguments: object) -> tuple[int, str]:
+            stdin.write(json.dumps(list(map(str, arguments))) + "\n")
+            stdin.flush()
+            line = stdout.readline()
+            assert line, f"the process died of {arguments}"
+            status, text = json.loads(line)
+            return status, text
+
+        yield one
+        stdin.close()
+
+
+def sealed_checkpoint(checkpoint: Path) -> None:
+    """The manifest of a checkpoint made anew for its files."""
+    files = {
+        file.name: {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+        for file in checkpoint.iterdir()
+        if file.name != "manifest.json"
+    }
+    (checkpoint / "manifest.json").write_text(json.dumps({"format": 1, "files": files}))
+
+
+def mutate_json(file: Path, rng: random.Random) -> None:
+    if rng.random() < 0.7:
+        file.write_text(json.dumps(changed(json.loads(file.read_text()), rng)))
+    else:
+        file.write_bytes(damaged(file.read_bytes(), rng))
+
+
+def mutate_yaml(file: Path, rng: random.Random) -> None:
+    if rng.random() < 0.7:
+        file.write_text(yaml.safe_dump(changed(yaml.safe_load(file.read_text()), rng)))
+    else:
+        file.write_bytes(damaged(file.read_bytes(), rng))
+
+
+def mutate_lines(file: Path, rng: random.Random) -> None:
+    lines = file.read_text().splitlines()
+    place = rng.randrange(len(lines))
+    lines[place] = json.dumps(changed(json.loads(lines[place]), rng))
+    file.write_text("\n".join(lines) + "\n")
+
+
+def mutate_weights(file: Path, rng: random.Random) -> None:
+    if rng.random() < 0.3:
+        file.write_bytes(damaged(file.read_bytes(), rng))
+        return
+    with safe_open(file, framework="pt") as opened:
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        config = json.loads(opened.metadata()["sret_config"])
+    save_file(tensors, file, metadata={"sret_config": json.dumps(changed(config, rng))})
+
+
+CASES: dict[str, tuple[str, Callable[[Path, random.Random], None], tuple[str, ...]]] = {
+    "plan": ("store/plan.json", mutate_json, ("labels", "info", "store")),
+    "header": ("store/header.json", mutate_json, ("labels", "info", "store")),
+    "state": ("run/checkpoints/step-000000001/state.json", mutate_json, ("checkpoint", "info", "run")),
+    "manifest": ("run/checkpoints/step-000000001/manifest.json", mutate_json, ("checkpoint", "verify", "run")),
+    "config": ("run/config.yaml", mutate_yaml, ("evaluate", "run", "--dry-run")),
+    "weights": (
+        "weights.safetensors",
+        mutate_weights,
+        ("export", "weights.safetensors", "o", "--format", "safetensors"),
+    ),
+    "sweep": ("sweep.yaml", mutate_yaml, ("sweep", "sweep.yaml", "--slurm", "time=1:00:00,cpus=1")),
+    **{
+        f"report {name}": (f"run/{name}", mutate, ("report", "run", "-o", "o.html"))
+        for name, mutate in (
+            ("status.json", mutate_json),
+            ("environment.json", mutate_json),
+            ("model.json", mutate_json),
+            ("config.yaml", mutate_yaml),
+            ("metrics.jsonl", mutate_lines),
+        )
+    },
+}
+
+
+@pytest.mark.timeout(NUM_MUTATIONS * MOST_S)
+@pytest.mark.parametrize("name", CASES)
+def test_a_mutated_file_ends_no_command_with_a_traceback(made: Path, tmp_path: Path, ask: Ask, name: str) -> None:
+    rng = random.Random(name)
+    file, mutate, command = CASES[name]
+    names = {"store", "run", "weights.safetensors", "sweep.yaml", "o", "o.html"}
+    copy = tmp_path / "made"
+    for number in range(NUM_MUTATIONS if "report" not in name else 12):
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(made, copy)
+        mutate(copy / file, rng)
+        status, text = ask(*(copy / word if word in names else word for word in command))
+        kept = (copy / file).read_bytes()[:2000]
+        assert status in (0, 1, 2) and "Traceback" not in text, (number, text, kept)
+        assert status == 0 or "error: " in text or "damaged: " in text, (number, text, kept)
+        assert not any(ord(c) < 32 and c not in "\n\t" for c in text), (number, ascii(text), kept)
+
+
+@pytest.mark.timeout(300)
+def test_a_sealed_state_of_other_types_is_refused(made: Path, tmp_path: Path, ask: Ask) -> None:
+    rng = random.Random(1)
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-000000001"
+    for _ in range(20):
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        shutil.copytree(made / "run", tmp_path / "run")
+        mutate_json(checkpoint / "state.json", rng)
+        sealed_checkpoint(checkpoint)
+        status, text = ask("export", tmp_path / "run", tmp_path / "o", "--format", "safetensors")
+        assert status in (0, 2) and "Traceback" not in text, (text, (checkpoint / "state.json").read_text()[:500])
+
+
+@pytest.mark.parametrize(
+    "assignment",
+    [
+        *(
+            f"{key}={value}"
+            for key in ("train.total_images", "optim.learning_rate", "model.stages.0.num_loops")
+            for value in (".inf", ".nan", "9" * 400, "9" * 5000, "-1", "1e400", "2020-01-01", "!!python/name:os.system")
+        ),
+        "model.stages.0.num_loops=1000000000000",
+        "data.workers=1000000000000",
+        "model.image_size=1000000000000",
+        "train.seed=" + "[" * 5000,
+        "data.train_folder=&a [*a]",
+    ],
+    ids=lambda text: text[:50],
+)
+def test_impossible_numbers_in_overrides_are_refused(made: Path, ask: Ask, assignment: str) -> None:
+    status, text = ask("train", made / "run" / "config.yaml", assignment, "--dry-run", "--run", made / "none")
+    assert status == 2 and text.startswith("error: "), text
+
+
+def test_the_plan_of_the_store_is_the_one_that_was_written(made: Path) -> None:
+    assert read_plan(made / "store").members[0]["mean"] == [0.5] * 3
