@@ -32,6 +32,11 @@ def plain_name(name: str) -> str:
 PlainName = Annotated[str, pydantic.AfterValidator(plain_name)]
 
 
+def printable(text: object) -> str:
+    """Text from elsewhere as a terminal may have it: what it would obey, or could not write, as an escape."""
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in str(text))
+
+
 def open_regular(path: str | Path) -> BinaryIO:
     """The file, open for reading. Raises ValueError at once for a pipe, a device or another thing that is no file."""
     # Without O_NONBLOCK the opening of a pipe waits for a writer; reads of a regular file do not know it.

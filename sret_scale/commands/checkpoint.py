@@ -53,6 +53,7 @@ def convert(args: argparse.Namespace) -> int:
 def check(args: argparse.Namespace) -> int:
     """One line for each checkpoint."""
     from sret_scale.runs.checkpoint import CheckpointError, list_checkpoints, read_state, verify_checkpoint
+    from sret_scale.runs.rank_errors import in_words
     from sret_scale.runs.run_folder import RunFolder
 
     if not args.run.is_dir():
@@ -72,5 +73,5 @@ def check(args: argparse.Namespace) -> int:
                 print(f"{path}: {state['images']:,} images, {state['time_s']:,.0f} s of training, {num_bytes:,} bytes")
         except CheckpointError as error:
             num_bad += 1
-            print(f"damaged: {error}")
+            print(f"damaged: {in_words(error)}")
     return int(num_bad > 0)

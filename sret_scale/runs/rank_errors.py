@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from data_pipelines.atomic_files import write_whole
-from data_pipelines.checked_files import read_checked
+from data_pipelines.checked_files import printable, read_checked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,7 @@ def show_first_error(run_folder: Path, error: RankError) -> Iterator[str]:
         if trace:
             yield trace.rstrip()
         yield f"first error: rank {error.rank} on {error.host} (its log: {log})"
-    yield f"error: {error.message}"
+    yield f"error: {printable(error.message)}"
 
 
 def _read(path: Path) -> RankError:
@@ -92,8 +92,8 @@ def counted(number: int, noun: str) -> str:
 def in_words(error: BaseException) -> str:
     """What an exception says, an operating system's refusal without its number: `FILE: No such file or directory`."""
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return str(error)
+        return printable(f"{error.filename}: {error.strerror}" if error.filename else error.strerror)
+    return printable(error)
 
 
 def now_s() -> float:

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from data_pipelines.atomic_files import write_whole
-from data_pipelines.checked_files import read_checked
+from data_pipelines.checked_files import printable, read_checked
 from data_pipelines.extras import install_extra
 
 EXIT_FINISHED = 0
@@ -92,7 +92,7 @@ def read_known(file: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except ValueError as error:
-        print(f"passed over: {error}", file=sys.stderr, flush=True)
+        print(f"passed over: {printable(error)}", file=sys.stderr, flush=True)
         return {}
 
 

@@ -7,6 +7,8 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from data_pipelines.checked_files import printable
+
 LOG_INTERVAL_S = 15.0
 
 
@@ -14,21 +16,21 @@ class RunProgress:
     """Shows images seen, images/s, loss and remaining time; silent on ranks other than 0."""
 
     def __init__(self, name: str, *, total_images: int, is_shown: bool) -> None:
-        self._name, self._total_images, self._start_images = name, total_images, 0
+        self._name, self._total_images, self._start_images = printable(name), total_images, 0
         self._is_shown = is_shown
         self._started = time.monotonic()
         self._last_line = -float("inf")
         self._bar: Progress | None = None
         if is_shown and sys.stdout.isatty():
             self._bar = Progress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TextColumn("images  {task.fields[numbers]}"),
                 TimeRemainingColumn(),
                 console=Console(),
             )
-            self._task = self._bar.add_task(name, total=total_images, numbers="")
+            self._task = self._bar.add_task(self._name, total=total_images, numbers="")
 
     def __enter__(self) -> "RunProgress":
         if self._bar:
@@ -64,6 +66,7 @@ class RunProgress:
 
     def say(self, text: str) -> None:
         """One line of text, above the bar where there is one."""
+        text = printable(text)
         if bar := self._living_bar():
             bar.console.print(text, markup=False, highlight=False)
         elif self._is_shown:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipelines.checked_files import open_regular, read_bounded, read_checked
+from data_pipelines.checked_files import open_regular, printable, read_bounded, read_checked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,3 +58,11 @@ def test_what_is_no_file_is_an_error_and_not_a_wait(tmp_path: Path) -> None:
     for path, kind in ((tmp_path / "pipe", "a named pipe"), (Path("/dev/zero"), "a device"), (tmp_path, "a folder")):
         with pytest.raises(ValueError, match=f"{path}: expected a regular file, got {kind}"):
             open_regular(path)
+
+
+def test_nothing_that_a_terminal_obeys_is_printed() -> None:
+    assert printable("a\tb\n\u00e9") == "a\tb\n\u00e9"
+    hostile = "\x1b]0;owned\x07\x1b[31m\r\u202e\u2066\ud800\x9b1m\x7f\u2028"
+    shown = printable(hostile)
+    assert shown.isprintable() and shown.startswith("\\x1b]0;owned\\x07")
+    shown.encode()

@@ -48,7 +48,7 @@ def test_plan_makes_room_for_a_teacher(capsys: pytest.CaptureFixture[str]) -> No
     ("arguments", "message"),
     [
         (["--memory", "1MiB", "--micro-batch", "8"], "next cheaper choice"),
-        (["--memory", "lots"], "expected a number of bytes"),
+        (["--memory", "lots"], "expected a size such as 80G, 80GB or 80GiB"),
         (["--micro-batch", "0"], "expected a whole number"),
         (["--memory", "auto"], "--memory auto: this machine has no GPU"),
         (["--teacher", "timm:resnet1"], "did you mean"),

@@ -16,6 +16,7 @@ def run(args: argparse.Namespace) -> int:
     """Prints the plan in short, the size and the coverage."""
     import json
 
+    from data_pipelines.checked_files import printable
     from data_pipelines.labels.records import describe_coverage, record_dtype
     from data_pipelines.labels.store import open_labels
 
@@ -38,11 +39,16 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(values, indent=1))
         return 0
-    print(f"{args.folder}: {num_samples:,} samples x {plan.num_views} views, {values['bytes']:,} bytes")
-    print(f"  top {plan.top_k} of {plan.num_classes} classes, {values['bytes_per_view']} bytes a view")
-    for member in plan.members:
-        print(f"  teacher {member['spec']}, weights {member['weights_sha256'][:12]}, {member['image_size']} px")
-    print(f"  views at {plan.image_size} px: {', '.join(f'{name} {value}' for name, value in plan.view.items())}")
-    print(f"  shards {plan.fingerprint[:12]}")
-    print(f"  {describe_coverage(store.coverage)}")
+    lines = [
+        f"{args.folder}: {num_samples:,} samples x {plan.num_views} views, {values['bytes']:,} bytes",
+        f"  top {plan.top_k} of {plan.num_classes} classes, {values['bytes_per_view']} bytes a view",
+        *(
+            f"  teacher {member['spec']}, weights {member['weights_sha256'][:12]}, {member['image_size']} px"
+            for member in plan.members
+        ),
+        f"  views at {plan.image_size} px: {', '.join(f'{name} {value}' for name, value in plan.view.items())}",
+        f"  shards {plan.fingerprint[:12]}",
+        f"  {describe_coverage(store.coverage)}",
+    ]
+    print(printable("\n".join(lines)))
     return 0

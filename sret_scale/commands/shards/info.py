@@ -17,6 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print counts, sizes and the class balance."""
+    from data_pipelines.checked_files import printable
     from data_pipelines.upkeep.stats import summarize_shards
 
     facts = summarize_shards(args.folder)
@@ -24,7 +25,7 @@ def run(args: argparse.Namespace) -> None:
         from data_pipelines.upkeep.set_plot import plot_shards
 
         plot_shards(args.folder, args.plot)
-    print(json.dumps(facts, indent=2) if args.json else lines(facts))
+    print(json.dumps(facts, indent=2) if args.json else printable(lines(facts)))
 
 
 def lines(facts: dict[str, Any]) -> str:

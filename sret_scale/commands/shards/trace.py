@@ -59,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the keys."""
+    from data_pipelines.checked_files import printable
     from data_pipelines.config import DataConfig
     from data_pipelines.remote.shard_sets import open_training_data
     from data_pipelines.stream.order import Order
@@ -84,4 +85,4 @@ def run(args: argparse.Namespace) -> None:
         count=args.count,
     )
     for key in keys:
-        print(key)
+        print(printable(key))

@@ -21,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check the set; 1 when anything is wrong."""
+    from data_pipelines.checked_files import printable
     from data_pipelines.upkeep.verify import verify_shards
     from sret_scale.commands.shards.progress import progress_bar
 
@@ -29,6 +30,6 @@ def run(args: argparse.Namespace) -> int:
             args.folder, num_workers=args.workers, decode=not args.no_decode, on_progress=on_progress
         )
     for finding in findings:
-        print(finding)
+        print(printable(finding))
     print(f"{args.folder}: {f'damaged, {len(findings)} found' if findings else 'intact'}")
     return 1 if findings else 0

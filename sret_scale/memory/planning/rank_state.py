@@ -1,5 +1,6 @@
 """Bytes that a rank holds from step to step: parameters, gradients, optimiser state and DeepSpeed's buckets."""
 
+import re
 from dataclasses import dataclass
 
 from sret_scale.memory.planning.probe import StepCosts
@@ -50,17 +51,15 @@ def format_bytes(count: int) -> str:
 
 
 def parse_bytes(text: str, name: str = "size") -> int:
-    """Bytes of a size such as `80GiB`, `512MiB`, `40e9` or `16GB`; ValueError, with the `name` of the setting, else."""
-    units = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "kB": 10**3, "MB": 10**6, "GB": 10**9, "B": 1}
-    number, factor = text.strip(), 1
-    for unit, size in units.items():
-        if number.endswith(unit):
-            number, factor = number.removesuffix(unit), size
-            break
-    try:
-        count = int(float(number) * factor)
-    except (ValueError, OverflowError):
-        count = -1
-    if count < 0:
-        raise ValueError(f"{name}: expected a number of bytes such as 80GiB, 512MiB or 16GB, got {text!r}")
-    return count
+    """Bytes of a size such as `80GiB`, `80GB` or `80G`, which is GiB as Slurm takes it; only 0 needs no unit.
+
+    ValueError, with the `name` of the setting, for anything else.
+    """
+    binary = {f"{prefix}{end}": 2 ** (10 * power) for power, prefix in enumerate("KMGT", 1) for end in ("", "iB")}
+    units = {**binary, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "B": 1}
+    if text.strip() == "0":
+        return 0
+    match = re.fullmatch(rf"(\d+(?:\.\d+)?(?:e\d\d?)?)\s*({'|'.join(units)})", text.strip())
+    if not match:
+        raise ValueError(f"{name}: expected a size such as 80G, 80GB or 80GiB, got {text!r}")
+    return int(float(match[1]) * units[match[2]])
