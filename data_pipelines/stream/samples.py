@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipelines.config import DataConfig
-from data_pipelines.image.decode import DecodeError, decode_rgb, decode_view
+from data_pipelines.image.decode import decode_rgb, decode_view
+from data_pipelines.image.pillow_door import BadImageError
 from data_pipelines.image.user_transform import apply_transform, load_transform
 from data_pipelines.image.view import View, centre_pixels, draw_view, training_pixels, view_number
 from data_pipelines.keyed_random import keyed_words
@@ -44,7 +45,7 @@ class EvaluationSamples:
     def __call__(self, epoch: int, index: int, repeat: int, out_CHW: NDArray[np.uint8]) -> Sample:
         try:
             image_CHW = decode_rgb(self._reader.read(index), max_pixels=self._config.max_pixels)
-        except DecodeError as error:
+        except BadImageError as error:
             raise BadSampleError(self._shards, index, str(error)) from error
         out_CHW[...] = centre_pixels(image_CHW, self._config, out_CHW.shape[1]).numpy()
         return Sample(int(self._shards.label[index]), index, (0, 0, *image_CHW.shape[1:], 0), 0)
@@ -99,7 +100,7 @@ class TrainingSamples:
                 image_CHW = decode_rgb(data, max_pixels=config.max_pixels)
                 view = draw(*image_CHW.shape[1:])
                 out_CHW[...] = training_pixels(image_CHW, view, config, out_CHW.shape[1]).numpy()
-        except DecodeError as error:
+        except BadImageError as error:
             raise BadSampleError(self._shards, index, str(error)) from error
         if config.transform and self._transform:
             where, seeds = sample_name(self._shards, index), (self._view_seed, number, index)

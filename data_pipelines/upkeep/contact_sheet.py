@@ -1,16 +1,16 @@
 """A picture of the first images of a shard set with their labels, to see at a glance that they belong together."""
 
-import io
 import math
 import os
 from pathlib import Path
 
 from PIL import Image, ImageDraw
 
+from data_pipelines.image.pillow_door import BadImageError, converted, opened
 from data_pipelines.shards.index import ShardSet, open_shards
-from data_pipelines.writing.image_header import FORMATS
 
 _CELL, _TEXT, _GAP = 112, 14, 6
+_BAD = "red"
 
 
 def draw_contact_sheet(folder: str | Path, *, first: int = 0, num_images: int = 48) -> Image.Image:
@@ -45,9 +45,15 @@ def _read(shards: ShardSet, row: int) -> bytes:
 
 
 def _thumbnail(data: bytes) -> Image.Image:
-    """The image in the size of a cell; small ones are enlarged without smoothing, so that pixels stay pixels."""
-    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-        pixels = image.convert("RGB")
+    """The image in the size of a cell; small ones are enlarged without smoothing, so that pixels stay pixels.
+
+    One that cannot be read is a red cell.
+    """
+    try:
+        with opened(data) as image:
+            pixels = converted(image).convert("RGB")
+    except BadImageError:
+        return Image.new("RGB", (_CELL, _CELL), _BAD)
     scale = _CELL / max(pixels.size)
     size = (max(1, round(pixels.width * scale)), max(1, round(pixels.height * scale)))
     return pixels.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BICUBIC)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_pipelines.image.pillow_door import BadImageError
 from data_pipelines.shards.hashes import DEFAULT_HASH, hash_bytes
 from data_pipelines.shards.index import WORK_FOLDER
 from data_pipelines.shards.manifest import MANIFEST_NAME, Manifest
@@ -20,7 +21,7 @@ from data_pipelines.sources.listing import check_labels
 from data_pipelines.sources.tars import class_names_of, image_member, label_of, tar_paths
 from data_pipelines.stream.processes import Progress, run_jobs
 from data_pipelines.writing.finish import finish_shards
-from data_pipelines.writing.image_header import BadImageError, read_header
+from data_pipelines.writing.image_header import read_header
 from data_pipelines.writing.rows import DoneShard, RowTable
 
 logger = logging.getLogger(__name__)

@@ -20,7 +20,8 @@ from time import perf_counter
 import numpy as np
 
 from data_pipelines.config import DataConfig
-from data_pipelines.image.decode import DecodeError, decode_rgb, decode_view
+from data_pipelines.image.decode import decode_rgb, decode_view
+from data_pipelines.image.pillow_door import BadImageError
 from data_pipelines.image.view import draw_view
 from data_pipelines.keyed_random import keyed_permutation
 from data_pipelines.shards.index import ShardSet, open_shards
@@ -107,7 +108,7 @@ def _samples(shards: ShardSet, use: Callable[[bytes, int], object]) -> Pieces:
             data = reader.read(index)
             try:
                 use(data, index)
-            except DecodeError as error:
+            except BadImageError as error:
                 raise BadSampleError(shards, index, str(error)) from error
             yield 1, len(data)
 

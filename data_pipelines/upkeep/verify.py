@@ -193,7 +193,8 @@ class _Checker:
 
     def _check_images(self) -> None:
         # Here, not above: torch takes more than a second to import, which --no-decode saves.
-        from data_pipelines.image.decode import DecodeError, decode_rgb
+        from data_pipelines.image.decode import decode_rgb
+        from data_pipelines.image.pillow_door import BadImageError
 
         for row in self._rows:
             if row in self.bad_rows:
@@ -201,7 +202,7 @@ class _Checker:
             offset = int(self._shards.offset[row])
             try:
                 height, width = decode_rgb(bytes(self._image(row))).shape[1:]
-            except DecodeError as error:
+            except BadImageError as error:
                 self._report(row, offset, f"does not decode: {error}")
                 continue
             expected = (int(self._shards.width[row]), int(self._shards.height[row]))

@@ -3,32 +3,15 @@
 The format comes from the bytes, never from the name: ImageNet has a PNG called `.JPEG`.
 """
 
-import io
 from dataclasses import dataclass
 
 import simplejpeg
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-# Pillow's format -> ending of the tar member. MPO is a JPEG with further pictures behind the first one.
-EXTENSIONS = {
-    "JPEG": "jpg",
-    "MPO": "jpg",
-    "PNG": "png",
-    "WEBP": "webp",
-    "BMP": "bmp",
-    "GIF": "gif",
-    "TIFF": "tif",
-    "PPM": "ppm",
-}
-# By name, so that no bytes reach decoders that start other programs (EPS).
-FORMATS = [name for name in EXTENSIONS if name != "MPO"]
+from data_pipelines.image.pillow_door import EXTENSIONS, BadImageError, opened
 
 # Pillow's own limit: what it would warn of as a decompression bomb is refused here.
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 89_478_485
-
-
-class BadImageError(ValueError):
-    """Bytes that must not become a sample; the message is the reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,21 +43,15 @@ def _jpeg_header(data: bytes) -> tuple[str, int, int, int] | None:
         return None
     try:
         height, width, _, _ = simplejpeg.decode_jpeg_header(data)
-    except ValueError:
+    except Exception:
+        # simplejpeg raises other errors than its own too, KeyError for 4:4:1; Pillow decides.
         return None
     return "jpg", width, height, 1
 
 
 def _any_header(data: bytes) -> tuple[str, int, int, int]:
     """By Pillow."""
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            kind, (width, height) = image.format or "", image.size
-            num_frames = 1 if kind in ("JPEG", "MPO", "BMP", "PPM") else getattr(image, "n_frames", 1)
-    except UnidentifiedImageError:
-        raise BadImageError("not an image, or its header is broken") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise BadImageError(f"too large: {error}") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise BadImageError(f"broken header: {error}") from None
+    with opened(data) as image:
+        kind, (width, height) = image.format or "", image.size
+        num_frames = 1 if kind in ("JPEG", "MPO", "BMP", "PPM") else getattr(image, "n_frames", 1)
     return EXTENSIONS[kind], width, height, num_frames

@@ -6,7 +6,8 @@ from typing import Literal, get_args
 
 from PIL import Image
 
-from data_pipelines.writing.image_header import FORMATS, BadImageError, ImageHeader, read_header
+from data_pipelines.image.pillow_door import converted, opened
+from data_pipelines.writing.image_header import ImageHeader, read_header
 
 BadImagePolicy = Literal["fail", "skip", "quarantine"]
 BAD_IMAGE_POLICIES: tuple[str, ...] = get_args(BadImagePolicy)
@@ -52,12 +53,9 @@ def prepare_image(data: bytes, options: ImageOptions) -> tuple[bytes, ImageHeade
 
 def _check_pixels(data: bytes) -> None:
     # Here, because torch takes more than a second to import in each worker, and most runs check headers only.
-    from data_pipelines.image.decode import DecodeError, decode_rgb
+    from data_pipelines.image.decode import decode_rgb
 
-    try:
-        decode_rgb(data)
-    except DecodeError as error:
-        raise BadImageError(str(error)) from None
+    decode_rgb(data)
 
 
 def _reduced(data: bytes, header: ImageHeader, short_side: int, quality: int) -> tuple[bytes, ImageHeader]:
@@ -65,12 +63,8 @@ def _reduced(data: bytes, header: ImageHeader, short_side: int, quality: int) ->
     scale = short_side / min(header.width, header.height)
     width = max(short_side, int(header.width * scale))
     height = max(short_side, int(header.height * scale))
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            pixels = image if image.mode in ("RGB", "L") else image.convert("RGBA" if image.mode == "P" else "RGB")
-            small = pixels.resize((width, height), Image.Resampling.BICUBIC)
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise BadImageError(f"does not decode: {error}") from None
+    with opened(data) as image:
+        small = converted(image).resize((width, height), Image.Resampling.BICUBIC)
     buffer = io.BytesIO()
-    small.convert("L" if small.mode == "L" else "RGB").save(buffer, "JPEG", quality=quality)
+    small.save(buffer, "JPEG", quality=quality)
     return buffer.getvalue(), ImageHeader(extension="jpg", width=width, height=height)

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import BinaryIO
 
 from data_pipelines.atomic_files import PartsWriter, replacing, write_whole
+from data_pipelines.image.pillow_door import BadImageError
 from data_pipelines.shards.hashes import FileHash
 from data_pipelines.shards.index import WORK_FOLDER
 from data_pipelines.shards.tar_write import END_OF_ARCHIVE, make_record
 from data_pipelines.sources.listing import ListedImage, Reader
-from data_pipelines.writing.image_header import BadImageError, ImageHeader
+from data_pipelines.writing.image_header import ImageHeader
 from data_pipelines.writing.prepare import ImageOptions, prepare_image
 from data_pipelines.writing.rows import DoneShard, Rejected, RowTable, done_path, save_done
 from data_pipelines.writing.shard_plan import Plan

@@ -1,4 +1,4 @@
-"""Pixels: every format ends as uint8 RGB, and what is no image is a DecodeError with a reason."""
+"""Pixels: every format ends as uint8 RGB, and what is no image is a BadImageError with a reason."""
 
 import io
 from typing import Any
@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from data_pipelines.image.decode import DecodeError, decode_rgb
+from data_pipelines.image.decode import decode_rgb
+from data_pipelines.image.pillow_door import BadImageError
 from tests.data.stream_shards import encoded, jpeg, smooth_image
 
 PIXELS = smooth_image(40, 50, seed=1)
@@ -71,22 +72,22 @@ def _animation() -> bytes:
     ("data", "reason"),
     [
         (b"", "empty image"),
-        (b"not an image", "cannot identify image file"),
+        (b"not an image", "not an image, or its header is broken"),
         (jpeg(PIXELS)[:200], "not a readable image"),
         (jpeg(PIXELS)[:-300], "not a readable image: image file is truncated"),
         (encoded(PIXELS, "PNG")[:-300], "not a readable image"),
         (_animation(), "animated image"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 1 1\n", "cannot identify image file"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 1 1\n", "not an image, or its header is broken"),
     ],
 )
 def test_what_is_no_image_is_named(data: bytes, reason: str) -> None:
-    with pytest.raises(DecodeError, match=reason):
+    with pytest.raises(BadImageError, match=reason):
         decode_rgb(data)
 
 
 def test_a_bomb_is_refused_by_its_header() -> None:
     for data in (encoded(PIXELS, "PNG"), jpeg(PIXELS)):
-        with pytest.raises(DecodeError, match="image of 50 x 40 pixels, larger than the limit of 1999"):
+        with pytest.raises(BadImageError, match="image of 50 x 40 pixels, larger than the limit of 1999"):
             decode_rgb(data, max_pixels=1999)
         assert decode_rgb(data, max_pixels=2000).shape == (3, 40, 50)
 
@@ -95,5 +96,5 @@ def test_a_jpeg_of_30000_pixels_squared_is_refused_in_no_time() -> None:
     header = bytearray(jpeg(smooth_image(16, 16, seed=0)))
     frame = header.index(b"\xff\xc0")
     header[frame + 5 : frame + 9] = (30_000).to_bytes(2, "big") * 2
-    with pytest.raises(DecodeError, match="image of 30000 x 30000 pixels"):
+    with pytest.raises(BadImageError, match="image of 30000 x 30000 pixels"):
         decode_rgb(bytes(header))

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data_pipelines.config import DataConfig
-from data_pipelines.image.decode import DecodeError, decode_rgb, decode_view
+from data_pipelines.image.decode import decode_rgb, decode_view
 from data_pipelines.image.native import library as roi
+from data_pipelines.image.pillow_door import BadImageError
 from data_pipelines.image.view import View, box_pixels, draw_view
 from tests.data.stream_shards import encoded, jpeg, smooth_image
 
@@ -154,7 +155,7 @@ def test_damaged_bytes_give_the_pixels_of_the_whole_image_or_nothing(
         got_CHW = _got(bytes(data), view, 16, "bilinear")
         try:
             expected_CHW = _expected(bytes(data), view, 16, "bilinear")
-        except DecodeError:
+        except BadImageError:
             # Damage below the box is not seen there (docs/data.md).
             continue
         assert got_CHW is None or torch.equal(got_CHW, expected_CHW)
@@ -180,7 +181,7 @@ def test_what_the_library_leaves_is_decoded_whole() -> None:
 @pytest.mark.usefixtures("library")
 def test_a_cut_image_is_refused_wherever_the_box_lies() -> None:
     data = jpeg(smooth_image(400, 50, 0))[:-100]
-    with pytest.raises(DecodeError, match="truncated"):
+    with pytest.raises(BadImageError, match="truncated"):
         _decoded(data, lambda height, width: (0, 0, 8, 8, 0), 8)
     # An end of image in the middle is too few bits, which the library must notice itself.
     cut = data[: len(data) // 2] + b"\xff\xd9"
