@@ -48,10 +48,10 @@ def _animation() -> bytes:
 # Sample -> its bytes, and what the quarantine file says.
 BAD = {
     3: (b"", "empty image"),
-    7: (b"no image at all", "not a readable image"),
+    7: (b"no image at all", "not an image, or its header is broken"),
     12: (jpeg(PIXELS)[:-40], "not a readable image: image file is truncated"),
-    18: (_jpeg_of_size(0, 24), "not a readable image"),
-    19: (_png_without_width(), "not a readable image|image of 0 x 20 pixels"),
+    18: (_jpeg_of_size(0, 24), "not an image, or its header is broken"),
+    19: (_png_without_width(), "not an image, or its header is broken|image of 0 x 20 pixels"),
     25: (_jpeg_of_size(30_000, 30_000), "image of 30000 x 30000 pixels, larger than the limit"),
     31: (_animation(), "animated image"),
 }
