@@ -257,6 +257,7 @@ Sets the project up in .venv when needed (once), then:
 options:
   --no-venv   use the Python environment that is active and install nothing
   -h, --help  this text
+  --version   sret-scale's version
 
 USAGE
     printf 'extras: %s\n\n' "$(extras)"
@@ -274,6 +275,7 @@ main() {
     [[ $# -eq 0 ]] || shift
     case $command in
     -h | --help | help) usage ;;
+    --version) sed -n 's/^__version__ = "\(.*\)"/sret-scale \1/p' "$root/sret_scale/__init__.py" ;;
     setup)
         for name in "$@"; do
             [[ " $(extras) " == *" $name "* ]] || fail "setup knows no extra \"$name\"; there are: $(extras)"

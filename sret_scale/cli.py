@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from data_pipelines.home_folder import with_home
+from sret_scale import __version__
 from sret_scale.launch.output import open_missing_streams, outlast
 from sret_scale.runs.rank_errors import in_words
 
@@ -88,6 +89,7 @@ def _run(argv: Sequence[str]) -> int:
         + "\n\nexample: sret-scale describe sret_t",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    top.add_argument("--version", action="version", version=f"sret-scale {__version__}")
     top.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of the commands below")
     if not argv:
         top.print_help(sys.stderr)

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from data_pipelines.atomic_files import write_whole
+from data_pipelines.image.native import library
 from data_pipelines.remote.shard_sets import open_training_data
 from data_pipelines.shards.classes import check_same_classes
 from data_pipelines.stream.loader import check_node_cache
@@ -78,6 +79,9 @@ def start_run(
             return EXIT_FINISHED
         place.check_reachable(path)
         write_description(folder, config, world_size)
+        if not library.LIBRARY.exists():
+            # As after pip's installation, which runs nothing.
+            library.build_or_say_why()
         return launch(path, folder.config, num_ranks=num_ranks, hosts=hosts)
 
 

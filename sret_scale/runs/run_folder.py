@@ -29,13 +29,14 @@ import torch
 from data_pipelines.atomic_files import write_whole
 from data_pipelines.checked_files import printable, read_checked
 from data_pipelines.extras import install_extra
+from sret_scale import __version__
 
 EXIT_FINISHED = 0
 EXIT_FAILED = 1
 EXIT_STOPPED = 85
 """A signal stopped the run after it had saved: the same command continues it."""
 
-RECORDED_PACKAGES = ("sret-scale", "torch", "deepspeed", "webdataset", "numpy", "torchvision")
+RECORDED_PACKAGES = ("torch", "deepspeed", "webdataset", "numpy", "torchvision")
 
 
 class RunFolder:
@@ -176,7 +177,11 @@ def environment(world_size: int) -> dict[str, Any]:
     """Everything about machine and versions that a reader needs to repeat a run. Holds no environment variables."""
     return {
         "command": shlex.join(["sret-scale", *sys.argv[1:]]),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in RECORDED_PACKAGES}},
+        "versions": {
+            "python": platform.python_version(),
+            "sret-scale": __version__,
+            **{name: version(name) for name in RECORDED_PACKAGES},
+        },
         **machine(),
         "commit": _commit(),
         "world_size": world_size,

@@ -30,10 +30,16 @@ SOURCES = tuple(sorted(Path(__file__).parent.glob("roi_*.c")))
 
 
 def _library_path() -> Path:
-    """The library of these sources: one that was built from others has another name, and is not loaded."""
+    """The library of these sources: one that was built from others has another name, and is not loaded.
+
+    In a checkout it lies beside them, of an installed package in the user's cache: pip removes only what it put in.
+    """
     files = [*SOURCES, *sorted(Path(__file__).parent.glob("roi_*.h"))]
     digest = zlib.crc32(b"".join(file.read_bytes() for file in files))
-    return Path(__file__).with_name(f"_roi_decode.{digest:08x}.so")
+    name = f"_roi_decode.{digest:08x}.so"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))  # noqa: PTH111 (homeless: no error)
+    is_beside = (Path(__file__).parents[3] / "setup.cfg").exists() or not cache.is_absolute()
+    return Path(__file__).with_name(name) if is_beside else cache / "sret_scale" / name
 
 
 LIBRARY = _library_path()
@@ -62,7 +68,7 @@ def _load(path: Path) -> ctypes.CDLL:
 
 def is_stale() -> bool:
     """Whether there is a library here, but only of other sources: after an update it must be built again."""
-    return not LIBRARY.exists() and any(LIBRARY.parent.glob("_roi_decode.*.so"))
+    return not LIBRARY.exists() and any(Path(__file__).parent.glob("_roi_decode.*.so"))
 
 
 def is_in_use() -> bool:
@@ -124,17 +130,18 @@ def _normalise(
 
 
 def build() -> None:
-    """Compiles the library beside its sources. Raises RuntimeError with what is missing, or when its pixels differ."""
+    """Compiles the library. Raises RuntimeError with what is missing, or when its pixels differ, and OSError."""
     compiler = os.environ.get("CC", "cc")
     # A process that has the old library loaded keeps it: the new one gets its name at once, by renaming.
     unfinished = LIBRARY.with_name(f"{LIBRARY.stem}.{os.getpid()}.so")
     # Multiplying and adding in one step would round weights otherwise than torch does.
     flags = ["-O3", "-Wall", "-ffp-contract=off", "-shared", "-fPIC"]
+    LIBRARY.parent.mkdir(parents=True, exist_ok=True)
     try:
         _run([*shlex.split(compiler), *flags, *map(str, SOURCES), "-o", str(unfinished), "-ljpeg", "-lm"])
         # Another process, because a library that does not fit its libjpeg may end it.
         _run([sys.executable, "-P", "-m", "data_pipelines.image.native.library", "check", str(unfinished)])
-        for other in LIBRARY.parent.glob("_roi_decode*.so"):
+        for other in Path(__file__).parent.glob("_roi_decode*.so"):
             # Those of other sources; of these, another node may be building.
             if not other.name.startswith(LIBRARY.stem):
                 other.unlink(missing_ok=True)
@@ -190,13 +197,20 @@ def main(arguments: list[str]) -> int:
     if arguments[:1] == ["check"]:
         check(Path(arguments[1]))
         return 0
-    try:
-        build()
-    except RuntimeError as error:
-        print(f"not built, so whole images will be decoded: {error}", file=sys.stderr)
+    if not build_or_say_why():
         return 1
     print(f"built {LIBRARY}")
     return 0
+
+
+def build_or_say_why() -> bool:
+    """Builds the library; one line on stderr where that fails."""
+    try:
+        build()
+    except (RuntimeError, OSError) as error:
+        print(f"not built, so whole images will be decoded: {error}", file=sys.stderr)
+        return False
+    return True
 
 
 if __name__ == "__main__":
