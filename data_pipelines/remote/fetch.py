@@ -36,7 +36,12 @@ class RemoteFolder:
         self._attempts = attempts
         # Instances are not shared with other users of fsspec, as these settings are ours.
         options = {"skip_instance_cache": True, **_timeouts(scheme, stall_s)}
-        self._files, self._path = fsspec.core.url_to_fs(self.url, **options)
+        if scheme in ("http", "https"):
+            from data_pipelines.remote.http_files import HttpFiles
+
+            self._files, self._path = HttpFiles(**options), self.url
+        else:
+            self._files, self._path = fsspec.core.url_to_fs(self.url, **options)
         # Files of the hub are read through a buffer that would fetch 5 MiB more than is asked for.
         self._exactly = {"cache_type": "none"} if scheme == "hf" else {}
 
@@ -119,7 +124,10 @@ def _timeouts(scheme: str, stall_s: float) -> dict[str, Any]:
         import aiohttp
 
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=stall_s, sock_read=stall_s)
-        return {"requests_timeout": timeout} if scheme == "gs" else {"client_kwargs": {"timeout": timeout}}
+        if scheme == "gs":
+            return {"requests_timeout": timeout}
+        # The environment's http_proxy, https_proxy and no_proxy, as other programs take them.
+        return {"client_kwargs": {"timeout": timeout, "trust_env": True}}
     if scheme == "s3":
         return {"config_kwargs": {"connect_timeout": stall_s, "read_timeout": stall_s}}
     return {}
