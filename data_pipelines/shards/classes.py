@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from itertools import zip_longest
 
 import numpy as np
+from numpy.typing import NDArray
 
 from data_pipelines.shards.index import ShardSet
 
@@ -23,19 +24,23 @@ def renumbered(shards: ShardSet, class_names: Sequence[str], owner: str) -> Shar
     """
     if shards.class_names == list(class_names):
         return shards
+    numbers = numbers_of(shards.class_names, class_names, str(shards.folder), owner)
+    manifest = dataclasses.replace(shards.manifest, class_names=list(class_names))
+    return dataclasses.replace(shards, label=numbers[shards.label], manifest=manifest)
+
+
+def numbers_of(got: Sequence[str], class_names: Sequence[str], where: str, owner: str) -> NDArray[np.int32]:
+    """The number in `class_names`, those of `owner`, of each class at `where`. ValueError for one that is not there."""
     number = {name: index for index, name in enumerate(class_names)}
-    if not number.keys() >= set(shards.class_names):
-        got = shards.class_names
+    if not number.keys() >= set(got):
         if len(got) != len(class_names):
             index = next(index for index, name in enumerate(got) if name not in number)
             raise ValueError(
-                f"{shards.folder}: other classes than {owner}: {len(got)}, expected the {len(class_names)} there or"
+                f"{where}: other classes than {owner}: {len(got)}, expected the {len(class_names)} there or"
                 f" some of them; class {index}, {got[index]!r}, is none of these"
             )
-        check_same_classes(got, class_names, where=str(shards.folder), owner=owner)
-    label = np.array([number[name] for name in shards.class_names], np.int32)[shards.label]
-    manifest = dataclasses.replace(shards.manifest, class_names=list(class_names))
-    return dataclasses.replace(shards, label=label, manifest=manifest)
+        check_same_classes(got, class_names, where=where, owner=owner)
+    return np.array([number[name] for name in got], np.int32)
 
 
 def classes_without_samples(shards: ShardSet) -> list[str]:

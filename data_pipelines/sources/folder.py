@@ -1,43 +1,83 @@
 """A tree of image files with one folder a class, as torchvision's ImageFolder reads it: ROOT/CLASS/.../IMAGE.
 
 Labels number the sorted class names. Every file is taken for an image, whatever its name: what is none is a bad image
-and falls under the policy for these, so that nothing is left out in silence. Links are followed.
+and falls under the policy for these, so that nothing is left out in silence. Links are followed. What is hidden, or
+what systems leave beside images, is passed over and named.
 """
 
+import logging
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
+from data_pipelines.keyed_random import keyed_permutation
 from data_pipelines.shards.packed_strings import pack_strings
 from data_pipelines.shards.tar_write import safe_key
 from data_pipelines.sources.listing import Listing
 
+logger = logging.getLogger(__name__)
+
+_JUNK = (
+    ".ds_store",
+    "thumbs.db",
+    "ehthumbs.db",
+    "desktop.ini",
+    "@eadir",
+    "__macosx",
+    "$recycle.bin",
+    "system volume information",
+)
+_SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")
+
 
 def list_samples(root: Path, split: str | None) -> Listing:
-    """All images of the tree, sorted by class and name."""
-    if split is not None:
+    """All images of the tree, sorted by class and name; or one part of them, as `split_name` writes it."""
+    part = None if split is None else re.fullmatch(r"(train|val):([0-9.e-]+):(-?[0-9]+)", split)
+    if split is not None and part is None:
         raise ValueError(
-            f"split {split!r}: an image folder has none; name the folder of the split, as in {root / split}"
+            f"split {split!r}: an image folder has none; name the folder of the split, as in {root / split}, or give "
+            "the share of the images that is kept for validation, as in --split 0.1"
         )
-    class_folders = sorted(entry for entry in _entries(root) if entry.is_dir())
+    passed_over: list[str] = []
+    class_folders = sorted(
+        entry for entry in _entries(root) if entry.is_dir() and not _is_junk(entry, entry.name, passed_over)
+    )
     if not class_folders:
         raise ValueError(f"{root}: no folders in it, expected one for each class")
+    names_of_splits = [folder.name for folder in class_folders if folder.name.lower() in _SPLITS]
+    if len(names_of_splits) == len(class_folders):
+        logger.warning(
+            "%s: its classes are called %s: where these are splits, write each by itself, as in %s",
+            *(root, " and ".join(names_of_splits), root / names_of_splits[0]),
+        )
     prefix = os.path.join(root, "")  # noqa: PTH118 (with its slash)
     names: list[str] = []
     sizes: list[int] = []
     label: list[int] = []
     for index, folder in enumerate(class_folders):
-        files = list(_walk(folder, (os.path.realpath(root),)))
+        files = list(_walk(folder, (os.path.realpath(root),), passed_over))
         if not files:
             raise ValueError(f"{folder}: a class without images; fill the folder or remove it")
         for path, size in files:
             names.append(path.removeprefix(prefix))
             sizes.append(size)
             label.append(index)
+    if passed_over:
+        shown = ", ".join(map(repr, passed_over[:3])) + (", ..." if len(passed_over) > 3 else "")
+        logger.warning("%s: passed over %d hidden or system entries: %s", root, len(passed_over), shown)
+    class_names = [folder.name for folder in class_folders]
+    if part is not None:
+        kept = np.flatnonzero(_in_validation(label, class_names, float(part[2]), int(part[3])) == (part[1] == "val"))
+        names, sizes = [names[row] for row in kept], [sizes[row] for row in kept]
+        label = [label[row] for row in kept]
+        if not names:
+            raise ValueError(f"{root}: no images for validation at a share of {part[2]}; give a larger one")
     return Listing(
-        class_names=[folder.name for folder in class_folders],
+        class_names=class_names,
         paths=pack_strings(os.path.join(os.path.abspath(root), name) for name in names),  # noqa: PTH100, PTH118 (fast)
         path_of=np.arange(len(names), dtype=np.int32),
         offset=np.zeros(len(names), np.int64),
@@ -46,6 +86,30 @@ def list_samples(root: Path, split: str | None) -> Listing:
         keys=pack_strings(safe_key(os.path.splitext(name)[0]) for name in names),  # noqa: PTH122 (fast)
         names=pack_strings(names),
     )
+
+
+def split_name(part: str, share: str, seed: int) -> str:
+    """The split of an image folder that keeps `share` of each class for validation; part: "train" or "val"."""
+    return f"{part}:{share}:{seed}"
+
+
+def _in_validation(label: Sequence[int], class_names: Sequence[str], share: float, seed: int) -> NDArray[np.bool_]:
+    """Which images are kept for validation: the share of each class, drawn by name of the class, never all of it."""
+    labels, chosen = np.array(label), np.zeros(len(label), np.bool_)
+    for index, name in enumerate(class_names):
+        rows = np.flatnonzero(labels == index)
+        number = min(round(share * len(rows)), len(rows) - 1)
+        chosen[rows[keyed_permutation(len(rows), "split", seed, ascii(name))[:number]]] = True
+    return chosen
+
+
+def _is_junk(entry: Path | os.DirEntry[str], shown: str, passed_over: list[str]) -> bool:
+    """Whether it is no image of anybody's: then it is put down under `shown`. A file may begin with a dot."""
+    is_hidden = entry.name.startswith("._") or (entry.name.startswith(".") and entry.is_dir())
+    is_junk = is_hidden or entry.name.lower() in _JUNK
+    if is_junk:
+        passed_over.append(shown)
+    return is_junk
 
 
 def _entries(folder: Path) -> list[Path]:
@@ -59,7 +123,7 @@ def _entries(folder: Path) -> list[Path]:
         raise NotADirectoryError(f"{folder}: not a folder") from None
 
 
-def _walk(folder: Path, above: tuple[str, ...]) -> Iterator[tuple[str, int]]:
+def _walk(folder: Path, above: tuple[str, ...], passed_over: list[str]) -> Iterator[tuple[str, int]]:
     """(path, bytes) of all files below, sorted by name. `above`: the real paths of the folders on the way here."""
     here = os.path.realpath(folder)
     if here in above:
@@ -67,8 +131,10 @@ def _walk(folder: Path, above: tuple[str, ...]) -> Iterator[tuple[str, int]]:
     _entries(folder)
     with os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
+            if _is_junk(entry, entry.path, passed_over):
+                continue
             if entry.is_dir():
-                yield from _walk(Path(entry.path), (*above, here))
+                yield from _walk(Path(entry.path), (*above, here), passed_over)
             else:
                 yield entry.path, _size(entry)
 

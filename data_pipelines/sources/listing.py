@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipelines.shards.manifest import read_manifest
 from data_pipelines.shards.packed_strings import PackedStrings
 
 MAX_UNNAMED_CLASSES = 1 << 16
@@ -97,6 +98,11 @@ def read_class_names(path: Path) -> list[str]:
     if not are_class_names(names):
         raise ValueError(f"{path}: expected one class name a line, none empty and none twice")
     return names
+
+
+def class_names_from(path: Path) -> tuple[str, ...]:
+    """The class names of a shard folder, or of a text file. Raises ValueError or OSError."""
+    return tuple(read_manifest(path).class_names if path.is_dir() else read_class_names(path))
 
 
 def are_class_names(names: object) -> bool:

@@ -6,7 +6,7 @@ The format comes from the bytes, never from the name: ImageNet has a PNG called 
 from dataclasses import dataclass
 
 import simplejpeg
-from PIL import Image
+from PIL import ExifTags, Image
 
 from data_pipelines.image.pillow_door import EXTENSIONS, BadImageError, opened
 
@@ -35,6 +35,23 @@ def read_header(data: bytes) -> ImageHeader:
     if num_frames > 1:
         raise BadImageError(f"animated: {num_frames} frames")
     return ImageHeader(extension=extension, width=width, height=height)
+
+
+def orientation(data: bytes) -> int:
+    """How EXIF says that a readable image is to be turned before it is shown, 1 to 8; 1 is not at all.
+
+    Neither this package nor torchvision turns images.
+    """
+    # Looked for first: most images have none, and Pillow takes 80 us to open one.
+    if not any(mark in data[: 1 << 16] for mark in (b"Exif\0\0", b"eXIf", b"EXIF")):
+        return 1
+    try:
+        with opened(data) as image:
+            value = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except BadImageError:
+        # A damaged note beside sound pixels says nothing of them.
+        return 1
+    return value if value in range(1, 9) else 1
 
 
 def _jpeg_header(data: bytes) -> tuple[str, int, int, int] | None:

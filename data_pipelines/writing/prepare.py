@@ -4,10 +4,10 @@ import io
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from data_pipelines.image.pillow_door import converted, opened
-from data_pipelines.writing.image_header import ImageHeader, read_header
+from data_pipelines.writing.image_header import ImageHeader, orientation, read_header
 
 BadImagePolicy = Literal["fail", "skip", "quarantine"]
 BAD_IMAGE_POLICIES: tuple[str, ...] = get_args(BadImagePolicy)
@@ -46,9 +46,10 @@ def prepare_image(data: bytes, options: ImageOptions) -> tuple[bytes, ImageHeade
     header = read_header(data)
     if options.check == "decode":
         _check_pixels(data)
-    if options.resize is None or min(header.width, header.height) <= options.resize:
+    is_small = options.resize is not None and min(header.width, header.height) <= options.resize
+    if options.resize is None or (is_small and orientation(data) == 1):
         return data, header
-    return _reduced(data, header, options.resize, options.quality)
+    return _reduced(data, options.resize, options.quality)
 
 
 def _check_pixels(data: bytes) -> None:
@@ -58,13 +59,15 @@ def _check_pixels(data: bytes) -> None:
     decode_rgb(data)
 
 
-def _reduced(data: bytes, header: ImageHeader, short_side: int, quality: int) -> tuple[bytes, ImageHeader]:
+def _reduced(data: bytes, short_side: int, quality: int) -> tuple[bytes, ImageHeader]:
     """The image with that short side as RGB or grey JPEG, like torchvision's Resize (antialiased, bicubic)."""
-    scale = short_side / min(header.width, header.height)
-    width = max(short_side, int(header.width * scale))
-    height = max(short_side, int(header.height * scale))
+    is_upright = orientation(data) == 1
     with opened(data) as image:
-        small = converted(image).resize((width, height), Image.Resampling.BICUBIC)
+        # The copy has no EXIF data that would say it later.
+        pixels = converted(image if is_upright else ImageOps.exif_transpose(image))
+        scale = min(1.0, short_side / min(pixels.size))
+        width, height = (max(min(side, short_side), int(side * scale)) for side in pixels.size)
+        small = pixels.resize((width, height), Image.Resampling.BICUBIC)
     buffer = io.BytesIO()
     small.save(buffer, "JPEG", quality=quality)
     return buffer.getvalue(), ImageHeader(extension="jpg", width=width, height=height)

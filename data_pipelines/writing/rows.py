@@ -25,7 +25,10 @@ class Rejected:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DoneShard:
-    """A complete shard: file and hash, where its last record ends (bytes), its rows of the index, what was left out."""
+    """A complete shard: file and hash, where its last record ends (bytes), its rows of the index, what was left out.
+
+    `num_turned` images are stored in another orientation than they are shown in.
+    """
 
     file: str
     bytes: int
@@ -33,6 +36,7 @@ class DoneShard:
     end: int
     columns: dict[str, NDArray[Any]]
     rejected: list[Rejected]
+    num_turned: int = 0
 
     @property
     def num_samples(self) -> int:
@@ -68,7 +72,8 @@ def done_path(folder: Path, index: int) -> Path:
 
 def save_done(folder: Path, index: int, done: DoneShard) -> None:
     """Writes the done-marker of a shard."""
-    head = {"file": done.file, "bytes": done.bytes, "hash": done.hash, "end": done.end}
+    names = ("file", "bytes", "hash", "end", "num_turned")
+    head = {name: getattr(done, name) for name in names}
     text = json.dumps({**head, "rejected": [asdict(item) for item in done.rejected]})
     columns = {"head": np.frombuffer(text.encode(), np.uint8), **done.columns}
     write_whole(done_path(folder, index), render_columns(columns))

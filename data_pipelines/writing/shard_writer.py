@@ -8,6 +8,7 @@ The same plan gives the same bytes, so that it does not matter who writes a shar
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -17,7 +18,7 @@ from data_pipelines.shards.hashes import FileHash
 from data_pipelines.shards.index import WORK_FOLDER
 from data_pipelines.shards.tar_write import END_OF_ARCHIVE, make_record
 from data_pipelines.sources.listing import ListedImage, Reader
-from data_pipelines.writing.image_header import ImageHeader
+from data_pipelines.writing.image_header import ImageHeader, orientation
 from data_pipelines.writing.prepare import ImageOptions, prepare_image
 from data_pipelines.writing.rows import DoneShard, Rejected, RowTable, done_path, save_done
 from data_pipelines.writing.shard_plan import Plan
@@ -43,6 +44,7 @@ def write_shard(plan: Plan, index: int, folder: Path, *, options: ImageOptions, 
     """
     class_names = plan.listing.class_names
     rejected: list[Rejected] = []
+    num_turned = 0
     with replacing(folder / shard_file(index), folder / WORK_FOLDER) as file:
         writer = _Writer(file, FileHash(plan.arguments["hash_name"]))
         for listed in plan.listing.images(int(plan.starts[index]), int(plan.starts[index + 1])):
@@ -55,7 +57,8 @@ def write_shard(plan: Plan, index: int, folder: Path, *, options: ImageOptions, 
                 continue
             metadata = _metadata(listed, class_names, reader) if options.metadata else None
             writer.add(listed, stored, header, metadata)
-        done = writer.finish(shard_file(index), rejected)
+            num_turned += orientation(stored) != 1
+        done = replace(writer.finish(shard_file(index), rejected), num_turned=num_turned)
     save_done(folder, index, done)
     return done
 

@@ -7,14 +7,19 @@ complete shard. The same command continues, and the result has the same bytes as
 """
 
 import errno
+import hashlib
 import json
+import logging
 import os
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from data_pipelines.shards.classes import numbers_of
 from data_pipelines.shards.hashes import DEFAULT_HASH, HASH_NAMES, hash_name_of
 from data_pipelines.shards.index import WORK_FOLDER
 from data_pipelines.shards.manifest import INDEX_BYTES_A_SAMPLE, MANIFEST_NAME, Manifest, max_index_bytes, read_manifest
@@ -29,6 +34,8 @@ from data_pipelines.writing.workers import check_bad_rate, claim, write_missing
 
 DEFAULT_SHARD_BYTES = 256 * 2**20
 
+logger = logging.getLogger(__name__)
+
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -36,6 +43,7 @@ _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 class WriteConfig:
     """What shards are made of and how. `seed` None keeps the source's order; `shard_samples` beats `shard_bytes`.
 
+    `class_names`: those of the training set, whose numbers the labels get; None takes the source's own.
     `hash_name` is how the manifest knows the tars again (`data_pipelines.shards.hashes`).
     """
 
@@ -47,6 +55,7 @@ class WriteConfig:
     shard_samples: int | None = None
     options: ImageOptions = field(default_factory=ImageOptions)
     hash_name: str = DEFAULT_HASH
+    class_names: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         source_kind(self.kind)
@@ -63,6 +72,9 @@ class WriteConfig:
         """
         fields = asdict(self)
         del fields["hash_name"]
+        names = fields.pop("class_names")
+        if names is not None:
+            fields["classes"] = hashlib.sha256(json.dumps(names).encode()).hexdigest()
         return {**fields, "source": self.source.resolve().name}
 
 
@@ -134,6 +146,13 @@ def _write(
         if not (target / MANIFEST_NAME).exists():
             shards = [_load_complete(target, index) for index in range(plan.num_shards)]
             check_bad_rate(sum(len(shard.rejected) for shard in shards), len(plan.listing), max_bad_rate, target)
+            num_turned = sum(shard.num_turned for shard in shards)
+            if num_turned:
+                logger.warning(
+                    "%s: %s images are to be turned before they are shown (EXIF), and are learned as they are stored; "
+                    "--resize turns them",
+                    *(target, f"{num_turned:,}"),
+                )
             finish_shards(target, shards, class_names=plan.listing.class_names, writer=config.record())
 
 
@@ -152,12 +171,16 @@ def _plan_there(config: WriteConfig, target: Path) -> Plan:
     work = target / WORK_FOLDER
     plan, arguments = load_plan(work), _plan_arguments(config)
     if plan.arguments != arguments:
-        changed = sorted(name for name in arguments if plan.arguments.get(name) != arguments[name])
+        changed = _changed(plan.arguments, arguments)
         raise ValueError(
             f"{target}: holds a half-finished shard set made with another {', '.join(changed)}; repeat those,"
             f" choose another target, or delete {work}"
         )
     return plan
+
+
+def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    return sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
 
 
 def _plan_arguments(config: WriteConfig) -> dict[str, Any]:
@@ -175,6 +198,8 @@ def _new_plan(config: WriteConfig, target: Path, list_samples: Callable[[], List
         listing = list_samples()
     else:
         listing = source_kind(config.kind).list_samples(config.source, config.split)
+    if config.class_names is not None:
+        listing = _renamed(listing, config.class_names, config.source)
     plan = make_plan(
         listing,
         _plan_arguments(config),
@@ -190,12 +215,23 @@ def _new_plan(config: WriteConfig, target: Path, list_samples: Callable[[], List
     return plan
 
 
+def _renamed(listing: Listing, class_names: tuple[str, ...], source: Path) -> Listing:
+    """The listing with these classes, found by name; names that are only numbers, and none of these, are theirs."""
+    names = listing.class_names
+    if not set(names) & set(class_names) and all(name.isdecimal() and int(name) < len(class_names) for name in names):
+        logger.warning("%s: its classes have numbers for names: taken for those of the given classes", source)
+        numbers = np.array([int(name) for name in names], np.int32)
+    else:
+        numbers = numbers_of(names, class_names, str(source), "those given")
+    return replace(listing, class_names=list(class_names), label=numbers[listing.label])
+
+
 def _already_complete(config: WriteConfig, target: Path) -> Manifest:
     """The manifest of a target that was written with the same arguments; anything else is refused."""
     manifest = read_manifest(target)
     record = config.record()
     if manifest.writer != record:
-        changed = sorted(name for name in record if manifest.writer.get(name) != record[name])
+        changed = _changed(manifest.writer, record)
         raise ValueError(
             f"{target}: holds a complete shard set made with another {', '.join(changed)}; choose another target"
         )

@@ -1,9 +1,11 @@
 """Every kind of source gives the same images and labels that went into it."""
 
 import gzip
+import io
 import json
 import os
 import re
+import shutil
 import tempfile
 import tracemalloc
 from collections import Counter
@@ -15,13 +17,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import ExifTags, Image
 
 from data_pipelines.shards.index import ShardSet, open_shards
 from data_pipelines.sources.folder import list_samples
 from data_pipelines.sources.kinds import KINDS
+from data_pipelines.sources.listing import class_names_from
 from data_pipelines.upkeep.foreign import index_shards
 from data_pipelines.upkeep.verify import verify_shards
+from data_pipelines.writing.image_header import orientation
+from data_pipelines.writing.prepare import ImageOptions
 from data_pipelines.writing.write import WriteConfig, write_shards
+from sret_scale.cli import main
 from sret_scale.commands.shards import write as write_command
 from tests.data.shard_sources import (
     IMAGENET_LIKE,
@@ -460,3 +467,129 @@ def test_odd_names_survive(tmp_path: Path) -> None:
     shards = written(tmp_path, "folder", tmp_path / "tree", shard_samples=3)
     assert shards.num_samples == len(names) + 1 and shards.class_names == ['class "one"\n']
     assert len(set(shards.keys)) == len(names) + 1
+
+
+def test_hidden_and_system_entries_are_passed_over_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tree = make_tree(tmp_path / "tree", 2)
+    first = tree / IMAGENET_LIKE[0]
+    for folder in (tree / ".ipynb_checkpoints", first / ".ipynb_checkpoints", first / "@eaDir", tree / "__MACOSX"):
+        folder.mkdir()
+        (folder / "copy.JPEG").write_bytes(jpeg(1))
+    for name in (".DS_Store", "Thumbs.db", "desktop.ini", "._x.JPEG"):
+        (first / name).write_bytes(b"x")
+    shards = written(tmp_path, "folder", tree)
+    assert shards.class_names == list(IMAGENET_LIKE) and shards.num_samples == 6
+    assert "passed over 8 hidden or system entries" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("names", "warns"), [(("train", "val"), True), (("Test", "train"), True), (("train", "bus"), False)]
+)
+def test_classes_called_like_splits_are_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, names: tuple[str, str], warns: bool
+) -> None:
+    for index, name in enumerate(names):
+        (tmp_path / "tree" / name).mkdir(parents=True)
+        (tmp_path / "tree" / name / "a.jpg").write_bytes(jpeg(index))
+    assert written(tmp_path, "folder", tmp_path / "tree").num_samples == 2
+    assert ("where these are splits" in caplog.text) == warns
+
+
+def test_a_share_of_each_class_is_kept_for_validation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tree = make_tree(tmp_path / "tree", 10)
+    (tree / "single").mkdir()
+    (tree / "single" / "one.jpg").write_bytes(jpeg(1))
+
+    def both(target: str, *more: str) -> tuple[ShardSet, ShardSet]:
+        command = ["shards", "write", "folder", str(tree), str(tmp_path / target), "--workers", "1", "--split", "0.2"]
+        assert main([*command, *more]) == 0
+        return open_shards(tmp_path / target / "train"), open_shards(tmp_path / target / "val")
+
+    train, val = both("first")
+    assert train.class_names == val.class_names == [*IMAGENET_LIKE, "single"]
+    assert np.bincount(train.label).tolist() == [8, 8, 8, 1] and np.bincount(val.label).tolist() == [2, 2, 2]
+    assert sorted([*train.keys, *val.keys]) == sorted(written(tmp_path, "folder", tree).keys)
+    same, other = both("second", "--keep-order")[1], both("third", "--seed", "1")[1]
+    assert set(same.keys) == set(val.keys) != set(other.keys)
+    # The classes are drawn each by itself: another one leaves their images where they are.
+    (tree / "a_new_one").mkdir()
+    (tree / "a_new_one" / "one.jpg").write_bytes(jpeg(2))
+    assert set(both("fourth")[1].keys) == set(val.keys)
+    capsys.readouterr()
+    for share, message in (("1.5", "a share between 0 and 1"), ("0.01", "no images for validation at a share of 0.01")):
+        command = ["shards", "write", "folder", str(tree), str(tmp_path / "no"), "--split", share, "--workers", "1"]
+        assert main(command) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_classes_are_numbered_as_in_the_training_set(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    train = written(tmp_path, "folder", make_tree(tmp_path / "tree", 2))
+    shutil.rmtree(tmp_path / "tree" / IMAGENET_LIKE[1])
+    names = class_names_from(train.folder)
+
+    def test_set(source: Path, target: str, kind: str = "folder") -> ShardSet:
+        write_shards(WriteConfig(kind=kind, source=source, class_names=names), tmp_path / target)
+        return open_shards(tmp_path / target)
+
+    two = test_set(tmp_path / "tree", "two")
+    assert two.class_names == list(IMAGENET_LIKE) and set(two.label.tolist()) == {0, 2}
+    for index in range(two.num_samples):
+        assert two.key(index).startswith(IMAGENET_LIKE[two.label[index]])
+    # Folders called by the numbers of the training set's classes, as ImageNetV2's, and in the order of their names.
+    (tmp_path / "tree" / IMAGENET_LIKE[0]).rename(tmp_path / "tree" / "2")
+    (tmp_path / "tree" / IMAGENET_LIKE[2]).rename(tmp_path / "tree" / "0")
+    numbers = test_set(tmp_path / "tree", "numbers")
+    assert "have numbers for names" in caplog.text and numbers.class_names == list(IMAGENET_LIKE)
+    assert all(numbers.key(index).startswith(str(numbers.label[index])) for index in range(numbers.num_samples))
+    with pytest.raises(ValueError, match="made with another classes"):
+        write_shards(WriteConfig(kind="folder", source=tmp_path / "tree"), tmp_path / "numbers")
+    (tmp_path / "tree" / "0").rename(tmp_path / "tree" / "dog")
+    with pytest.raises(ValueError, match="class 0, '2', is none of these"):
+        test_set(tmp_path / "tree", "dog")
+    (tmp_path / "names.txt").write_text("x\ny\n")
+    assert class_names_from(tmp_path / "names.txt") == ("x", "y")
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_orientation_is_applied_with_resize_and_else_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    """A picture that lies on its side, as cameras store them: red above, when it is shown."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    picture = Image.new("RGB", (40, 60), "blue")
+    picture.paste("red", (0, 0, 40, 30))
+    stored = encoded(picture.transpose(Image.Transpose.ROTATE_90), kind, exif=exif)
+    for index, content in enumerate((stored, encoded(picture, kind))):
+        (tmp_path / "tree" / "ab"[index]).mkdir(parents=True)
+        (tmp_path / "tree" / "ab"[index] / "x").write_bytes(content)
+    shards = written(tmp_path, "folder", tmp_path / "tree", seed=None)
+    assert "1 images are to be turned before they are shown" in caplog.text
+    assert image(shards, 0) == stored and (shards.width[0], shards.height[0]) == (60, 40)
+    caplog.clear()
+    # One that is smaller than the limit is turned too, and its bytes do not say it twice.
+    for side, size in ((20, (20, 30)), (50, (40, 60))):
+        config = WriteConfig(
+            kind="folder", source=tmp_path / "tree", seed=None, options=ImageOptions(resize=side, quality=95)
+        )
+        write_shards(config, tmp_path / f"side{side}")
+        upright = open_shards(tmp_path / f"side{side}")
+        assert (upright.width.tolist(), upright.height.tolist()) == ([size[0]] * 2, [size[1]] * 2)
+        for index in range(2):
+            pixels = Image.open(io.BytesIO(image(upright, index)))
+            assert pixels.size == size and orientation(image(upright, index)) == 1
+            assert pixels.convert("RGB").getpixel((5, 5))[0] > 200
+    assert "turned" not in caplog.text
+
+
+def test_a_damaged_note_of_the_orientation_damages_no_image(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    sound = encoded(pixels(1), "JPEG", exif=exif)
+    place = sound.index(b"Exif")
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        damaged = bytearray(sound)
+        for offset in rng.integers(place + 6, place + 40, 3):
+            damaged[offset] = rng.integers(256)
+        assert 1 <= orientation(bytes(damaged)) <= 8

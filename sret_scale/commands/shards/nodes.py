@@ -28,7 +28,7 @@ _LOOK_EVERY_S = 0.2
 _PATHS = ("source", "target")
 _WANTED = (
     *("kind", "split", "seed", "keep_order", "shard_mb", "shard_samples", "no_metadata", "on_bad", "max_bad_rate"),
-    *("check", "hash", "resize", "quality", "workers"),
+    *("check", "hash", "resize", "quality", "workers", "classes"),
 )
 
 

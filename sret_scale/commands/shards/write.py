@@ -2,7 +2,12 @@
 
 import argparse
 import os
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from data_pipelines.writing.write import WriteConfig
 
 # As in `data_pipelines.sources.kinds`, which imports too much for --help.
 KINDS = ("folder", "idx", "ilsvrc", "parquet", "tars")
@@ -21,7 +26,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=Path, metavar="SOURCE", help="where the images are")
     parser.add_argument("target", type=Path, metavar="TARGET", help="folder of the shard set; created if missing")
     parser.add_argument(
-        "--split", help="part of the source: train or test (idx), train or val (ilsvrc), file prefix (parquet)"
+        "--split",
+        help="part of the source: train or test (idx), train or val (ilsvrc), file prefix (parquet); of a folder the "
+        "share kept for validation, as 0.1: writes TARGET/train and TARGET/val, drawn by --seed",
+    )
+    parser.add_argument(
+        "--classes",
+        metavar="FROM",
+        help="number the classes as this set does: the shard folder of the training set, or a text file of names",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed for shuffling the images (default: 0)")
     parser.add_argument("--keep-order", action="store_true", help="keep the source's order instead of shuffling")
@@ -61,14 +73,13 @@ def run(args: argparse.Namespace) -> None:
 
         write_on_hosts(args.hostfile, args)
         return
+    from data_pipelines.sources.listing import class_names_from
     from data_pipelines.writing.prepare import ImageOptions
-    from data_pipelines.writing.write import WriteConfig, write_shards
-    from sret_scale.commands.shards.progress import progress_bar
+    from data_pipelines.writing.write import WriteConfig
 
     config = WriteConfig(
         kind=args.kind,
         source=args.source,
-        split=args.split,
         seed=None if args.keep_order else args.seed,
         shard_bytes=int(args.shard_mb * 2**20),
         shard_samples=args.shard_samples,
@@ -80,14 +91,36 @@ def run(args: argparse.Namespace) -> None:
             metadata=not args.no_metadata,
         ),
         hash_name=args.hash,
+        class_names=class_names_from(Path(args.classes)) if args.classes else None,
     )
+    for split, target in _sets(args).items():
+        _write(replace(config, split=split), target, args)
+
+
+def _sets(args: argparse.Namespace) -> dict[str | None, Path]:
+    """Split of each set to write -> its folder."""
+    from data_pipelines.sources.folder import split_name
+
+    try:
+        share = float(args.split)
+    except (TypeError, ValueError):
+        return {args.split: args.target}
+    if args.kind != "folder" or not 0 < share < 1:
+        raise ValueError(f"--split {args.split}: a share between 0 and 1 of an image folder, or a name, was expected")
+    return {split_name(part, args.split, args.seed): args.target / part for part in ("train", "val")}
+
+
+def _write(config: "WriteConfig", target: Path, args: argparse.Namespace) -> None:
+    from data_pipelines.writing.write import write_shards
+    from sret_scale.commands.shards.progress import progress_bar
+
     with progress_bar("writing") as on_progress:
         manifest = write_shards(
-            config, args.target, num_workers=args.workers, max_bad_rate=args.max_bad_rate, on_progress=on_progress
+            config, target, num_workers=args.workers, max_bad_rate=args.max_bad_rate, on_progress=on_progress
         )
     num_bytes = sum(shard.bytes for shard in manifest.shards)
     print(
-        f"{args.target}: {manifest.num_samples:,} samples of {len(manifest.class_names)} classes in"
+        f"{target}: {manifest.num_samples:,} samples of {len(manifest.class_names)} classes in"
         f" {len(manifest.shards)} {'shard' if len(manifest.shards) == 1 else 'shards'}, {num_bytes / 2**20:,.1f} MiB,"
         f" {manifest.num_rejected} images left out"
     )
