@@ -253,7 +253,9 @@ def parse_yaml(text: str, *, source: str) -> Any:
         raise ValueError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from error
     except ValueError as error:
         # Of a number or a date that Python does not take; ours name the source.
-        raise error if str(error).startswith(source) else ValueError(f"{source}: {error}") from error
+        raise (
+            error if str(error).startswith(source) else ValueError(f"{source}: {str(error).partition('; use sys.')[0]}")
+        ) from error
 
 
 def read_yaml(file: Path) -> Any:
