@@ -17,7 +17,7 @@ import pytest
 
 from sret_scale.cli import main
 from sret_scale.launch import launcher
-from sret_scale.launch.job import NODE_FOLDER, RANKS_OF_NODES, Job
+from sret_scale.launch.job import Job
 from sret_scale.launch.nodes import NodeStart
 from tests.runs import ask_rank_server
 from tests.tiny import environment
@@ -49,8 +49,6 @@ def _run_forks(starts: Sequence[NodeStart], job: Job, _requests: list[int]) -> b
         shared = {
             **os.environ,
             **job.environment,
-            NODE_FOLDER: node_folder,
-            RANKS_OF_NODES: str(job.world_size),
             "DS_ACCELERATOR": "cpu",
             "WORLD_SIZE": str(job.world_size),
             "LOCAL_SIZE": str(job.world_size),

@@ -2,7 +2,13 @@
 
 from typing import Any
 
-REMOVED_FIELDS: dict[str, tuple[Any, str]] = {}
+REMOVED_FIELDS: dict[str, tuple[Any, str]] = {
+    "distill.num_teacher_ranks": (
+        0,
+        "each rank has the teacher beside it; where that needs too much memory, set distill.teacher_placement=sharded "
+        "or store the teacher's answers (sret-scale labels write)",
+    ),
+}
 """Dotted name -> (the default that it had, what to do instead where it was set)."""
 
 

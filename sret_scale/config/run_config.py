@@ -418,7 +418,6 @@ CHANGEABLE = (
     *("data.fetch_threads", "data.fetch_ahead_steps", "data.stall_s", "data.fetch_attempts", "data.quarantine_file"),
     "data.max_bad_rate",
     *("memory", "engine.ds_config", "distill.teacher_micro_batch_size", "telemetry"),
-    "distill.num_teacher_ranks",
 )
 
 

@@ -1,6 +1,5 @@
 """Distillation: where a teacher's outputs come from, and the losses that learn from them."""
 
-from sret_scale.distill.apart import RemoteTeacher, TeacherServer, answer_request
 from sret_scale.distill.config import DistillConfig
 from sret_scale.distill.features import FeatureMatch
 from sret_scale.distill.label_teacher import AnyTeacher, StoredTeacher, open_stored_teacher, student_batch
@@ -13,11 +12,8 @@ __all__ = [
     "DistillConfig",
     "FeatureMatch",
     "OnlineTeacher",
-    "RemoteTeacher",
     "StoredTeacher",
     "Teacher",
-    "TeacherServer",
-    "answer_request",
     "build_teacher",
     "distillation_loss",
     "hard_loss",

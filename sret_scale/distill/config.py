@@ -50,9 +50,6 @@ class DistillConfig:
     teacher_placement: Literal["replicated", "sharded"] = "replicated"
     """Whole on every rank, or, when too large for one device, cut over all ranks (ZeRO 3)."""
     teacher_compile: bool = False
-    num_teacher_ranks: int | Literal["auto"] = 0
-    """So many of the ranks of every node run the teacher alone and answer for the students of that node; with 0 each
-    student has the teacher beside it. `auto` measures both at the first start, and keeps the number that is best."""
 
     def __post_init__(self) -> None:
         for name in ("temperature", "temperature_end"):
@@ -85,7 +82,6 @@ class DistillConfig:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"distill.{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        self._check_teacher_ranks()
         if self.matches_features:
             self._require_features()
 
@@ -93,21 +89,6 @@ class DistillConfig:
     def matches_features(self) -> bool:
         """Whether the cosine loss counts at any time of the run."""
         return self.feature_weight > 0 or bool(self.feature_weight_end)
-
-    def _check_teacher_ranks(self) -> None:
-        number = self.num_teacher_ranks
-        if number == 0:
-            return
-        if number != "auto" and number < 0:
-            raise ValueError(f"distill.num_teacher_ranks: expected 0 or more, or auto, got {number}")
-        kinds = [part.kind for part in parse_teacher(self.teacher)] if self.teacher else []
-        if not kinds or kinds == ["labels"]:
-            raise ValueError(f"distill.num_teacher_ranks={number}: needs a live teacher, got {self.teacher!r}")
-        if self.teacher_placement == "sharded":
-            raise ValueError(
-                f"distill.num_teacher_ranks={number}: not for a teacher that is cut over all ranks; set "
-                "distill.teacher_placement=replicated"
-            )
 
     def _require_features(self) -> None:
         """ValueError unless one live teacher sees the student's own images whole on this device."""
@@ -121,7 +102,6 @@ class DistillConfig:
             ("teacher_input", "augmented"),
             ("teacher_placement", "replicated"),
             ("teacher_compile", False),
-            ("num_teacher_ranks", 0),
         ):
             if getattr(self, name) != needed:
                 raise ValueError(f"distill.feature_weight: needs distill.{name}={needed}, got {getattr(self, name)}")

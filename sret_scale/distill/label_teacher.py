@@ -12,10 +12,8 @@ from data_pipelines.labels.records import decode_records, record_views
 from data_pipelines.labels.store import LabelStore, check_files, check_labels, open_labels
 from data_pipelines.shards.index import ShardSet
 from data_pipelines.stream.prefetch import Batch
-from sret_scale.distill.apart import RemoteTeacher
 from sret_scale.distill.config import DistillConfig
 from sret_scale.distill.teacher import Teacher
-from sret_scale.model.upload import uploaded
 
 
 class StoredTeacher:
@@ -38,8 +36,8 @@ class StoredTeacher:
         return decode_records(records, self.store.plan.num_classes, device)
 
 
-AnyTeacher = Teacher | RemoteTeacher | StoredTeacher
-"""Where a student's soft labels come from: beside it, from ranks of their own, or from files."""
+AnyTeacher = Teacher | StoredTeacher
+"""Where a student's soft labels come from: a network, or files."""
 
 
 def open_stored_teacher(
@@ -97,21 +95,14 @@ def student_batch(
     device: torch.device,
     teacher_input: str,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(unit_BCHW, target_BC, teacher_log_probs_BC or None) of a batch after augmentation, on the device.
-
-    A teacher in ranks of its own was asked about the batch before, with `seed` as the key.
-    """
+    """(unit_BCHW, target_BC, teacher_log_probs_BC or None) of a batch after augmentation, on the device."""
     images_BCHW = batch.images.to(device, non_blocking=True)
     labels_B = batch.labels.to(device, non_blocking=True)
     if teacher is None or (teacher_input == "augmented" and not isinstance(teacher, StoredTeacher)):
         unit_BCHW, target_BC = augment(images_BCHW, labels_B, seed=seed)
-        if isinstance(teacher, RemoteTeacher):
-            return unit_BCHW, target_BC, uploaded(teacher.answer(seed), device)
         return unit_BCHW, target_BC, None if teacher is None else teacher(unit_BCHW)
     if isinstance(teacher, StoredTeacher):
         probs_BC = teacher.probabilities(batch, device)
-    elif isinstance(teacher, RemoteTeacher):
-        probs_BC = uploaded(teacher.answer(seed), device).softmax(dim=-1)
     else:
         probs_BC = teacher(images_BCHW.float() / 255).softmax(dim=-1)
     # Side by side, so that one call mixes the images, the hard labels and the teacher's in the same way.

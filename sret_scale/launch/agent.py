@@ -13,7 +13,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -24,7 +23,7 @@ import psutil
 
 from sret_scale.launch.build_lock import clear_stale_locks
 from sret_scale.launch.child_processes import STOP_SIGNALS, die_with_parent, stop_signals
-from sret_scale.launch.job import NODE_FOLDER, RANKS_OF_NODES, Job, deepspeed_command
+from sret_scale.launch.job import Job, deepspeed_command
 from sret_scale.launch.nodes import visible_gpus
 from sret_scale.launch.staging import staged_environment, unpack
 from sret_scale.runs.rank_errors import RankError, first_error, has_error, now_s, write_error
@@ -132,18 +131,14 @@ def _before_launcher() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
 
-def start_launcher(job: Job, node_rank: int, node_folder: str) -> "subprocess.Popen[bytes]":
-    """DeepSpeed's launcher in a session of its own, so that everything it starts can be found and ended.
-
-    node_folder: for what the ranks of this node share, sockets of teacher ranks for example.
-    """
+def start_launcher(job: Job, node_rank: int) -> "subprocess.Popen[bytes]":
+    """DeepSpeed's launcher in a session of its own, so that everything it starts can be found and ended."""
     name, devices = list(job.world.items())[node_rank]
     gpus = visible_gpus()
     if job.node_rank is None and len(gpus) >= len(devices):
         # Slurm counts what it grants, and a job's GPUs of a node need not begin at 0.
         job = dataclasses.replace(job, world={**job.world, name: gpus[: len(devices)]})
-    environment = {**os.environ, **job.environment, NODE_FOLDER: node_folder}
-    environment[RANKS_OF_NODES] = ",".join(str(len(devices)) for devices in job.world.values())
+    environment = {**os.environ, **job.environment}
     if job.archive:
         staged = unpack(Path(job.archive), Path(job.local_folder))
         environment = staged_environment(staged, environment, job.working_folder)
@@ -246,14 +241,8 @@ def main() -> int:
     for lock in clear_stale_locks():
         print(f"removed the stale build lock {lock}", flush=True)
     node_rank = node_rank_of(job)
-    with tempfile.TemporaryDirectory(prefix="sret-") as node_folder:
-        return _run(job, node_rank, node_folder, requests)
-
-
-def _run(job: Job, node_rank: int, node_folder: str, requests: "queue.SimpleQueue[str]") -> int:
-    """0 when all ranks of this node ended well."""
     try:
-        launcher = start_launcher(job, node_rank, node_folder)
+        launcher = start_launcher(job, node_rank)
     except OSError as error:
         host = socket.gethostname()
         record = RankError(time_s=now_s(), rank=-1, host=host, message=f"host {host}: {error}", exit_code=2)

@@ -1,4 +1,4 @@
-"""What a run will do, said before anything starts: who trains, the memory of a rank, the shards that a node reads."""
+"""What a run will do, said before anything starts: the memory of a rank, the shards that a node reads."""
 
 import itertools
 from collections.abc import Iterator
@@ -12,7 +12,6 @@ from data_pipelines.stream.order import Order
 from sret_scale.config.ds_config import load_ds_config, precision_of, zero_stage_of
 from sret_scale.config.run_config import RunConfig
 from sret_scale.launch.nodes import Place
-from sret_scale.launch.roles import student_ranks, teacher_ranks_of
 from sret_scale.memory.planning.micro_batch import BatchSearch
 from sret_scale.memory.planning.rank_state import format_bytes, state_bytes
 from sret_scale.memory.planning.step_cost import DEVICES
@@ -26,23 +25,14 @@ def describe_run(config: RunConfig, place: Place) -> Iterator[str]:
     missing = classes_without_samples(test := open_test_data(config, open_training_data(config.data)))
     if missing:
         yield describe_missing(missing, test.folder)
-    yield from describe_roles(config, place)
-    students = student_ranks([len(host.devices) for host in place.hosts], teacher_ranks_of(config))
-    yield describe_memory(config, sum(students))
-    for host, line in zip(place.hosts, describe_shards(config, students), strict=True):
+    ranks_of_nodes = [len(host.devices) for host in place.hosts]
+    yield describe_memory(config, sum(ranks_of_nodes))
+    for host, line in zip(place.hosts, describe_shards(config, ranks_of_nodes), strict=True):
         yield f"{host.name}: {line}"
 
 
-def describe_roles(config: RunConfig, place: Place) -> Iterator[str]:
-    """Which devices of every node train and which run the teacher; nothing where the job has no teacher ranks."""
-    number = teacher_ranks_of(config)
-    for host in place.hosts if number else ():
-        students, teachers = host.devices[:-number], host.devices[-number:]
-        yield f"{host.name}: students on devices {','.join(students)}, the teacher on {','.join(teachers)}"
-
-
 def describe_memory(config: RunConfig, world_size: int) -> str:
-    """The plan of memory of one student, as the planner predicts it."""
+    """The plan of memory of one rank, as the planner predicts it."""
     ds_config = load_ds_config(config.engine.ds_config)
     with torch.device("meta"):
         model = SReT(config.model)
@@ -63,7 +53,7 @@ def describe_memory(config: RunConfig, world_size: int) -> str:
     return f"memory of a rank: {format_bytes(sum(parts.values()))}: {text}; recomputation: {schedule}"
 
 
-def describe_shards(config: RunConfig, students: list[int]) -> Iterator[str]:
+def describe_shards(config: RunConfig, ranks_of_nodes: list[int]) -> Iterator[str]:
     """For every node, how many shards its ranks read in the first epoch, and in the first step alone."""
     shards = open_training_data(config.data)
     global_batch_size = config.train.global_batch_size
@@ -72,8 +62,8 @@ def describe_shards(config: RunConfig, students: list[int]) -> Iterator[str]:
     positions = np.arange(num_steps * global_batch_size, dtype=np.int64)
     shard_of_SB = shards.shard_of[order.samples(0, positions)].reshape(num_steps, global_batch_size)
     # A rank's samples of a step are neighbours, and so are the ranks of a node.
-    per_rank = global_batch_size // sum(students)
-    borders = np.cumsum([0, *students]) * per_rank
+    per_rank = global_batch_size // sum(ranks_of_nodes)
+    borders = np.cumsum([0, *ranks_of_nodes]) * per_rank
     for first, last in itertools.pairwise(borders):
         of_node_SB = shard_of_SB[:, first:last]
         epoch, step = len(np.unique(of_node_SB)), len(np.unique(of_node_SB[0]))

@@ -14,7 +14,6 @@ from sret_scale.config.run_config import RunConfig, TrainConfig
 from sret_scale.launch.hostfile import Host
 from sret_scale.launch.nodes import choose_nodes
 from sret_scale.launch.preflight import start_run
-from sret_scale.launch.roles import student_ranks, teacher_ranks_of
 from sret_scale.runs.run_folder import EXIT_FAILED
 from sret_scale.train.watchdog import EXIT_HANG
 
@@ -39,17 +38,15 @@ class Elastic:
         return cls(minimum=int(match[1]), maximum=int(match[2]))
 
 
-def fit_hosts(
-    hosts: Sequence[Host], train: TrainConfig, elastic: Elastic, *, num_teacher_ranks: int = 0
-) -> tuple[tuple[Host, ...], TrainConfig]:
-    """The longest beginning of `hosts` whose students share the global batch equally, and the batch they compute it in.
+def fit_hosts(hosts: Sequence[Host], train: TrainConfig, elastic: Elastic) -> tuple[tuple[Host, ...], TrainConfig]:
+    """The longest beginning of `hosts` whose ranks share the global batch equally, and the batch they compute it in.
 
     The micro-batch becomes the largest divisor of a rank's share that is not above the configured one.
     Raises ValueError where no allowed number of hosts divides the global batch.
     """
     most = min(len(hosts), elastic.maximum)
     for count in range(most, elastic.minimum - 1, -1):
-        num_ranks = _students(hosts[:count], num_teacher_ranks)
+        num_ranks = _num_ranks(hosts[:count])
         share, remainder = divmod(train.global_batch_size, num_ranks)
         if share and not remainder:
             micro = max(size for size in range(1, min(share, train.micro_batch_size) + 1) if share % size == 0)
@@ -58,7 +55,7 @@ def fit_hosts(
         raise ValueError(
             f"--elastic: expected at least {elastic.minimum} hosts, {most} can be reached: {_names(hosts)}"
         )
-    ranks = [_students(hosts[:count], num_teacher_ranks) for count in range(elastic.minimum, most + 1)]
+    ranks = [_num_ranks(hosts[:count]) for count in range(elastic.minimum, most + 1)]
     divisors = [size for size in range(1, max(ranks) + 1) if train.global_batch_size % size == 0]
     raise ValueError(
         f"--elastic: train.global_batch_size={train.global_batch_size} cannot be shared equally by {ranks} ranks "
@@ -66,8 +63,8 @@ def fit_hosts(
     )
 
 
-def _students(hosts: Sequence[Host], num_teacher_ranks: int) -> int:
-    return sum(student_ranks([len(host.devices) for host in hosts], num_teacher_ranks))
+def _num_ranks(hosts: Sequence[Host]) -> int:
+    return sum(len(host.devices) for host in hosts)
 
 
 def start_elastic(
@@ -84,15 +81,11 @@ def start_elastic(
     A lost host stays left out until the command is given again, so this ends. A failure with all hosts in reach is the
     run's own and ends it too. Raises what `start_run` raises, and ValueError when too few hosts are left.
     """
-    if config.distill.num_teacher_ranks == "auto":
-        raise ValueError(
-            "--elastic needs distill.num_teacher_ranks as a number: a --dry-run without --elastic finds the best"
-        )
     if not hosts:
         raise ValueError("--elastic needs a --hostfile; inside Slurm a job that loses a node is requeued")
     remaining = list(hosts) if dry_run else _without_lost(hosts, path)
     while True:
-        used, train = fit_hosts(remaining, config.train, elastic, num_teacher_ranks=teacher_ranks_of(config))
+        used, train = fit_hosts(remaining, config.train, elastic)
         batch = f"micro-batch {train.micro_batch_size} of a global batch of {train.global_batch_size}"
         print(f"elastic: {len(used)} of {len(hosts)} hosts ({_names(used)}), {batch}", flush=True)
         status = start_run(replace(config, train=train), path, hosts=used, is_fresh=is_fresh, dry_run=dry_run)

@@ -7,11 +7,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-RANKS_OF_NODES = "SRET_SCALE_RANKS_OF_NODES"
-"""The agent tells its ranks in the environment: how many ranks every node has, in order, such as `8,8,4`."""
-NODE_FOLDER = "SRET_SCALE_NODE_FOLDER"
-"""And a folder on the node that lives as long as the job, and that only its user can enter."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Job:

@@ -21,13 +21,11 @@ from sret_scale.launch.dry_run import describe_run
 from sret_scale.launch.hostfile import Host
 from sret_scale.launch.launcher import launch
 from sret_scale.launch.nodes import choose_nodes
-from sret_scale.launch.roles import student_ranks, teacher_ranks_of
 from sret_scale.model import SReT, describe
 from sret_scale.runs.run_folder import EXIT_FINISHED, RunFolder, environment, read_status, write_json
 from sret_scale.train.load_run import check_teacher_classes, initial_state, load_class_names, open_test_data
 from sret_scale.train.optim import check_optimizer
 from sret_scale.train.recomputation import set_up_recomputation
-from sret_scale.train.teacher_plan import with_teacher_ranks
 
 
 def start_run(
@@ -45,12 +43,9 @@ def start_run(
     """
     place = choose_nodes(num_ranks=num_ranks, hosts=hosts)
     ranks_of_nodes = [len(host.devices) for host in place.hosts]
-    is_elsewhere = any(start.is_remote for start in place.starts) or len(place.hosts) > 1
-    config = with_teacher_ranks(config, path, ranks_of_nodes, is_fresh=is_fresh, is_elsewhere=is_elsewhere)
-    students = student_ranks(ranks_of_nodes, teacher_ranks_of(config))
-    world_size = sum(students)
+    world_size = sum(ranks_of_nodes)
     check_run(config, world_size)
-    check_cache(config, students)
+    check_cache(config, ranks_of_nodes)
     # A run that goes on has its own weights; those that it began with may be gone by then.
     if config.train.initial_weights and (is_fresh or not RunFolder(path).checkpoints.exists()):
         initial_state(config.train.initial_weights, config.model)

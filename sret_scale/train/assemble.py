@@ -17,7 +17,6 @@ from sret_scale.distill import (
     AnyTeacher,
     FeatureMatch,
     OnlineTeacher,
-    RemoteTeacher,
     StoredTeacher,
     Teacher,
     build_teacher,
@@ -83,8 +82,9 @@ class Run:
 
 def set_up(config: RunConfig, folder: RunFolder, ranks: Ranks, stack: contextlib.ExitStack) -> Run:
     """Model, engine, data, teacher and logs; the initial weights are a function of the seed alone."""
-    rank, job_size = ranks.place_in_job
-    watchdog = Watchdog(folder.path, rank=rank, world_size=job_size, timeout_s=config.train.hang_timeout_s)
+    watchdog = Watchdog(
+        folder.path, rank=ranks.rank, world_size=ranks.world_size, timeout_s=config.train.hang_timeout_s
+    )
     stack.enter_context(watchdog)
     accumulation = grad_accum_steps(config.train, ranks.world_size)
     shards = open_training_data(config.data)
@@ -101,8 +101,6 @@ def set_up(config: RunConfig, folder: RunFolder, ranks: Ranks, stack: contextlib
     engine, memory = set_up_engine(config, ranks, accumulation)
     horizon = config.optim.ema_horizon_images
     teacher = set_up_teacher(config, ranks, shards)
-    if isinstance(teacher, RemoteTeacher):
-        stack.enter_context(teacher)
     metrics: MetricsLog | NoMetrics = NoMetrics()
     if ranks.is_main:
         metrics = MetricsLog(folder.metrics, tensorboard=config.train.tensorboard)
@@ -163,16 +161,7 @@ def set_up_engine(config: RunConfig, ranks: Ranks, accumulation: int) -> tuple[E
 def energy_meter(folder: RunFolder, ranks: Ranks) -> EnergyMeter:
     """Counts from here on; on rank 0 it goes on from what earlier starts of the run drew."""
     before = spent_before(folder.metrics) if ranks.is_main else {}
-    return EnergyMeter(metered_devices(ranks), is_first_on_node=ranks.local_rank == 0, before=before)
-
-
-def metered_devices(ranks: Ranks) -> list[torch.device]:
-    """The device of a rank; on the first of a node also those of the ranks there that only run a teacher."""
-    if ranks.beside is None or ranks.local_rank != 0 or ranks.device.type != "cuda":
-        return [ranks.device]
-    # The last ranks of a node, each with the device of its number.
-    first = ranks.beside.students_of_node
-    return [ranks.device, *(torch.device("cuda", first + index) for index in range(len(ranks.beside.files)))]
+    return EnergyMeter([ranks.device], is_first_on_node=ranks.local_rank == 0, before=before)
 
 
 def over_all_ranks(model: SReT) -> SReT:
@@ -187,9 +176,6 @@ def set_up_teacher(config: RunConfig, ranks: Ranks, shards: ShardSet) -> AnyTeac
     """The teacher of the configuration, live or stored, outside everything that is trained, averaged or saved."""
     if config.distill.teacher is None:
         return None
-    if ranks.beside:
-        student, classes = ranks.beside.student_of_node, config.model.num_classes
-        return RemoteTeacher(ranks.beside.files, student=student, num_classes=classes)
     store = stored_labels(config.distill.teacher)
     if store:
         return open_stored_teacher(
@@ -232,8 +218,6 @@ def identity_of(teacher: AnyTeacher | None, config: RunConfig) -> dict[str, Any]
     """What decides on a live teacher's answers, its weights' hash included. A store of labels proves itself."""
     if teacher is None or isinstance(teacher, StoredTeacher):
         return None
-    if isinstance(teacher, RemoteTeacher):
-        return teacher.identity
     if config.distill.teacher_placement == "sharded":
         return {"spec": config.distill.teacher}
     return teacher.describe()

@@ -5,7 +5,6 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -18,18 +17,6 @@ Group = dist.ProcessGroup | None
 
 
 @dataclass(frozen=True, kw_only=True)
-class TeacherRanks:
-    """What a student knows of the processes beside it that only run the teacher (sret_scale.launch.roles)."""
-
-    files: Mapping[int, Path]
-    """Rank in the job -> the socket on which it answers."""
-    student_of_node: int
-    students_of_node: int
-    rank_in_job: int
-    job_size: int
-
-
-@dataclass(frozen=True, kw_only=True)
 class Ranks:
     """This process's place in the job; without a launcher a world of one."""
 
@@ -37,20 +24,11 @@ class Ranks:
     local_rank: int
     world_size: int
     device: torch.device
-    beside: "TeacherRanks | None" = None
-    """The teacher ranks of this node, where the job has some; they are no part of this world."""
 
     @property
     def is_main(self) -> bool:
         """True on the one rank that prints and writes."""
         return self.rank == 0
-
-    @property
-    def place_in_job(self) -> tuple[int, int]:
-        """(number of this process in the names of logs and records, number of processes)"""
-        if self.beside is None:
-            return self.rank, self.world_size
-        return self.beside.rank_in_job, self.beside.job_size
 
 
 def ranks_from_environment() -> Ranks:

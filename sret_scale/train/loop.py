@@ -18,7 +18,7 @@ from data_pipelines.shards.classes import classes_without_samples, describe_miss
 from data_pipelines.stream.loader import Batch, Step
 from sret_scale.config.run_config import RunConfig
 from sret_scale.config.step_depth import depth_plans, weighted_loss
-from sret_scale.distill import RemoteTeacher, distillation_loss, student_batch
+from sret_scale.distill import distillation_loss, student_batch
 from sret_scale.model.depth_plan import DepthPlan
 from sret_scale.runs.run_folder import RunFolder
 from sret_scale.train.assemble import Clock, Run, set_up
@@ -31,7 +31,6 @@ from sret_scale.train.optim import WeightAverage, peak_rate, schedule_factor, se
 from sret_scale.train.resume import pieces_of, restore, save
 from sret_scale.train.seeds import derived_seed, noise_at
 from sret_scale.train.stop import StopFlag
-from sret_scale.train.teacher_ranks import steps_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,7 +51,7 @@ def train(config: RunConfig, folder: RunFolder, ranks: Ranks) -> bool:
         if not clock.is_evaluated and evaluate_and_log(run, clock, stop, both=False):
             clock = dataclasses.replace(clock, is_evaluated=True)
         started = time.monotonic() - clock.time_s
-        steps = stack.enter_context(contextlib.closing(steps_of(run, clock)))
+        steps = stack.enter_context(contextlib.closing(run.loader.steps(clock.loader)))
         logged = clock
         while clock.images < config.train.total_images:
             run.watchdog.progress(clock.step, "waiting for data")
@@ -162,8 +161,6 @@ def micro_batch_loss(run: Run, batch: Batch, clock: Clock, micro_step: int) -> T
     """The mean loss of one rank's micro-batch."""
     config, ranks = run.config, run.ranks
     here = (config.train.seed, clock.step, micro_step, ranks.rank)
-    if isinstance(run.teacher, RemoteTeacher):
-        run.watchdog.progress(clock.step, "waiting for a teacher rank")
     unit_BCHW, target_BC, teacher_log_probs_BC = student_batch(
         batch,
         run.augment,

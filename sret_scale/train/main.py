@@ -5,12 +5,10 @@ import contextlib
 from pathlib import Path
 
 from sret_scale.config.run_config import from_yaml
-from sret_scale.launch.roles import TeacherPlace, place_of, teacher_ranks_of
 from sret_scale.runs.run_folder import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, RunFolder, machine
 from sret_scale.train.distributed import from_all_ranks, leave, ranks_from_environment
 from sret_scale.train.engine.engine import start_communication
 from sret_scale.train.loop import train
-from sret_scale.train.teacher_ranks import serve
 
 
 def main() -> None:
@@ -23,11 +21,8 @@ def main() -> None:
     parser.add_argument("config", type=Path)
     config_file: Path = parser.parse_args().config
     config = from_yaml(config_file)
-    ranks = place_of(ranks_from_environment(), teacher_ranks_of(config))
+    ranks = ranks_from_environment()
     folder = RunFolder(config_file.parent)
-    if isinstance(ranks, TeacherPlace):
-        serve(config, folder.path, ranks)
-        return
     with folder.locked() if ranks.is_main else contextlib.nullcontext():
         try:
             start_communication(ranks)

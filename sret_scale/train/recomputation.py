@@ -28,7 +28,7 @@ def set_up_recomputation(model: SReT, config: RunConfig, world_size: int) -> Pre
 def bytes_beside(config: RunConfig, world_size: int) -> int:
     """What the live teacher takes of a rank. `auto` is counted as fp32, the larger of what it may mean."""
     distill = config.distill
-    if distill.teacher is None or distill.num_teacher_ranks:
+    if distill.teacher is None:
         return 0
     found: TeacherBytes = teacher_bytes(
         distill.teacher,

@@ -23,16 +23,11 @@ from sret_scale.runs.rank_errors import RankError, write_error
 
 EXIT_HANG = 3
 
-SERVING = "serving"
-PHASES = (
-    *("starting", "evaluating", "saving", "waiting for data", "waiting for a teacher rank", "computing"),
-    *("in a collective", SERVING),
-)
+PHASES = ("starting", "evaluating", "saving", "waiting for data", "computing", "in a collective")
 """In the order in which a rank comes to them at one step: evaluation and save of a step go before the next batch.
 
 A rank that waits inside the backward pass for the gradients of another is still "computing", so of two ranks at one
-step the one that waits for data holds up the one that computes. A teacher rank is always "serving": it has no step,
-and is the reason only when it is stopped or lost.
+step the one that waits for data holds up the one that computes.
 """
 REPORT_S = 20.0
 """How long the report of a hang may take; a run folder that does not answer by then is left without one."""
@@ -159,8 +154,7 @@ class Watchdog:
         if oldest != self._rank and age_s > max(10.0, 3 * self._interval_s):
             where = f"rank {oldest} on {states[oldest]['host']}"
             return f"{where} has been stopped or lost for {age_s:.0f} s, at step {states[oldest]['step']}"
-        students = {rank: state for rank, state in states.items() if state["phase"] != SERVING}
-        places = {rank: (state["step"], PHASES.index(state["phase"])) for rank, state in students.items()}
+        places = {rank: (state["step"], PHASES.index(state["phase"])) for rank, state in states.items()}
         slowest = min(places, key=lambda rank: places[rank])
         state = states[slowest]
         num_others = sum(place == places[slowest] for place in places.values()) - 1

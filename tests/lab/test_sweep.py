@@ -449,13 +449,3 @@ def test_a_dry_run_starts_nothing(tmp_path: Path, base: str, capsys: pytest.Capt
     assert cli.main(["sweep", str(file), "--dry-run", "--folder", str(tmp_path / "runs")]) == 0
     assert "seed-4" in capsys.readouterr().out and set(tmp_path.iterdir()) == before
     assert cli.main(["sweep", str(tmp_path / "absent.yaml")]) == 2
-
-
-def test_ranks_that_only_teach_share_neither_batch_nor_state(tmp_path: Path, base: str) -> None:
-    fixed = {"distill.teacher": "timm:resnet18", "distill.num_teacher_ranks": 1, "train.global_batch_size": 12}
-    tree = {"base": base, "grid": {LOOPS: [1, 2]}, "match": "equal_memory"}
-    # 12 images are shared by the 3 students of these 2 nodes, and could not be by all 5 ranks.
-    _, planned = load_experiment(_file(tmp_path, **tree, set=fixed), [2, 3])
-    assert all(12 % (3 * run.config.train.micro_batch_size) == 0 for run in planned)
-    with pytest.raises(ValueError, match="num_teacher_ranks=auto: expected a number"):
-        load_experiment(_file(tmp_path, **tree, set=fixed | {"distill.num_teacher_ranks": "auto"}), [2, 3])

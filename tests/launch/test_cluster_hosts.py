@@ -218,29 +218,3 @@ def test_sweep_packs_runs_on_single_devices_and_one_fails_alone(hosts: Hosts, da
     # Three of the four slots are on different hosts.
     assert set(places.values()) <= {"host-1", "host-2", "host-3"} and len(set(places.values())) > 1, places
     assert [ranks_on(hosts, index) for index in range(3)] == [[], [], []]
-
-
-def test_teacher_ranks_of_two_hosts_give_the_weights_of_teachers_beside_the_students(
-    hosts: Hosts, data: list[str], tmp_path: Path
-) -> None:
-    sizes = ["train.total_images=96", "train.global_batch_size=24", "train.micro_batch_size=6", "optim.warmup_images=0"]
-    teacher = "distill.teacher=module:tests.distill.test_distill_apart:ten_classes"
-    command = [sys.executable, "-m", "sret_scale.cli", "train", "demo_control_20", *data, *sizes, teacher]
-    hostfile = tmp_path / "hosts"
-    hostfile.write_text("10.77.0.1 slots=2\n10.77.0.2 slots=2\n")
-    places = {"beside": ["--ranks", "2"], "apart": ["--hostfile", str(hostfile), "distill.num_teacher_ranks=1"]}
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "SRET_SCALE_SSH_CONFIG": str(hosts.ssh_config),
-        "OMP_NUM_THREADS": "1",
-    }
-    weights = {}
-    for name, place in places.items():
-        run = tmp_path / name
-        subprocess.run([*command, "--run", str(run), *place], env=environment, check=True, cwd=tmp_path, timeout=300)
-        weights[name] = next(run.glob("checkpoints/*/weights.safetensors")).read_bytes()
-    assert weights["beside"] == weights["apart"]
-    # Ranks 1 and 3 of the job are the teachers; students 0 and 1 are its ranks 0 and 2.
-    phases = {file.stem: json.loads(file.read_text())["phase"] for file in (tmp_path / "apart/heartbeats").iterdir()}
-    assert [phases[f"rank-0000{rank}"] == "serving" for rank in range(4)] == [False, True, False, True]

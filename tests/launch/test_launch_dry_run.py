@@ -10,9 +10,7 @@ import pytest
 from data_pipelines.shards.index import open_shards
 from data_pipelines.stream.loader import LoaderState, TrainLoader
 from sret_scale.config.run_config import RunConfig
-from sret_scale.launch.dry_run import describe_memory, describe_run, describe_shards
-from sret_scale.launch.hostfile import Host
-from sret_scale.launch.nodes import choose_nodes
+from sret_scale.launch.dry_run import describe_memory, describe_shards
 from tests.tiny import tiny_config, tiny_shards
 
 
@@ -58,26 +56,13 @@ def test_each_node_reads_what_is_said(config: RunConfig, students: list[int], or
     assert list(describe_shards(config, students)) == expected
 
 
-def test_memory_falls_with_the_schedule_and_counts_the_teacher_only_beside_a_student(config: RunConfig) -> None:
+def test_memory_falls_with_the_schedule_and_counts_the_teacher(config: RunConfig) -> None:
     def total(config: RunConfig) -> float:
         number, unit = re.match(r"memory of a rank: ([\d.]+) (\w+)", describe_memory(config, 2)).groups()  # type: ignore[union-attr]
         return float(number) * {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}[unit]
 
     plain = total(replace(config, memory=replace(config.memory, schedule="none")))
     assert total(config) < plain
-    spec = "module:tests.distill.test_distill_apart:ten_classes"
+    spec = "module:tests.distill.test_distill_runs:ten_classes"
     taught = replace(config, distill=replace(config.distill, teacher=spec))
-    apart = replace(config, distill=replace(config.distill, teacher=spec, num_teacher_ranks=1))
-    assert total(taught) > total(config) == total(apart)
-
-
-def test_students_and_teachers_of_every_host_are_named(config: RunConfig) -> None:
-    spec = "module:tests.distill.test_distill_apart:ten_classes"
-    config = replace(config, distill=replace(config.distill, teacher=spec, num_teacher_ranks=1))
-    hosts = [Host(name="127.0.0.2", devices=("0", "1", "5")), Host(name="127.0.0.3", devices=("2", "3", "4"))]
-    lines = list(describe_run(config, choose_nodes(hosts=hosts)))
-    assert lines[:2] == [
-        "127.0.0.2: students on devices 0,1, the teacher on 5",
-        "127.0.0.3: students on devices 2,3, the teacher on 4",
-    ]
-    assert [line.partition(": reads")[0] for line in lines[3:]] == ["127.0.0.2", "127.0.0.3"]
+    assert total(taught) > total(config)

@@ -75,6 +75,6 @@ def test_a_users_module_is_looked_up_on_the_path_and_then_here(tmp_path: Path, m
 
 def test_every_python_that_is_started_leaves_the_working_folder_out() -> None:
     for package in ("sret_scale", "data_pipelines"):
-        for file in set((ROOT / package).rglob("*.py")) - {ROOT / "sret_scale/train/teacher_plan.py"}:
+        for file in (ROOT / package).rglob("*.py"):
             for command in re.findall(r"sys\.executable, .*", file.read_text(encoding="utf-8")):
                 assert '"-P"' in command, f"{file}: {command}"

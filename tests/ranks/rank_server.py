@@ -16,7 +16,7 @@ from typing import Any
 
 PRELOADED = (
     # What `sret_scale.train.main` imports; itself it must not be there yet, because a rank runs it as its program.
-    *("sret_scale.train.engine.engine", "sret_scale.train.loop", "sret_scale.train.teacher_ranks"),
+    *("sret_scale.train.engine.engine", "sret_scale.train.loop"),
     # What is imported late, by DeepSpeed for any optimizer, the measurement of a step and images: seconds of a rank.
     *("deepspeed.runtime.zero.muon.muon_optimizer", "torch._dynamo", "data_pipelines.image.torchvision_door"),
 )

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,8 +11,7 @@ import torch
 from sret_scale.lab.report.page import write_report
 from sret_scale.runs.run_folder import MetricsLog
 from sret_scale.train import energy
-from sret_scale.train.assemble import Clock, metered_devices
-from sret_scale.train.distributed import Ranks, TeacherRanks
+from sret_scale.train.assemble import Clock
 from sret_scale.train.energy import EnergyMeter, cpu_counters, gpu_counters, spent_before
 from sret_scale.train.loop import log_energy
 from tests.lab.report_runs import write_run
@@ -134,27 +132,6 @@ def test_a_rank_that_cannot_tell_silences_the_sum(tmp_path: Path, monkeypatch: p
     second = EnergyMeter([CPU], is_first_on_node=False, before=ZEROS)
     assert (first.read(), second.read()) == ({"cpu_j": None, "gpu_j": 0.0}, ZEROS)
     assert EnergyMeter([torch.device("cuda", 0)], is_first_on_node=False, before=ZEROS).read()["gpu_j"] is None
-
-
-def test_the_first_student_of_a_node_tells_of_its_teachers_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    beside = TeacherRanks(
-        files={rank: Path(str(rank)) for rank in (6, 7)},
-        student_of_node=0,
-        students_of_node=2,
-        rank_in_job=4,
-        job_size=8,
-    )
-    first = Ranks(rank=2, local_rank=0, world_size=4, device=torch.device("cuda", 0), beside=beside)
-    second = replace(first, rank=3, local_rank=1, device=torch.device("cuda", 1))
-    assert [device.index for device in metered_devices(first)] == [0, 2, 3]
-    assert [device.index for device in metered_devices(second)] == [1]
-    # One GPU that does not tell makes the sum unknown.
-    told = {0: 1.0, 2: 2.0, 3: 4.0}
-    monkeypatch.setattr(energy, "gpu_counters", lambda device: [lambda: told[device.index]] if told else [])
-    meter = EnergyMeter(metered_devices(first), is_first_on_node=False, before=ZEROS)
-    assert meter.read()["gpu_j"] == 7.0
-    monkeypatch.setattr(energy, "gpu_counters", lambda device: [lambda: 1.0] if device.index != 3 else [])
-    assert EnergyMeter(metered_devices(first), is_first_on_node=False, before=ZEROS).read()["gpu_j"] is None
 
 
 @pytest.mark.parametrize("fault", ["gone", "empty"])

@@ -3,24 +3,28 @@
 import csv
 import functools
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
+from sret_scale.config.ds_config import load_ds_config, precision_of
+from sret_scale.config.precision import autocast
 from sret_scale.config.run_config import RunConfig
 from sret_scale.lab.experiments.declared import PlannedRun
 from sret_scale.lab.experiments.matching import memory_of
 from sret_scale.lab.readable_numbers import binary_size, compact, duration, grouped
 from sret_scale.lab.report.depth_curves import FLOPS_PER_MAC_OF_TRAINING
-from sret_scale.launch.roles import num_students
-from sret_scale.memory import MemoryConfig
-from sret_scale.model import SReTConfig
-from sret_scale.train.teacher_plan import student_step_s
+from sret_scale.memory import MemoryConfig, apply_recomputation
+from sret_scale.model import Noise, SReT, SReTConfig
 
 MEASURED_IMAGES = 8
+MEASURED_PASSES = 3
+"""The fastest of so many counts: the first one warms up."""
 LARGEST_MEASURED = 20.0
 """The deeper of two measured models has at most so many times the MACs of the shallowest: a measurement is short."""
 
@@ -84,7 +88,36 @@ def measure_speed(planned: Sequence[PlannedRun]) -> Speed:
 def _seconds_an_image(config: RunConfig) -> float:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     size = min(MEASURED_IMAGES, config.train.micro_batch_size)
-    return student_step_s(config, device, size) / size
+    return step_s(config, device, size) / size
+
+
+def step_s(config: RunConfig, device: torch.device, micro_batch_size: int) -> float:
+    """Seconds of a forward and backward pass of the model, with its recomputation where no budget asks for a plan."""
+    model = SReT(config.model).to(device).train()
+    memory = config.memory
+    apply_recomputation(model, MemoryConfig() if memory.budget_bytes is not None else memory)
+    shape = (micro_batch_size, config.model.in_channels, config.model.image_size, config.model.image_size)
+    images_BCHW = torch.zeros(shape, device=device)
+    labels_B = torch.zeros(micro_batch_size, dtype=torch.int64, device=device)
+    precision = precision_of(load_ds_config(config.engine.ds_config))
+
+    def step(number: int) -> None:
+        with autocast(device.type, precision):
+            scores_BC = model(images_BCHW, Noise(permutation_seed=number, sample_seed=number))
+        F.cross_entropy(scores_BC.float(), labels_B).backward()  # type: ignore[no-untyped-call]
+
+    return _fastest_s(step, device)
+
+
+def _fastest_s(work: Callable[[int], object], device: torch.device) -> float:
+    taken_s = []
+    for number in range(MEASURED_PASSES):
+        started_s = time.perf_counter()
+        work(number)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        taken_s.append(time.perf_counter() - started_s)
+    return min(taken_s)
 
 
 def sweep_table(
@@ -106,9 +139,7 @@ def sweep_table(
         images = run.config.train.total_images
         row = [run.name, grouped(run.applications), compact(run.parameters), compact(run.macs), grouped(images)]
         row.append(compact(_flops(run)))
-        row.append(
-            binary_size(_memory(run.config.model, _MemoryKey.of(run.config, num_students(run.config, ranks_of_nodes))))
-        )
+        row.append(binary_size(_memory(run.config.model, _MemoryKey.of(run.config, sum(ranks_of_nodes)))))
         if speed is not None:
             run_s = speed.run_s(run)
             total_s += run_s

@@ -17,7 +17,6 @@ from typing import Any, Literal, get_args
 
 from sret_scale.config.ds_config import load_ds_config, precision_of, zero_stage_of
 from sret_scale.config.run_config import RunConfig
-from sret_scale.launch.roles import num_students
 from sret_scale.memory import plan_for, predict_activations
 from sret_scale.memory.config import stem_repeats_norms
 from sret_scale.memory.planning.micro_batch import MAX_MICRO_BATCH, BatchSearch
@@ -56,8 +55,8 @@ def matched(
         return replace(config, model=with_parameters(config.model, counts(base.model)["parameters"]))
     if rule == "equal_memory":
         _require_free(rule, varied, _CHOSEN_BY_MEMORY)
-        budget_bytes = memory_of(base, num_students(base, ranks_of_nodes))
-        return within_memory(config, budget_bytes, num_students(config, ranks_of_nodes))
+        num_ranks = sum(ranks_of_nodes)
+        return within_memory(config, memory_of(base, num_ranks), num_ranks)
     return config
 
 
