@@ -1,57 +1,25 @@
-"""`sret-scale checkpoint`: which checkpoints a run has, whether they are intact, and DeepSpeed's layout of them."""
+"""`sret-scale checkpoint`: which checkpoints a run has, and whether they are intact."""
 
 import argparse
 from pathlib import Path
 
 EXAMPLE = """examples:
   sret-scale checkpoint info runs/demo/student
-  sret-scale checkpoint verify runs/demo/student
-  sret-scale checkpoint convert runs/demo/student --to universal    # for DeepSpeed's load_universal
-  sret-scale checkpoint convert runs/demo/student --from universal  # the next checkpoint of the run"""
+  sret-scale checkpoint verify runs/demo/student"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What to do, and with which run."""
     parser.add_argument(
         "action",
-        choices=("info", "verify", "convert"),
-        help="info: list the checkpoints; verify: read and check every file; convert: to or from DeepSpeed's universal "
-        "layout",
+        choices=("info", "verify"),
+        help="info: list the checkpoints; verify: read and check every file",
     )
     parser.add_argument("run", type=Path, help="folder of the run")
-    parser.add_argument(
-        "--to", type=Path, metavar="FOLDER", help="with convert: export the newest checkpoint to this folder"
-    )
-    parser.add_argument(
-        "--from",
-        dest="source",
-        type=Path,
-        metavar="FOLDER",
-        help="with convert: import this folder as the newest checkpoint",
-    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Returns 1 when a checkpoint is damaged."""
-    if args.action == "convert":
-        return convert(args)
-    if args.to or args.source:
-        raise ValueError(f"--to and --from belong to `checkpoint convert`, not to `checkpoint {args.action}`")
-    return check(args)
-
-
-def convert(args: argparse.Namespace) -> int:
-    """Print where the converted checkpoint is."""
-    from sret_scale.train.convert import export_run, import_run
-
-    if (args.to is None) == (args.source is None):
-        raise ValueError("checkpoint convert takes one of --to FOLDER (export) and --from FOLDER (import)")
-    print(export_run(args.run, args.to) if args.to else import_run(args.run, args.source))
-    return 0
-
-
-def check(args: argparse.Namespace) -> int:
-    """One line for each checkpoint."""
+    """One line for each checkpoint; 1 when one is damaged."""
     from sret_scale.runs.checkpoint import CheckpointError, list_checkpoints, read_state, verify_checkpoint
     from sret_scale.runs.rank_errors import in_words
     from sret_scale.runs.run_folder import RunFolder

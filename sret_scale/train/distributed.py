@@ -196,11 +196,6 @@ def owners_of_buffers(module: torch.nn.Module) -> dict[str, tuple[torch.nn.Modul
     }
 
 
-def saved_buffers(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The buffers that belong to a module's state by name, live."""
-    return {name: layer.get_buffer(own) for name, (layer, own) in owners_of_buffers(module).items()}
-
-
 @torch.no_grad()
 def average_buffers(live: Mapping[str, torch.Tensor]) -> None:
     """Replace every floating-point buffer (BatchNorm's running statistics) by its mean over the ranks.
