@@ -23,7 +23,6 @@ import torch
 
 from data_pipelines.writing.write import WriteConfig, write_shards
 from sret_scale.cli import COMMANDS
-from sret_scale.launch.staging import LOCAL
 
 ROOT = Path(__file__).parents[1]
 OPENED = re.compile(r'openat\([^"]*"(?P<path>[^"]+)"[^)]*\) = (?P<result>-?\d+)')
@@ -70,8 +69,7 @@ SHARED = ("environment", "project", "run folder", "shards")
 
 def kind_of(path: str, shards: Path, run: Path) -> str:
     """Whose file it is."""
-    places = {str(run.parent / "local"): "node's own copy", str(run): "run folder", str(shards): "shards"}
-    places |= {sys.prefix: "environment", str(ROOT): "project"}
+    places = {str(run): "run folder", str(shards): "shards", sys.prefix: "environment", str(ROOT): "project"}
     return next((kind for part, kind in places.items() if path.startswith(part)), "system")
 
 
@@ -85,23 +83,17 @@ def counts(files: list[Path], shards: Path, run: Path) -> dict[str, dict[str, in
     return {outcome: dict(kinds) for outcome, kinds in found.items()}
 
 
-def opened_files(folder: Path, shards: Path, *, has_copy: bool) -> dict[str, Any]:
-    """What each rank of two opens, what its node's agent and launcher do, and what that makes for 128 ranks (strace).
-
-    has_copy: the node has a copy of the environment on its own disk, from an earlier start.
-    """
-    run = folder / f"traced-{has_copy}"
-    trace = folder / f"trace-{has_copy}"
-    environment = {**os.environ, **({LOCAL: str(folder / "local")} if has_copy else {})}
-    if has_copy:
-        first = train_command(shards, folder / "copying", 2)
-        subprocess.run(first, check=True, stdout=subprocess.DEVNULL, cwd=ROOT, env=environment)
+def opened_files(folder: Path, shards: Path) -> dict[str, Any]:
+    """What a rank of two opens, what its node's agent and launcher do, and what that makes for 128 ranks (strace)."""
+    run, trace = folder / "traced", folder / "trace"
     command = ["strace", "-ff", "-f", "-y", "-s", "4096", "-e", "trace=openat,execve", "-o", str(trace)]
     command += train_command(shards, run, 2)
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT, env=environment)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
     texts = {file: file.read_text(errors="replace") for file in sorted(folder.glob(f"{trace.name}.*"))}
     ranks = [file for file, text in texts.items() if f"{run}/logs/rank-" in text]
-    node = [file for file, text in texts.items() if "node.agent" in text[:4096] or "deepspeed.launcher" in text[:4096]]
+    node = [
+        file for file, text in texts.items() if "launch.agent" in text[:4096] or "deepspeed.launcher" in text[:4096]
+    ]
     rank, others = counts(ranks[1:2], shards, run), counts(node, shards, run)
     shared = [sum(found["opened"].get(kind, 0) for kind in SHARED) for found in (rank, others)]
     return {
@@ -135,10 +127,7 @@ def main() -> None:
             # The first round warms the caches.
             "seconds to the first step (median)": {key: statistics.median(value[1:]) for key, value in times.items()},
             "seconds of --help (median)": {command: help_s(command, args.repeats) for command in COMMANDS},
-            "files opened": {
-                name: opened_files(folder, shards, has_copy=has_copy) if shutil.which("strace") else "no strace here"
-                for name, has_copy in (("as installed", False), ("with a copy on the node's own disk", True))
-            },
+            "files opened": opened_files(folder, shards) if shutil.which("strace") else "no strace here",
         }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

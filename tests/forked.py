@@ -43,7 +43,7 @@ def use_forks(patch: pytest.MonkeyPatch) -> None:
 def _run_forks(starts: Sequence[NodeStart], job: Job, _requests: list[int]) -> bool:
     """In the place of the agents: all ranks of a job; True when all ended well."""
     (start,) = starts
-    assert not start.is_remote and not job.archive
+    assert not start.is_remote
     with tempfile.TemporaryDirectory() as node_folder:
         output = Path(node_folder) / "output"
         shared = {

@@ -25,7 +25,6 @@ from sret_scale.launch.build_lock import clear_stale_locks
 from sret_scale.launch.child_processes import STOP_SIGNALS, die_with_parent, stop_signals
 from sret_scale.launch.job import Job, deepspeed_command
 from sret_scale.launch.nodes import visible_gpus
-from sret_scale.launch.staging import staged_environment, unpack
 from sret_scale.runs.rank_errors import RankError, first_error, has_error, now_s, write_error
 
 # DeepSpeed's launcher looks every second and then the exit status is gone: a short look seldom comes too late.
@@ -139,9 +138,6 @@ def start_launcher(job: Job, node_rank: int) -> "subprocess.Popen[bytes]":
         # Slurm counts what it grants, and a job's GPUs of a node need not begin at 0.
         job = dataclasses.replace(job, world={**job.world, name: gpus[: len(devices)]})
     environment = {**os.environ, **job.environment}
-    if job.archive:
-        staged = unpack(Path(job.archive), Path(job.local_folder))
-        environment = staged_environment(staged, environment, job.working_folder)
     cores = len(os.sched_getaffinity(0))
     environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // len(devices))))
     if not gpus:

@@ -24,9 +24,6 @@ class Job:
     """This node's place in `world`; None inside Slurm, where the agent finds it by the node's name."""
     environment: Mapping[str, str] = field(default_factory=dict)
     """Set for the ranks, over what the node has."""
-    archive: str = ""
-    """What the ranks import from, to be unpacked below `local_folder` on each node; empty: what is installed."""
-    local_folder: str = ""
     stop_grace_s: float = 120.0
     """How long ranks may take to save and end after they are asked to stop."""
     failure_grace_s: float = 10.0

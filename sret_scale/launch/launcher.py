@@ -19,7 +19,6 @@ from sret_scale.launch.hostfile import Host
 from sret_scale.launch.job import Job, deepspeed_command
 from sret_scale.launch.nodes import NodeStart, choose_nodes
 from sret_scale.launch.sbatch import requeue_running_job
-from sret_scale.launch.staging import LOCAL, pack_installed
 from sret_scale.runs.rank_errors import (
     RankError,
     clear_errors,
@@ -61,7 +60,6 @@ def launch(
         master_addr=place.master_addr,
         master_port=place.master_port,
         environment=place.environment,
-        local_folder=os.environ.get(LOCAL, ""),
         stop_grace_s=stop_grace_s,
     )
     if dry_run:
@@ -69,8 +67,6 @@ def launch(
         return 0
     run_folder.mkdir(parents=True, exist_ok=True)
     place.check_reachable(run_folder)
-    if job.local_folder:
-        job = dataclasses.replace(job, archive=str(pack_installed()))
     (run_folder / "status.json").unlink(missing_ok=True)
     clear_errors(run_folder)
     with caught_signals() as requests:
@@ -90,8 +86,6 @@ def describe_start(starts: Sequence[NodeStart], job: Job, config_path: Path) -> 
         lines += [f"start on {start.name}: {shlex.join(start.command)}"]
         node_rank = start.node_rank if start.node_rank is not None else 0
         lines += [f"  which runs: {shlex.join(deepspeed_command(job, node_rank))}"]
-    if job.local_folder:
-        lines += [f"the environment is copied to {job.local_folder} of each node ({LOCAL})"]
     lines += [f"environment: {name}={value}" for name, value in sorted(job.environment.items())]
     lines += [f"config {config_path}:", config_path.read_text(encoding="utf-8").rstrip()]
     return "\n".join(lines)

@@ -154,10 +154,9 @@ def test_modules_are_imported_by_names_that_are_no_constants_in_known_places_onl
                 found.add(str(file.relative_to(ROOT)))
     assert {"sret_scale/distill/networks.py", "data_pipelines/image/user_transform.py"} <= found
     assert found <= {
-        # Commands and actions, by tables in the code; packages of fixed tables; the module that a launcher starts.
+        # Commands and actions, by tables in the code; packages of a fixed table; the module that a launcher starts.
         "sret_scale/cli.py",
         "sret_scale/commands/actions.py",
-        "sret_scale/launch/packages.py",
         "sret_scale/launch/rank_bootstrap.py",
         "data_pipelines/remote/fetch.py",
         # A teacher and a transform of the user's.
