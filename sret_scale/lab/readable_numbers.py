@@ -61,15 +61,6 @@ def duration(seconds: float | None) -> str:
     return f"{hours} h {minutes:02d} min"
 
 
-def joules(value: float | None) -> str:
-    """An energy to three digits: 81 J, and from 0.1 kWh on in the unit of a bill: 14400000 -> `4 kWh`."""
-    if value is None or not math.isfinite(value):
-        return MISSING
-    if value >= 360_000:
-        return f"{_three_digits(value / 3.6e6)} kWh"
-    return f"{_three_digits(value / 1e3)} kJ" if value >= 999.5 else f"{_three_digits(value)} J"
-
-
 def evenly(count: int, most: int) -> list[int]:
     """At most `most` of the numbers below `count`, spread evenly, first and last included."""
     if count <= most:

@@ -29,7 +29,6 @@ from sret_scale.model.vision.stem import SyncBatchNorm
 from sret_scale.runs.run_folder import MetricsLog, NoMetrics, RunFolder
 from sret_scale.train.checkpoint_writer import CheckpointWriter
 from sret_scale.train.distributed import Ranks, differentiable_sum
-from sret_scale.train.energy import EnergyMeter, spent_before
 from sret_scale.train.engine.apex_door import choose_kernels
 from sret_scale.train.engine.engine import Engine, shard_frozen
 from sret_scale.train.load_run import load_teacher_run, open_test_data
@@ -71,7 +70,6 @@ class Run:
     teacher_identity: dict[str, Any] | None
     features: FeatureMatch | None
     memory: Prepared
-    energy: EnergyMeter
     eval_model: SReT
     metrics: MetricsLog | NoMetrics
     telemetry: Telemetry | None
@@ -118,7 +116,6 @@ def set_up(config: RunConfig, folder: RunFolder, ranks: Ranks, stack: contextlib
         teacher_identity=identity_of(teacher, config),
         features=match_features(config, engine.model, teacher),
         memory=memory,
-        energy=stack.enter_context(energy_meter(folder, ranks)),
         eval_model=SReT(config.model).to(ranks.device).eval(),
         metrics=stack.enter_context(metrics),  # type: ignore[arg-type]  # mypy joins the two kinds to object
         telemetry=set_up_telemetry(config, engine, ranks),
@@ -156,12 +153,6 @@ def set_up_engine(config: RunConfig, ranks: Ranks, accumulation: int) -> tuple[E
         z3_leaf_modules=(Stage,),
     )
     return engine, memory
-
-
-def energy_meter(folder: RunFolder, ranks: Ranks) -> EnergyMeter:
-    """Counts from here on; on rank 0 it goes on from what earlier starts of the run drew."""
-    before = spent_before(folder.metrics) if ranks.is_main else {}
-    return EnergyMeter([ranks.device], is_first_on_node=ranks.local_rank == 0, before=before)
 
 
 def over_all_ranks(model: SReT) -> SReT:

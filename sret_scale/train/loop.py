@@ -25,7 +25,6 @@ from sret_scale.train.assemble import Clock, Run, set_up
 from sret_scale.train.batch_norm import measured_statistics
 from sret_scale.train.distributed import Ranks, average_buffers, max_over_ranks, sum_over_ranks
 from sret_scale.train.divergence import LeftOut, left_out, require_progress
-from sret_scale.train.energy import added
 from sret_scale.train.evaluate import evaluate
 from sret_scale.train.optim import WeightAverage, peak_rate, schedule_factor, set_rates
 from sret_scale.train.resume import pieces_of, restore, save
@@ -87,7 +86,6 @@ def train(config: RunConfig, folder: RunFolder, ranks: Ranks) -> bool:
                     # What is exported is the last average, with its own statistics.
                     load_average(run, run.average)
                 save(run, clock)
-                log_energy(run, clock)
                 logged = dataclasses.replace(clock, time_s=time.monotonic() - started)
             if is_stopping and not is_last:
                 run.writer.wait()
@@ -96,7 +94,6 @@ def train(config: RunConfig, folder: RunFolder, ranks: Ranks) -> bool:
         if not evaluate_and_log(run, clock, stop, both=True):
             return False
         log_memory(run, clock)
-        log_energy(run, clock)
         run.watchdog.progress(clock.step, "saving")
     return True
 
@@ -277,18 +274,3 @@ def log_memory(run: Run, clock: Clock) -> None:
         "memory",
         {"peak_rss_bytes": peak_rss, "peak_device_bytes": peak_device, "predicted_activation_bytes": predicted},
     )
-
-
-def log_energy(run: Run, clock: Clock) -> None:
-    """Joules that all nodes and GPUs drew in all starts of the run; null where one of them does not tell.
-
-    A start that was killed counts up to its last record.
-    """
-    spent = run.energy.read()
-    shared = torch.tensor(
-        [[value or 0.0, float(value is None)] for value in spent.values()], dtype=torch.float64, device=run.ranks.device
-    )
-    totals = zip(spent, sum_over_ranks(shared).tolist(), strict=True)
-    if run.ranks.is_main:
-        known = {kind: None if num_silent else joules for kind, (joules, num_silent) in totals}
-        log(run, clock, "energy", {kind: added(run.energy.before[kind], value) for kind, value in known.items()})

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sret_scale import cli
-from sret_scale.lab.readable_numbers import MISSING, binary_size, compact, duration, grouped, joules, percent
+from sret_scale.lab.readable_numbers import MISSING, binary_size, compact, duration, grouped, percent
 from sret_scale.lab.report.chart import INK, PALETTE, Caption, printable, run_colours
 from sret_scale.lab.report.compare import differing_fields, flatten, pareto_front, seed_groups
 from sret_scale.lab.report.page import Report, write_report
@@ -192,13 +192,6 @@ def test_numbers_as_people_read_them() -> None:
     ]
     assert [binary_size(v) for v in (512, 536_870_912, 1.5 * 2**30)] == ["512 B", "512 MiB", "1.50 GiB"]
     assert [duration(v) for v in (42, 429, 7260)] == ["42 s", "7 min 09 s", "2 h 01 min"]
-    assert [joules(v) for v in (81.25, 7000, 359_000, 14_400_000, None)] == [
-        "81.2 J",
-        "7 kJ",
-        "359 kJ",
-        "4 kWh",
-        MISSING,
-    ]
     assert (grouped(25_984), percent(0.8444), percent(float("nan")), percent(None)) == (
         "25,984",
         "84.4",

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from sret_scale.config.run_config import EngineConfig, RunConfig
 from sret_scale.config.step_depth import DepthConfig
@@ -109,12 +108,3 @@ def test_two_ranks_find_the_early_exits_of_one(folder: Path) -> None:
         assert found.pop("loss") == pytest.approx(alone.pop("loss"), rel=1e-4)
         assert found == alone
     assert together[1]["applications"] < together[2]["applications"] < together[3]["applications"]
-
-
-def test_every_run_says_what_energy_it_took_or_that_the_machine_does_not_tell(folder: Path) -> None:
-    for name in ("zero0-on", "cut"):
-        records = lines(folder / name, "energy")
-        # At every checkpoint, and at the end; a machine without GPUs has drawn nothing with them.
-        assert records[-1]["step"] == lines(folder / name, "eval")[-1]["step"]
-        assert all(record["cpu_j"] is None or record["cpu_j"] > 0 for record in records)
-        assert {record["gpu_j"] for record in records} == {0.0} or torch.cuda.is_available()

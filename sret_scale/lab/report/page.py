@@ -17,7 +17,7 @@ from sret_scale.lab.report.figures import basic_figures
 from sret_scale.lab.report.health import alarms, health_figures
 from sret_scale.lab.report.memory_figures import memory_figures
 from sret_scale.lab.report.run_record import Run, load_runs
-from sret_scale.lab.report.summary import COLUMNS, Summary, best_rows, energy_words, summarise, summary_table
+from sret_scale.lab.report.summary import COLUMNS, Summary, best_rows, summarise, summary_table
 
 MOST_TILES = 4
 MOST_ROWS_ABOVE = 12
@@ -165,10 +165,8 @@ def _shared(fields: Sequence[Mapping[str, str]]) -> list[tuple[str, str]]:
 
 
 def _facts(run: Run) -> dict[str, str]:
-    """The environment without the command, which each run has of its own, and what was told of its energy."""
-    facts = flatten({key: value for key, value in run.environment.items() if key != "command"})
-    told = energy_words(run)
-    return facts | ({"energy": told} if told else {})
+    """The environment without the command, which each run has of its own."""
+    return flatten({key: value for key, value in run.environment.items() if key != "command"})
 
 
 def _unequal_facts(runs: Sequence[Run]) -> Table | None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from sret_scale.lab.readable_numbers import binary_size, compact, duration, grouped, joules, percent
+from sret_scale.lab.readable_numbers import binary_size, compact, duration, grouped, percent
 from sret_scale.lab.report.compare import role
 from sret_scale.lab.report.run_record import Run
 
@@ -31,7 +31,6 @@ class Summary:
     images_per_s: Number
     images_seen: float
     time_s: float
-    energy_j: Number
     top1_raw: Number
     top1_ema: Number
 
@@ -62,7 +61,6 @@ COLUMNS = (
     Column(title="Speed", unit="images/s", value=lambda s: s.images_per_s, text=compact),
     Column(title="Images seen", unit="", value=lambda s: s.images_seen, text=grouped),
     Column(title="Time", unit="", value=lambda s: s.time_s, text=duration),
-    Column(title="Energy", unit="", value=lambda s: s.energy_j, text=joules),
     Column(title="Top-1 raw", unit="%", value=lambda s: s.top1_raw, text=percent, best=1),
     Column(title="Top-1 EMA", unit="%", value=lambda s: s.top1_ema, text=percent, best=1),
 )
@@ -90,27 +88,8 @@ def summarise(run: Run) -> Summary:
         images_per_s=float(np.median(speeds)) if len(speeds) else None,
         images_seen=run.images_seen,
         time_s=run.time_s,
-        energy_j=energy_of(run),
         top1_raw=run.last("eval", "top1", weights="raw", split=split),
         top1_ema=run.last("eval", "top1", weights="ema", split=split),
-    )
-
-
-ENERGY_KINDS = {"cpu_j": "CPUs and memory of all nodes", "gpu_j": "GPUs"}
-
-
-def energy_of(run: Run) -> Number:
-    """Joules of all that the machines told of; None where they told nothing."""
-    return sum(known for kind in ENERGY_KINDS if (known := run.last("energy", kind)) and math.isfinite(known)) or None
-
-
-def energy_words(run: Run) -> str:
-    """Of what the machines told the energy; empty where nobody asked them."""
-    known = {owner: run.last("energy", kind) for kind, owner in ENERGY_KINDS.items()}
-    # A run without GPUs has drawn nothing with them.
-    told = {owner: math.isfinite(value) for owner, value in known.items() if value}
-    return ", ".join(
-        f"{owner}: {'counted' if is_told else 'the machine does not tell'}" for owner, is_told in told.items()
     )
 
 
