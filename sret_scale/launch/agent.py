@@ -21,7 +21,6 @@ from types import FrameType
 
 import psutil
 
-from sret_scale.launch.build_lock import clear_stale_locks
 from sret_scale.launch.child_processes import STOP_SIGNALS, die_with_parent, stop_signals
 from sret_scale.launch.job import Job, deepspeed_command
 from sret_scale.launch.nodes import visible_gpus
@@ -234,8 +233,6 @@ def main() -> int:
     for number in stop_signals():
         signal.signal(number, on_signal)
     job = Job.from_line(sys.stdin.readline())
-    for lock in clear_stale_locks():
-        print(f"removed the stale build lock {lock}", flush=True)
     node_rank = node_rank_of(job)
     try:
         launcher = start_launcher(job, node_rank)

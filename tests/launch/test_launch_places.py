@@ -1,4 +1,4 @@
-"""Where a run starts, decided before anything starts: hostfiles, ssh commands, Slurm, ports, stale build locks."""
+"""Where a run starts, decided before anything starts: hostfiles, ssh commands, Slurm, ports."""
 
 import os
 import re
@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sret_scale.launch import nodes as places
-from sret_scale.launch.build_lock import clear_stale_locks
 from sret_scale.launch.hostfile import read_hostfile
 from sret_scale.launch.job import Job, deepspeed_command
 from sret_scale.launch.launcher import launch
@@ -159,16 +158,6 @@ def test_dry_run_prints_and_starts_nothing(tmp_path: Path, capsys: pytest.Captur
     output = capsys.readouterr().out
     assert "3 ranks on 1 node," in output and "deepspeed.launcher.launch" in output and output.endswith("seed: 7\n")
     assert not (tmp_path / "run").exists()
-
-
-def test_lock_is_removed_only_when_nobody_holds_it(tmp_path: Path) -> None:
-    held, stale = tmp_path / "py311_cpu" / "held" / "lock", tmp_path / "py311_cpu" / "stale" / "lock"
-    for lock in (held, stale):
-        lock.parent.mkdir(parents=True)
-        lock.touch()
-    with held.open():
-        assert clear_stale_locks(tmp_path) == [stale]
-    assert held.exists() and not stale.exists()
 
 
 def test_earliest_record_is_the_first_error_and_a_rank_keeps_its_first(tmp_path: Path) -> None:

@@ -16,7 +16,6 @@ import psutil
 
 from data_pipelines.extras import install_packages
 from data_pipelines.image.native import library as roi
-from sret_scale.launch.build_lock import clear_stale_locks
 from sret_scale.launch.nodes import visible_gpus
 
 # What `setup.cfg` asks for, in the form (package, lowest, exact).
@@ -47,7 +46,6 @@ def check_machine(folder: Path) -> Iterator[Finding]:
     yield check_devices()
     yield check_decoder(roi.is_in_use(), roi.is_stale())
     yield check_folder(folder)
-    yield check_locks()
     yield check_own_name()
 
 
@@ -128,14 +126,6 @@ def check_folder(folder: Path) -> Finding:
         advice = "make room: checkpoints, logs and shards need more than 20 GiB in long runs"
         return Finding(name="disk", state="warn", text=text, advice=advice)
     return Finding(name="disk", state="ok", text=text)
-
-
-def check_locks() -> Finding:
-    """No killed build of an operator blocks the next start; stale locks are removed on the way."""
-    removed = clear_stale_locks()
-    if removed:
-        return Finding(name="build locks", state="warn", text=f"removed {len(removed)} stale: {removed[0]}")
-    return Finding(name="build locks", state="ok", text="none stale")
 
 
 def check_own_name() -> Finding:
