@@ -49,13 +49,10 @@ def test_a_run_imports_its_own_code_and_the_users_transform_last(shadowed: Path,
 
 
 @pytest.mark.multi_process
-@pytest.mark.parametrize("hosts", [False, True])
-def test_shards_are_written_in_such_a_folder(shadowed: Path, tmp_path: Path, hosts: bool) -> None:
+def test_shards_are_written_in_such_a_folder(shadowed: Path, tmp_path: Path) -> None:
     source = make_tree(tmp_path / "images")
-    (tmp_path / "hosts").write_text("localhost slots=1\n")
-    more = ["--hostfile", tmp_path / "hosts"] if hosts else []
     words = ("shards", "write", "folder", source, tmp_path / "out", "--workers", "2", "--shard-samples", "4")
-    process = sret_scale(*words, *more, cwd=shadowed)
+    process = sret_scale(*words, cwd=shadowed)
     _, error = process.communicate(timeout=120)
     assert process.returncode == 0, error
 

@@ -17,7 +17,8 @@ HASH_NAMES = ("xxh3_128", "sha256")
 
 EXAMPLE = """example:
   sret-scale shards write idx data_pipelines/sample/fashion_mnist shards/fashion/train --split train
-The same command continues after an interruption. Several nodes with a common TARGET share the work."""
+The same command continues after an interruption. Started on several nodes
+with a common TARGET (srun ./launch.sh shards write ...), it shares the work among them."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,20 +60,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers", type=int, default=os.cpu_count() or 1, help="number of processes (default: one per core)"
     )
-    parser.add_argument(
-        "--hostfile",
-        type=Path,
-        help="share the work among these hosts, in DeepSpeed's format: one line `NAME slots=N` each",
-    )
 
 
 def run(args: argparse.Namespace) -> None:
     """Write the shards and say what was written."""
-    if args.hostfile is not None:
-        from sret_scale.commands.shards.nodes import write_on_hosts
-
-        write_on_hosts(args.hostfile, args)
-        return
     from data_pipelines.sources.listing import class_names_from
     from data_pipelines.writing.prepare import ImageOptions
     from data_pipelines.writing.write import WriteConfig
