@@ -170,8 +170,10 @@ def _plan_there(config: WriteConfig, target: Path) -> Plan:
     """The plan that is in the target already. Raises ValueError when it was made with other arguments."""
     work = target / WORK_FOLDER
     plan, arguments = load_plan(work), _plan_arguments(config)
-    if plan.arguments != arguments:
-        changed = _changed(plan.arguments, arguments)
+    if plan.arguments["options"]["on_bad"] == "fail":
+        # What was written under this policy has left nothing out: its shards are the same under every other.
+        arguments["options"] = {**arguments["options"], "on_bad": "fail"}
+    if changed := _changed(plan.arguments, arguments):
         raise ValueError(
             f"{target}: holds a half-finished shard set made with another {', '.join(changed)}; repeat those,"
             f" choose another target, or delete {work}"

@@ -89,6 +89,19 @@ def test_bad_images_are_left_out_and_counted(tmp_path: Path, policy: str) -> Non
         assert sorted(path.read_bytes() for path in kept.iterdir()) == sorted(content for content, _ in BAD.values())
 
 
+def test_a_refused_write_goes_on_under_the_policy_that_its_message_advises(tmp_path: Path) -> None:
+    tree = make_tree(tmp_path / "tree", 4)
+    (tree / IMAGENET_LIKE[1] / "empty.JPEG").write_bytes(b"")
+    target = tmp_path / "target"
+    with pytest.raises(ValueError, match="--on-bad skip or --on-bad quarantine"):
+        write_shards(WriteConfig(kind="folder", source=tree, shard_samples=5), target, max_bad_rate=0.1)
+    options = ImageOptions(on_bad="skip")
+    config = WriteConfig(kind="folder", source=tree, shard_samples=5, options=options)
+    assert write_shards(config, target, max_bad_rate=0.1).num_samples == 12
+    assert write_shards(config, tmp_path / "at once", max_bad_rate=0.1) == read_manifest(target)
+    assert_same_files(target, tmp_path / "at once")
+
+
 def test_too_many_bad_images_stop_the_run(tmp_path: Path) -> None:
     tree = make_tree(tmp_path / "tree", 4)
     (tree / IMAGENET_LIKE[1] / "empty.JPEG").write_bytes(b"")
