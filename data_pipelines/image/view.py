@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data_pipelines.config import DataConfig
+from data_pipelines.image.narrow import enlarged_part
 from data_pipelines.keyed_random import keyed_uniforms
 
 # Raised by every change after which a view is another one, or has other pixels, than it was for the same arguments.
@@ -22,6 +23,9 @@ VIEW_VERSION = 1
 VIEW_FIELDS = (
     *("crop", "flip_rate", "interpolation", "crop_scale", "crop_ratio", "crop_padding", "eval_crop_rate", "transform"),
 )
+
+# An image whose short side is enlarged, and that would have more pixels then, is cut before it is resized.
+_MOST_RESIZED_PIXELS = 2**22
 
 View = tuple[int, int, int, int, int]
 
@@ -115,8 +119,10 @@ def centre_pixels(image_CHW: Tensor, config: DataConfig, image_size: int) -> Ten
         size = short_side, int(short_side * width / height)
     else:
         size = int(short_side * height / width), short_side
-    resized_CHW = resize(image_CHW, *size, config.interpolation)
     top, left = round((size[0] - image_size) / 2), round((size[1] - image_size) / 2)
+    if size[0] * size[1] > _MOST_RESIZED_PIXELS and short_side > min(height, width):
+        return torch.from_numpy(enlarged_part(image_CHW.numpy(), size, (top, left), image_size, config.interpolation))
+    resized_CHW = resize(image_CHW, *size, config.interpolation)
     return resized_CHW[:, top : top + image_size, left : left + image_size]
 
 
