@@ -1,11 +1,16 @@
 """Files that are complete or not there: written under another name, flushed to the disk, then renamed."""
 
 import ctypes
+import errno
+import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, Any, BinaryIO
+
+# What calls answer that a file system does not know.
+NOT_SUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOTTY)
 
 
 @contextmanager
@@ -84,5 +89,24 @@ def sync_path(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        # Some mounts (FUSE, CIFS) know no flushing of folders; that of files must work.
+        if error.errno not in NOT_SUPPORTED or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)
+
+
+def lock_file(file: int | IO[Any], operation: int, path: Path) -> None:
+    """fcntl.flock of the file at `path`. Raises BlockingIOError, or an OSError that says that there are no locks."""
+    try:
+        fcntl.flock(file, operation)
+    except OSError as error:
+        if error.errno not in NOT_SUPPORTED:
+            raise
+        advice = (
+            f"{error.strerror}: this file system has no file locks (flock), which keep two jobs apart; mount it with"
+        )
+        raise OSError(
+            error.errno, f"{advice} them (Lustre: -o flock), or choose a folder elsewhere", str(path)
+        ) from error

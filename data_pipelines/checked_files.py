@@ -39,11 +39,16 @@ def printable(text: object) -> str:
 
 def open_regular(path: str | Path) -> BinaryIO:
     """The file, open for reading. Raises ValueError at once for a pipe, a device or another thing that is no file."""
+    return os.fdopen(regular_descriptor(path), "rb")
+
+
+def regular_descriptor(path: str | Path) -> int:
+    """A descriptor of the file, as `open_regular` opens it."""
     # Without O_NONBLOCK the opening of a pipe waits for a writer; reads of a regular file do not know it.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     mode = os.fstat(descriptor).st_mode
     if stat.S_ISREG(mode):
-        return os.fdopen(descriptor, "rb")
+        return descriptor
     os.close(descriptor)
     kind = next((kind for is_kind, kind in _KINDS.items() if is_kind(mode)), "a device")
     raise ValueError(f"{path}: expected a regular file, got {kind}; name a file")

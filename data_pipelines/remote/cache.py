@@ -17,6 +17,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Protocol
 
+from data_pipelines.atomic_files import lock_file, sync_path
 from data_pipelines.shards.manifest import Manifest
 
 # How long a fetch waits for room that others use.
@@ -65,13 +66,13 @@ class ShardCache:
         with _locked(_lock_of(path), fcntl.LOCK_SH) as lock:
             if not path.exists():
                 # Between giving up the shared lock and having the other one, another process may have fetched it.
-                fcntl.flock(lock, fcntl.LOCK_EX)
+                lock_file(lock, fcntl.LOCK_EX, path)
                 said, said_s = self._changed.get(shard, ("", -math.inf))
                 if not path.exists() and time.monotonic() - said_s < _CHANGED_S:
                     raise ChangedFileError(said)
                 if not path.exists():
                     self._fetch(shard, path)
-                fcntl.flock(lock, fcntl.LOCK_SH)
+                lock_file(lock, fcntl.LOCK_SH, path)
             # The time of last use, for eviction: reading does not set it on file systems mounted with noatime.
             os.utime(path)
             yield path
@@ -98,7 +99,7 @@ class ShardCache:
             if isinstance(error, ChangedFileError):
                 self._changed[shard] = (str(error), time.monotonic())
             raise
-        _sync_folder(self._folder)
+        sync_path(self._folder)
 
     def _room(self) -> AbstractContextManager[int]:
         """Held by whoever adds, renames or removes files, so that what is counted is what is there."""
@@ -153,16 +154,7 @@ def _locked(path: Path, operation: int) -> Iterator[int]:
     """A file descriptor that holds a lock of the file, as long as the `with` lasts."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
-        fcntl.flock(descriptor, operation)
+        lock_file(descriptor, operation, path)
         yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes a rename outlive a power failure."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
     finally:
         os.close(descriptor)

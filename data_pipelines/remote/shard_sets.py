@@ -8,6 +8,7 @@ A set at https://host/set:
 
 import hashlib
 import os
+import tempfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields
@@ -50,13 +51,12 @@ def open_data(location: str | Path, config: DataConfig) -> ShardSet:
     data = remote.read_whole(MANIFEST_NAME, MAX_JSON_BYTES)
     manifest = parse_manifest(data, f"{remote.url}/{MANIFEST_NAME}")
     # Content decides the folder: jobs that read the same shards from anywhere share it, others cannot meet in it.
-    folder = _cache_root(config) / hashlib.sha256(data).hexdigest()[:16]
+    folder = _own_folder(_cache_root(config), hashlib.sha256(data).hexdigest()[:16])
     kept = _kept_index(folder, manifest)
     index = remote.read_whole(INDEX_NAME, manifest.index_bytes) if kept is None else kept
     # Before anything of it is kept: what a server says names files in the cache.
     shards = parse_set(folder, manifest, index, f"{remote.url}/{INDEX_NAME}")
     if kept is None:
-        folder.mkdir(parents=True, exist_ok=True)
         for name, content in ((INDEX_NAME, index), (MANIFEST_NAME, data)):
             write_whole(folder / name, content)
     cache = None
@@ -137,6 +137,26 @@ def _cache_root(config: DataConfig) -> Path:
     if config.cache_folder:
         return Path(config.cache_folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or with_home("~/.cache")) / "sret_scale" / "shards"
+
+
+def _own_folder(root: Path, name: str) -> Path:
+    """A folder in the cache that belongs to this user: that of another one may change under us, or be written by him.
+
+    Users of one cache have a folder each. Owners are compared with that of a new file of ours: some file systems show
+    another one than the user. Raises OSError where there is no room of our own.
+    """
+    for own in (name, f"{name}-{os.geteuid()}"):
+        folder = root / own
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder) as file:
+                if os.fstat(file.fileno()).st_uid == folder.lstat().st_uid:
+                    return folder
+        except PermissionError:
+            continue
+    raise PermissionError(
+        f"{root}: neither is this cache yours, nor may you write to it; chmod 1777 it, or set data.cache_folder"
+    )
 
 
 def _kept_index(folder: Path, manifest: Manifest) -> bytes | None:

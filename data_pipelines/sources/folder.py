@@ -8,6 +8,7 @@ what systems leave beside images, is passed over and named.
 import logging
 import os
 import re
+import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -141,8 +142,13 @@ def _walk(folder: Path, above: tuple[str, ...], passed_over: list[str]) -> Itera
 
 def _size(entry: os.DirEntry[str]) -> int:
     try:
-        return entry.stat().st_size
+        found = entry.stat()
     except FileNotFoundError:
         raise FileNotFoundError(f"{entry.path}: a link to a file that is not there; remove the link") from None
     except OSError as error:
         raise OSError(f"{entry.path}: {error.strerror}; remove it from the tree") from None
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError(
+            f"{entry.path}: expected a regular file, got a pipe, socket or device; remove it from the tree"
+        )
+    return found.st_size

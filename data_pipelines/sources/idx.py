@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipelines.checked_files import open_regular
 from data_pipelines.shards.packed_strings import pack_strings
 from data_pipelines.sources.listing import Listing, check_labels, numbered_class_names, read_class_names
 
@@ -57,7 +58,7 @@ def list_samples(folder: Path, split: str | None) -> Listing:
 
 def read_idx(path: Path) -> NDArray[np.uint8]:
     """The array in an IDX file of unsigned bytes. Raises ValueError when it is another format, too large or cut off."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         is_packed = file.read(2) == b"\x1f\x8b"
     try:
         with gzip.open(path) if is_packed else path.open("rb") as file:

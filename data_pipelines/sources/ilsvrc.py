@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from data_pipelines.checked_files import open_regular, read_bounded
 from data_pipelines.extras import install_packages
 from data_pipelines.shards.packed_strings import pack_strings
 from data_pipelines.shards.tar_scan import Member, TarError, mapped, scan_members, split_name
@@ -90,7 +91,7 @@ def _validation_synsets(folder: Path, num_images: int) -> list[str]:
     """The synset of each validation image, in the order of their names."""
     if (folder / VAL_LABELS).exists():
         where = folder / VAL_LABELS
-        synsets = where.read_text("utf-8-sig", errors="replace").split()
+        synsets = read_bounded(where).decode("utf-8-sig", errors="replace").split()
     elif (folder / DEVKIT).exists():
         where = folder / DEVKIT
         synsets = _devkit_synsets(where)
@@ -108,7 +109,7 @@ def _devkit_synsets(path: Path) -> list[str]:
     except ImportError:
         raise ValueError(f"{path}: reading the kit's meta.mat needs scipy; {install_packages('scipy')}") from None
     try:
-        with tarfile.open(path) as kit:
+        with open_regular(path) as file, tarfile.open(fileobj=file) as kit:
             content = {Path(member.name).name: member for member in kit.getmembers() if member.isfile()}
             truth = _content(kit, content["ILSVRC2012_validation_ground_truth.txt"]).decode("ascii").split()
             table: Any = loadmat(io.BytesIO(_content(kit, content["meta.mat"])), squeeze_me=True)["synsets"]

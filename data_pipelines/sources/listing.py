@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipelines.checked_files import read_bounded
 from data_pipelines.shards.manifest import read_manifest
 from data_pipelines.shards.packed_strings import PackedStrings
 
@@ -92,7 +93,7 @@ def check_labels(label: NDArray[np.int32], class_names: Sequence[str], where: Pa
 def read_class_names(path: Path) -> list[str]:
     """Class names from a text file, one a line. Raises ValueError for an empty or repeated name."""
     try:
-        names = [line.strip() for line in path.read_text("utf-8-sig").splitlines()]
+        names = [line.strip() for line in read_bounded(path).decode("utf-8-sig").splitlines()]
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: expected class names as text in UTF-8 ({error.reason}); save it as that") from error
     if not are_class_names(names):

@@ -3,12 +3,14 @@
 import os
 from collections import OrderedDict
 
+from data_pipelines.checked_files import regular_descriptor
+
 
 class FileReader:
     """Whole files."""
 
     def read(self, path: str, offset: int, length: int) -> bytes:
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = regular_descriptor(path)
         try:
             # One byte more than planned shows a file that has grown.
             data = os.read(descriptor, length + 1)
@@ -31,7 +33,7 @@ class RangeReader:
         if path not in self._open:
             if len(self._open) == self._max_open:
                 os.close(self._open.popitem(last=False)[1])
-            self._open[path] = os.open(path, os.O_RDONLY)
+            self._open[path] = regular_descriptor(path)
         self._open.move_to_end(path)
         return _checked(os.pread(self._open[path], length, offset), path, offset, length)
 

@@ -16,6 +16,9 @@ from data_pipelines.remote.shard_sets import RemoteShardSet, part_of
 from data_pipelines.shards.index import ShardSet
 from data_pipelines.stream.stalls import InProgress
 
+# What stands where a shard should be and is a pipe fails when it is read, and is not waited for.
+_READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+
 
 def sample_name(shards: ShardSet, index: int) -> str:
     """Where a sample is, for messages: shard, key and offset."""
@@ -107,7 +110,7 @@ class ShardReader:
             return part.read_range(part.shard_names[number], offset, offset + length)
         # Opened for one read: an open file would take up room after it was evicted.
         with part.cache.lease(number) as path:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = os.open(path, _READ)
             try:
                 return _read_exactly(descriptor, length, offset)
             finally:
@@ -124,7 +127,7 @@ class ShardReader:
             entry = self._open.get(shard)
             if entry is None:
                 path = Path(self._shards.folder) / self._shards.shard_names[shard]
-                entry = self._open[shard] = [os.open(path, os.O_RDONLY | os.O_CLOEXEC), 0]
+                entry = self._open[shard] = [os.open(path, _READ), 0]
                 self._close_unused()
             self._open.move_to_end(shard)
             entry[1] += 1

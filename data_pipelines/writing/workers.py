@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from data_pipelines.atomic_files import lock_file
 from data_pipelines.shards.index import WORK_FOLDER
 from data_pipelines.sources.kinds import source_kind
 from data_pipelines.stream.processes import Progress, run_jobs
@@ -28,7 +29,7 @@ def claim(path: Path, *, wait: bool = False) -> Iterator[bool]:
     """True while this process holds the lock file `path`, False when another one holds it."""
     with path.open("ab") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            lock_file(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), path)
         except BlockingIOError:
             yield False
             return

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from data_pipelines.atomic_files import write_whole
+from data_pipelines.atomic_files import lock_file, write_whole
 from data_pipelines.checked_files import printable, read_checked
 from data_pipelines.extras import install_extra
 from sret_scale import __version__
@@ -61,7 +61,7 @@ class RunFolder:
         """
         with (self.path / name).open("a") as stream:
             try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock_file(stream, fcntl.LOCK_EX | fcntl.LOCK_NB, self.path / name)
             except BlockingIOError as error:
                 raise ValueError(
                     f"{self.path} is in use by another running job: wait for it, or use another --run"

@@ -2,6 +2,7 @@
 
 import csv
 import functools
+import io
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from data_pipelines.checked_files import open_regular
 from sret_scale.config.ds_config import load_ds_config, precision_of
 from sret_scale.config.precision import autocast
 from sret_scale.config.run_config import RunConfig
@@ -58,7 +60,7 @@ def read_speed(file: Path) -> Speed:
 
     Raises ValueError naming what is missing, FileNotFoundError.
     """
-    with file.open(encoding="utf-8", newline="") as stream:
+    with open_regular(file) as raw, io.TextIOWrapper(raw, encoding="utf-8", newline="") as stream:
         reader = csv.DictReader(stream)
         missing = [name for name in ("macs", "images_per_s") if name not in (reader.fieldnames or [])]
         if missing:
