@@ -74,9 +74,7 @@ def start_run(
             return EXIT_FINISHED
         place.check_reachable(path)
         write_description(folder, config, world_size)
-        if not library.LIBRARY.exists():
-            # As after pip's installation, which runs nothing.
-            library.build_or_say_why()
+        library.build_at_first_use()
         return launch(path, folder.config, num_ranks=num_ranks, hosts=hosts)
 
 

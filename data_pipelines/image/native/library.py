@@ -203,6 +203,13 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
+@functools.cache
+def build_at_first_use() -> None:
+    """Makes up for pip, which builds nothing; in a checkout set-up has built the library, or has said why it cannot."""
+    if LIBRARY.parent != Path(__file__).parent and not LIBRARY.exists():
+        build_or_say_why()
+
+
 def build_or_say_why() -> bool:
     """Builds the library; one line on stderr where that fails."""
     try:
