@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from data_pipelines.checked_files import read_checked
+from data_pipelines.checked_files import PlainName, read_checked
 from data_pipelines.config import DataConfig
 from data_pipelines.image.view import view_settings
 from data_pipelines.labels.records import Records, parse_header, record_dtype
@@ -78,7 +78,7 @@ class LabelPlan:
 
     format: Literal["sret_scale soft labels"] = FORMAT
     fingerprint: str
-    shards: list[tuple[str, Annotated[int, Field(ge=0)]]]
+    shards: list[tuple[PlainName, Annotated[int, Field(ge=0)]]]
     num_classes: int
     top_k: int
     num_views: int
