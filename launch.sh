@@ -260,10 +260,12 @@ options:
   --version   sret-scale's version
 
 USAGE
-    printf 'extras: %s\n\n' "$(extras)"
-    local any
-    any=$(find_python) || return 0
-    PYTHONPATH=$root "$any" -m sret_scale.cli --help | sed -n '/^commands:/,$p'
+    printf 'extras: %s\n\ncommands:\n' "$(extras)"
+    # Read as text: a fresh machine has no package yet, and perhaps no Python.
+    local name text
+    while IFS=$'\t' read -r name text; do
+        printf '  %-11s %s\n' "$name" "$text"
+    done < <(sed -n 's/^    "\([a-z]*\)": "\(.*\)",$/\1\t\2/p' "$root/sret_scale/cli.py")
 }
 
 main() {

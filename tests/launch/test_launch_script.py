@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from sret_scale import __version__
 from sret_scale.cli import COMMANDS
 
 ROOT = Path(__file__).parents[2]
@@ -257,9 +258,15 @@ def test_no_python_says_what_to_install(copy: Path, tools: Path) -> None:
 
 def test_shim_that_does_not_start_is_passed_over(copy: Path, tools: Path) -> None:
     program(tools / "python3.11", "#!/bin/sh\necho 'pyenv: command not found' >&2\nexit 127\n")
-    program(tools / "python3.12", f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    program(tools / "python3.12", '#!/bin/sh\ncase "$1" in -m) echo "the next makes it" >&2; exit 1;; esac\nexit 0\n')
+    assert "the next makes it" in run(copy, "setup", cwd=copy.parent, path=str(tools)).stderr
+
+
+def test_help_and_version_need_no_python(copy: Path, tools: Path) -> None:
     result = run(copy, "--help", cwd=copy.parent, path=str(tools))
-    assert result.returncode == 0 and "describe" in result.stdout
+    assert (result.returncode, result.stderr) == (0, "")
+    assert dict(re.findall(r"^  ([a-z]+) +(.*)$", result.stdout.partition("\ncommands:\n")[2], re.M)) == COMMANDS
+    assert run(copy, "--version", cwd=copy.parent, path=str(tools)).stdout == f"sret-scale {__version__}\n"
 
 
 @pytest.mark.parametrize(("version", "is_taken"), [("3.10", False), ("3.11", True), ("3.14", True), ("3.15", False)])
