@@ -31,7 +31,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from data_pipelines.image.augment import normalise
+from data_pipelines.image.augment import BatchAugment, normalise
 from data_pipelines.stream.loader import LoaderState, Step
 from sret_scale.config.run_config import EngineConfig, RunConfig
 from sret_scale.distill import student_batch
@@ -42,9 +42,9 @@ from sret_scale.runs.run_folder import RunFolder
 from sret_scale.train.assemble import Clock, Run, set_up
 from sret_scale.train.distributed import Ranks, barrier, leave, ranks_from_environment
 from sret_scale.train.engine.engine import start_communication
-from sret_scale.train.loop import log, log_telemetry, optimizer_step
+from sret_scale.train.journal import log, log_telemetry
 from sret_scale.train.resume import restore, save
-from sret_scale.train.stop import StopFlag
+from sret_scale.train.step import optimizer_step
 from tests.tiny import tiny_config, tiny_shards
 
 STAGES = ("zero0", "zero1", "zero2", "zero3")
@@ -110,12 +110,12 @@ def run_config(shards: Path, stage: str, image_size: int, micro_batch: int) -> R
     )
 
 
-def our_step(run: Run, steps: Iterator[Step], clock: list[Clock], stop: StopFlag) -> None:
+def our_step(run: Run, steps: Iterator[Step], clock: list[Clock]) -> None:
     """What sret_scale.train.loop does in a step, a line of metrics in each included."""
-    run.watchdog.progress(clock[-1].step, "waiting for data")
-    step, before = next(steps), clock[-1]
-    run.watchdog.progress(before.step, "computing")
-    result = optimizer_step(run, step, before, stop)
+    before = clock[-1]
+    with run.phase("waiting for data", before):
+        step = next(steps)
+    result = optimizer_step(run, step, before, must_stop=False)
     log_telemetry(run, before)
     images = before.images + run.loader.global_batch_size
     clock.append(replace(before, step=before.step + 1, images=images, loader=step.next_state))
@@ -128,6 +128,7 @@ def bare_loop(run: Run, ranks: Ranks) -> Callable[[], None]:
     model = SReT(run.config.model)
     parallel = DistributedDataParallel(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=run.config.optim.learning_rate)
+    augment = BatchAugment(run.config.augment, run.config.model.num_classes)
     steps = run.loader.steps(LoaderState())
     count = 0
 
@@ -135,7 +136,7 @@ def bare_loop(run: Run, ranks: Ranks) -> Callable[[], None]:
         nonlocal count
         (batch,) = next(steps).micro_batches
         images, target, _ = student_batch(
-            batch, run.augment, None, seed=count, device=ranks.device, teacher_input=run.config.distill.teacher_input
+            batch, augment, None, seed=count, device=ranks.device, teacher_input=run.config.distill.teacher_input
         )
         noise = Noise(permutation_seed=count, sample_seed=2 * count + ranks.rank)
         logits = parallel(normalise(images, run.config.train.image_mean, run.config.train.image_std), noise)
@@ -151,11 +152,10 @@ def bare_loop(run: Run, ranks: Ranks) -> Callable[[], None]:
 
 def compare_steps(runs: dict[str, Run], ranks: Ranks, rounds: int, warm_up: int) -> dict[str, dict[str, float]]:
     """Medians of every kind of loop on this rank, taken in turns."""
-    stop = StopFlag()
     loops: dict[str, Callable[[], None]] = {"ddp": bare_loop(next(iter(runs.values())), ranks)}
     for stage, run in runs.items():
         steps, clock = run.loader.steps(LoaderState()), [Clock()]
-        loops[stage] = lambda run=run, steps=steps, clock=clock: our_step(run, steps, clock, stop)  # type: ignore[misc]
+        loops[stage] = lambda run=run, steps=steps, clock=clock: our_step(run, steps, clock)  # type: ignore[misc]
     series = {name: Series() for name in loops}
     for number in range(warm_up + rounds):
         for name, loop in loops.items():

@@ -118,8 +118,8 @@ def _change(args: argparse.Namespace) -> None:
         result = measure(one.eval())
         parameters = sum(value.numel() for value in one.parameters())
         print(
-            f"{name:<6} loss {result.loss:.4f}  top-1 {result.top1:.2%}  {one.config.num_applications:,} applications  "
-            f"{parameters:,} parameters"
+            f"{name:<6} loss {result.numbers['loss']:.4f}  top-1 {result.numbers['top1']:.2%}  "
+            f"{one.config.num_applications:,} applications  {parameters:,} parameters"
         )
     save_model(changed, args.out, load_class_names(args.run))
     lines = differences_of(to_plain(model.config), to_plain(changed.config), "model")

@@ -167,8 +167,8 @@ def exit_curve(
     points = [
         ExitPoint(
             threshold=None,
-            top1=whole.top1,
-            loss=whole.loss,
+            top1=whole.numbers["top1"],
+            loss=whole.numbers["loss"],
             macs=describe(model.config)["macs"],
             applications=model.config.num_applications,
         )
@@ -181,8 +181,8 @@ def exit_curve(
         points.append(
             ExitPoint(
                 threshold=threshold,
-                top1=found.top1,
-                loss=found.loss,
+                top1=found.numbers["top1"],
+                loss=found.numbers["loss"],
                 macs=macs / num_images,
                 applications=applications / num_images,
             )

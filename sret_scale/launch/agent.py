@@ -21,10 +21,11 @@ from types import FrameType
 
 import psutil
 
-from sret_scale.launch.child_processes import STOP_SIGNALS, die_with_parent, stop_signals
+from sret_scale.launch.child_processes import die_with_parent
 from sret_scale.launch.job import Job, deepspeed_command
 from sret_scale.launch.nodes import visible_gpus
 from sret_scale.runs.rank_errors import RankError, first_error, has_error, now_s, write_error
+from sret_scale.runs.stop_signals import STOP_SIGNALS, stop_signals
 
 # DeepSpeed's launcher looks every second and then the exit status is gone: a short look seldom comes too late.
 _POLL_S = 0.02

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-# What asks a run to save and end; a process catches what `stop_signals` leaves of them.
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+from sret_scale.runs.stop_signals import stop_signals
+
 _PR_SET_PDEATHSIG = 1
 # Loaded at import: the function is also called between fork and exec, where loading a library is not safe.
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -28,12 +28,6 @@ def die_with_parent() -> None:
     if os.getppid() != parent:
         # The parent died before the request, so no signal will come.
         os.kill(os.getpid(), signal.SIGKILL)
-
-
-def stop_signals() -> tuple[signal.Signals, ...]:
-    """STOP_SIGNALS, without SIGHUP where this process inherited it as ignored: under nohup a hang-up ends nothing."""
-    is_ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    return tuple(number for number in STOP_SIGNALS if number != signal.SIGHUP or not is_ignored)
 
 
 @contextmanager

@@ -14,9 +14,10 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from sret_scale.launch.child_processes import STOP_SIGNALS, die_with_parent
+from sret_scale.launch.child_processes import die_with_parent
 from sret_scale.launch.output import outlast
 from sret_scale.runs.rank_errors import RankError, in_words, log_path, now_s, write_error
+from sret_scale.runs.stop_signals import STOP_SIGNALS
 
 
 def redirect_output(run_folder: Path, rank: int) -> None:

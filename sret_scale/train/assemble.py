@@ -2,12 +2,12 @@
 
 import contextlib
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from data_pipelines.image.augment import BatchAugment
 from data_pipelines.remote.shard_sets import open_training_data
 from data_pipelines.shards.index import ShardSet
 from data_pipelines.stream.loader import LoaderState, TrainLoader
@@ -27,6 +27,8 @@ from sret_scale.memory import Prepared
 from sret_scale.model import SReT, Stage
 from sret_scale.model.vision.stem import SyncBatchNorm
 from sret_scale.runs.run_folder import MetricsLog, NoMetrics, RunFolder
+from sret_scale.tasks.classification import Classification
+from sret_scale.tasks.task import Task
 from sret_scale.train.checkpoint_writer import CheckpointWriter
 from sret_scale.train.distributed import Ranks, differentiable_sum
 from sret_scale.train.engine.apex_door import choose_kernels
@@ -63,12 +65,10 @@ class Run:
     loader: TrainLoader
     train_shards: ShardSet
     test_shards: ShardSet
-    augment: BatchAugment
+    task: Task
     engine: Engine
     average: WeightAverage | None
-    teacher: AnyTeacher | None
     teacher_identity: dict[str, Any] | None
-    features: FeatureMatch | None
     memory: Prepared
     eval_model: SReT
     metrics: MetricsLog | NoMetrics
@@ -76,6 +76,13 @@ class Run:
     progress: RunProgress
     watchdog: Watchdog
     writer: CheckpointWriter
+
+    @contextlib.contextmanager
+    def phase(self, name: str, clock: Clock) -> Iterator[None]:
+        """Inside the `with`, the watchdog knows what this rank does; behind it, that it has come further."""
+        self.watchdog.progress(clock.step, name)
+        yield
+        self.watchdog.progress(clock.step, "computing")
 
 
 def set_up(config: RunConfig, folder: RunFolder, ranks: Ranks, stack: contextlib.ExitStack) -> Run:
@@ -109,12 +116,10 @@ def set_up(config: RunConfig, folder: RunFolder, ranks: Ranks, stack: contextlib
         loader=loader,
         train_shards=shards,
         test_shards=open_test_data(config, shards),
-        augment=BatchAugment(config.augment, config.model.num_classes),
+        task=Classification(config, teacher=teacher, features=match_features(config, engine.model, teacher)),
         engine=engine,
         average=WeightAverage(engine.local_weights(), horizon) if horizon else None,
-        teacher=teacher,
         teacher_identity=identity_of(teacher, config),
-        features=match_features(config, engine.model, teacher),
         memory=memory,
         eval_model=SReT(config.model).to(ranks.device).eval(),
         metrics=stack.enter_context(metrics),  # type: ignore[arg-type]  # mypy joins the two kinds to object

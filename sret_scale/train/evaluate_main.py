@@ -4,7 +4,6 @@ The folder takes the place of a run folder for the launcher: status, logs and er
 """
 
 import argparse
-import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -48,7 +47,7 @@ def evaluate_run(
         "weights": kind,
         "loops": [stage.num_loops for stage in model.config.stages],
         "applications": model.config.num_applications,
-        **dataclasses.asdict(result),
+        **result.to_json(),
         "classes_without_samples": classes_without_samples(opened),
     }
 

@@ -3,7 +3,7 @@
 import signal
 from types import FrameType, TracebackType
 
-from sret_scale.launch.child_processes import stop_signals
+from sret_scale.runs.stop_signals import stop_signals
 
 
 class StopFlag:

@@ -1,7 +1,6 @@
 """The cosine loss on features: its value, its projection, and what it is refused with."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from data_pipelines.image.augment import AugmentConfig, BatchAugment
+from data_pipelines.image.augment import AugmentConfig
 from data_pipelines.stream.prefetch import Batch
 from sret_scale.config.run_config import RunConfig, TrainConfig
 from sret_scale.distill import DistillConfig, FeatureMatch, build_teacher
@@ -18,8 +17,9 @@ from sret_scale.distill.features import classifier_of, feature_loss, semi_orthog
 from sret_scale.distill.networks import Network
 from sret_scale.distill.teacher import OnlineTeacher
 from sret_scale.model import SReT
-from sret_scale.train.assemble import Clock, match_features
-from sret_scale.train.loop import micro_batch_loss
+from sret_scale.tasks.classification import Classification
+from sret_scale.train.assemble import match_features
+from sret_scale.train.step import Moment, micro_batch_loss
 from tests.reference import losses as twin
 from tests.tiny import TINY_MODEL
 
@@ -158,20 +158,16 @@ def test_a_step_of_training_adds_the_weighted_features_to_the_loss() -> None:
         views=torch.zeros(3, 5, dtype=torch.int32),
         view_numbers=torch.zeros(3, dtype=torch.int32),
     )
-    run: Any = SimpleNamespace(
-        config=config,
-        ranks=SimpleNamespace(rank=0, device=torch.device("cpu")),
-        augment=BatchAugment(config.augment, 10),
-        teacher=teacher,
-        engine=SimpleNamespace(forward=student.eval()),
-        features=match_features(config, student, teacher),
-        telemetry=None,
-        watchdog=SimpleNamespace(progress=lambda *_: None),
-    )
-    start, middle, end = (micro_batch_loss(run, batch, Clock(images=images), 0).item() for images in (0, 50, 100))
+
+    def loss_at(config: RunConfig, progress: float) -> float:
+        task = Classification(config, teacher=teacher, features=match_features(config, student, teacher))
+        moment = Moment(seed=0, step=0, micro_step=0, rank=0, progress=progress)
+        inputs = task.inputs(batch, seed=moment.seed_for("augment"), device=torch.device("cpu"))
+        return micro_batch_loss(student.eval(), task, inputs, moment, config=config, plans=None).item()
+
+    start, middle, end = (loss_at(config, progress) for progress in (0.0, 0.5, 1.0))
     assert start - middle == pytest.approx(middle - end, rel=1e-3)
     assert 0.5 < start - end < 3.5
     plain = replace(config, distill=DistillConfig(teacher="module:x:y"))
     assert match_features(plain, student, teacher) is None
-    run.config, run.features = plain, None
-    assert micro_batch_loss(run, batch, Clock(images=0), 0).item() == pytest.approx(end, rel=1e-6)
+    assert loss_at(plain, 0.0) == pytest.approx(end, rel=1e-6)

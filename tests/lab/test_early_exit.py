@@ -129,7 +129,7 @@ def test_the_curve_begins_with_all_loops(tmp_path: Path) -> None:
         assert not one.training
         right = (one(IMAGES_BCHW).argmax(-1) == torch.arange(6) % 5).double().mean().item()
         after_batch(ALL)
-        return Evaluation(top1=right, top5=1.0, loss=1.5, num_samples=6, images_per_s=1.0)
+        return Evaluation(numbers={"top1": right, "top5": 1.0, "loss": 1.5}, num_samples=6, images_per_s=1.0)
 
     points = exit_curve(model, "convergence", (1e9, 1e-9), measure)
     assert [point.threshold for point in points] == [None, 1e9, 1e-9]

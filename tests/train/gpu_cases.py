@@ -14,15 +14,17 @@ from torch import Tensor
 
 from benchmarks.captured import TrainingStep
 from data_pipelines.image.augment import AugmentConfig, BatchAugment, normalise_
+from data_pipelines.image.batch_memory import Recycler
 from data_pipelines.labels.records import decode_records, record_dtype
-from sret_scale.config.run_config import OptimConfig
+from data_pipelines.stream.prefetch import empty_batch
+from sret_scale.config.run_config import OptimConfig, RunConfig
 from sret_scale.distill import DistillConfig, distillation_loss
 from sret_scale.memory import MemoryConfig, apply_recomputation
 from sret_scale.model import Noise, SReT, SReTConfig, StageConfig
 from sret_scale.model.depth_plan import DepthPlan, StageDepth
+from sret_scale.tasks.classification import Classification
 from sret_scale.train.engine.clip import measure
 from sret_scale.train.engine.zero_layout import gradient_chunks
-from sret_scale.train.evaluate import count
 from sret_scale.train.optim import WeightAverage, build_optimizer
 from sret_scale.train.telemetry.depth_probe import probe
 from tests.train.fake_gpu import CUDA, WatchedGpu, pretend
@@ -103,9 +105,8 @@ def update(rule: str, gpu: WatchedGpu) -> None:
 
 def evaluation(gpu: WatchedGpu) -> None:
     """The counts of a batch."""
-    count(
-        torch.empty(4, 5, device=CUDA), *(torch.empty(4, dtype=kind, device=CUDA) for kind in (torch.int64, torch.bool))
-    )
+    batch = empty_batch(np.zeros(4, dtype=np.int64), 8, Recycler())
+    Classification(RunConfig(model=build_model({}, {}).config)).counts(torch.empty(4, 5, device=CUDA), batch)
 
 
 def telemetry(gpu: WatchedGpu) -> None:
