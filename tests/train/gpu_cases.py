@@ -14,9 +14,8 @@ from torch import Tensor
 
 from benchmarks.captured import TrainingStep
 from data_pipelines.image.augment import AugmentConfig, BatchAugment, normalise_
-from data_pipelines.image.batch_memory import Recycler
 from data_pipelines.labels.records import decode_records, record_dtype
-from data_pipelines.stream.prefetch import empty_batch
+from data_pipelines.stream.prefetch import Batch
 from sret_scale.config.run_config import OptimConfig, RunConfig
 from sret_scale.distill import DistillConfig, distillation_loss
 from sret_scale.memory import MemoryConfig, apply_recomputation
@@ -31,6 +30,10 @@ from tests.train.fake_gpu import CUDA, WatchedGpu, pretend
 
 Case = Callable[[WatchedGpu], None]
 STAGE = {"width": 12, "num_heads": 2, "num_blocks": 1, "num_loops": 3, "groups": (4, 2), "mlp_ratio": 1.5}
+COLUMNS = {"images": torch.uint8, "labels": torch.int64, "indices": torch.int64, "valid": torch.bool} | {
+    "views": torch.int32,
+    "view_numbers": torch.int32,
+}
 CUT = DepthPlan((StageDepth((0, 2), num_detached=1),))
 
 # What of a model's config, with its schedule of recomputation and its depth, takes another way through the code.
@@ -105,8 +108,9 @@ def update(rule: str, gpu: WatchedGpu) -> None:
 
 def evaluation(gpu: WatchedGpu) -> None:
     """The counts of a batch."""
-    batch = empty_batch(np.zeros(4, dtype=np.int64), 8, Recycler())
-    Classification(RunConfig(model=build_model({}, {}).config)).counts(torch.empty(4, 5, device=CUDA), batch)
+    columns = {name: torch.empty(4, dtype=kind, device=CUDA) for name, kind in COLUMNS.items()}
+    batch = Batch(**{**columns, "valid": torch.ones(4, dtype=torch.bool)})
+    Classification(RunConfig()).counts(torch.empty(4, 5, device=CUDA), batch)
 
 
 def telemetry(gpu: WatchedGpu) -> None:

@@ -7,14 +7,14 @@ end, cut over the ranks.
 
 from typing import Any, cast
 
-import deepspeed
 import torch
-from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from torch import Tensor, nn
 
 
 def build_no_operators() -> None:
     """Before `init_distributed`: keep DeepSpeed from building and probing its compiled operators."""
+    import deepspeed  # here, as below: it costs seconds, and whoever lays out gradients by hand does without it
+
     # It builds a shared-memory all-reduce on CPU at start. Only its inference path calls it, the build takes a minute
     # and a C++ compiler, and a killed build leaves a lock that hangs every later start. Nothing else is asked of this
     # table, which is set as a whole because DeepSpeed would fill it by compiling small programs for 0.8 s.
@@ -23,6 +23,8 @@ def build_no_operators() -> None:
 
 def take_under_zero(kind: type[torch.optim.Optimizer]) -> None:
     """Let ZeRO 1 to 3 wrap an optimiser of this class without a warning."""
+    from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
+
     if kind not in ZERO_SUPPORTED_OPTIMIZERS:
         # It warns of what it does not know; tests/train/test_train_update.py holds ours at every stage.
         ZERO_SUPPORTED_OPTIMIZERS.append(kind)
