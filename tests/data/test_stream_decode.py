@@ -1,6 +1,7 @@
 """Pixels: every format ends as uint8 RGB, and what is no image is a BadImageError with a reason."""
 
 import io
+import zlib
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image
 
 from data_pipelines.image.decode import decode_rgb
 from data_pipelines.image.pillow_door import BadImageError
+from data_pipelines.writing.image_header import read_header
 from tests.data.stream_shards import encoded, jpeg, smooth_image
 
 PIXELS = smooth_image(40, 50, seed=1)
@@ -53,6 +55,31 @@ def test_palettes_and_transparency_are_dropped() -> None:
     palette = Image.fromarray(PIXELS).quantize(16)
     palette.save(stream, "PNG", transparency=bytes(range(16)))
     assert np.array_equal(_as_hwc(stream.getvalue()), np.asarray(palette.convert("RGB")))
+
+
+@pytest.mark.parametrize(
+    ("kind", "head", "is_packed"),
+    [
+        (b"zTXt", b"Comment\0\0", True),
+        (b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0", True),
+        (b"iCCP", b"profile\0\0", True),
+        (b"tEXt", b"Comment\0", False),
+    ],
+)
+def test_notes_of_any_size_beside_the_pixels_of_a_png_are_passed_over(
+    kind: bytes, head: bytes, is_packed: bool
+) -> None:
+    note = b"x" * (3 << 20)
+    content = kind + head + (zlib.compress(note) if is_packed else note)
+    chunk = (len(content) - 4).to_bytes(4) + content + zlib.crc32(content).to_bytes(4)
+    plain = encoded(PIXELS, "PNG")
+    data = plain[:33] + chunk + plain[33:]
+    assert np.array_equal(_as_hwc(data), PIXELS)
+    assert (read_header(data).width, read_header(data).height) == (50, 40)
+    # What is cut off inside such a note has no pixels.
+    for length in (40, 8 + 25 + 5, len(data) - len(plain) + 20):
+        with pytest.raises(BadImageError):
+            decode_rgb(data[:length])
 
 
 def test_cmyk_jpeg_is_decoded_by_pillow() -> None:
