@@ -4,7 +4,7 @@
       -> bytes, checked                     reader.py
       -> uint8 RGB                          decode.py
       -> view: crop, resize, flip           view.py, pure per sample
-      -> row of a uint8 batch               batches.py: threads (worker_batches.py: processes) fill it ahead of its use
+      -> row of a uint8 batch               prefetch.py: threads (worker_batches.py: processes) fill it ahead of its use
 
 The state is a position, so a run continues on any number of ranks, and every rank gets the same number of batches.
 """
@@ -12,7 +12,7 @@ The state is a position, so a run continues on any number of ranks, and every ra
 import json
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain, islice
@@ -28,7 +28,7 @@ from data_pipelines.stream.prefetch import PADDING, Batch, BatchFiller, PendingB
 from data_pipelines.stream.quarantine import Quarantine
 from data_pipelines.stream.reader import BadSampleError, ShardReader, sample_name
 from data_pipelines.stream.samples import EvaluationSamples, TrainingSamples
-from data_pipelines.stream.worker_batches import BadSamples, PendingSharedBatch, ProcessBatchFiller
+from data_pipelines.stream.worker_batches import BadSamples, Task, worker_batches
 
 __all__ = ["Batch", "DataConfig", "LoaderState", "Step", "TrainLoader", "evaluation_batches"]
 
@@ -134,42 +134,59 @@ class TrainLoader:
         return self._steps(state)
 
     def _steps(self, state: LoaderState) -> Generator[Step]:
-        upcoming: deque[tuple[list[PendingBatch | PendingSharedBatch], LoaderState]] = deque()
         with ExitStack() as stack:
-            fetch_ahead = self._fetch_ahead(state, stack)
-            filler = self._filler(stack)
+            tasks = self._tasks(state, self._fetch_ahead(state, stack))
+            source = TrainingSource(self._shards, self._config, self.order.seed)
+            if self._config.worker_kind == "processes":
+                yield from self._of_processes(tasks, source)
+                return
+            reader = stack.enter_context(ShardReader(self._shards))
+            filler = BatchFiller(
+                source.over(reader, self._quarantine.add),
+                image_size=self._image_size,
+                num_threads=self._config.workers,
+                stall_s=self._config.stall_s,
+                in_progress=reader.in_progress,
+            )
+            upcoming: deque[tuple[list[PendingBatch], LoaderState]] = deque()
+            stack.enter_context(filler)
             while True:
                 while (len(upcoming) - 1) * self._grad_accum_steps < self._config.prefetch_batches:
-                    epoch, positions, state = self._next_positions(state)
-                    next(fetch_ahead, None)
-                    samples = zip(self.order.samples(epoch, positions), self.order.repeats(positions), strict=True)
-                    upcoming.append(([filler.submit(epoch, *rows) for rows in samples], state))
+                    micro_batches, after = next(tasks)
+                    upcoming.append(([filler.submit(*task) for task in micro_batches], after))
                 pending, next_state = upcoming.popleft()
                 yield Step(micro_batches=[batch.result() for batch in pending], next_state=next_state)
 
-    def _filler(self, stack: ExitStack) -> BatchFiller | ProcessBatchFiller:
-        """Threads or processes, which leaving `stack` ends."""
-        source = TrainingSource(self._shards, self._config, self.order.seed)
-        size, workers, stall_s = self._image_size, self._config.workers, self._config.stall_s
-        if self._config.worker_kind == "processes":
-            processes = ProcessBatchFiller(
-                source,
-                image_size=size,
-                num_workers=workers,
-                stall_s=stall_s,
-                on_bad_sample=self._quarantine.add,
-                name_of=partial(sample_name, self._shards),
-            )
-            return stack.enter_context(processes)
-        reader = stack.enter_context(ShardReader(self._shards))
-        threads = BatchFiller(
-            source.over(reader, self._quarantine.add),
-            image_size=size,
-            num_threads=workers,
-            stall_s=stall_s,
-            in_progress=reader.in_progress,
+    def _tasks(self, state: LoaderState, fetch_ahead: Iterator[None]) -> Iterator[tuple[list[Task], LoaderState]]:
+        """The micro batches of each step, and the state after it, without end."""
+        while True:
+            epoch, positions, state = self._next_positions(state)
+            next(fetch_ahead, None)
+            samples = zip(self.order.samples(epoch, positions), self.order.repeats(positions), strict=True)
+            yield [(epoch, *rows) for rows in samples], state
+
+    def _of_processes(self, tasks: Iterator[tuple[list[Task], LoaderState]], source: TrainingSource) -> Generator[Step]:
+        """The steps of `tasks`, without end."""
+        states: deque[LoaderState] = deque()
+
+        def of_steps() -> Iterator[Task]:
+            for micro_batches, after in tasks:
+                states.append(after)
+                yield from micro_batches
+
+        batches = worker_batches(
+            source,
+            of_steps(),
+            image_size=self._image_size,
+            num_workers=self._config.workers,
+            prefetch_batches=self._config.prefetch_batches,
+            stall_s=self._config.stall_s,
+            on_bad_sample=self._quarantine.add,
+            name_of=partial(sample_name, self._shards),
         )
-        return stack.enter_context(threads)
+        with closing(batches):
+            while micro_batches := list(islice(batches, self._grad_accum_steps)):
+                yield Step(micro_batches=micro_batches, next_state=states.popleft())
 
     def _fetch_ahead(self, state: LoaderState, stack: ExitStack) -> Iterator[None]:
         """Each `next` fetches the shards of one more step, `fetch_ahead_steps` before it; nothing for a local set."""

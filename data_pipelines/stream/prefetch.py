@@ -7,7 +7,7 @@ fourth of the bytes of float pixels, in pinned memory where there is a GPU to co
 import time
 from collections.abc import Mapping
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
 
@@ -38,11 +38,20 @@ class Batch:
     views: Tensor  # int32 (B, 5): top, left, height, width of the box, 1 for a flip
     view_numbers: Tensor  # int32 (B,) which view of its sample a row shows
 
+    def pin_memory(self) -> "Batch":
+        """With what goes to a GPU in pinned memory; torch's DataLoader calls it."""
+        return replace(self, images=self.images.pin_memory(), labels=self.labels.pin_memory())
 
-def empty_batch(indices_B: Indices, image_size: int, recycler: Recycler) -> Batch:
+    def columns(self) -> dict[str, NDArray[Any]]:
+        """As arrays that share its memory: writing one number into a tensor costs microseconds."""
+        names = ("images", "labels", "indices", "view_numbers", "views")
+        return {name: getattr(self, name).numpy() for name in names}
+
+
+def empty_batch(indices_B: Indices, image_size: int, recycler: Recycler, *, pin_memory: bool) -> Batch:
     """A batch for the samples `indices_B`, zero where there is none. Its pixels are in memory of batches that are gone,
     or in pinned memory, which torch itself uses again."""
-    num_rows, pin_memory = len(indices_B), torch.cuda.is_available()
+    num_rows = len(indices_B)
     shape = (num_rows, 3, image_size, image_size)
     if pin_memory:
         images_BCHW = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
@@ -103,16 +112,13 @@ class BatchFiller:
 
     def submit(self, epoch: int, indices_B: Indices, repeats_B: Indices) -> PendingBatch:
         """Begins a batch of the samples `indices_B` of `epoch`, each in its `repeats_B`-th view."""
-        batch = empty_batch(indices_B, self._image_size, self._recycler)
+        batch = empty_batch(indices_B, self._image_size, self._recycler, pin_memory=torch.cuda.is_available())
         starts = range(0, len(indices_B), _SAMPLES_PER_TASK)
         tasks = [self._executor.submit(self._fill, batch, epoch, repeats_B, start) for start in starts]
         return PendingBatch(batch, tasks, stall_s=self._stall_s, in_progress=self._in_progress)
 
     def _fill(self, batch: Batch, epoch: int, repeats_B: Indices, start: int) -> None:
-        # Through numpy, because writing one number into a tensor costs microseconds.
-        columns = {
-            name: getattr(batch, name).numpy() for name in ("images", "labels", "indices", "view_numbers", "views")
-        }
+        columns = batch.columns()
         for row in range(start, min(start + _SAMPLES_PER_TASK, len(repeats_B))):
             fill_row(columns, row, self._source, epoch, int(repeats_B[row]))
 

@@ -1,27 +1,20 @@
-"""Batches that worker processes fill ahead of their use, in memory that they share with this process.
+"""Batches that worker processes fill ahead of their use: torch's DataLoader over the order.
 
-The twin of `batches.py` for transforms that hold the interpreter lock: the same rows, errors and order.
-
-    submit: indices into a shared batch ---pipe---> worker w: rows of the w-th part    (a name and two numbers)
-    result: copy out, batch is free again <--pipe-- done, or the error; bad samples that were replaced
-
-A worker that dies is noticed by its pipe, and named with the sample that it was at.
+The twin of `prefetch.py` for transforms that hold the interpreter lock: the same rows, errors and order. A worker fills
+a whole micro batch, which comes through shared memory (/dev/shm).
 """
 
 import multiprocessing
 import os
 import signal
+import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from collections.abc import Callable, Generator, Iterable
+from functools import partial
 from multiprocessing.process import BaseProcess
-from types import TracebackType
-from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from data_pipelines.image.batch_memory import Recycler
 from data_pipelines.stream.order import Indices
@@ -29,194 +22,138 @@ from data_pipelines.stream.prefetch import PADDING, Batch, empty_batch, fill_row
 from data_pipelines.stream.processes import die_with
 from data_pipelines.stream.reader import BadSampleError
 from data_pipelines.stream.samples import SampleSource
-from data_pipelines.stream.shared_memory import SharedBatch, SharedMemory, map_shared, shared_columns
 from data_pipelines.stream.stalls import warn_of_stall
 
+Task = tuple[int, Indices, Indices]
+"""Epoch, samples (B,) and which view of each (B,) of a micro batch."""
 # What one worker makes of the bad samples that it met: (epoch, error).
 BadSamples = list[tuple[int, BadSampleError]]
 MakeSource = Callable[[BadSamples], SampleSource]
+Answer = tuple[Batch, BadSamples, Exception | None]
+
+_LOOK_EVERY_S = 5.0
+"""How soon it is noticed that a worker has died."""
+_ADVICE = {
+    -signal.SIGKILL: "; out of memory? Lower data.workers or data.prefetch_batches",
+    -signal.SIGBUS: "; is /dev/shm full? Enlarge it, or lower data.workers or data.prefetch_batches",
+}
 
 
-@dataclass(frozen=True)
-class _Task:
-    """Fill the rows `start` to before `end` of the shared batch `name` of `num_rows`."""
+class _Batches(Dataset[Answer]):
+    """The batch of a task, as a worker fills it."""
 
-    name: str
-    num_rows: int
-    epoch: int
-    start: int
-    end: int
+    def __init__(self, make_source: MakeSource, image_size: int, num_workers: int) -> None:
+        self._make_source, self._image_size = make_source, image_size
+        self._source: SampleSource | None = None
+        self._bad_samples: BadSamples = []
+        self._recycler = Recycler()
+        # (process, sample that it is at) of each worker, in memory that all of them see.
+        self.places = torch.full((num_workers, 2), PADDING).share_memory_()  # type: ignore[no-untyped-call]  # torch
+
+    def __getitem__(self, task: Task) -> Answer:
+        epoch, indices_B, repeats_B = task
+        place = self.places[get_worker_info().id].numpy()  # type: ignore[union-attr]  # we are in a worker
+        batch = empty_batch(indices_B, self._image_size, self._recycler, pin_memory=False)
+        columns, failure = batch.columns(), None
+        try:
+            if self._source is None:
+                self._source = self._make_source(self._bad_samples)
+            for row in range(len(indices_B)):
+                place[:] = os.getpid(), indices_B[row]
+                fill_row(columns, row, self._source, epoch, int(repeats_B[row]))
+        except Exception as error:
+            # Any error of a sample is the run's: it is raised in the parent.
+            failure = error
+        place[1] = PADDING
+        found = self._bad_samples.copy()
+        self._bad_samples.clear()
+        return batch, found, failure
 
 
-class PendingSharedBatch:
-    """A batch that worker processes are filling."""
-
-    def __init__(self, filler: "ProcessBatchFiller", batch: SharedBatch) -> None:
-        self._filler, self._batch = filler, batch
-
-    def result(self) -> Batch:
-        """Waits until all rows are filled. Raises here what a worker raised, or OSError when one has died.
-
-        Results are to be taken in the order of `submit`.
-        """
-        self._filler.wait()
-        columns = self._batch.columns
-        batch = empty_batch(columns["indices"], columns["images"].shape[-1], self._filler.recycler)
-        for name in ("images", "labels", "views", "view_numbers"):
-            getattr(batch, name).numpy()[:] = columns[name]
-        self._filler.release(self._batch)
-        return batch
-
-
-class ProcessBatchFiller:
-    """Fills batches in `num_workers` processes. Leaving the `with` ends them, whatever they are doing.
+def worker_batches(
+    make_source: MakeSource,
+    tasks: Iterable[Task],
+    *,
+    image_size: int,
+    num_workers: int,
+    prefetch_batches: int,
+    stall_s: float,
+    on_bad_sample: Callable[[int, BadSampleError], None],
+    name_of: Callable[[int], str],
+) -> Generator[Batch]:
+    """The batches of `tasks`, in their order. Raises here what a worker raised, or OSError when one has died.
 
     `make_source(bad_samples)` is called once in each process, so it must be picklable, and its source reports bad
     samples there; `on_bad_sample` hears of them in this process. `name_of(index)` is what a message calls the sample
-    that a process stands still at, or died of.
+    that a process stands still at, or died of. Closing the generator ends the processes.
     """
-
-    def __init__(
-        self,
-        make_source: MakeSource,
-        *,
-        image_size: int,
-        num_workers: int,
-        stall_s: float,
-        on_bad_sample: Callable[[int, BadSampleError], None],
-        name_of: Callable[[int], str],
-    ) -> None:
-        self._image_size, self._stall_s = image_size, stall_s
-        self._on_bad_sample, self._name_of = on_bad_sample, name_of
-        self.recycler = Recycler()
-        # The sample that each process is at.
-        self._places = SharedMemory(num_workers * 8)
-        self._samples = np.frombuffer(self._places.map, np.int64)
-        self._samples[:] = PADDING
-        self._free: list[SharedBatch] = []
-        self._all: list[SharedBatch] = []
+    batches = _Batches(make_source, image_size, num_workers)
+    others, handler = set(multiprocessing.active_children()), signal.getsignal(signal.SIGCHLD)
+    loader = DataLoader(
+        batches,
+        batch_size=None,
+        sampler=tasks,
+        num_workers=num_workers,
+        pin_memory=torch.cuda.is_available(),
+        timeout=min(stall_s, _LOOK_EVERY_S),
+        worker_init_fn=partial(_begin, os.getpid()),
         # Not forked: the caller has threads (torch), and a fork of those can hang.
-        context = multiprocessing.get_context("spawn")
-        self._workers: list[tuple[BaseProcess, Connection]] = []
-        for number in range(num_workers):
-            ours, theirs = context.Pipe()
-            arguments = (os.getpid(), theirs, make_source, image_size, (self._places.name, number))
-            process = context.Process(target=_work, args=arguments, name=f"data-worker-{number}", daemon=True)
-            process.start()
-            theirs.close()
-            self._workers.append((process, ours))
-
-    def submit(self, epoch: int, indices_B: Indices, repeats_B: Indices) -> PendingSharedBatch:
-        """Begins a batch of the samples `indices_B` of `epoch`, each in its `repeats_B`-th view."""
-        num_rows = len(indices_B)
-        batch = self._take(num_rows)
-        batch.columns["indices"][:], batch.columns["repeats"][:] = indices_B, repeats_B
-        for number, (_, pipe) in enumerate(self._workers):
-            start, end = (num_rows * part // len(self._workers) for part in (number, number + 1))
-            try:
-                pipe.send(_Task(batch.name, num_rows, epoch, start, end))
-            except (BrokenPipeError, ConnectionResetError) as error:
-                raise self._death(number) from error
-        return PendingSharedBatch(self, batch)
-
-    def _take(self, num_rows: int) -> SharedBatch:
-        for batch in self._free:
-            if batch.num_rows == num_rows:
-                self._free.remove(batch)
-                return batch
-        batch = SharedBatch(num_rows, self._image_size)
-        self._all.append(batch)
-        return batch
-
-    def wait(self) -> None:
-        """Waits for the next answer of every worker."""
-        answers = []
-        for number, (_, pipe) in enumerate(self._workers):
-            start = time.monotonic()
-            try:
-                while not pipe.poll(self._stall_s):
-                    warn_of_stall(time.monotonic() - start, self._worker_name(number))
-                answers.append(pipe.recv())
-            except (EOFError, ConnectionResetError) as error:
-                raise self._death(number) from error
-        for bad_samples, _ in answers:
+        multiprocessing_context="spawn",
+        # Without one of its own it would draw a seed, which nothing here uses, from the global generator.
+        generator=torch.Generator(),
+        prefetch_factor=max(1, -(-prefetch_batches // num_workers)),
+    )
+    answers = iter(loader)
+    if threading.current_thread() is threading.main_thread():
+        # torch's handler raises the death of a worker wherever this process is; here it is raised where a batch is due.
+        signal.signal(signal.SIGCHLD, handler)
+    workers = {process.pid: process for process in multiprocessing.active_children() if process not in others}
+    try:
+        while (answer := _next(answers, stall_s, workers, batches.places, name_of)) is not None:
+            batch, bad_samples, failure = answer
             for epoch, bad_sample in bad_samples:
-                self._on_bad_sample(epoch, bad_sample)
-        for _, failure in answers:
+                on_bad_sample(epoch, bad_sample)
             if failure is not None:
                 raise failure
-
-    def release(self, batch: SharedBatch) -> None:
-        self._free.append(batch)
-
-    def __enter__(self) -> "ProcessBatchFiller":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for process, pipe in self._workers:
-            pipe.close()
+            yield batch
+    finally:
+        # torch ends them with its iterator, which lives as long as an error that refers to it.
+        for process in workers.values():
             process.kill()
-        for process, _ in self._workers:
             process.join()
-        for batch in self._all:
-            batch.close()
-        self._places.close()
-
-    def _worker_name(self, number: int) -> str:
-        """A process, and the sample that it is at."""
-        process, index = self._workers[number][0], int(self._samples[number])
-        place = "between two samples" if index == PADDING else f"at {self._name_of(index)}"
-        return f"{process.name} (process {process.pid}), {place}"
-
-    def _death(self, number: int) -> OSError:
-        process = self._workers[number][0]
-        process.join()
-        code = process.exitcode or 0
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
-        advice = "; out of memory? Lower data.workers or data.prefetch_batches" if code == -signal.SIGKILL else ""
-        return OSError(f"{self._worker_name(number)}: the process, which reads and transforms samples, {how}{advice}")
 
 
-def _work(parent: int, pipe: Connection, make_source: MakeSource, image_size: int, place: tuple[str, int]) -> None:
-    """Fills rows until the parent closes the pipe, or dies. `place` is the name and cell of where it says at which."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    die_with(parent)
-    torch.set_num_threads(1)
-    bad_samples: BadSamples = []
-    failure: Exception | None = None
-    try:
-        source = make_source(bad_samples)
-    except Exception as error:
-        # It goes to the parent, as the answer to every task.
-        failure = error
-    samples, number = np.frombuffer(map_shared(place[0]), np.int64), place[1]
-    batches: dict[str, dict[str, NDArray[Any]]] = {}
+def _next(
+    answers: "Iterable[Answer]",
+    stall_s: float,
+    workers: dict[int | None, BaseProcess],
+    places: torch.Tensor,
+    name_of: Callable[[int], str],
+) -> Answer | None:
+    """The next answer, None at the end; says in the log every `stall_s` what is waited for."""
+    began_s, num_said = time.monotonic(), 0
+
+    def at(pid: int | None) -> str:
+        index = next((index for number, index in places.tolist() if number == pid), PADDING)
+        return f"data worker (process {pid}), {'between two samples' if index == PADDING else f'at {name_of(index)}'}"
+
     while True:
         try:
-            task = pipe.recv()
-        except EOFError:
-            os._exit(0)
-        if task.name not in batches:
-            batches[task.name] = shared_columns(map_shared(task.name), task.num_rows, image_size)
-        if failure is None:
-            failure = _fill(source, batches[task.name], task, samples[number : number + 1])
-        pipe.send((bad_samples, failure))
-        bad_samples.clear()
+            return next(answers, None)  # type: ignore[call-overload]  # torch's iterator has no public type
+        except RuntimeError as error:
+            ended = {pid: process.exitcode for pid, process in workers.items() if process.exitcode is not None}
+            for pid, code in ended.items():
+                how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+                message = f"{at(pid)}: the process, which reads and transforms samples, {how}{_ADVICE.get(code, '')}"
+                raise OSError(message) from error
+            if "timed out" not in str(error):
+                raise
+            if (waited_s := time.monotonic() - began_s) >= stall_s * (num_said + 1):
+                num_said += 1
+                warn_of_stall(waited_s, ", ".join(map(at, workers)))
 
 
-def _fill(
-    source: SampleSource, columns: dict[str, NDArray[Any]], task: _Task, sample: NDArray[np.int64]
-) -> Exception | None:
-    """Fills the rows of a task, and says in `sample` at which it is; the error that ended it."""
-    columns["view_numbers"][task.start : task.end] = 0
-    for row in range(task.start, task.end):
-        sample[0] = columns["indices"][row]
-        try:
-            fill_row(columns, row, source, task.epoch, int(columns["repeats"][row]))
-        except Exception as error:
-            # Any error of a sample is the run's: it is raised in the parent.
-            return error
-    sample[0] = PADDING
-    return None
+def _begin(parent: int, _worker: int) -> None:
+    """The start of a worker."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    die_with(parent)

@@ -147,9 +147,9 @@ def test_more_ranks_and_workers_than_shards_or_rows(tmp_path: Path, order: str) 
 @pytest.mark.slow
 def test_more_processes_than_rows(tmp_path: Path) -> None:
     shards = grey_level_shards(tmp_path / "set", 5)
-    options: dict[str, Any] = {"micro": 2, "last": "pad"}
+    options: dict[str, Any] = {"micro": 1, "last": "pad"}
     threads = _epoch(_loader(shards, **options))
-    assert _epoch(_loader(shards, worker_kind="processes", **{**options, "workers": 4})) == threads
+    assert _epoch(_loader(shards, worker_kind="processes", **{**options, "workers": 2})) == threads
 
 
 @pytest.mark.parametrize("kind", ["full", "block", "sequential"])
