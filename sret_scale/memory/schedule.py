@@ -231,16 +231,6 @@ def slots_needed(num_applications: int, passes: int) -> int:
     return slots
 
 
-def untaped_passes(num_applications: int, slots: int) -> int:
-    """Untaped runs of applications that `binomial` needs in all, the initial forward pass of the whole chain included.
-
-    Revolve's optimum r n - C(s + r, r - 1) tapes the last application in the initial pass. A stage cannot, unless it
-    holds that tape until its backward pass begins, so the last application has one run more.
-    """
-    r = passes_needed(num_applications, slots)
-    return r * num_applications - (comb(slots + r, r - 1) if r else 0) + 1
-
-
 def default_segments(num_applications: int) -> int:
     """Segments for two levels with the fewest boundaries alive, about sqrt(n)."""
     return max(1, isqrt(num_applications))

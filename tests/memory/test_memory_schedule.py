@@ -29,7 +29,7 @@ def fewest_untaped(length: int, slots: int) -> float:
 @given(lengths, st.integers(1, 12))
 def test_binomial_needs_exactly_the_optimal_number_of_passes(length: int, slots: int) -> None:
     ledger = account(schedules.binomial(length, slots))
-    assert ledger.total_untaped == fewest_untaped(length, slots) + 1 == schedules.untaped_passes(length, slots)
+    assert ledger.total_untaped == fewest_untaped(length, slots) + 1
     assert ledger.peak_slots <= slots
     assert ledger.peak_taped == 1
     assert ledger.passes <= max(1, schedules.passes_needed(length, slots))

@@ -4,13 +4,12 @@ ZeRO leaves each rank a part of the state. What a rank has is described by piece
 copies them into one buffer that is kept between saves: the first touch of fresh memory costs ten times the copy.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-TensorSets = Mapping[str, Mapping[str, Tensor]]
 SPARE_VALUES = 1 << 16
 """Room for what only some saves have: BatchNorm's statistics of the average."""
 Gather = Callable[[Tensor], list[Tensor]]
