@@ -115,7 +115,7 @@ def our_step(run: Run, steps: Iterator[Step], clock: list[Clock]) -> None:
     before = clock[-1]
     with run.phase("waiting for data", before):
         step = next(steps)
-    result = optimizer_step(run, step, before, must_stop=False)
+    result = optimizer_step(run, step, before, must_stop=lambda: False)
     log_telemetry(run, before)
     images = before.images + run.loader.global_batch_size
     clock.append(replace(before, step=before.step + 1, images=images, loader=step.next_state))

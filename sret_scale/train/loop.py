@@ -46,7 +46,7 @@ def train(config: RunConfig, folder: RunFolder, ranks: Ranks) -> bool:
             # ---- one step
             with run.phase("waiting for data", clock):
                 batches = next(steps)
-            before, result = clock, optimizer_step(run, batches, clock, must_stop=stop.is_set)
+            before, result = clock, optimizer_step(run, batches, clock, must_stop=lambda: stop.is_set)
             is_stopping = result.is_stopping
             log_telemetry(run, before)
             clock = Clock(

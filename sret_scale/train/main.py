@@ -1,4 +1,7 @@
-"""What every rank runs: `python -m sret_scale.train.main RUN/config.yaml`, started by DeepSpeed's launcher."""
+"""What every rank runs: `python -m sret_scale.train.main RUN/config.yaml`, started by DeepSpeed's launcher.
+
+Where no launcher started it, the calling process trains alone, as a world of one: under a debugger, for example.
+"""
 
 import argparse
 import contextlib

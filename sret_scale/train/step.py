@@ -55,11 +55,12 @@ class StepResult:
     is_stopping: bool
 
 
-def optimizer_step(run: Run, step: Step, clock: Clock, *, must_stop: bool) -> StepResult:
+def optimizer_step(run: Run, step: Step, clock: Clock, *, must_stop: Callable[[], bool]) -> StepResult:
     """One update on the global batch of `step`; all ranks must call it.
 
     Where a loss or the gradient is not finite, on any rank, it is left out on all: weights, optimiser, moving average
     and BatchNorm's statistics stay as they were, bit for bit.
+    must_stop: asked once the gradient is there, so that a signal that came meanwhile ends the run with this step.
     """
     config, ranks, engine = run.config, run.ranks, run.engine
     rate = learning_rate(config, clock.images)
@@ -84,7 +85,7 @@ def optimizer_step(run: Run, step: Step, clock: Clock, *, must_stop: bool) -> St
     with run.phase("computing", clock):
         loss = forward_backward(engine, step.micro_batches, loss_of, ranks.device)
     with run.phase("in a collective", clock):
-        losses, is_stopping = vote(loss, must_stop=must_stop or run.writer.has_failed, ranks=ranks)
+        losses, is_stopping = vote(loss, must_stop=must_stop() or run.writer.has_failed, ranks=ranks)
         if run.telemetry:
             run.telemetry.before_update()
         is_rejected = not all(map(math.isfinite, losses))

@@ -15,7 +15,9 @@ import torch
 
 from sret_scale.config.run_config import RunConfig, from_yaml
 from sret_scale.runs.run_folder import RunFolder
+from sret_scale.tasks import classification
 from sret_scale.train import loop
+from sret_scale.train import step as step_module
 from sret_scale.train.distributed import Ranks, leave, ranks_from_environment
 from sret_scale.train.divergence import DivergedError
 from sret_scale.train.engine.engine import start_communication
@@ -23,8 +25,8 @@ from sret_scale.train.engine.engine import start_communication
 BAD_STEPS = (3, 4)
 LIMIT = 3
 
-student_batch = loop.student_batch
-derived_seed = loop.derived_seed
+student_batch = classification.student_batch
+derived_seed = step_module.derived_seed
 measured_statistics = loop.measured_statistics
 
 
@@ -52,7 +54,8 @@ def run(config: RunConfig, path: Path, ranks: Ranks, *, bad_steps: range | tuple
             log.write("measured\n")
         return measured_statistics(*args)
 
-    loop.derived_seed, loop.student_batch, loop.measured_statistics = seen, poisoned, measured
+    step_module.derived_seed, classification.student_batch = seen, poisoned
+    loop.measured_statistics = measured
     return loop.train(config, RunFolder(path), ranks)
 
 

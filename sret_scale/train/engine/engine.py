@@ -6,6 +6,7 @@ traps (architecture page, section 7) away from the training loop.
 
 import logging
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
@@ -46,6 +47,8 @@ bucket that fits into a cache saves passes over memory."""
 def start_communication(ranks: Ranks) -> None:
     """Join the job's process group: nccl on GPUs, gloo on CPU."""
     deepspeed_internals.build_no_operators()
+    # DeepSpeed asks for it even of a world of one, which no launcher started.
+    os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))
     deepspeed.utils.logger.setLevel(logging.WARNING)
     backend = "nccl" if ranks.device.type == "cuda" else "gloo"
     join_ranks(ranks, backend)
