@@ -5,7 +5,7 @@ Counts are those of the stage with the most loops; the other stages run the same
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -44,6 +44,8 @@ class DepthConfig:
     """Only the branches of the last so many loops get a gradient; None: all."""
     supervised_loops: tuple[int, ...] = ()
     """Loop counts of the last stage at which the shared head's scores enter the loss too, where a step reaches them."""
+    supervise_every: int | None = None
+    """In place of counts: after every so many of the last stage's loops with gradient, with weight 1."""
     supervision_weights: tuple[float, ...] = ()
     """One a count; the scores at full depth have weight 1, and the loss is the weighted mean."""
     mixed_loops: tuple[int, ...] = ()
@@ -54,7 +56,8 @@ class DepthConfig:
     def __post_init__(self) -> None:
         for name in ("supervised_loops", "supervision_weights", "mixed_loops", "mixed_weights"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name in ("min_loops", "max_loops", "backprop_loops"):
+        _require(not (self.supervise_every and self.supervised_loops), "supervise_every", "no supervised_loops", "both")
+        for name in ("min_loops", "max_loops", "backprop_loops", "supervise_every"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, "at least 1", value)
         _require(self.growth_images >= 0, "growth_images", "0 or more", self.growth_images)
@@ -85,7 +88,7 @@ class DepthConfig:
     @property
     def has_many_losses(self) -> bool:
         """Whether the loss is a mean over scores of several depths."""
-        return bool(self.supervised_loops or self.mixed_loops)
+        return bool(self.supervised_loops or self.supervise_every or self.mixed_loops)
 
 
 def _require(is_valid: bool, name: str, expected: str, got: object) -> None:
@@ -124,15 +127,29 @@ def depth_plans(
         _plan(config, model, most, count, seed=seed, step=step, branch=branch)
         for branch, count in enumerate((drawn, *config.mixed_loops))
     )
-    last = len(plans[0].stages[-1].loops)
+    stage = plans[0].stages[-1]
+    last = len(stage.loops)
     supervised = tuple(count for count in config.supervised_loops if count < last)
+    if config.supervise_every:
+        supervised = tuple(range(stage.num_detached + config.supervise_every, last, config.supervise_every))
     return (DepthPlan(plans[0].stages, supervised), *plans[1:])
+
+
+def deepest_plan(config: DepthConfig, model: SReTConfig) -> DepthPlan | None:
+    """The pass of a step that takes the most memory; None for all loops, and where steps make several passes."""
+    if config.mixed_loops:
+        return None
+    if config.loops != "all":
+        most = max(stage.num_loops for stage in model.stages)
+        config = replace(config, loops="fixed", max_loops=config.max_loops or most, mean_loops=None, growth_images=0)
+    plans = depth_plans(config, model, seed=0, step=0, progress=1.0)
+    return None if plans is None else plans[0]
 
 
 def weighted_loss(config: DepthConfig, plans: Sequence[DepthPlan], losses: Sequence[Tensor]) -> Tensor:
     """The mean of the losses of all scores of `plans`, in their order, full depth with weight 1."""
     weight_of = dict(zip(config.supervised_loops, config.supervision_weights, strict=True))
-    weights = [*(weight_of[count] for count in plans[0].supervised), 1.0, *config.mixed_weights]
+    weights = [*(weight_of.get(count, 1.0) for count in plans[0].supervised), 1.0, *config.mixed_weights]
     return torch.stack([weight * loss for weight, loss in zip(weights, losses, strict=True)]).sum() / sum(weights)
 
 
@@ -171,7 +188,7 @@ def check_depth(config: DepthConfig, model: SReTConfig, *, schedule: str, zero_s
     if config == DepthConfig():
         return
     most = max(stage.num_loops for stage in model.stages)
-    for name in ("min_loops", "max_loops", "backprop_loops"):
+    for name in ("min_loops", "max_loops", "backprop_loops", "supervise_every"):
         value = getattr(config, name)
         _require(value is None or value <= most, name, f"at most {most}, the loops of the model", value)
     _require(all(count < most for count in config.mixed_loops), "mixed_loops", f"less than {most}", config.mixed_loops)
@@ -187,10 +204,12 @@ def check_depth(config: DepthConfig, model: SReTConfig, *, schedule: str, zero_s
             "depth: ZeRO 3 gathers the parameters of whole stages, also of loops that do not run; "
             "use engine.ds_config=zero1, or leave depth at its defaults"
         )
-    if schedule == "planned" and (config.backprop_loops is not None or config.has_many_losses):
+    cuts_move = bool(config.supervised_loops and config.backprop_loops and config.loops not in ("all", "fixed"))
+    if schedule == "planned" and (config.mixed_loops or cuts_move):
         raise ValueError(
-            "memory.schedule=planned plans one chain a stage; depth.backprop_loops, supervised_loops and mixed_loops "
-            "make several: use memory.schedule=binomial"
+            "memory.schedule=planned plans the chains of one pass; depth.mixed_loops make several, and "
+            "supervised_loops with drawn loops and backprop_loops others in every step: use depth.supervise_every, or "
+            "memory.schedule=binomial"
         )
     if has_features and config.has_many_losses:
         raise ValueError(

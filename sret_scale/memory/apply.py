@@ -23,15 +23,23 @@ def apply_recomputation(model: nn.Module, config: MemoryConfig, *, repeats_norms
 
 
 def apply_schedules(
-    model: nn.Module, schedules: Sequence[Schedule], config: MemoryConfig, *, repeats_norms: bool = False
+    model: nn.Module,
+    schedules: Sequence[Schedule],
+    config: MemoryConfig,
+    *,
+    stage_of: Sequence[int] | None = None,
+    repeats_norms: bool = False,
 ) -> None:
-    """Makes each stage of `model.stages` run its own schedule; the other settings are those of `config`.
+    """Makes each stage of `model.stages` run its own schedules; the other settings are those of `config`.
 
-    A stage that runs fewer applications than its schedule has takes the shortened one (`schedule.shortened`).
+    stage_of: the stage of each schedule where stages run several chains in a pass; default: one each.
+    A chain of fewer applications than its schedule has takes the shortened one (`schedule.shortened`).
     """
     _set_stem(model, repeats_norms)
-    for stage, schedule in zip(_stages(model), schedules, strict=True):
-        stage.run_chain = partial(_run_scheduled, config, schedule)
+    places = range(len(schedules)) if stage_of is None else stage_of
+    for index, stage in enumerate(_stages(model)):
+        own = [schedule for schedule, place in zip(schedules, places, strict=True) if place == index]
+        stage.run_chain = partial(_run_numbered, config, stage, own)
 
 
 def _set_stem(model: nn.Module, repeats_norms: bool) -> None:
@@ -46,6 +54,16 @@ def _stages(model: nn.Module) -> Iterable[Any]:
 
 def _run_configured(config: MemoryConfig, applications: Sequence[Chained], x: Tensor) -> Tensor:
     return _run_scheduled(config, schedule_for(config, len(applications)), applications, x)
+
+
+def _run_numbered(
+    config: MemoryConfig, stage: Any, schedules: Sequence[Schedule], applications: Sequence[Chained], x: Tensor
+) -> Tensor:
+    schedule = schedules[stage.chain_number]
+    if len(applications) > schedule.num_applications:
+        # An evaluation, or a look at the gradient through more loops than are trained: nobody planned for it.
+        return _run_configured(MemoryConfig(schedule="binomial"), applications, x)
+    return _run_scheduled(config, schedule, applications, x)
 
 
 def _run_scheduled(config: MemoryConfig, schedule: Schedule, applications: Sequence[Chained], x: Tensor) -> Tensor:

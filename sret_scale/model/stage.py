@@ -76,7 +76,8 @@ class Application:
     def skipped(self, x_BND: Tensor) -> Tensor:
         """What the skip alone carries through the application, in the order in which it leaves the tokens.
 
-        Its coefficients get no gradient. ValueError where norms follow the residuals, which leaves no skip.
+        Its coefficients get no gradient. A norm of the stream leaves no skip: only the stage's input has gradient then.
+        ValueError where norms follow the residuals.
         """
         if self.block.norms_after:
             raise ValueError("a block with norms after its residuals has no skip")
@@ -84,6 +85,8 @@ class Application:
         if self.projection is not None:
             residuals.append(self.projection.residual)
         parts = [self.reordered(part) for part in (x_BND.chunk(2, dim=1) if self.injected else (x_BND,))]
+        if self.block.outer_norm is not None:
+            parts[0] = parts[0].detach()
         for residual in residuals:
             if residual.alpha is not None:
                 parts[0] = parts[0] * residual.alpha.detach()
@@ -133,6 +136,8 @@ class Stage(nn.Module):
         self.windows = WindowOrder(config.grids[index], stage.window) if stage.slices == "windows" else None
         self.permutations: Callable[..., Tensor] = self.windows or PermutationSource(config, index)
         self.run_chain: Callable[[Sequence[Application], Tensor], Tensor] = run_in_turn
+        self.chain_number = 0
+        """Which chain of a pass `run_chain` is called for: there are several where scores are taken on the way."""
 
     def forward(self, x_BND: Tensor, noise: Noise | None = None, plan: DepthPlan | None = None) -> Tensor:
         """The stream after all applications, tokens in their first order. It stays fp32 under autocast."""
@@ -149,10 +154,11 @@ class Stage(nn.Module):
         order = TokenOrder(self._draw_permutations(slots, x_BND, noise))
         applications = self.chain(slots, x_BND, order, noise, plan)
         state = torch.cat([x_BND, x_BND], dim=1) if self.injected else x_BND
-        done = 0
+        done, self.chain_number = 0, 0
         for end in [*(cut_after(slots, count) for count in counts), len(slots)]:
             for is_detached, part in itertools.groupby(applications[done:end], lambda one: one.is_detached):
                 state = (run_detached if is_detached else self.run_chain)(list(part), state)
+                self.chain_number += not is_detached
             done = end
             out_BND = state.chunk(2, dim=1)[0] if self.injected else state
             back = order.way(applications[end - 1].token_order, None)

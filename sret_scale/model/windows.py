@@ -25,7 +25,8 @@ class WindowOrder:
 
     def __init__(self, grid: int, window: int) -> None:
         self.grid, self.window, self.side = grid, window, padded_side(grid, window)
-        pixels_PP = torch.arange(self.side**2).view(self.side, self.side)
+        # On the CPU also where a model is built without storage.
+        pixels_PP = torch.arange(self.side**2, device="cpu").view(self.side, self.side)
         self.orders = torch.stack([self._cut(pixels_PP.roll((shift,) * 2, (0, 1))) for shift in (0, window // 2)])
 
     def __call__(self, noise: Noise | None, count: int, num_tokens: int, device: torch.device) -> Tensor:
@@ -37,7 +38,9 @@ class WindowOrder:
 
     def hidden(self, like: Tensor) -> Tensor:
         """(2, windows, 1, 1, L): what is added to the scores of keys, 0 or `HIDDEN`, for each order."""
-        is_padding = F.pad(torch.zeros(self.grid, self.grid), (0, self.side - self.grid) * 2, value=HIDDEN).view(-1)
+        is_padding = F.pad(
+            torch.zeros(self.grid, self.grid, device="cpu"), (0, self.side - self.grid) * 2, value=HIDDEN
+        ).view(-1)
         return is_padding[self.orders].view(2, -1, 1, 1, self.window**2).to(like.device, like.dtype)
 
     def padded(self, x_BND: Tensor) -> Tensor:

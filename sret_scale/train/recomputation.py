@@ -2,6 +2,7 @@
 
 from sret_scale.config.ds_config import load_ds_config, precision_of, zero_stage_of
 from sret_scale.config.run_config import RunConfig
+from sret_scale.config.step_depth import deepest_plan
 from sret_scale.distill.footprint import TeacherBytes, teacher_bytes
 from sret_scale.memory import Prepared, prepare_memory
 from sret_scale.model import SReT
@@ -22,6 +23,7 @@ def set_up_recomputation(model: SReT, config: RunConfig, world_size: int) -> Pre
         world_size=world_size,
         zero_stage=zero_stage_of(ds_config),
         reserved_bytes=bytes_beside(config, world_size) if config.memory.budget_bytes is not None else 0,
+        depth=deepest_plan(config.depth, config.model),
     )
 
 

@@ -24,6 +24,7 @@ from sret_scale.memory.planning.micro_batch import BatchSearch
 from sret_scale.memory.planning.rank_state import format_bytes, parse_bytes
 from sret_scale.memory.planning.step_cost import DEVICES
 from sret_scale.model import Noise, SReT, SReTConfig, StageConfig
+from sret_scale.model.depth_plan import DepthPlan, StageDepth
 
 SHALLOW = SReTConfig(
     image_size=32,
@@ -41,13 +42,16 @@ DEEP = replace(
 MODELS = {"shallow": SHALLOW, "deep": DEEP}
 
 
-def measured_peak(model: SReT, micro_batch_size: int, precision: str) -> int:
+def measured_peak(model: SReT, micro_batch_size: int, precision: str, depth: DepthPlan | None = None) -> int:
     """Activation bytes of the second micro-step, by the instrument."""
-    images, labels = torch.randn(micro_batch_size, 3, 32, 32), torch.zeros(micro_batch_size, dtype=torch.int64)
+    side = model.config.image_size
+    images = torch.randn(micro_batch_size, 3, side, side)
 
     def step() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            F.cross_entropy(model(images, Noise(0, 0)).float(), labels).backward()
+            scores = [model(images, Noise(0, 0))] if depth is None else model(images, Noise(0, 0), [depth])
+            labels = torch.zeros_like(scores[0][:, 0], dtype=torch.int64)
+            torch.stack([F.cross_entropy(one.float(), labels) for one in scores]).mean().backward()
 
     step()
     return measure_peak(model.parameters(), step)
@@ -231,3 +235,73 @@ def test_wrong_sizes_are_named(text: str) -> None:
 
 def test_sizes_are_written_in_their_unit() -> None:
     assert [format_bytes(n) for n in (5, 2**11, 3 * 2**20, 2**31)] == ["5 B", "2.00 KiB", "3.00 MiB", "2.00 GiB"]
+
+
+SETTLING = SReTConfig(
+    stages=(
+        StageConfig(
+            width=16,
+            num_heads=4,
+            num_blocks=1,
+            num_loops=60,
+            slices="windows",
+            projections="none",
+            norm_placement="outer",
+            conditioning="input_tied",
+        ),
+    ),
+    image_size=13,
+    num_classes=2,
+    stem_strides=(1, 1, 1),
+    stem="pixels",
+    positions="none",
+    head="tokens",
+)
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 2.0])
+@pytest.mark.parametrize(("config", "num_detached", "supervised"), [(SETTLING, 36, (42, 48, 54)), (DEEP, 2, (4,))])
+def test_losses_on_the_way_and_a_start_without_gradient_are_planned(
+    config: SReTConfig, num_detached: int, supervised: tuple[int, ...], share: float
+) -> None:
+    """A budget is kept by the pass that was planned for and by shallower ones; one below what is needed is refused."""
+    config = replace(config, stages=tuple(replace(stage, loop_order="model") for stage in config.stages))
+    loops = tuple(range(config.stages[0].num_loops))
+    depth = DepthPlan(tuple(StageDepth(loops, num_detached) for _ in config.stages), supervised)
+    none = predict_activations(config, MemoryConfig(schedule="none"), micro_batch_size=4, depth=depth)
+    batches = BatchSearch(config, "fp32", DEVICES["cpu"], repeats_norms=True, depth=depth)
+    room = max(int(none * share), batches.search(4).smallest_bytes())
+    state = plan_for(batches, budget_bytes=2**40, micro_batch_size=4, zero_stage=0).state.total
+    budget = MemoryConfig(schedule="planned", budget_bytes=state + room)
+    settings: dict[str, Any] = {"micro_batch_size": 4, "precision": "fp32", "world_size": 1, "zero_stage": 0}
+    model = SReT(config).train()
+    prepared = prepare_memory(model, budget, **settings, depth=depth)
+    assert prepared.activations <= room
+    assert measured_peak(model, 4, "fp32", depth) <= 1.03 * prepared.activations
+    shallow = DepthPlan(
+        tuple(StageDepth(loops[:-1], num_detached - 1) for _ in config.stages), tuple(n - 1 for n in supervised)
+    )
+    assert measured_peak(model, 4, "fp32", shallow) <= 1.03 * prepared.activations
+    with pytest.raises(ValueError, match="next cheaper choice"):
+        prepare_memory(model, replace(budget, budget_bytes=state + 1000), **settings, depth=depth)
+
+
+@pytest.mark.parametrize("config", [SETTLING, DEEP])
+def test_planned_chains_keep_the_gradients(config: SReTConfig) -> None:
+    config = replace(config, drop_path=0.0)
+    loops = tuple(range(config.stages[0].num_loops))
+    depth = DepthPlan(tuple(StageDepth(loops, 2) for _ in config.stages), (3, 5))
+    found = []
+    for schedule_name in ("none", "planned"):
+        torch.manual_seed(0)
+        model = SReT(config).train()
+        batches = BatchSearch(config, "fp32", DEVICES["cpu"], repeats_norms=True, depth=depth)
+        state = plan_for(batches, budget_bytes=2**40, micro_batch_size=2, zero_stage=0).state.total
+        memory = MemoryConfig(schedule="none")
+        if schedule_name == "planned":
+            memory = MemoryConfig(schedule="planned", budget_bytes=state + batches.search(2).smallest_bytes())
+        prepare_memory(model, memory, micro_batch_size=2, precision="fp32", world_size=1, zero_stage=0, depth=depth)
+        images = torch.randn(2, 3, config.image_size, config.image_size, generator=torch.Generator().manual_seed(1))
+        model(images, Noise(0, 0), [depth]).square().sum().backward()
+        found.append([p.grad for p in model.parameters()])
+    assert all((a is None and b is None) or torch.equal(a, b) for a, b in zip(*found, strict=True))

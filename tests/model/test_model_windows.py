@@ -8,6 +8,9 @@ from torch import Tensor
 
 from sret_scale.memory import MemoryConfig, apply_recomputation
 from sret_scale.model import Noise, SReT, SReTConfig, StageConfig, describe
+from sret_scale.model.depth_plan import DepthPlan, StageDepth
+from sret_scale.model.permutation import TokenOrder, reorder_tokens
+from sret_scale.model.vision.sret import on_grid
 from sret_scale.model.windows import WindowOrder
 from tests.reference.windows import cone
 
@@ -130,3 +133,35 @@ def test_what_windows_cannot_be_is_refused(options: dict[str, object], expected:
 def test_a_pixel_stem_has_no_strides() -> None:
     with pytest.raises(ValueError, match="stem 'pixels' needs stem_strides"):
         replace(CONFIG, stem_strides=(2, 1, 1))
+
+
+@pytest.mark.parametrize("conditioning", ["none", "input_tied"])
+def test_a_start_without_gradient_is_a_state_of_its_own(conditioning: str) -> None:
+    """What comes before is a constant: gradients are those of the loops after it, from its state."""
+    stage = replace(STAGE, conditioning=conditioning)
+    model = model_of(replace(CONFIG, stages=(stage,))).double()
+    images = images_of(CONFIG).double()
+    plan = DepthPlan((StageDepth(tuple(range(6)), num_detached=4),), supervised=(5,))
+    model(images, None, [plan]).square().sum().backward()
+    found = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    stage_, tokens = model.stages[0], model.stage_input(model.forward_stem(images), 0)
+    padded = stage_.windows.padded(tokens)
+    order = TokenOrder(stage_.permutations(None, 6, padded.shape[1], padded.device))
+    applications = stage_.chain(stage_.slots, padded, order, None)
+    state, total = torch.cat([padded] * (2 if stage_.injected else 1), dim=1), 0.0
+    for number, application in enumerate(applications):
+        state = application(state)
+        if number == 3:
+            # The input that is carried along keeps its gradient, the stream does not.
+            half = padded.shape[1]
+            state = torch.cat([state[:, :half].detach(), state[:, half:]], dim=1)
+        if number >= 4:
+            back = order.way(application.token_order, None)
+            out = stage_.windows.cropped(reorder_tokens(state[:, : padded.shape[1]], *back))
+            total = total + model.forward_head(on_grid(out)).square().sum()
+    total.backward()
+    for name, p in model.named_parameters():
+        # What no gradient reaches has none, or zeros.
+        pair = [torch.zeros_like(p) if grad is None else grad for grad in (found[name], p.grad)]
+        torch.testing.assert_close(*pair, rtol=0, atol=1e-9)

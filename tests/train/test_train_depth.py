@@ -10,7 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sret_scale.config.run_config import RunConfig, build, override, split_differences, to_plain
-from sret_scale.config.step_depth import DepthConfig, check_depth, depth_plans, drawn_loops, share_of, weighted_loss
+from sret_scale.config.step_depth import (
+    DepthConfig,
+    check_depth,
+    deepest_plan,
+    depth_plans,
+    drawn_loops,
+    share_of,
+    weighted_loss,
+)
 from sret_scale.memory import MemoryConfig, apply_recomputation, apply_schedules, schedule
 from sret_scale.memory.planning.costs import ApplicationCost
 from sret_scale.memory.planning.predict import predict_chain
@@ -144,7 +152,18 @@ def test_a_wrong_value_names_its_field(options: dict[str, object], message: str)
         ({"mixed_loops": (24,), "mixed_weights": (1.0,)}, {}, {}, "depth.mixed_loops: expected less than 24"),
         ({"supervised_loops": (8,), "supervision_weights": (1.0,)}, {}, {}, "less than 8, the loops of the last stage"),
         ({"loops": "uniform"}, {}, {"zero_stage": 3}, "ZeRO 3"),
-        ({"backprop_loops": 2}, {}, {"schedule": "planned"}, "memory.schedule=binomial"),
+        (
+            {"mixed_loops": (2,), "mixed_weights": (1.0,)},
+            {},
+            {"schedule": "planned"},
+            "memory.schedule=binomial",
+        ),
+        (
+            {"backprop_loops": 2, "loops": "uniform", "supervised_loops": (3,), "supervision_weights": (1.0,)},
+            {},
+            {"schedule": "planned"},
+            "depth.supervise_every",
+        ),
         ({"mixed_loops": (1,), "mixed_weights": (1.0,)}, {}, {"has_features": True}, "distill.feature_weight=0"),
         ({"backprop_loops": 2}, {"norm_placement": "deeploop"}, {}, "norm_placement 'deeploop'"),
         (
@@ -226,3 +245,19 @@ def test_plans_name_what_is_left_out() -> None:
     plans = depth_plans(DepthConfig(backprop_loops=6), MODEL, seed=0, step=0, progress=0)
     assert plans is not None and plans[0].stages[0] == StageDepth(tuple(range(24)), 18)
     assert plans[0].stages[1] == StageDepth(tuple(range(8)), 6)
+
+
+def test_a_loss_after_every_second_loop_with_gradient() -> None:
+    config = DepthConfig(loops="uniform", min_loops=2, backprop_loops=5, supervise_every=2)
+    single = replace(MODEL, stages=(SHARED,))
+    deepest = deepest_plan(config, single)
+    assert deepest is not None and deepest.stages[0].num_detached == 19 and deepest.supervised == (21, 23)
+    for step in range(40):
+        (plan,) = depth_plans(config, single, seed=0, step=step, progress=0) or ()
+        loops, detached = len(plan.stages[0].loops), plan.stages[0].num_detached
+        assert detached == max(0, loops - 5)
+        assert plan.supervised == tuple(range(detached + 2, loops, 2))
+        losses = torch.arange(1.0, 2.0 + len(plan.supervised)).unbind()
+        assert weighted_loss(config, [plan], losses) == torch.stack(losses).mean()
+    with pytest.raises(ValueError, match=r"depth.supervise_every: expected no supervised_loops"):
+        DepthConfig(supervise_every=2, supervised_loops=(1,), supervision_weights=(1.0,))

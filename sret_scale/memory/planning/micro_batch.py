@@ -12,6 +12,7 @@ from sret_scale.memory.planning.probe import StepCosts, probe_step
 from sret_scale.memory.planning.search import Search
 from sret_scale.memory.planning.step_cost import Device
 from sret_scale.model import SReTConfig
+from sret_scale.model.depth_plan import DepthPlan
 
 # Larger micro-batches no longer fill a device better, and the global batch has to hold them.
 MAX_MICRO_BATCH = 1024
@@ -23,9 +24,17 @@ the larger of several such sums, so beyond the probes a line lies below it, by 2
 class BatchSearch:
     """The costs of a model at every micro-batch, and the choices among them."""
 
-    def __init__(self, config: SReTConfig, precision: str, device: Device, *, repeats_norms: bool = False) -> None:
+    def __init__(
+        self,
+        config: SReTConfig,
+        precision: str,
+        device: Device,
+        *,
+        repeats_norms: bool = False,
+        depth: DepthPlan | None = None,
+    ) -> None:
         self.device = device
-        self._probe = partial(probe_step, config, precision=precision, repeats_norms=repeats_norms)
+        self._probe = partial(probe_step, config, precision=precision, repeats_norms=repeats_norms, depth=depth)
         self._searches: dict[int, Search] = {}
         self._guesses: dict[int, Search] = {}
 

@@ -16,14 +16,15 @@ from sret_scale.memory.planning.rank_state import StateBytes, format_bytes, stat
 from sret_scale.memory.planning.step_cost import DEVICES, step_peak_bytes
 from sret_scale.memory.schedule import Schedule
 from sret_scale.model import SReT, SReTConfig
+from sret_scale.model.depth_plan import DepthPlan
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """How to train within `budget_bytes` on a rank.
 
-    schedules: one for each stage. activations: their predicted peak.
-    untaped_runs: extra forward runs of an application, on average.
+    schedules: one for each chain: a stage is one, or several where scores are taken on the way.
+    activations: their predicted peak. untaped_runs: extra forward runs of an application, on average.
     """
 
     budget_bytes: int
@@ -114,8 +115,9 @@ def prepare_memory(
     world_size: int,
     zero_stage: int,
     reserved_bytes: int = 0,
+    depth: DepthPlan | None = None,
 ) -> Prepared:
-    """Sets the recomputation of `model` as `memory` asks.
+    """Sets the recomputation of `model` as `memory` asks, for steps that go no deeper than `depth` (None: all loops).
 
     ValueError if a budget cannot be kept, before anything is set.
     """
@@ -127,19 +129,22 @@ def prepare_memory(
             micro_batch_size=micro_batch_size,
             precision=precision,
             repeats_norms=repeats_norms,
+            depth=depth,
         )
         apply_recomputation(model, memory, repeats_norms=repeats_norms)
         return Prepared(activations=activations)
     device = "gpu" if next(model.parameters()).is_cuda else "cpu"
+    batches = BatchSearch(model.config, precision, DEVICES[device], repeats_norms=repeats_norms, depth=depth)
     plan = plan_for(
-        BatchSearch(model.config, precision, DEVICES[device], repeats_norms=repeats_norms),
+        batches,
         budget_bytes=memory.budget_bytes,
         micro_batch_size=micro_batch_size,
         world_size=world_size,
         zero_stage=zero_stage,
         reserved_bytes=reserved_bytes,
     )
-    apply_schedules(model, plan.schedules, memory, repeats_norms=repeats_norms)
+    stage_of = batches.costs(micro_batch_size).stage_of
+    apply_schedules(model, plan.schedules, memory, stage_of=stage_of, repeats_norms=repeats_norms)
     return Prepared(activations=plan.activations, plan=plan)
 
 
@@ -150,12 +155,15 @@ def predict_activations(
     micro_batch_size: int,
     precision: str = "fp32",
     repeats_norms: bool = False,
+    depth: DepthPlan | None = None,
 ) -> int:
     """The predicted peak of activation bytes in a step; ValueError if `memory` leaves the schedule to the planner.
 
-    repeats_norms: as in `apply_recomputation`.
+    repeats_norms: as in `apply_recomputation`. depth: the deepest pass of a step, None for all loops.
     """
-    costs = probe_step(config, micro_batch_size=micro_batch_size, precision=precision, repeats_norms=repeats_norms)
+    costs = probe_step(
+        config, micro_batch_size=micro_batch_size, precision=precision, repeats_norms=repeats_norms, depth=depth
+    )
     return _predict(costs, tuple(schedule_for(memory, len(stage)) for stage in costs.stages))[0]
 
 

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from sret_scale.memory.planning.costs import ApplicationCost, measure_application, size_bytes
 from sret_scale.memory.planning.instrument import LiveBytes
 from sret_scale.model import Application, Noise, SReT, SReTConfig
+from sret_scale.model.depth_plan import DepthPlan
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 
@@ -25,14 +26,16 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 class StepCosts:
     """Costs of one micro-batch's forward and backward pass. All bytes are activations unless named otherwise.
 
-    stages: the cost of every application of every stage.
-    held_forward, held_backward: per stage, what the rest of the model holds when the stage's pass begins; the gradient
+    stages: the cost of every application of every chain; a stage is one, or several where scores are taken on the way.
+    stage_of: the stage of each chain.
+    held_forward, held_backward: per chain, what the rest of the model holds when the stage's pass begins; the gradient
         that comes in is the stage's.
     peaks_before: of the rest of the model before each stage, and at last in the head and the loss.
     peaks_after: of the rest of the model after the backward pass of each stage.
     """
 
     stages: tuple[tuple[ApplicationCost, ...], ...]
+    stage_of: tuple[int, ...]
     held_forward: tuple[int, ...]
     held_backward: tuple[int, ...]
     peaks_before: tuple[int, ...]
@@ -46,11 +49,16 @@ class StepCosts:
 
 @lru_cache(maxsize=64)
 def probe_step(
-    config: SReTConfig, *, micro_batch_size: int, precision: str = "fp32", repeats_norms: bool = False
+    config: SReTConfig,
+    *,
+    micro_batch_size: int,
+    precision: str = "fp32",
+    repeats_norms: bool = False,
+    depth: DepthPlan | None = None,
 ) -> StepCosts:
     """The costs of training `config` on micro-batches of this size, without data and without a device.
 
-    repeats_norms: the stem's (`apply_recomputation`).
+    repeats_norms: the stem's (`apply_recomputation`). depth: which loops run, have gradient and give scores.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
@@ -62,10 +70,13 @@ def probe_step(
         model.to_empty(device="cpu")
         model.stem.repeats_norms = repeats_norms
         shape = (micro_batch_size, config.in_channels, config.image_size, config.image_size)
-        images, labels = torch.empty(shape), torch.zeros(micro_batch_size, dtype=torch.int64)
+        images = torch.empty(shape)
         probe = _Probe(model)
         with probe.counter, torch.autocast("cpu", torch.bfloat16, enabled=precision != "fp32"):
-            loss = F.cross_entropy(model(images, Noise(permutation_seed=0, sample_seed=0)).float(), labels)
+            noise = Noise(permutation_seed=0, sample_seed=0)
+            scores = [model(images, noise)] if depth is None else model(images, noise, [depth])
+            labels = torch.zeros_like(scores[0][:, 0], dtype=torch.int64)
+            loss = torch.stack([F.cross_entropy(one.float(), labels) for one in scores]).mean()
             loss.backward()  # type: ignore[no-untyped-call]
         return probe.result()
 
@@ -77,10 +88,14 @@ class _Probe:
         self.model = model
         self.counter = LiveBytes(model.parameters())
         self.stages: list[tuple[ApplicationCost, ...]] = []
+        self.stage_of: list[int] = []
+        self.used: list[set[Tensor]] = []
+        # A chain may have an input without gradient; its backward pass is noted all the same.
+        anchor = torch.empty(0, requires_grad=True)
         self.before: list[tuple[int, int]] = []  # when the forward pass of a stage begins
         self.after: list[tuple[int, int]] = []  # when its backward pass begins, last stage first
-        for stage in model.stages:
-            stage.run_chain = partial(_ProbeFunction.apply, self)  # type: ignore[assignment]
+        for index, stage in enumerate(model.stages):
+            stage.run_chain = partial(_ProbeFunction.apply, self, index, anchor)  # type: ignore[assignment]
 
     def note(self, notes: list[tuple[int, int]]) -> None:
         """Writes down where the counter is."""
@@ -97,17 +112,28 @@ class _Probe:
             if kind not in costs:
                 costs[kind] = measure_application(application, x_BND)
         self.stages.append(tuple(costs[_kind(application)] for application in applications))
+        self.used.append({parameter for application in applications for parameter in application.parameters()})
         counter.peak, counter.moved, counter.launches = before
+
+    def _waiting(self, number: int) -> int:
+        """Gradients that later chains gave to parameters of earlier ones too: autograd holds them for the sum."""
+        later, others = (set().union(*chains) for chains in (self.used[number + 1 :], self.used[: number + 1]))
+        return sum(size_bytes(parameter) for parameter in later & others)
 
     def result(self) -> StepCosts:
         """All notes of a finished step."""
+        waiting = [self._waiting(number) for number in range(len(self.stages))]
         per_stage = [sum(size_bytes(p) for p in stage.parameters()) for stage in self.model.stages]
         return StepCosts(
             stages=tuple(self.stages),
+            stage_of=tuple(self.stage_of),
             held_forward=tuple(live for live, _ in self.before),
-            held_backward=tuple(live for live, _ in reversed(self.after)),
+            held_backward=tuple(live + wait for (live, _), wait in zip(reversed(self.after), waiting, strict=True)),
             peaks_before=(*(peak for _, peak in self.before), self.after[0][1]),
-            peaks_after=(self.counter.peak, *(peak for _, peak in reversed(self.after[1:]))),
+            peaks_after=(
+                self.counter.peak,
+                *(peak + wait for (_, peak), wait in zip(reversed(self.after[1:]), waiting[:-1], strict=True)),
+            ),
             launches=self.counter.launches,
             moved_bytes=self.counter.moved,
             parameter_bytes=sum(size_bytes(p) for p in self.model.parameters()),
@@ -120,8 +146,11 @@ class _ProbeFunction(torch.autograd.Function):
     """A chain of no cost of its own; it holds the applications, as a real chain does until its backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, probe: _Probe, applications: Sequence[Application], x_BND: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, probe: _Probe, stage: int, anchor: Tensor, applications: Sequence[Application], x_BND: Tensor
+    ) -> Tensor:
         probe.note(probe.before)
+        probe.stage_of.append(stage)
         probe.measure(applications, x_BND.detach())
         ctx.probe, ctx.applications = probe, applications
         return torch.empty_like(x_BND)
@@ -129,10 +158,10 @@ class _ProbeFunction(torch.autograd.Function):
     boxed_grads_call = True  # a real chain frees the gradient that comes in; its bytes are the chain's own
 
     @staticmethod
-    def backward(ctx: Any, grads: list[Tensor] | Tensor) -> tuple[None, None, Tensor]:
+    def backward(ctx: Any, grads: list[Tensor] | Tensor) -> tuple[None, None, None, None, Tensor]:
         shape = (grads.pop() if isinstance(grads, list) else grads).shape
         ctx.probe.note(ctx.probe.after)
-        return None, None, torch.empty(shape)
+        return None, None, None, None, torch.empty(shape)
 
 
 def _kind(application: Application) -> tuple[object, ...]:

@@ -1,0 +1,199 @@
+"""Carry, a task that only deep training learns: application i reads symbol u_i, the label is the one that was marked.
+
+    python experiments/carry.py runs/carry --applications 108 --gradient 108 54 27 12 --seeds 0 1 2
+
+A row has 8 symbols, each equally often in its first half, one of them marked there; what follows is drawn freely. So
+whoever does not read the mark knows nothing: chance is 1 in 8, exactly. What an application reads is added to the four
+tokens of the state. One tied block, branches of size 1/N, a frozen skip, one loss at the end. Gradient goes through the
+last k applications alone. For k <= N/2 none reaches the write.
+
+What would refute it, written down before the runs: any k <= N/2 above chance by 3 deviations of 4096 rows, or k = N
+that fails in two seeds at 300 applications. Each run is one line of FOLDER/runs.csv; the same command continues.
+"""
+
+import argparse
+import csv
+import math
+import resource
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sret_scale.memory import Schedule, plan_chain, run_chain
+from sret_scale.memory.schedule import none, per_application
+from sret_scale.model import SReTConfig, StageConfig
+from sret_scale.model.layers import Block
+from sret_scale.model.stored_sizes import stored_sizes
+
+SYMBOLS, TOKENS, WIDTH, BATCH, TEST_ROWS = 8, 4, 16, 64, 4096
+FIELDS = ("applications", "gradient", "seed", "steps", "schedule", "accuracy", "loss", "seconds", "peak_bytes", "macs")
+
+_TRANSFORM = torch.compile(Block.transform, dynamic=False)
+
+
+def rows(count: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """(count, length) symbols, (count,) marked places and (count,) labels."""
+    half = length // 2 // SYMBOLS * SYMBOLS
+    order = torch.rand(count, half, generator=generator).argsort(dim=1)
+    symbols = torch.randint(SYMBOLS, (count, length), generator=generator)
+    symbols[:, :half] = order % SYMBOLS
+    places = torch.randint(half, (count,), generator=generator)
+    return symbols, places, symbols.gather(1, places[:, None])[:, 0]
+
+
+class Reader(nn.Module):
+    """One tied block, what it reads, and a head on the mean of the tokens."""
+
+    def __init__(self, applications: int) -> None:
+        super().__init__()
+        stage = StageConfig(
+            width=WIDTH,
+            num_heads=2,
+            num_blocks=1,
+            num_loops=applications,
+            projections="none",
+            branch_scheme="loop_aware",
+        )
+        config = SReTConfig(stages=(stage,), image_size=16)
+        self.block = Block(stage, stored_sizes(config, 0))
+        # As `compile_blocks` does for a model: one graph for all applications.
+        self.block.transform = partial(_TRANSFORM, self.block)  # type: ignore[method-assign]
+        self.symbols = nn.Parameter(0.1 * torch.randn(SYMBOLS, WIDTH))
+        self.marked = nn.Parameter(0.1 * torch.randn(SYMBOLS, WIDTH))
+        self.start = nn.Parameter(0.02 * torch.randn(TOKENS, WIDTH))
+        self.norm, self.head = nn.LayerNorm(WIDTH, eps=1e-8), nn.Linear(WIDTH, SYMBOLS)
+
+    def links(self, symbols: Tensor, places: Tensor) -> list["Link"]:
+        """The applications of a batch of rows."""
+        return [Link(self, i, symbols[:, i], places == i) for i in range(symbols.shape[1])]
+
+    def scores(self, state_BND: Tensor) -> Tensor:
+        """(B, symbols) of the state at the end."""
+        return self.head(self.norm(state_BND.mean(dim=1)))
+
+
+class Link:
+    """One application: it adds what it reads to the state and runs the block."""
+
+    def __init__(self, reader: Reader, loop: int, symbol: Tensor, is_marked: Tensor) -> None:
+        self.reader, self.loop = reader, loop
+        # A product with a one-hot row: its backward pass adds up in one order.
+        self.symbol = F.one_hot(symbol, SYMBOLS).float()
+        self.marked = self.symbol * is_marked[:, None]
+
+    def __call__(self, state_BND: Tensor) -> Tensor:
+        reader = self.reader
+        read_BD = self.symbol @ reader.symbols + self.marked @ reader.marked
+        return reader.block(state_BND + read_BD[:, None], self.loop, 1)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Every parameter that a call reads."""
+        yield from (self.reader.symbols, self.reader.marked, *self.reader.block.parameters())
+
+
+def final_state(links: Sequence[Link], start: Tensor, schedule: Schedule) -> Tensor:
+    """The state at the end, with gradient through as many applications as the schedule has."""
+    cut = len(links) - schedule.num_applications
+    with torch.no_grad():
+        state = start.detach()
+        for link in links[:cut]:
+            state = link(state)
+    return run_chain(links[cut:], state if cut else start, schedule)
+
+
+def train(applications: int, gradient: int, seed: int, steps: int, memory: str, rate: float) -> dict[str, object]:
+    """One run, as a line of the table."""
+    torch.manual_seed(seed)
+    reader = Reader(applications)
+    optimizer = torch.optim.AdamW(reader.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.0)
+    schedule = schedule_of(memory, gradient, reader, applications)
+    losses, started = [], time.process_time()
+    for step in range(steps):
+        generator = torch.Generator().manual_seed(1_000_003 * seed + step)
+        symbols, places, labels = rows(BATCH, applications, generator)
+        start = reader.start.expand(BATCH, -1, -1)
+        loss = F.cross_entropy(reader.scores(final_state(reader.links(symbols, places), start, schedule)), labels)
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min(1.0, (step + 1) / 10) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(reader.parameters(), 1.0)
+        optimizer.step()
+        losses.append(float(loss.detach()))
+        if step % 25 == 24:
+            print(
+                f"  N {applications} k {gradient} seed {seed} step {step + 1} {sum(losses[-25:]) / 25:.3f}", flush=True
+            )
+    application_macs = TOKENS * (12 * WIDTH * WIDTH + 2 * TOKENS * WIDTH)
+    return {
+        "applications": applications,
+        "gradient": gradient,
+        "seed": seed,
+        "steps": steps,
+        "schedule": memory,
+        "accuracy": accuracy(reader, applications, seed),
+        "loss": sum(losses[-25:]) / len(losses[-25:]),
+        "seconds": round(time.process_time() - started, 1),
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "macs": BATCH * steps * application_macs * (applications + 2 * gradient),
+    }
+
+
+def schedule_of(memory: str, length: int, reader: Reader, applications: int) -> Schedule:
+    """`none`, `per_application`, or a number of MiB within which the chain is planned."""
+    if memory in ("none", "per_application"):
+        return {"none": none, "per_application": per_application}[memory](length)
+    links = reader.links(*rows(BATCH, applications, torch.Generator().manual_seed(0))[:2])[-length:]
+    return plan_chain(links, torch.zeros(BATCH, TOKENS, WIDTH), int(float(memory) * 2**20))
+
+
+@torch.no_grad()
+def accuracy(reader: Reader, applications: int, seed: int) -> float:
+    """Of rows that were never trained on, in percent."""
+    generator = torch.Generator().manual_seed(-1 - seed)
+    symbols, places, labels = rows(TEST_ROWS, applications, generator)
+    state = reader.start.expand(TEST_ROWS, -1, -1)
+    for link in reader.links(symbols, places):
+        state = link(state)
+    return round(100 * float((reader.scores(state).argmax(dim=1) == labels).float().mean()), 2)
+
+
+def main() -> None:
+    """Make the runs that the table lacks."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--applications", type=int, required=True)
+    parser.add_argument("--gradient", type=int, nargs="+", required=True, help="the numbers k")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--rate", type=float, default=2e-2)
+    parser.add_argument("--memory", default="none", help="none, per_application, or MiB to plan within")
+    parser.add_argument("--equal-flops", action="store_true", help="as many steps as cost what --steps of k = N do")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    args.folder.mkdir(parents=True, exist_ok=True)
+    table = args.folder / "runs.csv"
+    known = list(csv.DictReader(table.open())) if table.exists() else []
+    done = {(row["applications"], row["gradient"], row["seed"], row["steps"], row["schedule"]) for row in known}
+    for seed in args.seeds:
+        for gradient in args.gradient:
+            longer = 3 * args.applications / (args.applications + 2 * gradient) if args.equal_flops else 1
+            steps = round(args.steps * longer)
+            if tuple(map(str, (args.applications, gradient, seed, steps, args.memory))) in done:
+                continue
+            row = train(args.applications, gradient, seed, steps, args.memory, args.rate)
+            print(row, flush=True)
+            with table.open("a", newline="") as file:
+                writer = csv.DictWriter(file, FIELDS)
+                if not file.tell():
+                    writer.writeheader()
+                writer.writerow(row)
+
+
+if __name__ == "__main__":
+    main()
