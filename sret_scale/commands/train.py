@@ -6,6 +6,7 @@ from pathlib import Path
 EXAMPLE = """examples:
   sret-scale train sret_t data.train_folder=shards/train data.test_folder=shards/val
   sret-scale train runs/sret_t/config.yaml optim.learning_rate=5e-4 --run runs/slower
+  sret-scale train sret_t train.total_images=90ep optim.warmup_images=5% data.train_folder=shards/train
   sret-scale train sret_t_1000 memory.schedule=binomial --hostfile hosts --dry-run
   sret-scale train sret_t_1000 --hostfile hosts --elastic 2:8
 
@@ -41,13 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Returns the run's exit status."""
     from sret_scale.config.recipes import configuration, is_file_name, recipe
-    from sret_scale.config.run_config import override
     from sret_scale.launch.elastic import Elastic, start_elastic
     from sret_scale.launch.hostfile import hosts_of
     from sret_scale.launch.preflight import start_run
 
     file = Path(args.recipe)
-    config = override(configuration(args.recipe), args.overrides)
+    config = configuration(args.recipe, args.overrides)
     is_of_run = file.name == "config.yaml" and (file.parent / "environment.json").exists()
     folder = args.run or (file.parent if is_of_run else Path("runs") / file.stem)
     if args.dry_run and not is_file_name(args.recipe):

@@ -1,11 +1,12 @@
 """Recipes: complete run configurations by name. Each says where its values come from and what it should reach."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data_pipelines.image.augment import AugmentConfig
 from data_pipelines.stream.loader import DataConfig
-from sret_scale.config.run_config import EngineConfig, OptimConfig, RunConfig, TrainConfig, from_yaml, nearest
+from sret_scale.config.run_config import EngineConfig, OptimConfig, RunConfig, TrainConfig, from_yaml, nearest, override
 from sret_scale.distill import DistillConfig
 from sret_scale.memory import MemoryConfig
 from sret_scale.model import PRESETS, preset
@@ -33,14 +34,17 @@ def recipe(name: str) -> Recipe:
     raise ValueError(f"no recipe or model preset {name!r}: {nearest(name, [*RECIPES, *PRESETS])}")
 
 
-def configuration(name: str) -> RunConfig:
-    """Of a recipe, a model preset, or a YAML file, which its ending tells; ValueError or OSError for none of these."""
+def configuration(name: str, assignments: Sequence[str] = ()) -> RunConfig:
+    """Of a recipe, a model preset, or a YAML file, which its ending tells; then `section.field=value` as in `override`.
+
+    ValueError or OSError for none of these.
+    """
     file = Path(name)
     if is_file_name(name):
-        return from_yaml(file)
+        return from_yaml(file, assignments)
     if file.is_dir():
         raise ValueError(f"{name} is a folder: expected its configuration, {file / 'config.yaml'}")
-    return recipe(name).config
+    return override(recipe(name).config, assignments)
 
 
 def is_file_name(name: str) -> bool:

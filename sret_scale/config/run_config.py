@@ -22,7 +22,10 @@ import yaml
 from data_pipelines.checked_files import read_bounded
 from data_pipelines.home_folder import with_home
 from data_pipelines.image.augment import AugmentConfig
+from data_pipelines.remote.shard_sets import open_training_data
 from data_pipelines.stream.loader import DataConfig
+from sret_scale.config.fields import fields_of, suggestion
+from sret_scale.config.image_counts import resolve_counts, take_texts
 from sret_scale.config.removed_fields import is_removed
 from sret_scale.config.step_depth import DepthConfig
 from sret_scale.config.telemetry_config import TelemetryConfig
@@ -328,7 +331,7 @@ def _build_dataclass(kind: type[Any], value: Any, path: str) -> Any:
     prefix = f"{path}." if path else ""
     for key in value:
         if key not in names and not is_removed(f"{prefix}{key}", value[key]):
-            raise ValueError(f"unknown key {prefix + str(key)!r}: {nearest(str(key), names)}")
+            raise ValueError(f"unknown key {prefix + str(key)!r}: {_hint(prefix + str(key), value[key], names, kind)}")
     missing = [
         entry.name
         for entry in dataclasses.fields(kind)
@@ -357,24 +360,30 @@ def to_yaml(config: Any) -> str:
     return yaml.safe_dump(to_plain(config), sort_keys=False, width=120)
 
 
-def from_yaml(file: Path) -> RunConfig:
-    """The RunConfig of a YAML file, which may leave out what keeps its default, and give `model` by preset name."""
+def from_yaml(file: Path, assignments: Sequence[str] = ()) -> RunConfig:
+    """The RunConfig of a YAML file, which may leave out what keeps its default, and give `model` by preset name.
+
+    `assignments` as in `override`; counts of images may be texts, which are resolved after them.
+    """
     tree = read_yaml(file)
     if not isinstance(tree, dict):
         raise ValueError(f"{file}: expected sections of a run configuration, got {type(tree).__name__}")
     try:
         if isinstance(tree.get("model"), str):
             tree["model"] = to_plain(preset(tree["model"]))
+        texts = take_texts(tree)
         config: RunConfig = build(RunConfig, tree)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
-    return config
+    return override(config, [*texts, *assignments]) if texts or assignments else config
 
 
 def override(config: RunConfig, assignments: Sequence[str]) -> RunConfig:
     """`config` with `section.field=value` assignments applied in order; values are YAML.
 
-    `model=NAME` takes another preset whole; items of a tuple are numbered (`model.stages.1.num_loops=20`).
+    `model=NAME` takes another preset whole; items of a tuple are numbered (`model.stages.1.num_loops=20`), and a field
+    of stages without a number is set in all (`model.num_loops=20`); counts of images may be `10ep` or `5%`
+    (`image_counts`), for which the training set is opened.
     """
     tree = to_plain(config)
     for assignment in assignments:
@@ -386,18 +395,32 @@ def override(config: RunConfig, assignments: Sequence[str]) -> RunConfig:
             tree["model"] = to_plain(preset(value))
         elif not is_removed(key, value):
             _assign(tree, key, value)
+    resolve_counts(tree, lambda: open_training_data(build(DataConfig, tree["data"], "data")).num_samples)
     changed: RunConfig = build(RunConfig, tree)
     return changed
 
 
+def _hint(key: str, value: Any, valid: Sequence[str], kind: type[Any] = RunConfig) -> str:
+    """What was meant by a key that is not there; among all fields of a run, where the place is in its configuration."""
+    sections = [entry.name for entry in dataclasses.fields(RunConfig)]
+    if kind is not RunConfig and key.partition(".")[0] not in sections:
+        return nearest(key.rpartition(".")[2], valid)
+    return suggestion(key, value, [entry.name for entry in fields_of(RunConfig)], valid)
+
+
 def _assign(tree: dict[str, Any], key: str, value: Any) -> None:
+    section, _, name = key.partition(".")
+    if section == "model" and name not in tree["model"] and name in tree["model"]["stages"][0]:
+        for stage in tree["model"]["stages"]:
+            stage[name] = value
+        return
     *parents, leaf = key.split(".")
     node: Any = tree
     walked: list[str] = []
     for part in [*parents, leaf]:
         valid = list(node) if isinstance(node, dict) else [str(index) for index in range(len(node))]
         if part not in valid:
-            raise ValueError(f"unknown key {key!r}: {nearest(part, valid)}")
+            raise ValueError(f"unknown key {key!r}: {_hint(key, value, valid)}")
         walked.append(part)
         place: Any = part if isinstance(node, dict) else int(part)
         if len(walked) == len(parents) + 1:

@@ -10,7 +10,8 @@ from data_pipelines.remote.shard_sets import open_training_data
 from data_pipelines.shards.classes import classes_without_samples, describe_missing
 from data_pipelines.stream.order import Order
 from sret_scale.config.ds_config import load_ds_config, precision_of, zero_stage_of
-from sret_scale.config.run_config import RunConfig
+from sret_scale.config.image_counts import describe_counts
+from sret_scale.config.run_config import RunConfig, to_plain
 from sret_scale.launch.nodes import Place
 from sret_scale.memory.planning.micro_batch import BatchSearch
 from sret_scale.memory.planning.rank_state import format_bytes, state_bytes
@@ -22,9 +23,11 @@ from sret_scale.train.recomputation import bytes_beside, set_up_recomputation
 
 def describe_run(config: RunConfig, place: Place) -> Iterator[str]:
     """Lines for the terminal."""
-    missing = classes_without_samples(test := open_test_data(config, open_training_data(config.data)))
+    shards = open_training_data(config.data)
+    missing = classes_without_samples(test := open_test_data(config, shards))
     if missing:
         yield describe_missing(missing, test.folder)
+    yield from describe_counts(to_plain(config), shards.num_samples)
     ranks_of_nodes = [len(host.devices) for host in place.hosts]
     yield describe_memory(config, sum(ranks_of_nodes))
     for host, line in zip(place.hosts, describe_shards(config, ranks_of_nodes), strict=True):

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sret_scale.config.recipes import RECIPES, recipe
+from sret_scale.config.image_counts import describe_counts
+from sret_scale.config.recipes import RECIPES, configuration, recipe
 from sret_scale.config.run_config import (
     RunConfig,
     build,
@@ -20,6 +21,7 @@ from sret_scale.config.run_config import (
 )
 from sret_scale.config.run_config import grad_accum_steps as accumulation
 from sret_scale.model import preset
+from tests.tiny import NUM_IMAGES, tiny_config, tiny_shards
 
 
 @pytest.mark.parametrize("name", [*RECIPES, "sret_t_1000", "sret_s_108"])
@@ -54,8 +56,19 @@ def test_bad_yaml_is_refused(text: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("assignment", "message"),
     [
-        ("optim.learning_rat=1", "unknown key 'optim.learning_rat': did you mean 'learning_rate'"),
-        ("optm.learning_rate=1", "unknown key 'optm.learning_rate': did you mean 'optim'"),
+        ("optim.learning_rat=1", "unknown key 'optim.learning_rat': did you mean 'optim.learning_rate'"),
+        ("optm.learning_rate=1", "unknown key 'optm.learning_rate': did you mean 'optim.learning_rate'"),
+        ("train.learning_rate=1", "did you mean 'optim.learning_rate'"),
+        ("lr=3e-4", r"unknown key 'lr': did you mean optim.learning_rate=0.0003\?"),
+        ("train.epochs=30", r"did you mean train.total_images=30ep\?"),
+        ("data.batch_size=64", r"did you mean train.global_batch_size=64\?"),
+        ("train.image_size=64", "did you mean 'model.image_size'"),
+        ("num_loops=4", "did you mean 'model.num_loops'"),
+        ("train.wd=0.1", r"did you mean optim.weight_decay=0.1\?"),
+        ("distill.alpha=0.5", "did you mean distill.hard_weight .*mixup_alpha=0.5"),
+        ("train.zzz=1", "valid names: seed, "),
+        ("train.total_images=5%", r"expected images \(1281167\) or epochs \(10ep\), got '5%'"),
+        ("optim.warmup_images=5 epochs", r"10ep\), or a part of train.total_images \(5%\), got '5 epochs'"),
         ("optim.learning_rate=fast", "optim.learning_rate: .*number, got 'fast'"),
         ("train.seed=1.5", "train.seed: .*integer, got 1.5"),
         ("train.seed=true", "train.seed: .*integer, got True"),
@@ -93,6 +106,35 @@ def test_overrides_reach_every_level() -> None:
         "data.crop_scale.0: 0.08 -> 0.3",
         "train.seed: 0 -> 7",
     ]
+
+
+def test_counts_of_images_may_be_epochs_and_parts(tmp_path: Path) -> None:
+    shards = tiny_shards(tmp_path)
+    counts = ["optim.warmup_images=5%", "depth.loops=growing", "depth.growth_images=2.5ep", "train.total_images=10ep"]
+    config = override(tiny_config(shards), [*counts, "train.eval_interval_images=0.01%"])
+    assert config.train.total_images == 10 * NUM_IMAGES and config.depth.growth_images == 320
+    assert config.optim.warmup_images == 64 and config.train.eval_interval_images == 1
+    assert "train.total_images: 1,280 images = 10 epochs of 128" in list(describe_counts(to_plain(config), NUM_IMAGES))
+    assert "ep" not in str(to_plain(config)["train"]["total_images"]) and build(RunConfig, to_plain(config)) == config
+
+
+def test_counts_in_a_file_are_of_the_training_set_that_is_named_last(tmp_path: Path) -> None:
+    shards = tiny_shards(tmp_path)
+    file = tmp_path / "run.yaml"
+    file.write_text("model: sret_lt\ntrain: {total_images: 3ep}\noptim: {warmup_images: 50%}\n")
+    with pytest.raises(OSError, match="shards/train: no"):
+        from_yaml(file)
+    config = configuration(str(file), [f"data.train_folder={shards / 'train'}", "optim.warmup_images=25%"])
+    assert (config.train.total_images, config.optim.warmup_images) == (3 * NUM_IMAGES, 96)
+
+
+def test_a_field_of_stages_without_a_number_is_set_in_all() -> None:
+    config = override(RunConfig(), ["model.num_loops=4", "model.stages.1.num_loops=6"])
+    assert [stage.num_loops for stage in config.model.stages] == [4, 6, 4]
+    assert (
+        preset("sret_t", num_loops=4, image_size=128)
+        == override(RunConfig(), ["model.num_loops=4", "model.image_size=128"]).model
+    )
 
 
 def test_a_file_may_leave_out_defaults_and_name_a_model(tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
 
     if not 0 <= args.rank < args.world_size:
         raise ValueError(f"--rank: expected 0 to {args.world_size - 1}, got {args.rank}")
-    config = override(configuration(args.recipe) if args.recipe else RunConfig(), args.set)
+    config = configuration(args.recipe, args.set) if args.recipe else override(RunConfig(), args.set)
     transform = f"data.transform={config.data.transform}"
     if config.data.transform and transform not in args.set:
         # The recipe may be a run's config.yaml, which is data.

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from sret_scale.config.recipes import configuration, is_file_name
-from sret_scale.config.run_config import RunConfig, build, override, read_yaml
+from sret_scale.config.run_config import RunConfig, build, read_yaml
 from sret_scale.lab.experiments.matching import Match, counts, matched, with_images
 
 NAME_LENGTH = 100
@@ -90,7 +90,7 @@ def plan_runs(
 ) -> list[PlannedRun]:
     """Every run with its configuration, matched to the base as the experiment asks, under a name of its own."""
     own = _assignments(experiment.fixed)
-    base = override(_base(experiment.base, folder), [*own, *changes])
+    base = _base(experiment.base, folder, [*own, *changes])
     planned: dict[str, PlannedRun] = {}
     for variation in _variations(experiment):
         fields = {key: value for key, value in variation.items() if key not in ("name", "base")}
@@ -100,9 +100,9 @@ def plan_runs(
                 f"two runs would be called {name!r}: they do not differ, or only in characters that names cannot hold"
             )
         try:
-            start = override(_base(variation["base"], folder), own) if "base" in variation else base
             # Once more after the fields: a run that takes another model would undo a change of it.
-            config = override(start, [*_assignments(fields), *changes])
+            wanted = [*own, *changes, *_assignments(fields), *changes]
+            config = _base(variation.get("base", experiment.base), folder, wanted)
             config = matched(config, base, experiment.match, varied=fields, ranks_of_nodes=ranks_of_nodes)
         except ValueError as error:
             raise ValueError(f"run {name}: {error}") from error
@@ -128,14 +128,14 @@ def _rehearsed(run: PlannedRun, ratio: float) -> PlannedRun:
         raise ValueError(f"run {run.name}: {error}") from error
 
 
-def _base(name: str, folder: Path) -> RunConfig:
+def _base(name: str, folder: Path, assignments: Sequence[str]) -> RunConfig:
     if not is_file_name(name):
-        return configuration(name)
+        return configuration(name, assignments)
     beside = folder / name
     file = beside if beside.exists() else Path(name)
     if not file.exists():
         raise ValueError(f"base: there is no {beside}" + ("" if beside == file else f", and no {file}"))
-    return configuration(str(file))
+    return configuration(str(file), assignments)
 
 
 def _variations(experiment: Experiment) -> list[dict[str, Any]]:

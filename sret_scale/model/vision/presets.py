@@ -112,9 +112,14 @@ PRESETS: dict[str, SReTConfig] = _presets()
 
 
 def preset(name: str, **overrides: Any) -> SReTConfig:
-    """The config of that name, with fields of `SReTConfig` replaced; ValueError names the closest preset."""
+    """The config of that name, with fields of `SReTConfig`, or of all its stages, replaced.
+
+    ValueError names the closest preset.
+    """
     if name not in PRESETS:
         close = difflib.get_close_matches(name, PRESETS, n=1)
         hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(PRESETS)}"
         raise ValueError(f"no preset is called {name!r}; {hint}")
-    return replace(PRESETS[name], **overrides)
+    of_stages = {key: overrides.pop(key) for key in list(overrides) if key in StageConfig.__dataclass_fields__}
+    stages = tuple(replace(stage, **of_stages) for stage in PRESETS[name].stages)
+    return replace(PRESETS[name], **{"stages": stages, **overrides})
