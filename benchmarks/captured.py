@@ -79,7 +79,7 @@ class TrainingStep:
         with torch.autocast(self.device.type, dtype=torch.bfloat16, cache_enabled=False):
             scores_BC = self.module(self.images_BCHW, Noise(0, 0))
         loss = F.cross_entropy(scores_BC.float(), self.labels_B)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         self.optimizer.step()
         self.loss.copy_(loss.detach())
 
@@ -98,7 +98,7 @@ class Capture:
 def capture(step: TrainingStep) -> Capture:
     """The step as a CUDA graph, after a warm-up on a side stream, so that nothing is compiled or chosen inside."""
     start = time.perf_counter()
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(WARM_UP_STEPS):

@@ -84,7 +84,15 @@ def synthetic_store(folder: Path, *, num_shards: int, shard_samples: int, top_k:
         views_per_file=1,
         batch_size=1,
         image_size=224,
-        teacher={},
+        teacher={
+            "spec": "none",
+            "weights_sha256": "0" * 64,
+            "image_size": 224,
+            "interpolation": "bilinear",
+            "mean": [0.5] * 3,
+            "std": [0.5] * 3,
+            "precision": "fp32",
+        },
         view={},
     )
     folder.mkdir()
@@ -191,7 +199,7 @@ def no_runs(folder: Path) -> Any:
 def photographs() -> list[np.ndarray[Any, np.dtype[np.uint8]]]:
     """RGB photographs of scikit-image and scikit-learn."""
     import skimage.data
-    from sklearn.datasets import load_sample_images  # type: ignore[import-untyped]
+    from sklearn.datasets import load_sample_images
 
     names = ("astronaut", "chelsea", "coffee", "rocket")
     return [*(getattr(skimage.data, name)() for name in names), *load_sample_images().images]

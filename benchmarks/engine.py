@@ -142,7 +142,7 @@ def bare_loop(run: Run, ranks: Ranks) -> Callable[[], None]:
         logits = parallel(normalise(images, run.config.train.image_mean, run.config.train.image_std), noise)
         loss = nn.functional.cross_entropy(logits, target)
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         count += 1

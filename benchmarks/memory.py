@@ -138,7 +138,7 @@ class Bench:
     def step(self) -> None:
         with self.mode, torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bf16"):
             loss = F.cross_entropy(self.model(self.images, Noise(0, 0)).float(), self.labels)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
 
     def seconds(self) -> float:
         """Processor time of one step."""

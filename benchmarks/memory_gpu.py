@@ -51,7 +51,7 @@ class Cell:
         def backward() -> None:
             with torch.autocast(self.device.type, torch.bfloat16):
                 loss = F.cross_entropy(self.model(images, Noise(0, 0)).float(), labels)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
 
         backward()  # makes gradients and, below, the optimiser's state
         self.optimizer.step()

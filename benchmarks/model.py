@@ -12,7 +12,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 
 
 def median_times_s(
-    calls: dict[str, Callable[[], object]], repeats: int, clock: Callable[[], float] = time.perf_counter
+    calls: Mapping[str, Callable[[], object]], repeats: int, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, float]:
     """Median seconds of each call; they take turns, so that a change of the machine's speed meets all alike."""
     times: dict[str, list[float]] = {name: [] for name in calls}

@@ -55,7 +55,7 @@ class Bench:
 
     def step(self, images_BCHW: Tensor) -> None:
         labels_B = torch.zeros(len(images_BCHW), dtype=torch.int64)
-        F.cross_entropy(self.model(images_BCHW, Noise(0, 0)), labels_B).backward()  # type: ignore[no-untyped-call]
+        F.cross_entropy(self.model(images_BCHW, Noise(0, 0)), labels_B).backward()
 
     def images(self, micro_batch_size: int) -> Tensor:
         """Made outside of what is measured: in training they are the data pipeline's."""

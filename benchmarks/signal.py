@@ -39,10 +39,13 @@ def config_at(depth: int, scheme: str, skip: str, projections: str) -> SReTConfi
     """The toy model at a depth; a norm placement's name stands for that placement."""
     base = preset("demo_control_20")
     if scheme in PLACEMENTS:
-        options = {"norm_placement": scheme, "branch_scheme": "loop_aware" if scheme == "subln" else "published"}
+        options: dict[str, Any] = {
+            "norm_placement": scheme,
+            "branch_scheme": "loop_aware" if scheme == "subln" else "published",
+        }
     else:
         options = {"branch_scheme": scheme}
-    toy = {"num_heads": 2, "groups": (1,), "skip": skip, "projections": projections}
+    toy: dict[str, Any] = {"num_heads": 2, "groups": (1,), "skip": skip, "projections": projections}
     stages = tuple(
         replace(stage, width=width, num_loops=loops, **toy, **options)
         for stage, width, loops in zip(base.stages, WIDTHS, LOOPS[depth], strict=True)
@@ -81,7 +84,7 @@ def check(
     kept_BCHW, kept_B = images_BCHW[:KEPT_IMAGES], labels_B[:KEPT_IMAGES]
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
     first_BC = model(kept_BCHW, Noise(0, 0)).detach()
-    rows = []
+    rows: list[dict[str, Any]] = []
     for step in range(1, report_steps[-1] + 1):
         part = slice(KEPT_IMAGES + (step - 1) * batch, KEPT_IMAGES + step * batch)
         loss = F.cross_entropy(model(images_BCHW[part], Noise(step, step)), labels_B[part])

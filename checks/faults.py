@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -130,7 +130,7 @@ def saving_calls(saver: Saver, folder: Path) -> list[Point]:
     for line in trace.splitlines():
         match = re.match(r"(\d+)\s+(\w+)\(", line)
         if match:
-            calls[thread_and_name := match.groups()] += 1
+            calls[thread_and_name := (match.group(1), match.group(2))] += 1
             is_commit |= match.group(2) == "mkdir" and ".writing-" in line
             if str(folder) in line:
                 points.append(Point(name=match.group(2), number=calls[thread_and_name], is_commit=is_commit))
@@ -264,11 +264,15 @@ def finish(process: Process) -> int:
     return process.returncode
 
 
+def empty(files: Iterable[Path]) -> None:
+    for file in files:
+        os.truncate(file, 0)
+
+
 def single_faults(work: Path) -> Outcome:
     """One run, hit by a fault of another kind in each start; the same command always goes on, to the same digest."""
     shards = tiny_shards(work / "single")
-    config = tiny_config(shards)
-    config = write_config(work / "single.yaml", config, total_images=960, hang_timeout_s=20.0)
+    config = write_config(work / "single.yaml", tiny_config(shards), total_images=960, hang_timeout_s=20.0)
     left_alone, run = work / "single_left_alone", work / "single_run"
     assert finish(sret_scale("train", config, "--run", left_alone, cwd=work)) == 0
     faults: list[tuple[Callable[[Process, list[psutil.Process]], object], tuple[int, ...]]] = [
@@ -276,7 +280,7 @@ def single_faults(work: Path) -> Outcome:
         (lambda _start, ranks: ranks[1].send_signal(signal.SIGUSR1), (85,)),
         (lambda _start, ranks: ranks[1].suspend(), (3,)),
         (lambda _start, ranks: ranks[1].rlimit(psutil.RLIMIT_AS, (ranks[1].memory_info().vms,) * 2), (1, 2)),
-        (lambda _start, _ranks: [os.truncate(tar, 0) for tar in tars], (1, 2)),
+        (lambda _start, _ranks: empty(tars), (1, 2)),
     ]
     tars = {tar: tar.read_bytes() for tar in (shards / "train").glob("*.tar")}
     survived = 0

@@ -7,8 +7,8 @@ import argparse
 import sys
 import zipfile
 import zlib
-from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sret_scale.model import PRESETS, Noise, SReT, preset
+from sret_scale.model.stage import Stage
 from sret_scale.model.vision.official import published_names
 
 TOLERANCE = 1e-9
@@ -56,18 +57,16 @@ def formula_value(key: str, shape: tuple[int, ...]) -> np.ndarray:
     return r / np.sqrt(np.prod(shape[1:]))
 
 
-def golden_permutations() -> Callable[[Noise | None, int, int, torch.device], Tensor]:
-    """Permutations numbered through one forward pass, as the golden files draw them."""
-    drawn = 0
+class GoldenPermutations:
+    """Permutations numbered through one forward pass, as the golden files draw them; `drawn` counts them."""
 
-    def draw(noise: Noise | None, count: int, num_tokens: int, device: torch.device) -> Tensor:
-        nonlocal drawn
-        rows = [np.random.RandomState(1000 + drawn + k).permutation(num_tokens) for k in range(count)]
-        drawn += count
-        draw.drawn = drawn  # type: ignore[attr-defined]
+    def __init__(self) -> None:
+        self.drawn = 0
+
+    def __call__(self, noise: Noise | None, count: int, num_tokens: int, device: torch.device) -> Tensor:
+        rows = [np.random.RandomState(1000 + self.drawn + k).permutation(num_tokens) for k in range(count)]
+        self.drawn += count
         return torch.from_numpy(np.stack(rows)).to(device)
-
-    return draw
 
 
 def golden_model(name: str, golden: dict[str, np.ndarray]) -> SReT:
@@ -106,15 +105,14 @@ def differences(name: str, golden: dict[str, np.ndarray]) -> dict[str, float]:
 def computed(name: str, golden: dict[str, np.ndarray]) -> tuple[SReT, np.ndarray, np.ndarray]:
     """The model with the gradients of its loss, its logits, and the loss, for the inputs that the entries describe."""
     model = golden_model(name, golden)
-    draw = golden_permutations()
+    draw = GoldenPermutations()
     for stage in model.stages:
-        stage.permutations = draw
+        cast(Stage, stage).permutations = draw
     size = int(golden["image_size"])
     images = np.random.RandomState(int(golden["input_seed"])).standard_normal((2, 3, size, size))
     logits = model(torch.from_numpy(images))
-    drawn = getattr(draw, "drawn", 0)
-    if drawn != int(golden["num_permutations"]):
-        raise ValueError(f"drew {drawn} permutations, golden {int(golden['num_permutations'])}")
+    if draw.drawn != int(golden["num_permutations"]):
+        raise ValueError(f"drew {draw.drawn} permutations, golden {int(golden['num_permutations'])}")
     loss = F.cross_entropy(logits, torch.tensor(LABELS))
     loss.backward()
     return model, logits.detach().numpy(), loss.detach().numpy()

@@ -5,11 +5,13 @@ import tarfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import simplejpeg
 from PIL import Image
+
+from data_pipelines.shards.index import ShardSet
 
 
 def smooth_image(height: int, width: int, seed: int) -> np.ndarray[Any, Any]:
@@ -49,6 +51,10 @@ class TarShards:
         self.offset = np.zeros(len(images), dtype=np.int64)
         for shard, name in enumerate(self.shard_names):
             self._write(folder / name, np.flatnonzero(self.shard_of == shard), images)
+
+    def as_set(self) -> ShardSet:
+        """Itself, as the type that the loader asks for: it has all that is read of it."""
+        return cast(ShardSet, self)
 
     def _write(self, path: Path, indices: np.ndarray[Any, Any], images: Sequence[bytes]) -> None:
         with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:

@@ -4,6 +4,7 @@ import itertools
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,7 +35,12 @@ def _run(target: Path, folder: Path, seconds: int) -> "subprocess.CompletedProce
     corpus = folder / "corpus"
     corpus.mkdir()
     generator = np.random.default_rng(0)
-    kinds = ({"subsampling": 0}, {"subsampling": 1}, {"progressive": True}, {"optimize": True})
+    kinds: tuple[dict[str, Any], ...] = (
+        {"subsampling": 0},
+        {"subsampling": 1},
+        {"progressive": True},
+        {"optimize": True},
+    )
     for number, (side, quality, options) in enumerate(itertools.product((17, 40), (30, 90, 100), kinds)):
         image = encoded(smooth_image(side, side + 9, number), "JPEG", quality=quality, **options)
         (corpus / str(number)).write_bytes(generator.bytes(12) + image)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from data_pipelines import atomic_files
 from data_pipelines.atomic_files import write_whole
 from data_pipelines.config import DataConfig
 from data_pipelines.remote.shard_sets import cache_of, open_data
@@ -150,10 +149,10 @@ def test_folders_that_cannot_be_flushed_are_done_without(
             raise OSError(number, os.strerror(number))
         real(descriptor)
 
-    monkeypatch.setattr(atomic_files.os, "fsync", flush)
+    monkeypatch.setattr(os, "fsync", flush)
     write_whole(tmp_path / "file", "text")
     assert (tmp_path / "file").read_text() == "text"
-    monkeypatch.setattr(atomic_files.os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(errno.EIO, "bad")))
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(errno.EIO, "bad")))
     with pytest.raises(OSError, match="bad"):
         write_whole(tmp_path / "file", "other")
 

@@ -2,16 +2,16 @@
 
 import io
 import sys
+import time
 
 import pytest
 
 from data_pipelines.stream.processes import Progress
-from sret_scale.commands.shards import progress
 from sret_scale.commands.shards.progress import progress_bar
 
 
 def at(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
-    monkeypatch.setattr(progress.time, "monotonic", lambda: seconds)
+    monkeypatch.setattr(time, "monotonic", lambda: seconds)
 
 
 def test_a_log_gets_a_line_every_ten_seconds(

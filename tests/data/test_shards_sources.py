@@ -64,7 +64,7 @@ def test_image_folder(tmp_path: Path) -> None:
     assert shards.class_names == list(IMAGENET_LIKE)
     assert shards.num_samples == 24 and shards.num_shards == 3
     for index in range(24):
-        name, number = re.fullmatch(r"(n\d+)/n\d+_(\d+)", shards.key(index)).groups()  # type: ignore[union-attr]
+        name, number = re.fullmatch(r"(n\d+)/n\d+_(\d+)", shards.key(index)).groups()
         label = IMAGENET_LIKE.index(name)
         assert shards.label[index] == label
         assert image(shards, index) == jpeg(100 * label + int(number))

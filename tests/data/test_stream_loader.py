@@ -37,7 +37,7 @@ def _loader(
     **fields: Any,
 ) -> TrainLoader:
     return TrainLoader(
-        shards,
+        shards.as_set(),
         DataConfig(**{**PLAIN, **fields}),
         image_size=image_size,
         seed=7,
@@ -57,7 +57,7 @@ def _global_batches(
         loader = _loader(shards, rank=rank, world_size=world_size, micro=micro, accum=accum, **fields)
         steps = loader.steps(state)
         parts.append([torch.cat([batch.indices for batch in step.micro_batches]) for step in islice(steps, num_steps)])
-        steps.close()  # type: ignore[attr-defined]
+        steps.close()
     return [torch.cat(part).tolist() for part in zip(*parts, strict=True)]
 
 
@@ -117,7 +117,12 @@ def test_evaluation_counts_every_sample_once(shards: TarShards, world_size: int,
     ranks: list[list[Batch]] = [
         list(
             evaluation_batches(
-                shards, DataConfig(**PLAIN), image_size=6, batch_size=batch_size, rank=rank, world_size=world_size
+                shards.as_set(),
+                DataConfig(**PLAIN),
+                image_size=6,
+                batch_size=batch_size,
+                rank=rank,
+                world_size=world_size,
             )
         )
         for rank in range(world_size)
@@ -152,7 +157,7 @@ def test_closing_ends_the_threads(shards: TarShards) -> None:
     steps = _loader(shards, workers=3).steps(LoaderState())
     next(steps)
     assert any(thread.name.startswith("decode") for thread in threading.enumerate())
-    steps.close()  # type: ignore[attr-defined]
+    steps.close()
     assert not any(thread.name.startswith("decode") for thread in threading.enumerate())
 
 
@@ -215,25 +220,30 @@ def test_the_share_of_bad_samples_goes_on_after_a_restart(damaged: TarShards, tm
 def test_evaluation_stops_at_a_bad_sample_and_names_it(damaged: TarShards) -> None:
     message = rf"shard-000001.tar: sample '00000020' at offset {damaged.offset[20]}: checksum"
     with pytest.raises(BadSampleError, match=message):
-        list(evaluation_batches(damaged, DataConfig(**PLAIN), image_size=6, batch_size=8, rank=0, world_size=1))
+        list(
+            evaluation_batches(damaged.as_set(), DataConfig(**PLAIN), image_size=6, batch_size=8, rank=0, world_size=1)
+        )
 
 
 def test_a_lost_or_cut_shard_is_named(tmp_path: Path) -> None:
     shards = grey_level_shards(tmp_path / "cut", 32)
     path = shards.folder / shards.shard_names[1]
     path.write_bytes(path.read_bytes()[: int(shards.offset[18]) + 5])
-    with ShardReader(shards) as reader:
+    with ShardReader(shards.as_set()) as reader:
         assert len(reader.read(17)) == int(shards.length[17])
         with pytest.raises(BadSampleError, match="the shard ends after 5 of"):
             reader.read(18)
     path.unlink()
-    with ShardReader(shards) as reader, pytest.raises(BadSampleError, match="cannot read the shard: No such file"):
+    with (
+        ShardReader(shards.as_set()) as reader,
+        pytest.raises(BadSampleError, match="cannot read the shard: No such file"),
+    ):
         reader.read(18)
 
 
 def test_the_reader_keeps_few_files_open(tmp_path: Path) -> None:
     shards = grey_level_shards(tmp_path / "many", 40, shard_size=2)
-    with ShardReader(shards, max_open_shards=3) as reader:
+    with ShardReader(shards.as_set(), max_open_shards=3) as reader:
         order = np.random.default_rng(0).permutation(40)
         for index in order.tolist():
             reader.read(index)

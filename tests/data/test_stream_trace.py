@@ -34,7 +34,7 @@ def test_the_loader_reads_what_the_trace_says(shards: TarShards, order: str, las
     options: dict[str, Any] = {"order": order, "last": last, "eval_crop_rate": 1.0}
     for rank in range(3):
         loader = TrainLoader(
-            shards,
+            shards.as_set(),
             DataConfig(**options),
             image_size=6,
             seed=3,
@@ -101,7 +101,7 @@ def test_padding_and_count(shards: TarShards) -> None:
         ({"position": -1}, "position -1: expected 0 or more"),
     ],
 )
-def test_impossible_questions_are_named(shards: TarShards, changes: dict[str, int], message: str) -> None:
+def test_impossible_questions_are_named(shards: TarShards, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         _trace(shards, **changes)
 

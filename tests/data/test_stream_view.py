@@ -21,7 +21,7 @@ RESIZED = DataConfig()
 @settings(max_examples=50, deadline=None)
 def test_views_lie_in_the_image_and_are_repeatable(height: int, width: int, seed: int, index: int) -> None:
     for crop in ("resized", "padded", "centre"):
-        config = DataConfig(crop=crop)  # type: ignore[arg-type]
+        config = DataConfig(crop=crop)
         padding = 4 if crop == "padded" else 0
         view = draw_view(config, height, width, seed=seed, number=3, index=index)
         top, left, box_height, box_width, flip = view

@@ -34,7 +34,7 @@ def eight_pixels() -> tuple[nn.Module, tuple[float, ...], tuple[float, ...], int
 def nan_logits() -> tuple[nn.Module, tuple[float, ...], tuple[float, ...], int]:
     network = tiny_network()
     with torch.no_grad():
-        network[0].weight[0, 0, 0, 0] = float("nan")  # type: ignore[index]
+        network[0].weight[0, 0, 0, 0] = float("nan")
     return network, MEAN, STD, 8
 
 
@@ -120,7 +120,7 @@ def test_student_gets_gradients_and_the_teacher_stays_outside_of_it() -> None:
     student.teacher = build(here("twelve_pixels"))  # type: ignore[assignment]
     assert [name for name, _ in student.named_parameters()] == ["weight", "bias"]
     assert list(student.state_dict()) == ["weight", "bias"]
-    logits = student.teacher(unit_batch())  # type: ignore[operator]
+    logits = student.teacher(unit_batch())
     loss = F.kl_div(student(torch.ones(5, 4)).log_softmax(-1), logits.softmax(-1), reduction="batchmean")
     assert torch.autograd.grad(loss, student.weight)[0].abs().sum() > 0
 
@@ -156,7 +156,7 @@ def test_batch_norm_does_not_learn_from_the_batches() -> None:
 def test_bf16_keeps_norms_in_fp32_and_is_near_fp32() -> None:
     unit = unit_batch()
     teacher = build(here("twelve_pixels"), precision="bf16")
-    dtypes = {name: parameter.dtype for name, parameter in teacher._module.named_parameters()}  # type: ignore[union-attr]
+    dtypes = {name: parameter.dtype for name, parameter in teacher._module.named_parameters()}
     assert dtypes["0.weight"] == torch.bfloat16 and dtypes["1.weight"] == torch.float32
     logits = teacher(unit)
     assert logits.dtype == torch.float32

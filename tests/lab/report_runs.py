@@ -42,8 +42,15 @@ ENVIRONMENT: dict[str, Any] = {
     "commit": "91d0e26c4b1f5a7d",
     "world_size": 2,
 }
-TELEMETRY_LISTS = ("branch_ratio", "step_ratio", "token_cosine", "rank_ratio", "attention_entropy", "max_abs")
-TELEMETRY_LISTS += ("gradient_norm",)
+TELEMETRY_LISTS = [
+    "branch_ratio",
+    "step_ratio",
+    "token_cosine",
+    "rank_ratio",
+    "attention_entropy",
+    "max_abs",
+    "gradient_norm",
+]
 
 
 def write_run(

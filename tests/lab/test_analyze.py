@@ -53,7 +53,7 @@ def test_the_middle_of_a_landscape_is_the_model_which_is_left_as_it_was() -> Non
     with torch.no_grad():
         for name, weight in subject.model.named_parameters():
             if name in moved:
-                weight -= 0.5 * moved[name]
+                weight.sub_(0.5 * moved[name])
     assert measure(subject.model, subject)[0] == pytest.approx(surface.loss[0, 1], rel=1e-5)
 
 

@@ -1,12 +1,14 @@
 """Early exit: rows stop where the rule says, the rest is the model's own computation, and work is counted as done."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
+from torch import Tensor
 
 from sret_scale.lab import early_exit
 from sret_scale.lab.early_exit import EarlyExit, ExitPoint, application_macs, exit_chart, exit_curve, exit_table
@@ -14,6 +16,7 @@ from sret_scale.model import SReT, SReTConfig, StageConfig, describe
 from sret_scale.model import config as spec
 from sret_scale.model.depth_plan import DepthPlan, StageDepth
 from sret_scale.train.evaluate import Evaluation
+from tests.model.typed_stages import stages_of
 
 STAGES = (
     StageConfig(width=8, num_heads=2, num_blocks=2, num_loops=3, groups=(4, 2)),
@@ -78,11 +81,12 @@ def test_rows_that_stand_still_skip_to_the_next_block(order: str) -> None:
     eager.count(ALL)
     # Everybody stops after the first loop of every block: the scores of the model whose later loops are left out.
     assert eager.done[1] == 6 * 4
-    for stage in model.stages:
-        whole = stage.run_chain
-        stage.run_chain = lambda applications, x, whole=whole: whole(
-            [one if one.slot.loop == 0 else Skip(one) for one in applications], x
-        )
+
+    def first_loops(whole: Callable[[Any, Tensor], Tensor], applications: Sequence[Any], x_BND: Tensor) -> Tensor:
+        return whole([one if one.slot.loop == 0 else Skip(one) for one in applications], x_BND)
+
+    for stage in stages_of(model):
+        stage.run_chain = partial(first_loops, stage.run_chain)
     torch.testing.assert_close(got_BC, model(IMAGES_BCHW))
 
 
@@ -110,7 +114,7 @@ def test_some_rows_stop_and_others_go_on_as_if_alone() -> None:
         some = EarlyExit(model, "convergence", threshold)
         some(IMAGES_BCHW)
         some.count(torch.arange(6) < 4)
-        assert some.done.tolist() == sum(one.done for one in alone[:4]).tolist()  # type: ignore[union-attr]
+        assert some.done.tolist() == sum(one.done for one in alone[:4]).tolist()
     assert any(len(set(counts)) > 1 for counts in done), done
 
 

@@ -13,8 +13,18 @@ from sret_scale.lab.report.page import write_report
 from tests.lab.report_runs import write_run
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-QUIET = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update")
-QUIET += ("--no-first-run", "--disable-sync", "--disable-default-apps", "--hide-scrollbars", "--disable-dev-shm-usage")
+QUIET = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--no-first-run",
+    "--disable-sync",
+    "--disable-default-apps",
+    "--hide-scrollbars",
+    "--disable-dev-shm-usage",
+)
 # Measures the page in frames of both widths, where a browser's own smallest window plays no part, and with its rules
 # for paper (A4 at 96 dots an inch) and for dark screens in force.
 PROBE = """<!doctype html><body style="margin:0"><script>

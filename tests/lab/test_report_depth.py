@@ -111,7 +111,7 @@ def test_memory_is_compared_with_its_prediction_and_schedules_are_drawn(tmp_path
     def planned(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
         chains = [{"num_applications": number, "leaves": [2] * 4, "num_taped": 4} for number in (6, 15, 9)]
         # A second start, whose planner chose anew.
-        records = [{"chains": []}, {"chains": chains}]
+        records: list[dict[str, Any]] = [{"chains": []}, {"chains": chains}]
         place = {key: lines[0][key] for key in ("images", "epoch", "time_s")}
         return lines + [{"kind": "plan", "step": step, **place, **record} for step, record in enumerate(records)]
 

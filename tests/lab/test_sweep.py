@@ -64,7 +64,7 @@ def test_a_grid_is_every_combination_in_order(tmp_path: Path, base: str) -> None
 
 
 def test_a_list_of_runs_may_change_the_whole_model(base: str) -> None:
-    runs = [{"train.seed": 3}, {"train.seed": 3, "model": "demo_control_20"}]
+    runs: list[dict[str, Any]] = [{"train.seed": 3}, {"train.seed": 3, "model": "demo_control_20"}]
     planned = plan_runs(Experiment(base=base, runs=runs))
     assert [run.applications for run in planned] == [5, 20] and planned[1].config.train.seed == 3
 
@@ -131,7 +131,7 @@ def test_the_memory_of_a_run_is_what_the_run_itself_predicts(base: str, schedule
     """What the stem stores depends on the schedule, in both."""
     config = override(from_yaml(Path(base)), [f"memory.schedule={schedule}"])
     micro = config.train.micro_batch_size
-    state = {"micro_batch_size": micro, "precision": "fp32", "world_size": 1, "zero_stage": 1}
+    state: dict[str, Any] = {"micro_batch_size": micro, "precision": "fp32", "world_size": 1, "zero_stage": 1}
     prepared = prepare_memory(SReT(config.model), config.memory, **state)
     costs = probe_step(config.model, micro_batch_size=micro)
     assert memory_of(config, 1) == state_bytes(costs, world_size=1, zero_stage=1).total + prepared.activations

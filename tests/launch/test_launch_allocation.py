@@ -140,12 +140,17 @@ def test_a_job_that_cannot_be_requeued_keeps_its_status(
 
 
 def test_ranks_get_the_gpus_that_the_node_shows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    started = []
+    started: list[Job] = []
+
+    def command(job: Job, _: int) -> list[str]:
+        started.append(job)
+        return ["true"]
+
     monkeypatch.setattr("sret_scale.launch.agent.visible_gpus", lambda: ("4", "5", "6"))
-    monkeypatch.setattr("sret_scale.launch.agent.deepspeed_command", lambda job, _: started.append(job) or ["true"])
+    monkeypatch.setattr("sret_scale.launch.agent.deepspeed_command", command)
     job = Job(
         run_folder=str(tmp_path), working_folder=str(tmp_path), module="m", arguments=(),
         world={"n1": ("0",), "n2": ("0", "1")}, master_addr="127.0.0.1", master_port=1,
     )  # fmt: skip
-    start_launcher(job, 1, str(tmp_path)).wait()
+    start_launcher(job, 1).wait()
     assert started[0].world == {"n1": ("0",), "n2": ("4", "5")}

@@ -58,7 +58,7 @@ def test_each_node_reads_what_is_said(config: RunConfig, students: list[int], or
 
 def test_memory_falls_with_the_schedule_and_counts_the_teacher(config: RunConfig) -> None:
     def total(config: RunConfig) -> float:
-        number, unit = re.match(r"memory of a rank: ([\d.]+) (\w+)", describe_memory(config, 2)).groups()  # type: ignore[union-attr]
+        number, unit = re.match(r"memory of a rank: ([\d.]+) (\w+)", describe_memory(config, 2)).groups()
         return float(number) * {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}[unit]
 
     plain = total(replace(config, memory=replace(config.memory, schedule="none")))

@@ -1,6 +1,6 @@
 """Plans of unequal chains: the dynamic program finds what brute force finds, and keeps the budget when it runs."""
 
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 
 import pytest
@@ -45,6 +45,10 @@ def peak(schedule: Schedule, costs: list[ApplicationCost]) -> int:
     return max(chain.forward_peak, chain.backward_peak)
 
 
+def middle_of(tree: dict[tuple[int, int, int], int | None], lo: int, hi: int, _room: int) -> int | None:
+    return tree[lo, hi, 0]
+
+
 def all_schedules(length: int) -> list[Schedule]:
     """Every way to split a chain, the last leaf kept taped."""
 
@@ -60,7 +64,7 @@ def all_schedules(length: int) -> list[Schedule]:
         grow(
             "tree",
             length,
-            lambda lo, hi, room, tree=tree: tree[lo, hi, 0],
+            partial(middle_of, tree),
             room=0,
             sizes=[0] * length,
             is_last_taped=True,
@@ -105,15 +109,16 @@ def test_a_planned_chain_keeps_its_budget_and_its_gradients(length: int) -> None
         y = nn.Sequential(*chain)(x) if schedule is None else run_chain(chain, x, schedule)
         return list(torch.autograd.grad(y.sum(), parameters))
 
+    def step(schedule: Schedule) -> None:
+        run_chain(chain, x.clone(), schedule).sum().backward()
+
     expected = gradients(None)
     most, previous = sum(cost.tape_bytes + cost.boundary_bytes for cost in costs), float("inf")
     for share in (0.3, 0.5, 0.8, 1.1):
         budget = int(share * most)
         schedule = plan_chain(chain, x, budget)
         assert all(torch.equal(a, b) for a, b in zip(gradients(schedule), expected, strict=True))
-        used = measure_peak(
-            parameters, lambda schedule=schedule: run_chain(chain, x.clone(), schedule).sum().backward()
-        )
+        used = measure_peak(parameters, partial(step, schedule))
         assert used <= budget + 3 * x.nbytes  # the chain's output, its gradient and the copy of x are the caller's
         assert account(schedule).total_untaped <= previous
         previous = account(schedule).total_untaped

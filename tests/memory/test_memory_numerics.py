@@ -34,9 +34,10 @@ def output_and_gradients(stage: Stage, x_BND: Tensor, *, autocast: bool) -> tupl
 def test_bf16_errors_stay_below_one_percent(uses: int) -> None:
     x_BND = torch.randn(BATCH, TOKENS, WIDTH, generator=torch.Generator().manual_seed(1))
     model = torch.nn.Module()
-    model.stages = torch.nn.ModuleList([stage_of(uses)])
+    stage = stage_of(uses)
+    model.stages = torch.nn.ModuleList([stage])
     apply_recomputation(model, MemoryConfig(schedule="binomial"))
-    added, gradients = output_and_gradients(model.stages[0], x_BND, autocast=True)
+    added, gradients = output_and_gradients(stage, x_BND, autocast=True)
     true_added, true_gradients = output_and_gradients(stage_of(uses).double(), x_BND.double(), autocast=False)
 
     errors = {name: (gradients[name] - true).norm() / true.norm() for name, true in true_gradients.items()}

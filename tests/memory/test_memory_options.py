@@ -38,11 +38,10 @@ def all_schedules(length: int) -> list[Schedule]:
             found += [{**left, **right, (lo, hi): middle} for left in trees(lo, middle) for right in trees(middle, hi)]
         return tuple(found)
 
-    return [
-        grow("tree", length, lambda lo, hi, room, tree=tree: tree[lo, hi], room=length, is_last_taped=is_last_taped)
-        for tree in trees(0, length)
-        for is_last_taped in (False, True)
-    ]
+    def grown(tree: dict[tuple[int, int], int | None], is_last_taped: bool) -> Schedule:
+        return grow("tree", length, lambda lo, hi, room: tree[lo, hi], room=length, is_last_taped=is_last_taped)
+
+    return [grown(tree, is_last_taped) for tree in trees(0, length) for is_last_taped in (False, True)]
 
 
 @settings(max_examples=30, deadline=None)

@@ -120,7 +120,7 @@ def batches() -> BatchSearch:
     return BatchSearch(DEEP, "fp32", DEVICES["gpu"])
 
 
-STATE = {"world_size": 2, "zero_stage": 0}
+STATE: dict[str, Any] = {"world_size": 2, "zero_stage": 0}
 
 
 @pytest.mark.parametrize("size", [1, 4, 8])
@@ -199,7 +199,7 @@ def test_an_impossible_budget_names_the_next_cheaper_choice(batches: BatchSearch
 
 def test_training_is_prepared_within_a_budget_or_refused() -> None:
     model = SReT(DEEP).train()
-    state = {"micro_batch_size": 4, "precision": "fp32", "world_size": 1, "zero_stage": 0}
+    state: dict[str, Any] = {"micro_batch_size": 4, "precision": "fp32", "world_size": 1, "zero_stage": 0}
     budget = MemoryConfig(schedule="planned", budget_bytes=20 * 2**20)
     prepared = prepare_memory(model, budget, **state)
     predicted = prepared.activations

@@ -154,7 +154,8 @@ def test_a_whole_constant_chain_has_no_gradient() -> None:
 
 
 def test_each_parameter_fires_its_hook_once() -> None:
-    chain, x, fired = make_chain(), torch.randn(4, 5, WIDTH), []
+    chain, x = make_chain(), torch.randn(4, 5, WIDTH)
+    fired: list[Tensor] = []
     for p in unique_parameters(chain):
         p.register_post_accumulate_grad_hook(fired.append)
     run_chain(chain, x, schedules.binomial(LENGTH, 3)).sum().backward()
@@ -310,6 +311,10 @@ def test_the_incoming_gradient_is_free_once_the_last_application_has_read_it() -
     assert x.grad is not None and torch.equal(x.grad, torch.full((2, 1), 64.0))
 
 
+def unmasked(use: Use, x: Tensor) -> Tensor:
+    return x + use.projection(use.block(x))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_boundaries_in_pinned_memory_come_back_with_their_bits() -> None:
@@ -317,10 +322,7 @@ def test_boundaries_in_pinned_memory_come_back_with_their_bits() -> None:
     for use in chain:
         use.block.cuda()
         use.projection.cuda()
-    links = [
-        link(lambda x, use=use: x + use.projection(use.block(x)), nn.ModuleList([use.block, use.projection]))
-        for use in chain
-    ]
+    links = [link(partial(unmasked, use), nn.ModuleList([use.block, use.projection])) for use in chain]
     results = []
     for is_offloaded in (False, True):
         for p in unique_parameters(chain):

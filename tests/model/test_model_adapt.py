@@ -1,7 +1,7 @@
 """Weights carried to other loop counts and image sizes."""
 
 from dataclasses import replace
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ CONFIG = SReTConfig(stages=(STAGE,), image_size=16, num_classes=5, stem_strides=
 IMAGES_BCHW = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
-def model_of(**options: object) -> SReT:
+def model_of(**options: Any) -> SReT:
     torch.manual_seed(0)
     model = SReT(replace(CONFIG, stages=(replace(STAGE, **options),))).double().eval()
     with torch.no_grad():

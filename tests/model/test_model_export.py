@@ -10,7 +10,7 @@ import torch
 
 from sret_scale.cli import main
 from sret_scale.model import SReT, SReTConfig, StageConfig
-from sret_scale.model.config import LoopOrder
+from sret_scale.model.config import BranchScheme, ConditioningKind, LoopOrder, NormPlacement
 from sret_scale.model.loop_export import keep_loops
 from sret_scale.model.vision import for_inference as inference
 from sret_scale.model.vision.for_inference import folded
@@ -32,7 +32,7 @@ def model_of(config: SReTConfig) -> SReT:
 
 @pytest.mark.parametrize("scheme", ["published", "loop_aware", "layerscale"])
 @pytest.mark.parametrize("placement", ["pre", "subln", "deepnorm"])
-def test_folding_changes_nothing(scheme: str, placement: str) -> None:
+def test_folding_changes_nothing(scheme: BranchScheme, placement: NormPlacement) -> None:
     stage = replace(STAGE, branch_scheme=scheme, norm_placement=placement)
     model = model_of(replace(CONFIG, stages=(stage,))).double()
     images_BCHW = torch.randn(2, 3, 16, 16, dtype=torch.float64)
@@ -81,7 +81,7 @@ def test_kept_loops_store_what_blocks_share_once(loop_order: LoopOrder, tmp_path
 
 @pytest.mark.parametrize("loop_order", ["block", "model"])
 @pytest.mark.parametrize("conditioning", ["none", "norm_per_loop", "norm_by_depth", "low_rank", "input_gated"])
-def test_kept_loops_change_nothing(loop_order: str, conditioning: str) -> None:
+def test_kept_loops_change_nothing(loop_order: LoopOrder, conditioning: ConditioningKind) -> None:
     """Slices that differ by loop, permutations, projections per loop and shared, zeros in padded storage."""
     stage = replace(STAGE, width=6, num_blocks=2, num_loops=4, loop_order=loop_order, conditioning=conditioning)
     stages = (stage, replace(stage, width=12, groups=(1,), projections="per_block"))

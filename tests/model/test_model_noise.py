@@ -1,6 +1,7 @@
 """Randomness in training, and the norms of the stem."""
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -10,10 +11,12 @@ from torch import Tensor
 from sret_scale.memory.planning.instrument import LiveBytes
 from sret_scale.model import Application, Noise, SReT, SReTConfig, StageConfig
 from sret_scale.model.applications import drop_path_rates
+from sret_scale.model.config import StemNorm
 from sret_scale.model.noise import PermutationSource, drop_path_masks
 from sret_scale.model.permutation import TokenOrder, reorder_tokens
 from sret_scale.model.vision.stem import Stem, SyncBatchNorm, stem_norm
 from sret_scale.train.seeds import noise_at
+from tests.model.typed_stages import stages_of
 
 STAGE = StageConfig(width=8, num_heads=2, num_blocks=2, num_loops=3, groups=(4, 2), mlp_ratio=1.5)
 CONFIG = SReTConfig(stages=(STAGE,), image_size=16, num_classes=5, stem_strides=(2, 1, 1), drop_path=0.4, dropout=0.2)
@@ -25,14 +28,14 @@ def test_an_application_called_again_gives_the_same_bits() -> None:
     model = SReT(CONFIG)
     calls: list[tuple[Tensor, Tensor]] = []
 
-    def run_twice(applications: list[Application], x_BND: Tensor) -> Tensor:
+    def run_twice(applications: Sequence[Application], x_BND: Tensor) -> Tensor:
         for application in applications:
             first, again = application(x_BND), application(x_BND)
             calls.append((first, again))
             x_BND = first
         return x_BND
 
-    model.stages[0].run_chain = run_twice
+    stages_of(model)[0].run_chain = run_twice
     with torch.autocast("cpu", dtype=torch.bfloat16):
         model(IMAGES_BCHW, Noise(1, 2))
     assert len(calls) == 6
@@ -123,7 +126,7 @@ def test_sample_norms_do_not_depend_on_the_batch(channels: int) -> None:
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("kind", ["batch", "sync_batch", "group", "layer"])
-def test_a_stem_that_repeats_its_norms_gives_the_same_bits(kind: str, autocast: bool) -> None:
+def test_a_stem_that_repeats_its_norms_gives_the_same_bits(kind: StemNorm, autocast: bool) -> None:
     results = []
     for repeats_norms in (False, True):
         torch.manual_seed(0)
@@ -155,14 +158,15 @@ def test_a_stem_that_repeats_its_norms_holds_about_half() -> None:
 
 
 def test_a_stem_that_repeats_its_norms_gives_images_their_gradient() -> None:
-    gradients = []
+    gradients: list[Tensor] = []
     for repeats_norms in (False, True):
         torch.manual_seed(0)
         stem, images_BCHW = Stem(CONFIG).train(), IMAGES_BCHW.clone().requires_grad_()
         stem.repeats_norms = repeats_norms
         stem(images_BCHW).square().sum().backward()
+        assert images_BCHW.grad is not None
         gradients.append(images_BCHW.grad)
-    assert gradients[0] is not None and gradients[1] is not None and torch.equal(*gradients)
+    assert torch.equal(*gradients)
 
 
 @pytest.mark.parametrize(("num_tokens", "dtype"), [(49, torch.int16), (2**15 + 1, torch.int32)])

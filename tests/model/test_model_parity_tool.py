@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from checks import parity
 from sret_scale.model import SReT, preset
 from sret_scale.model.vision.official import published_names, to_published
+from tests.model.typed_stages import stages_of
 from tests.reference.sret import PlainSReT
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "sret_parity.npz"
@@ -45,7 +46,7 @@ _RUNS: dict[tuple[object, ...], tuple[SReT, np.ndarray, np.ndarray]] = {}
 
 def judge(folder: Path, entries: Entries, name: str = NAME) -> int:
     path = folder / "golden.npz"
-    np.savez(path, **{f"{name}/{field}": value for field, value in entries.items()})
+    np.savez(path, allow_pickle=True, **{f"{name}/{field}": value for field, value in entries.items()})
     return parity.main([str(path)])
 
 
@@ -131,7 +132,7 @@ def test_file_that_cannot_be_read_is_one_line(tmp_path: Path, capsys: pytest.Cap
         with path.open("wb") as stream:
             np.save(stream, np.zeros(3))
     elif content == "pickle":
-        np.savez(path, **{f"{NAME}/logits": np.array([{}], dtype=object)})
+        np.savez(path, allow_pickle=True, **{f"{NAME}/logits": np.array([{}], dtype=object)})
     elif content == "empty":
         np.savez(path)
     elif content == "half":
@@ -156,8 +157,8 @@ def golden_of_the_twin(name: str, image_size: int) -> Entries:
         "logits": np.zeros((2, 1000)),
     }
     model = parity.golden_model(name, entries)
-    draw = parity.golden_permutations()
-    for stage in model.stages:
+    draw = parity.GoldenPermutations()
+    for stage in stages_of(model):
         stage.permutations = draw
     images = np.random.RandomState(11).standard_normal((2, 3, image_size, image_size))
     logits = PlainSReT(model)(torch.from_numpy(images))

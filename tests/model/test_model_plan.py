@@ -12,6 +12,7 @@ from sret_scale.memory import MemoryConfig, apply_recomputation
 from sret_scale.model import Application, Noise, SReT, SReTConfig, StageConfig
 from sret_scale.model import config as spec
 from sret_scale.model.depth_plan import DepthPlan, StageDepth, first_loops
+from tests.model.typed_stages import stages_of
 
 STAGES = (
     StageConfig(width=8, num_heads=2, num_blocks=2, num_loops=4, groups=(4, 2), mlp_ratio=1.5),
@@ -95,7 +96,7 @@ def test_detached_branches_equal_their_twin(order: str, conditioning: str) -> No
     options = {"loop_order": order, "conditioning": conditioning, "skip": "frozen", "projections": "per_loop"}
     model, twin = model_of(**options), model_of(**options)
     whole = tuple(StageDepth(tuple(range(stage.num_loops)), num_detached=2) for stage in STAGES)
-    for stage in twin.stages:
+    for stage in stages_of(twin):
         stage.run_chain = detached_twin
     got, expected = gradients(model, DepthPlan(whole)), gradients(twin, None)
     shared = expected.keys() & got.keys()
@@ -138,7 +139,7 @@ def test_scores_are_taken_after_the_loops_asked_for(order: str) -> None:
     stages = (StageDepth(every[0]), StageDepth(every[1]))
     early, middle, full = model(IMAGES_BCHW, None, [DepthPlan(stages, supervised=(1, 3))])
     assert torch.equal(full, model(IMAGES_BCHW))
-    last = model.stages[-1]
+    last = stages_of(model)[-1]
     seen: list[Tensor] = []
 
     def keep(applications: Sequence[Application], x_BND: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sret_scale.model import SReT, SReTConfig, Stage, StageConfig
+from tests.model.typed_stages import stages_of
 
 STAGE = StageConfig(width=16, num_heads=2, num_blocks=1, groups=(1,), mlp_ratio=2.0, projections="none")
 CONFIG = SReTConfig(stages=(STAGE,), image_size=8, num_classes=5, stem_strides=(2, 1, 1))
@@ -15,13 +16,15 @@ CONFIG = SReTConfig(stages=(STAGE,), image_size=8, num_classes=5, stem_strides=(
 
 def tied_gradient(stage: Stage, x_BND: Tensor) -> Tensor:
     (stage(x_BND) * torch.linspace(-1, 1, x_BND.numel(), dtype=x_BND.dtype).view_as(x_BND)).sum().backward()
-    return stage.blocks[0].feed_forward.fc1.weight.grad.double()
+    gradient = stage.blocks[0].feed_forward.fc1.weight.grad
+    assert isinstance(gradient, Tensor)
+    return gradient.double()
 
 
 @pytest.mark.parametrize("num_loops", [20, 100, 400])
 def test_bf16_gradient_error_does_not_grow_with_loops(num_loops: int) -> None:
     torch.manual_seed(0)
-    stage = SReT(replace(CONFIG, stages=(replace(STAGE, num_loops=num_loops),))).stages[0]
+    (stage,) = stages_of(SReT(replace(CONFIG, stages=(replace(STAGE, num_loops=num_loops),))))
     x_BND = torch.randn(2, 16, 16)
     exact = tied_gradient(copy.deepcopy(stage).double(), x_BND.double())
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -9,6 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from sret_scale.model import Noise, SReT, SReTConfig, StageConfig
 from sret_scale.model.compiled_blocks import compile_blocks
+from sret_scale.model.config import ConditioningKind
 
 STAGE = StageConfig(width=8, num_heads=2, num_blocks=2, num_loops=3, groups=(4, 2), mlp_ratio=1.5)
 CONFIG = SReTConfig(
@@ -26,7 +27,7 @@ def gradients(model: SReT) -> list[torch.Tensor]:
 # Tracing looks at the .grad of every tensor that it meets, the stream included, which is no leaf.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize(("num_loops", "conditioning"), [(3, "none"), (6, "norm_per_loop")])
-def test_graphs_do_not_grow_with_loops_and_numbers_stay(num_loops: int, conditioning: str) -> None:
+def test_graphs_do_not_grow_with_loops_and_numbers_stay(num_loops: int, conditioning: ConditioningKind) -> None:
     torch._dynamo.reset()
     torch.manual_seed(0)
     stages = tuple(replace(stage, conditioning=conditioning) for stage in CONFIG.stages)

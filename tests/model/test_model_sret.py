@@ -1,13 +1,17 @@
 """The model as a whole: starts near chance, learns, repeats itself, and tells what is wrong with a spec."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from sret_scale.model import Noise, SReT, SReTConfig, StageConfig, preset
+from sret_scale.model import Application, Noise, SReT, SReTConfig, StageConfig, preset
+from tests.model.typed_stages import stages_of
 
 TINY = SReTConfig(
     stages=(
@@ -67,13 +71,13 @@ def test_autocast_keeps_the_stream_in_fp32() -> None:
     model = tiny_model()
     seen = []
 
-    def watch(applications, x_BND):  # type: ignore[no-untyped-def]
+    def watch(applications: Sequence[Application], x_BND: Tensor) -> Tensor:
         for application in applications:
             x_BND = application(x_BND)
             seen.append((x_BND.dtype, torch.is_autocast_cache_enabled()))
         return x_BND
 
-    for stage in model.stages:
+    for stage in stages_of(model):
         stage.run_chain = watch
     with torch.autocast("cpu", dtype=torch.bfloat16):
         model(IMAGES_BCHW, Noise(0, 0)).float().sum().backward()
@@ -83,8 +87,13 @@ def test_autocast_keeps_the_stream_in_fp32() -> None:
 
 def test_an_application_knows_its_parameters() -> None:
     model = tiny_model()
-    used = []
-    model.stages[0].run_chain = lambda applications, x_BND: used.extend(applications) or x_BND
+    used: list[Application] = []
+
+    def note(applications: Sequence[Application], x_BND: Tensor) -> Tensor:
+        used.extend(applications)
+        return x_BND
+
+    stages_of(model)[0].run_chain = note
     model(IMAGES_BCHW)
     assert len(used) == TINY.stages[0].num_blocks * TINY.stages[0].num_loops
     for application in used:
@@ -122,7 +131,7 @@ def test_the_skip_is_frozen_beyond_two_loops_and_may_learn_slowly() -> None:
         ({"mlp_ratio": 0.01}, "leaves no hidden channel"),
     ],
 )
-def test_an_impossible_spec_is_refused_with_its_numbers(change: dict[str, object], message: str) -> None:
+def test_an_impossible_spec_is_refused_with_its_numbers(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         replace(TINY, stages=(replace(TINY.stages[0], **change), TINY.stages[1]))
 

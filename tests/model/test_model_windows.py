@@ -8,10 +8,12 @@ from torch import Tensor
 
 from sret_scale.memory import MemoryConfig, apply_recomputation
 from sret_scale.model import Noise, SReT, SReTConfig, StageConfig, describe
+from sret_scale.model.config import ConditioningKind
 from sret_scale.model.depth_plan import DepthPlan, StageDepth
 from sret_scale.model.permutation import TokenOrder, reorder_tokens
 from sret_scale.model.vision.sret import on_grid
 from sret_scale.model.windows import WindowOrder
+from tests.model.typed_stages import stages_of
 from tests.reference.windows import cone
 
 STAGE = StageConfig(
@@ -110,7 +112,7 @@ def test_recomputation_keeps_the_gradients(schedule: str) -> None:
     for model in (plain, repeated):
         model(images_of(CONFIG), Noise(0, 0)).square().sum().backward()
     for a, b in zip(plain.parameters(), repeated.parameters(), strict=True):
-        assert torch.equal(a.grad, b.grad)
+        assert a.grad is not None and b.grad is not None and torch.equal(a.grad, b.grad)
 
 
 def test_the_outer_norm_keeps_the_stream_at_one_size() -> None:
@@ -136,7 +138,7 @@ def test_a_pixel_stem_has_no_strides() -> None:
 
 
 @pytest.mark.parametrize("conditioning", ["none", "input_tied"])
-def test_a_start_without_gradient_is_a_state_of_its_own(conditioning: str) -> None:
+def test_a_start_without_gradient_is_a_state_of_its_own(conditioning: ConditioningKind) -> None:
     """What comes before is a constant: gradients are those of the loops after it, from its state."""
     stage = replace(STAGE, conditioning=conditioning)
     model = model_of(replace(CONFIG, stages=(stage,))).double()
@@ -145,11 +147,13 @@ def test_a_start_without_gradient_is_a_state_of_its_own(conditioning: str) -> No
     model(images, None, [plan]).square().sum().backward()
     found = {name: p.grad for name, p in model.named_parameters()}
     model.zero_grad()
-    stage_, tokens = model.stages[0], model.stage_input(model.forward_stem(images), 0)
-    padded = stage_.windows.padded(tokens)
+    (stage_,), tokens = stages_of(model), model.stage_input(model.forward_stem(images), 0)
+    windows = stage_.windows
+    assert windows is not None
+    padded = windows.padded(tokens)
     order = TokenOrder(stage_.permutations(None, 6, padded.shape[1], padded.device))
     applications = stage_.chain(stage_.slots, padded, order, None)
-    state, total = torch.cat([padded] * (2 if stage_.injected else 1), dim=1), 0.0
+    state, total = torch.cat([padded] * (2 if stage_.injected else 1), dim=1), images.new_zeros(())
     for number, application in enumerate(applications):
         state = application(state)
         if number == 3:
@@ -158,7 +162,8 @@ def test_a_start_without_gradient_is_a_state_of_its_own(conditioning: str) -> No
             state = torch.cat([state[:, :half].detach(), state[:, half:]], dim=1)
         if number >= 4:
             back = order.way(application.token_order, None)
-            out = stage_.windows.cropped(reorder_tokens(state[:, : padded.shape[1]], *back))
+            assert back is not None
+            out = windows.cropped(reorder_tokens(state[:, : padded.shape[1]], *back))
             total = total + model.forward_head(on_grid(out)).square().sum()
     total.backward()
     for name, p in model.named_parameters():

@@ -6,6 +6,7 @@ Writes what each function of `deepspeed_internals` did as OUT_FOLDER/RANK.json, 
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,10 @@ def added_up(engine: Engine) -> list[float]:
     return values.tolist()
 
 
+def lacks(owner: Any, name: str) -> bool:
+    return getattr(owner, name) is None
+
+
 def main() -> None:
     ranks = ranks_from_environment()
     start_communication(ranks)
@@ -102,16 +107,16 @@ def main() -> None:
     note("leave_reduction", lambda: engines[0]._engine.enable_backward_allreduce)
     note("add_up", lambda: added_up(engines[0]))
     for stage in (1, 2, 3):
-        note(f"sizes.{stage}", lambda stage=stage: sizes(engines[stage]))
-        note(f"cut.{stage}", lambda stage=stage: cut(engines[stage]))
+        note(f"sizes.{stage}", partial(sizes, engines[stage]))
+        note(f"cut.{stage}", partial(cut, engines[stage]))
     for stage in (1, 2):
-        note(f"places.{stage}", lambda stage=stage: places(engines[stage]))
-        note(f"link_moments.{stage}", lambda stage=stage: linked(engines[stage]))
+        note(f"places.{stage}", partial(places, engines[stage]))
+        note(f"link_moments.{stage}", partial(linked, engines[stage]))
     for stage in (0, 1):
         scaled = trained(stage, "zero1_autocast_fp16")
-        note(f"leave_loss_scaling.{stage}", lambda e=scaled: e._engine.torch_autocast_z0_gradscaler is None)
+        note(f"leave_loss_scaling.{stage}", partial(lacks, scaled._engine, "torch_autocast_z0_gradscaler"))
         if stage:
-            note("leave_loss_scaling.optimizer", lambda e=scaled: e._optimizer.torch_autocast_gradscaler is None)
+            note("leave_loss_scaling.optimizer", partial(lacks, scaled._optimizer, "torch_autocast_gradscaler"))
     Path(sys.argv[1], f"{ranks.rank}.json").write_text(json.dumps(report))
     leave()
 

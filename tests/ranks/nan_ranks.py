@@ -11,23 +11,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from sret_scale.config.run_config import RunConfig, from_yaml
+from sret_scale.distill import student_batch
 from sret_scale.runs.run_folder import RunFolder
 from sret_scale.tasks import classification
-from sret_scale.train import loop
-from sret_scale.train import step as step_module
+from sret_scale.train import loop, step
+from sret_scale.train.batch_norm import measured_statistics
 from sret_scale.train.distributed import Ranks, leave, ranks_from_environment
 from sret_scale.train.divergence import DivergedError
 from sret_scale.train.engine.engine import start_communication
+from sret_scale.train.seeds import derived_seed
 
 BAD_STEPS = (3, 4)
 LIMIT = 3
-
-student_batch = classification.student_batch
-derived_seed = step_module.derived_seed
-measured_statistics = loop.measured_statistics
 
 
 def run(config: RunConfig, path: Path, ranks: Ranks, *, bad_steps: range | tuple[int, ...], stop_in: int = -1) -> bool:
@@ -42,10 +41,10 @@ def run(config: RunConfig, path: Path, ranks: Ranks, *, bad_steps: range | tuple
 
     def poisoned(*args: Any, **kwargs: Any) -> Any:
         images_BCHW, *others = student_batch(*args, **kwargs)
-        _, step, micro_step, rank = place[-1]
-        if step == stop_in and rank == 1:
+        _, number, micro_step, rank = place[-1]
+        if number == stop_in and rank == 1:
             os.kill(os.getpid(), signal.SIGUSR1)
-        if step in bad_steps and micro_step == 1 and rank == 1:
+        if number in bad_steps and micro_step == 1 and rank == 1:
             images_BCHW = torch.full_like(images_BCHW, torch.nan)
         return images_BCHW, *others
 
@@ -54,9 +53,11 @@ def run(config: RunConfig, path: Path, ranks: Ranks, *, bad_steps: range | tuple
             log.write("measured\n")
         return measured_statistics(*args)
 
-    step_module.derived_seed, classification.student_batch = seen, poisoned
-    loop.measured_statistics = measured
-    return loop.train(config, RunFolder(path), ranks)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step, "derived_seed", seen)
+        patch.setattr(classification, "student_batch", poisoned)
+        patch.setattr(loop, "measured_statistics", measured)
+        return loop.train(config, RunFolder(path), ranks)
 
 
 def main(config_file: Path, folder: Path) -> None:

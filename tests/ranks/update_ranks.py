@@ -7,6 +7,7 @@ import functools
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +36,10 @@ from tests.train.update_toy import (
 HALF = 4
 
 
-def make_engine(stage: int | str, rule: str) -> Engine:
+Rule = Literal["adamw", "lamb", "muon"]
+
+
+def make_engine(stage: int | str, rule: Rule) -> Engine:
     model = Toy()
     ds_config = load_ds_config(f"zero{stage}")
     ds_config["gradient_clipping"] = COMMON_BOUND
@@ -87,7 +91,7 @@ def train_fp16(stage: int, ranks: Ranks) -> dict[str, torch.Tensor]:
 def main(folder: Path) -> None:
     ranks = ranks_from_environment()
     start_communication(ranks)
-    for rule in ("adamw", "lamb", "muon"):
+    for rule in get_args(Rule):
         for stage in CASES[rule]:
             engine = make_engine(stage, rule)
             train(engine, range(HALF), ranks.rank)
@@ -103,8 +107,7 @@ def main(folder: Path) -> None:
                     flat = {f"{kind}/{name}": value for kind, values in sets.items() for name, value in values.items()}
                     save_file(flat, folder / f"{rule}.{stage}.{label}.safetensors")
     for stage in FP16_STAGES:
-        trained = train_fp16(stage, ranks)
-        save_file(trained, folder / f"fp16.{stage}.{ranks.rank}.safetensors")
+        save_file(train_fp16(stage, ranks), folder / f"fp16.{stage}.{ranks.rank}.safetensors")
     leave()
 
 

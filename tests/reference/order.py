@@ -41,9 +41,9 @@ def block_order(
     stream = hashlib.shake_128("/".join(map(str, ("block-window", *labels))).encode()).digest(8 * total)
     keys = [i + window * ((int.from_bytes(stream[8 * i : 8 * i + 8], "little") >> 11) / 2**53) for i in range(total)]
     num_lanes = next(lanes for lanes in (64, 32, 16, 8, 4, 2, 1) if global_batch_size % lanes == 0)
-    lanes = []
-    for lane in range(num_lanes):
-        places = range(lane * total // num_lanes, (lane + 1) * total // num_lanes)
+    lanes: list[list[int]] = []
+    for index in range(num_lanes):
+        places = range(index * total // num_lanes, (index + 1) * total // num_lanes)
         lanes.append([stored[place] for place in sorted(places, key=lambda place: (keys[place], place))])
     part = global_batch_size // num_lanes
     order: list[int] = []

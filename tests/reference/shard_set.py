@@ -5,7 +5,7 @@ import io
 import json
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,7 +108,7 @@ def _column(path: Path, name: str) -> Any:
     return column
 
 
-_HASHES = {"xxh3_128": xxhash.xxh3_128, "sha256": hashlib.sha256}
+_HASHES: dict[str, Callable[[bytes], Any]] = {"xxh3_128": xxhash.xxh3_128, "sha256": hashlib.sha256}
 
 _TYPES = {
     "shard_of": "<i4",

@@ -4,13 +4,18 @@ Explicit softmax attention in a loop-free batch of groups, tokens permuted and p
 permuted application, recursion unrolled, and a multiply for every residual coefficient.
 """
 
+from collections.abc import Callable
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sret_scale.model import Noise, SReT
 from sret_scale.model.applications import application_slots, post_norm
-from sret_scale.model.layers import LearnableResidual
+from sret_scale.model.conditioning import InputInjection
+from sret_scale.model.layers import Affine, Attention, Block, FeedForward, LearnableResidual, NonLinearProjection
+from sret_scale.model.stage import Stage
 from tests.reference.windows import attend_in_windows
 
 
@@ -43,23 +48,23 @@ class PlainSReT(nn.Module):
         return model.head(model.norm(x_BD))
 
     def run_stage(self, index: int, x_BND: Tensor, noise: Noise | None) -> Tensor:
-        stage = self.model.stages[index]
+        stage = cast(Stage, self.model.stages[index])
         slots = application_slots(self.model.config, index)
         permutations = stage._draw_permutations(slots, x_BND, noise)
         num_permuted, input_BND = 0, x_BND
         for number, slot in enumerate(slots):
-            block = stage.blocks[slot.block]
+            block = cast(Block, stage.blocks[slot.block])
             permutation = None
             if slot.permuted and stage.windows is None:
                 permutation, num_permuted = permutations[num_permuted], num_permuted + 1
             x_BND = self.inject(block, x_BND, input_BND, slot.loop)
             x_BND = self.apply_block(index, block, x_BND, slot.loop, slot.groups, permutation, number)
             if slot.projection is not None:
-                projection = stage.projections[slot.projection]
+                projection = cast(NonLinearProjection, stage.projections[slot.projection])
                 feed_forward = projection.feed_forward
                 norm = (projection.norm.weight, projection.norm.bias)
 
-                def branch(y_BND: Tensor, feed_forward: nn.Module = feed_forward) -> Tensor:
+                def branch(y_BND: Tensor, feed_forward: FeedForward = feed_forward) -> Tensor:
                     return self.feed(feed_forward, feed_forward.fc1.weight, y_BND)
 
                 x_BND = self.residual(index, projection.residual, norm, x_BND, branch)
@@ -67,9 +72,9 @@ class PlainSReT(nn.Module):
                 x_BND = block.outer_norm(x_BND)
         return x_BND
 
-    def inject(self, block: nn.Module, x_BND: Tensor, input_BND: Tensor, loop: int) -> Tensor:
+    def inject(self, block: Block, x_BND: Tensor, input_BND: Tensor, loop: int) -> Tensor:
         conditioning = block.conditioning
-        if not hasattr(conditioning, "gain"):
+        if not isinstance(conditioning, InputInjection):
             return x_BND
         gate = 1.0 if conditioning.gate is None else torch.sigmoid(conditioning.gate(x_BND))
         return x_BND + conditioning.gain[loop if len(conditioning.gain) > 1 else 0] * input_BND * gate
@@ -77,21 +82,21 @@ class PlainSReT(nn.Module):
     def apply_block(
         self,
         index: int,
-        block: nn.Module,
+        block: Block,
         x_BND: Tensor,
         loop: int,
         groups: int,
         permutation: Tensor | None,
         number: int,
     ) -> Tensor:
-        norm1 = [block.norm1.weight, block.norm1.bias]
-        norm2 = [block.norm2.weight, block.norm2.bias]
+        norm1: Affine = (block.norm1.weight, block.norm1.bias)
+        norm2: Affine = (block.norm2.weight, block.norm2.bias)
         qkv_weight, fc1_weight = block.attention.qkv.weight, block.feed_forward.fc1.weight
         conditioning = block.conditioning
         if conditioning is not None and hasattr(conditioning, "delta"):
             delta = conditioning.deltas(loop).norms
-            norm1 = [norm1[0] + delta[0, 0], norm1[1] + delta[0, 1]]
-            norm2 = [norm2[0] + delta[1, 0], norm2[1] + delta[1, 1]]
+            norm1 = (norm1[0] + delta[0, 0], norm1[1] + delta[0, 1])
+            norm2 = (norm2[0] + delta[1, 0], norm2[1] + delta[1, 1])
         if conditioning is not None and hasattr(conditioning, "down"):
             qkv_weight = qkv_weight + conditioning.up_qkv[loop] @ conditioning.down[loop, 0]
             fc1_weight = fc1_weight + conditioning.up_fc1[loop] @ conditioning.down[loop, 1]
@@ -112,7 +117,14 @@ class PlainSReT(nn.Module):
         x_BND = self.residual(index, block.residual1, norm1, x_BND, attend)
         return self.residual(index, block.residual2, norm2, x_BND, feed)
 
-    def residual(self, index: int, coefficients: LearnableResidual, norm, x_BND: Tensor, branch) -> Tensor:  # type: ignore[no-untyped-def]
+    def residual(
+        self,
+        index: int,
+        coefficients: LearnableResidual,
+        norm: Affine,
+        x_BND: Tensor,
+        branch: Callable[[Tensor], Tensor],
+    ) -> Tensor:
         after = post_norm(self.model.config.stages[index])
         shape = x_BND.shape[-1:]
         y_BND = x_BND if after else F.layer_norm(x_BND, shape, *norm, 1e-6)
@@ -123,7 +135,7 @@ class PlainSReT(nn.Module):
         return F.layer_norm(x_BND, shape, *norm, 1e-6) if after else x_BND
 
     def attend(
-        self, attention: nn.Module, qkv_weight: Tensor, x_BND: Tensor, groups: int, permutation: Tensor | None
+        self, attention: Attention, qkv_weight: Tensor, x_BND: Tensor, groups: int, permutation: Tensor | None
     ) -> Tensor:
         if permutation is not None:
             x_BND = x_BND[:, permutation, :]
@@ -140,7 +152,7 @@ class PlainSReT(nn.Module):
             x_BND = attention.inner_norm(x_BND)
         return attention.out(x_BND)
 
-    def feed(self, feed_forward: nn.Module, fc1_weight: Tensor, x_BND: Tensor) -> Tensor:
+    def feed(self, feed_forward: FeedForward, fc1_weight: Tensor, x_BND: Tensor) -> Tensor:
         a_BNF = F.gelu(F.linear(x_BND, fc1_weight, feed_forward.fc1.bias))
         if feed_forward.inner_norm is not None:
             a_BNF = feed_forward.inner_norm(a_BNF)

@@ -4,6 +4,7 @@ What the toy trains to under every ZeRO stage has to come out of this too.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from tests.train.update_toy import ACCUMULATION, BASE, COMMON_BOUND, FP16_STEPS,
 class Lamb(torch.optim.Optimizer):
     """LAMB (arXiv 1904.00962, algorithm 2), a tensor at a time."""
 
-    def __init__(self, groups: list[dict[str, object]]) -> None:
+    def __init__(self, groups: list[dict[str, Any]]) -> None:
         super().__init__(groups, {"lr": 0.0, "eps": 1e-8, "weight_decay": 0.0})
 
     @torch.no_grad()
@@ -38,7 +39,8 @@ class Lamb(torch.optim.Optimizer):
 
 def optimizers(model: Toy, rule: str) -> list[torch.optim.Optimizer]:
     """torch's optimisers over groups of one parameter each, with `ratio` and `kind`."""
-    rest, matrices = [], []
+    rest: list[dict[str, Any]] = []
+    matrices: list[dict[str, Any]] = []
     for name, tag in model.tags().items():
         kind = CLASS_OF_KIND[tag.kind]
         chosen: ClassConfig = getattr(BASE, kind)
@@ -59,13 +61,13 @@ def optimizers(model: Toy, rule: str) -> list[torch.optim.Optimizer]:
     return [*found, torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw")] if matrices else found
 
 
-def clip(groups: list[dict[str, object]]) -> None:
+def clip(groups: list[dict[str, Any]]) -> None:
     """Each class with a bound by its own norm, the others by their common one."""
     by_bound: dict[tuple[str, float], list[nn.Parameter]] = {}
     for group in groups:
         bound = getattr(BASE, str(group["kind"])).clip_norm
         key = ("common", COMMON_BOUND) if bound is None else (str(group["kind"]), bound)
-        by_bound.setdefault(key, []).extend(group["params"])  # type: ignore[call-overload]
+        by_bound.setdefault(key, []).extend(group["params"])
     for (_, bound), parameters in by_bound.items():
         nn.utils.clip_grad_norm_(parameters, bound)
 

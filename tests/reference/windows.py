@@ -3,7 +3,9 @@
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from sret_scale.model.layers import Attention
 
 
 def window_slices(grid: int, window: int, application: int) -> Iterator[tuple[slice, slice]]:
@@ -14,7 +16,7 @@ def window_slices(grid: int, window: int, application: int) -> Iterator[tuple[sl
     return ((rows, columns) for rows in parts for columns in parts)
 
 
-def attend_in_windows(attention: nn.Module, qkv_BNC: Tensor, window: int, application: int) -> Tensor:
+def attend_in_windows(attention: Attention, qkv_BNC: Tensor, window: int, application: int) -> Tensor:
     """(B, N, D) softmax attention of each window, with the learned bias of each pair's offset."""
     batch, num_tokens, channels = qkv_BNC.shape
     grid, heads = round(num_tokens**0.5), attention.num_heads

@@ -1,5 +1,6 @@
 """The command in a message about a missing package works in the environment at hand."""
 
+import importlib.metadata
 import re
 import shlex
 import subprocess
@@ -26,7 +27,7 @@ def not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A checkout that is used where it lies, by an environment of the user's."""
 
     def distribution(name: str) -> None:
-        raise extras.importlib.metadata.PackageNotFoundError(name)
+        raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(sys, "prefix", "/opt/conda")
     monkeypatch.setattr("importlib.metadata.distribution", distribution)

@@ -50,8 +50,9 @@ def test_files_are_renamed_into_place_in_one_module_only() -> None:
     found = set()
     for file in (*(ROOT / "sret_scale").rglob("*.py"), *(ROOT / "data_pipelines").rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text())):
-            is_call = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and len(node.args) == 1
-            if is_call and not node.keywords and node.func.attr in ("replace", "rename"):
+            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+                continue
+            if len(node.args) == 1 and not node.keywords and node.func.attr in ("replace", "rename"):
                 found.add(str(file.relative_to(ROOT)))
     assert "data_pipelines/atomic_files.py" in found
     assert found <= {

@@ -93,7 +93,7 @@ def test_wheel_runs_the_demo_away_from_the_checkout(wheel: Path, python: Path, t
     libraries = list((tmp_path / "cache" / "sret_scale").glob("_roi_decode.*.so"))
     said = output.count("not built, so whole images will be decoded: no C compiler 'no-such-compiler'; set CC")
     assert (len(libraries), said) == ((1, 0) if compiler == "cc" else (0, 1)), output
-    where = [python, "-c", "import sret_scale; print(sret_scale.__file__)"]
+    where = [str(python), "-c", "import sret_scale; print(sret_scale.__file__)"]
     file = Path(subprocess.check_output(where, text=True, cwd=folder, env=variables).strip())
     assert file.is_relative_to(python.parents[1])
 

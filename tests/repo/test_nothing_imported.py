@@ -80,7 +80,7 @@ def test_no_command_imports_what_a_run_names(
 ) -> None:
     run = planted_run(tmp_path / "run", config)
     out = str(tmp_path / "out")
-    for command in (
+    commands: tuple[list[str | Path], ...] = (
         ["evaluate", run],
         ["evaluate", run, "--dry-run"],
         ["evaluate", run, "--early-exit", "confidence", "--thresholds", "0.5"],
@@ -91,7 +91,8 @@ def test_no_command_imports_what_a_run_names(
         ["weights", "grow", run, f"{out}.grown.safetensors", "--loops", "4"],
         ["checkpoint", "info", run],
         ["checkpoint", "verify", run],
-    ):
+    )
+    for command in commands:
         assert main(list(map(str, command))) == 0, command
         assert not is_imported(), command
 
@@ -101,8 +102,8 @@ def test_labels_write_imports_no_transform_of_a_file_unless_it_is_repeated(
 ) -> None:
     run = planted_run(tmp_path / "run", config)
     numbers = ["--teacher", "module:tests.hand_made:small_teacher", "--views", "1", "--top-k", "3"]
-    command = ["labels", "write", config.data.train_folder, tmp_path / "store", *numbers]
-    command = list(map(str, [*command, "--recipe", run / "config.yaml"]))
+    command = ["labels", "write", config.data.train_folder, str(tmp_path / "store"), *numbers]
+    command += ["--recipe", str(run / "config.yaml")]
     assert main(command) == 2
     assert f"--set data.transform={TRANSFORM}" in capsys.readouterr().err and not is_imported()
     assert main([*command, "--set", f"data.transform={TRANSFORM}"]) == 0

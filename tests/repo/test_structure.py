@@ -80,7 +80,9 @@ def test_no_two_different_things_have_one_file_name() -> None:
 
 
 def test_imports_make_no_circle() -> None:
-    found, done, path = imports(), set(), []
+    found = imports()
+    done: set[str] = set()
+    path: list[str] = []
 
     def visit(module: str) -> None:
         assert module not in path, " -> ".join([*path[path.index(module) :], module])

@@ -60,7 +60,7 @@ def pretend() -> None:
         setattr(torch.cuda, name, value)
 
 
-class WatchedGpu(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class WatchedGpu(TorchDispatchMode):
     """Inside, operators on `cuda` run without data. `waits` counts, by place in our code, what makes the host wait.
 
     `draws` counts what is drawn on the device from its global generator, which a captured graph or a resumed run would
@@ -68,7 +68,7 @@ class WatchedGpu(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.waits: Counter[str] = Counter()
         self.draws: Counter[str] = Counter()
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -76,13 +76,13 @@ class WatchedGpu(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __enter__(self) -> "WatchedGpu":
         # Without it `torch.tensor(values, device="cuda")` would go around every mode.
         torch._C._set_only_lift_cpu_tensors(True)
-        super().__enter__()  # type: ignore[no-untyped-call]
+        super().__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
+        super().__exit__(kind, error, trace)
         torch._C._set_only_lift_cpu_tensors(False)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -70,7 +70,7 @@ def forward_and_backward(name: str, gpu: WatchedGpu) -> None:
     with torch.autocast("cuda", dtype=torch.bfloat16):
         scores = model(images_BCHW, Noise(1, 2)) if plan is None else model(images_BCHW, Noise(1, 2), [plan])[0]
     loss = distillation_loss(scores, torch.empty_like(scores), F.one_hot(labels_B, 5), DistillConfig(hard_weight=0.5))
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     gradients = {parameter: parameter.grad for parameter in model.parameters() if parameter.grad is not None}
     assert plan is not None or len(gradients) == len(list(model.parameters())), "every parameter has a gradient"
     assert all(value.device == CUDA and value.dtype == torch.float32 for value in gradients.values())

@@ -20,7 +20,7 @@ def test_a_run_without_a_launcher_ends_with_the_weights_of_one_with_it(tmp_path:
     alone = tmp_path / "alone" / "config.yaml"
     alone.parent.mkdir()
     alone.write_text((tmp_path / "launched" / "config.yaml").read_text())
-    command = [sys.executable, "-P", "-m", "sret_scale.train.main", alone]
+    command = [sys.executable, "-P", "-m", "sret_scale.train.main", str(alone)]
     ended = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False, cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
     assert digest(alone.parent) == digest(tmp_path / "launched")

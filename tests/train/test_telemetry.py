@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -10,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sret_scale.config.precision import Precision
 from sret_scale.memory import MemoryConfig, apply_recomputation
-from sret_scale.model import Noise, SReT, SReTConfig, StageConfig
+from sret_scale.model import Application, Noise, SReT, SReTConfig, StageConfig
 from sret_scale.model.config import BranchScheme, Skip
 from sret_scale.model.depth_plan import DepthPlan, StageDepth
 from sret_scale.model.vision.padding import padded_state
@@ -20,6 +22,7 @@ from sret_scale.train.telemetry.alarms import alarms, findings, growth_per_loop
 from sret_scale.train.telemetry.depth_probe import BACKWARD, FORWARD, BlockUses, probe
 from sret_scale.train.telemetry.statistics import attention_entropy, rank_ratio, token_cosine
 from sret_scale.train.telemetry.truncation import gradient_cosines
+from tests.model.typed_stages import stages_of
 
 STAGES = (
     StageConfig(width=8, num_heads=2, num_blocks=2, num_loops=3, groups=(4, 2), skip="learned"),
@@ -71,11 +74,16 @@ def test_statistics_of_the_stream_equal_plain_ones() -> None:
     model = model_of(replace(CONFIG, stages=(replace(STAGES[0], groups=(1,), num_blocks=1),), drop_path=0.0))
     (block,) = probe(model, IMAGES_BCHW, loss_of, NOISE, "fp32")
     model.eval()
-    stage = model.stages[0]
-    seen = []
-    stage.run_chain = lambda applications, x: [
-        x := (seen.append(x), application(x))[1] for application in applications
-    ][-1]
+    seen: list[Tensor] = []
+
+    def watch(applications: Sequence[Application], x_BND: Tensor) -> Tensor:
+        for application in applications:
+            seen.append(x_BND)
+            x_BND = application(x_BND)
+        return x_BND
+
+    stage = stages_of(model)[0]
+    stage.run_chain = watch
     with torch.no_grad():
         out_BDHW = model.forward_features(IMAGES_BCHW)
     streams = [*seen, out_BDHW.flatten(2).transpose(1, 2)]
@@ -87,7 +95,7 @@ def test_statistics_of_the_stream_equal_plain_ones() -> None:
         alphas = [
             r.alpha for r in (stage.blocks[0].residual1, stage.blocks[0].residual2, stage.projections[loop].residual)
         ]
-        kept_BND = x_BND * math.prod(float(alpha.detach()) for alpha in alphas)
+        kept_BND = x_BND * torch.cat([alpha.detach() for alpha in alphas]).prod()
         assert block.values["branch_ratio"][loop] == pytest.approx(
             float((y_BND - kept_BND).norm() / kept_BND.norm()), rel=1e-4
         )
@@ -118,7 +126,7 @@ def test_attention_entropy_is_that_of_the_weights() -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("schedule", ["none", "binomial"])
-def test_a_probe_leaves_everything_as_it_was(precision: str, schedule: str) -> None:
+def test_a_probe_leaves_everything_as_it_was(precision: Precision, schedule: str) -> None:
     model = model_of(replace(CONFIG, permutation="random", dropout=0.1))
     apply_recomputation(model, MemoryConfig(schedule=schedule))
     model(IMAGES_BCHW, NOISE).sum().backward()
@@ -127,7 +135,8 @@ def test_a_probe_leaves_everything_as_it_was(precision: str, schedule: str) -> N
     chains, state = [stage.run_chain for stage in model.stages], torch.random.get_rng_state()
     probe(model, IMAGES_BCHW, loss_of, NOISE, precision)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert all(torch.equal(p.grad, gradients[n]) for n, p in model.named_parameters() if n in gradients)
+    after = {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
+    assert after.keys() == gradients.keys() and all(torch.equal(after[name], gradients[name]) for name in gradients)
     assert all(module.training for module in model.modules())
     assert [stage.run_chain for stage in model.stages] == chains
     assert torch.equal(torch.random.get_rng_state(), state)
@@ -137,7 +146,7 @@ def test_a_failing_probe_puts_the_model_back() -> None:
     model = model_of()
     chain = model.stages[0].run_chain
     with pytest.raises(ZeroDivisionError):
-        probe(model, IMAGES_BCHW, lambda scores: 1 / 0, NOISE, "fp32")
+        probe(model, IMAGES_BCHW, lambda scores: scores * (1 / 0), NOISE, "fp32")
     assert model.training and model.stages[0].run_chain == chain
 
 

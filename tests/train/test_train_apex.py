@@ -27,7 +27,7 @@ class Applier:
 
     def __call__(self, kernel: object, flag: Tensor, lists: list[list[Tensor]], *args: object) -> object:
         assert flag.dtype == torch.int32 and self.available
-        return kernel(65536, flag, lists, *args)  # type: ignore[operator]
+        return kernel(65536, flag, lists, *args)
 
 
 def update_of(lists: Sequence[Tensor], betas: tuple[float, float], eps: float, step: int, is_corrected: int) -> Tensor:
@@ -65,7 +65,7 @@ def multi_tensor_lamb(
 def nvidia(monkeypatch: pytest.MonkeyPatch) -> None:
     """An apex that exports what NVIDIA's does."""
     package, apply, kernels = (ModuleType(name) for name in ("apex", "apex.multi_tensor_apply", "amp_C"))
-    package.__path__ = []  # type: ignore[attr-defined]
+    package.__path__ = []
     apply.multi_tensor_applier = Applier(available=True)  # type: ignore[attr-defined]
     kernels.multi_tensor_adam, kernels.multi_tensor_lamb = multi_tensor_adam, multi_tensor_lamb  # type: ignore
     for module in (package, apply, kernels):
@@ -75,7 +75,7 @@ def nvidia(monkeypatch: pytest.MonkeyPatch) -> None:
 def install(monkeypatch: pytest.MonkeyPatch, applier: Applier | None) -> None:
     """Another project of the name, or NVIDIA's without its kernels."""
     package = ModuleType("apex")
-    package.__path__ = []  # type: ignore[attr-defined]
+    package.__path__ = []
     monkeypatch.setitem(sys.modules, "apex", package)
     if applier:
         apply = ModuleType("apex.multi_tensor_apply")

@@ -14,6 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from data_pipelines import atomic_files
 from sret_scale.runs import checkpoint
 from sret_scale.runs.checkpoint import (
     CheckpointError,
@@ -84,7 +85,7 @@ def test_every_file_is_on_the_disk_before_the_name_and_the_name_before_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events = []
-    rename, flush = Path.rename, checkpoint.sync_path
+    rename, flush = Path.rename, atomic_files.sync_path
 
     def seen_rename(path: Path, target: Path) -> Path:
         events.append("rename")

@@ -107,8 +107,8 @@ def test_synchronised_batch_norm_on_two_ranks_is_that_of_the_whole_batch(folder:
     for name, value in stem.named_parameters():
         if value.grad is not None and not (".convs." in f".{name}" and name.endswith("bias")):
             torch.testing.assert_close(ranks[0][name], value.grad, rtol=1e-3, atol=1e-3)
-    for name, value in stem.named_buffers():
-        torch.testing.assert_close(ranks[0][name], value, rtol=1e-4, atol=1e-5)
+    for name, buffer in stem.named_buffers():
+        torch.testing.assert_close(ranks[0][name], buffer, rtol=1e-4, atol=1e-5)
 
 
 def test_bf16_autocast_stays_close_to_fp32(folder: Path) -> None:

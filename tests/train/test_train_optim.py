@@ -123,7 +123,8 @@ def test_layer_decay_is_timms_where_every_block_is_used_once() -> None:
     # Without projections: timm's patterns number those as if each had a block of its own.
     stages = tuple(replace(stage, num_blocks=2, num_loops=1, projections="none") for stage in TINY_MODEL.stages)
     model = SReT(replace(TINY_MODEL, stages=stages))
-    model.group_matcher = types.MethodType(adapter.TimmSReT.group_matcher, model)
+    # By its dictionary: the type of a module takes no attributes but tensors and modules.
+    vars(model)["group_matcher"] = types.MethodType(adapter.TimmSReT.group_matcher, model)
     theirs: dict[int, float] = {}
     for group in timm_optim.param_groups_layer_decay(model, weight_decay=0.1, layer_decay=0.5):
         theirs |= {id(value): group["lr_scale"] for value in group["params"]}

@@ -1,5 +1,6 @@
 """Update rules, classes of parameters and left-out updates on two gloo ranks, against plain torch in one process."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ def test_classes_unused_parameters_and_left_out_updates_are_those_of_plain_torch
     got = load_file(folder / f"{rule}.{stage}.straight.safetensors")
     for name, value in trained(rule).items():
         torch.testing.assert_close(
-            got[f"weights/{name}"], value, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+            got[f"weights/{name}"], value, rtol=1e-5, atol=1e-6, msg=partial("{}: {}".format, name)
         )
 
 
@@ -52,7 +53,7 @@ def test_fp16_finds_its_loss_scale_alike_on_all_ranks_and_trains_as_fp32(folder:
     num_overflows = int(ranks[0]["num_overflows"])
     assert 0 < num_overflows < FP16_STEPS - 4
     for name, value in trained_fp32(num_overflows).items():
-        torch.testing.assert_close(ranks[0][name], value, rtol=0.02, atol=2e-3, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(ranks[0][name], value, rtol=0.02, atol=2e-3, msg=partial("{}: {}".format, name))
 
 
 def test_loss_scale_halves_at_once_and_doubles_after_a_while() -> None:

@@ -104,7 +104,12 @@ def test_parts_of_all_ranks_become_the_whole_that_was_cut(sizes: list[int], worl
     # What each rank would send.
     sent: list[Tensor] = []
     for snapshot in reversed(snapshots):
-        sets = snapshot.whole(lambda part: (sent.insert(0, part), list(sent))[1])
+
+        def gathered(part: Tensor) -> list[Tensor]:
+            sent.insert(0, part)
+            return list(sent)
+
+        sets = snapshot.whole(gathered)
     assert torch.equal(sets["weights"]["a"], extra)
     for index, whole in enumerate(wholes):
         assert torch.equal(sets["optimizer"][str(index)], whole)
