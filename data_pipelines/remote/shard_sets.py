@@ -6,10 +6,11 @@ A set at https://host/set:
                                  read by a range of bytes for each sample
 """
 
+import contextlib
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -51,18 +52,20 @@ def open_data(location: str | Path, config: DataConfig) -> ShardSet:
     data = remote.read_whole(MANIFEST_NAME, MAX_JSON_BYTES)
     manifest = parse_manifest(data, f"{remote.url}/{MANIFEST_NAME}")
     # Content decides the folder: jobs that read the same shards from anywhere share it, others cannot meet in it.
-    folder = _own_folder(_cache_root(config), hashlib.sha256(data).hexdigest()[:16])
-    kept = _kept_index(folder, manifest)
+    name = hashlib.sha256(data).hexdigest()[:16]
+    folders = [_cache_root(config) / name, _cache_root(config) / f"{name}-{os.geteuid()}"]
+    kept = _kept_index(folders, manifest)
     index = remote.read_whole(INDEX_NAME, manifest.index_bytes) if kept is None else kept
     # Before anything of it is kept: what a server says names files in the cache.
-    shards = parse_set(folder, manifest, index, f"{remote.url}/{INDEX_NAME}")
+    shards = parse_set(folders[0], manifest, index, f"{remote.url}/{INDEX_NAME}")
+    folder = _own_folder(folders)
     if kept is None:
         for name, content in ((INDEX_NAME, index), (MANIFEST_NAME, data)):
             write_whole(folder / name, content)
     cache = None
     if config.remote_reads == "shards":
         cache = ShardCache(remote.download, folder, shards.manifest, max_bytes=int(config.cache_gib * 2**30))
-    known = {field.name: getattr(shards, field.name) for field in fields(ShardSet)}
+    known = {field.name: getattr(shards, field.name) for field in fields(ShardSet)} | {"folder": folder}
     return RemoteShardSet(**known, url=remote.url, cache=cache, read_range=remote.read)
 
 
@@ -139,14 +142,13 @@ def _cache_root(config: DataConfig) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or with_home("~/.cache")) / "sret_scale" / "shards"
 
 
-def _own_folder(root: Path, name: str) -> Path:
-    """A folder in the cache that belongs to this user: that of another one may change under us, or be written by him.
+def _own_folder(folders: Sequence[Path]) -> Path:
+    """The first that belongs to this user: that of another one may change under us, or be written by him.
 
     Users of one cache have a folder each. Owners are compared with that of a new file of ours: some file systems show
     another one than the user. Raises OSError where there is no room of our own.
     """
-    for own in (name, f"{name}-{os.geteuid()}"):
-        folder = root / own
+    for folder in folders:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder) as file:
@@ -155,13 +157,17 @@ def _own_folder(root: Path, name: str) -> Path:
         except PermissionError:
             continue
     raise PermissionError(
-        f"{root}: neither is this cache yours, nor may you write to it; chmod 1777 it, or set data.cache_folder"
+        f"{folders[0].parent}: neither is this cache yours, nor may you write to it; chmod 1777 it, or set"
+        " data.cache_folder"
     )
 
 
-def _kept_index(folder: Path, manifest: Manifest) -> bytes | None:
-    """The index that is in the cache already, if it is whole."""
-    if not (folder / INDEX_NAME).is_file():
-        return None
-    data = read_bounded(folder / INDEX_NAME, max_index_bytes(manifest.num_samples))
-    return data if hashlib.sha256(data).hexdigest() == manifest.index_sha256 else None
+def _kept_index(folders: Iterable[Path], manifest: Manifest) -> bytes | None:
+    """The index that one of these has already, if it is whole: its hash tells, whoever wrote it."""
+    for folder in folders:
+        with contextlib.suppress(PermissionError, ValueError):
+            if (folder / INDEX_NAME).is_file():
+                data = read_bounded(folder / INDEX_NAME, max_index_bytes(manifest.num_samples))
+                if hashlib.sha256(data).hexdigest() == manifest.index_sha256:
+                    return data
+    return None
