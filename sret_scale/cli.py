@@ -19,6 +19,7 @@ COMMANDS = {
     "demo": "run every part once on the sample images: teacher, student of 108 applications, control, report",
     "train": "train a recipe or a preset on one node or many; repeat the command to continue a run",
     "evaluate": "measure a run's accuracy on a whole test set",
+    "predict": "name what a trained model sees on images",
     "checkpoint": "list or verify a run's checkpoints",
     "shards": "write, check and inspect webdataset shards",
     "labels": "store a teacher's soft labels, to train from them without the teacher",

@@ -14,6 +14,7 @@ from sret_scale.launch.preflight import write_description
 from sret_scale.model import SReT
 from sret_scale.runs.checkpoint import save_checkpoint
 from sret_scale.runs.run_folder import RunFolder
+from sret_scale.train.load_run import facts_of
 
 Teacher = tuple[nn.Module, tuple[float, ...], tuple[float, ...], int]
 
@@ -33,7 +34,8 @@ def make_run(path: Path, config: RunConfig) -> Path:
     folder.write_status("finished", 0)
     torch.manual_seed(0)
     weights = SReT(config.model).state_dict()
-    state = {"images": 32, "time_s": 1.0, "loader": '{"epoch": 0, "position": 32}', "model": to_plain(config.model)}
+    clock = {"images": 32, "time_s": 1.0, "loader": '{"epoch": 0, "position": 32}'}
+    state = {**clock, "model": to_plain(config.model), **facts_of(config, None)}
     save_checkpoint(folder.checkpoints, step=1, tensors={"weights": weights, "ema": weights}, state=state)
     clock = {"step": 1, "images": 32, "epoch": 0, "time_s": 1.0}
     lines = [

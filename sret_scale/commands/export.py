@@ -3,7 +3,9 @@
 import argparse
 import importlib.util
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from data_pipelines.extras import install_extra
 
@@ -17,7 +19,7 @@ TOLERANCE = 1e-4
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """FILE OUT --format."""
-    parser.add_argument("file", type=Path, help="folder of a run, or weights in safetensors")
+    parser.add_argument("file", type=Path, help="folder of a run, one of its checkpoints, or weights in safetensors")
     parser.add_argument("out", type=Path, help="the file to write")
     parser.add_argument(
         "--weights", choices=("raw", "ema"), help="of a run: which weights (default: the moving average, if kept)"
@@ -47,13 +49,13 @@ def run(args: argparse.Namespace) -> None:
     from sret_scale.model.loop_export import keep_loops
     from sret_scale.model.vision.for_inference import folded
     from sret_scale.model.vision.weight_files import save_model
-    from sret_scale.train.load_run import load_class_names, load_trained
+    from sret_scale.train.load_run import load_facts, load_trained
 
     if args.format == "safetensors" and args.loops == "kept":
         raise ValueError("--loops kept is for the formats onnx and torch: safetensors holds weights and no program")
-    model, class_names = load_trained(args.file, args.weights), load_class_names(args.file)
+    model, facts = load_trained(args.file, args.weights), load_facts(args.file)
     if args.format == "safetensors":
-        save_model(model, args.out, class_names)
+        save_model(model, args.out, facts)
         print(f"{args.out}: safetensors")
         return
     if args.format == "onnx":
@@ -72,7 +74,8 @@ def run(args: argparse.Namespace) -> None:
         partial = Path(file.name)
         program = torch.export.export(ready, (images_BCHW,), dynamic_shapes=shapes)
         if args.format == "torch":
-            torch.export.save(program, partial, extra_files={"class_names.json": json.dumps(class_names)})
+            files = {f"{name}.json": json.dumps(value) for name, value in facts.items()}
+            torch.export.save(program, partial, extra_files=files)
         else:
             torch.onnx.export(
                 program,
@@ -80,11 +83,12 @@ def run(args: argparse.Namespace) -> None:
                 partial,
                 input_names=["images"],
                 output_names=["scores"],
+                dynamic_shapes={"images_BCHW": {0: "batch"}},
                 dynamo=True,
                 external_data=False,
                 verbose=False,
             )
-            strip_traces(partial, class_names)
+            strip_traces(partial, facts)
         difference = _difference(model, partial, args.format)
         if not difference <= TOLERANCE:
             raise ValueError(
@@ -93,8 +97,8 @@ def run(args: argparse.Namespace) -> None:
     print(f"{args.out}: {args.format}, largest difference from the model {difference:.1e}")
 
 
-def strip_traces(file: Path, class_names: list[str] | None) -> None:
-    """Put the names of the classes into an ONNX file, and take out where in the code each node was traced.
+def strip_traces(file: Path, facts: Mapping[str, Any]) -> None:
+    """Put what goes with the weights into an ONNX file, and take out where in the code each node was traced.
 
     The traces are 9 of 10 bytes of a small file.
     """
@@ -108,8 +112,8 @@ def strip_traces(file: Path, class_names: list[str] | None) -> None:
             node.doc_string = ""
             del node.metadata_props[:]
             graphs.extend(attribute.g for attribute in node.attribute if attribute.HasField("g"))
-    if class_names is not None:
-        model.metadata_props.add(key="class_names", value=json.dumps(class_names))
+    for name, value in facts.items():
+        model.metadata_props.add(key=name, value=json.dumps(value))
     onnx.save(model, file)
 
 

@@ -70,9 +70,11 @@ def run(args: argparse.Namespace) -> None:
 def _import(file: Path, out: Path, name: str | None) -> None:
     from dataclasses import replace
 
+    from sret_scale.config.run_config import RunConfig
     from sret_scale.model import SReT, preset
     from sret_scale.model.vision.official import from_published, recognised_config
     from sret_scale.model.vision.weight_files import load_published, save_model
+    from sret_scale.train.load_run import facts_of
 
     published, key = load_published(file)
     if name is None:
@@ -86,7 +88,8 @@ def _import(file: Path, out: Path, name: str | None) -> None:
         model.load_state_dict(from_published(config, published))
     except RuntimeError as error:
         raise ValueError(f"{file} does not fit {name}: {str(error).splitlines()[-1].strip()}") from error
-    save_model(model, out)
+    # Published models see images as the defaults have them, which are ImageNet's.
+    save_model(model, out, facts_of(RunConfig(model=config), None))
     print(
         f"{out}: {name} at {config.image_size} pixels, {config.num_classes} classes{f', from {key!r}' if key else ''}"
     )
@@ -99,7 +102,7 @@ def _change(args: argparse.Namespace) -> None:
     from sret_scale.model.vision.tie import tied
     from sret_scale.model.vision.weight_files import save_model
     from sret_scale.train.evaluate_main import evaluator_of
-    from sret_scale.train.load_run import load_class_names
+    from sret_scale.train.load_run import load_facts
 
     if args.out.suffix != ".safetensors":
         raise ValueError(f"the file to write must end in .safetensors, got {args.out}")
@@ -121,7 +124,7 @@ def _change(args: argparse.Namespace) -> None:
             f"{name:<6} loss {result.numbers['loss']:.4f}  top-1 {result.numbers['top1']:.2%}  "
             f"{one.config.num_applications:,} applications  {parameters:,} parameters"
         )
-    save_model(changed, args.out, load_class_names(args.run))
+    save_model(changed, args.out, load_facts(args.run))
     lines = differences_of(to_plain(model.config), to_plain(changed.config), "model")
     print(f"{args.out}: train it on with train.initial_weights={args.out} and the run's configuration with")
     for line in lines:
@@ -134,10 +137,10 @@ def _export(file: Path, out: Path) -> None:
 
     from data_pipelines.atomic_files import replacing
     from sret_scale.model.vision.official import to_published
-    from sret_scale.train.load_run import load_trained
+    from sret_scale.train.load_run import load_facts, load_trained
 
     model = load_trained(file)
-    published = {"model": to_published(model.config, model.state_dict())}
+    published = {"model": to_published(model.config, model.state_dict()), **load_facts(file)}
     with replacing(out) as stream:
         torch.save(published, stream)
     print(f"{out}: published layout")

@@ -2,14 +2,15 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from data_pipelines.checked_files import read_bounded
+from data_pipelines.checked_files import parse_checked, read_bounded
+from data_pipelines.image.preprocessing import Preprocessing
 from data_pipelines.remote.shard_sets import open_data, open_training_data
 from data_pipelines.shards.classes import check_same_classes, renumbered
 from data_pipelines.shards.index import ShardSet
@@ -21,7 +22,7 @@ from sret_scale.model.vision.carry_weights import adapted_state
 from sret_scale.model.vision.official import from_published
 from sret_scale.model.vision.weight_files import load_model as load_native
 from sret_scale.model.vision.weight_files import load_published, read_metadata
-from sret_scale.runs.checkpoint import list_checkpoints, newest_valid, read_state, read_tensors
+from sret_scale.runs.checkpoint import list_checkpoints, newest_valid, read_state, read_tensors, verify_checkpoint
 from sret_scale.runs.run_folder import RunFolder
 
 WeightsKind = Literal["raw", "ema"]
@@ -36,13 +37,12 @@ def load_config(run: Path) -> RunConfig:
 
 
 def load_class_names(source: Path) -> list[str] | None:
-    """What a run, or a native file, calls its classes, in their order; None where nobody knows.
+    """What a run, a checkpoint or a native file calls its classes, in their order; None where nobody knows.
 
     The folder of a run of version 0.1.0 does not say: they are those of its training shards, where these are there.
     """
-    if not source.is_dir():
-        text = read_metadata(source).get("class_names", "null")
-        return None if text == "null" else _parse_class_names(text, source)
+    if not source.is_dir() or _is_checkpoint(source):
+        return load_facts(source).get("class_names")
     folder, config = RunFolder(source), load_config(source)
     checkpoints = list_checkpoints(folder.checkpoints)
     if folder.classes.exists():
@@ -67,6 +67,41 @@ def _parse_class_names(text: str | bytes, where: Path, number: int | None = None
     return list(names)
 
 
+def facts_of(config: RunConfig, class_names: list[str] | None) -> dict[str, Any]:
+    """What goes with a run's weights into every file that holds them, as for JSON; names only where they are known."""
+    preprocessing = Preprocessing(
+        resize=round(config.model.image_size / config.data.eval_crop_rate),
+        crop=config.model.image_size,
+        interpolation=config.data.interpolation,
+        mean=config.train.image_mean,
+        std=config.train.image_std,
+    )
+    named = {} if class_names is None else {"class_names": class_names}
+    return {"task": "classification", **named, "preprocessing": asdict(preprocessing)}
+
+
+def load_facts(source: Path) -> dict[str, Any]:
+    """The same of a run's folder, one of its checkpoints or a native file, checked; without what an old one lacks."""
+    if source.is_dir() and not _is_checkpoint(source):
+        return facts_of(load_config(source), load_class_names(source))
+    if source.is_dir():
+        said = {name: json.dumps(value) for name, value in read_state(source).items()}
+    else:
+        said = read_metadata(source)
+    facts: dict[str, Any] = {}
+    if said.get("class_names", "null") != "null":
+        facts["class_names"] = _parse_class_names(said["class_names"], source)
+    if "preprocessing" in said:
+        where = f"{source}: preprocessing"
+        facts["preprocessing"] = asdict(parse_checked(said["preprocessing"].encode(), Preprocessing, where))
+        facts["task"] = "classification"
+    return facts
+
+
+def _is_checkpoint(source: Path) -> bool:
+    return (source / "state.json").exists()
+
+
 def open_test_data(config: RunConfig, training: ShardSet) -> ShardSet:
     """The test set of a run with the classes of its training set. ValueError for one with others."""
     test = open_data(config.data.test_folder, config.data)
@@ -87,8 +122,13 @@ def load_model(run: Path, weights: WeightsKind | None, report: Callable[[str], N
     checkpoint = newest_valid(RunFolder(run).checkpoints, report)
     if checkpoint is None:
         raise FileNotFoundError(f"{run} has no checkpoint yet: train it first")
+    check_architecture(config.model, read_state(checkpoint)["model"], str(checkpoint))
+    return load_checkpoint(checkpoint, weights)
+
+
+def load_checkpoint(checkpoint: Path, weights: WeightsKind | None) -> tuple[SReT, WeightsKind, int]:
+    """The same of one checkpoint, which is taken as whole."""
     state = read_state(checkpoint)
-    check_architecture(config.model, state["model"], str(checkpoint))
     tensors = read_tensors(checkpoint, "ema") if weights != "raw" else {}
     if tensors:
         tensors |= read_tensors(checkpoint, "ema_statistics")
@@ -97,15 +137,18 @@ def load_model(run: Path, weights: WeightsKind | None, report: Callable[[str], N
             f"{checkpoint} holds no moving average: use the raw weights, or train with optim.ema_horizon_images"
         )
     kind: WeightsKind = "ema" if tensors else "raw"
-    model = SReT(config.model)
+    model = SReT(build(SReTConfig, state["model"], "model"))
     model.load_state_dict(tensors or read_tensors(checkpoint, "weights"))
     return model.eval(), kind, int(state["step"])
 
 
 def load_trained(source: Path, weights: WeightsKind | None = None) -> SReT:
-    """The model of a run's folder, or of a native file, which has one kind of weights; in eval mode on the CPU."""
+    """The model of a run's folder, a checkpoint, or a native file, which has one kind; in eval mode on the CPU."""
     if not source.is_dir():
         return load_native(source)
+    if _is_checkpoint(source):
+        verify_checkpoint(source)
+        return load_checkpoint(source, weights)[0]
     model, _, _ = load_model(source, weights, print)
     return model
 

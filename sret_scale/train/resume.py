@@ -8,7 +8,7 @@ from sret_scale.runs.checkpoint import newest_valid, read_state, read_tensors
 from sret_scale.train.assemble import Clock, Run
 from sret_scale.train.distributed import from_rank
 from sret_scale.train.engine.snapshot import Piece
-from sret_scale.train.load_run import check_architecture, initial_state
+from sret_scale.train.load_run import check_architecture, facts_of, initial_state
 
 
 def pieces_of(run: Run) -> Iterator[Piece]:
@@ -32,7 +32,7 @@ def save(run: Run, clock: Clock) -> None:
         "ema_updates": run.average.num_updates if run.average else 0,
         "is_evaluated": clock.is_evaluated,
         "model": to_plain(run.config.model),
-        "class_names": run.train_shards.class_names,
+        **facts_of(run.config, run.train_shards.class_names),
         "teacher": run.teacher_identity,
     }
     run.writer.start(pieces_of(run), step=clock.step, state=state)

@@ -15,6 +15,7 @@ from data_pipelines.labels.records import parse_header, record_dtype, render_fil
 from data_pipelines.labels.store import LabelPlan, read_plan, render_header
 from sret_scale.cli import main
 from sret_scale.config.run_config import RunConfig
+from tests.data.shard_sources import encoded, pixels
 from tests.hand_made import make_labels, make_run
 from tests.tiny import ROOT, tiny_config, tiny_shards
 
@@ -79,11 +80,14 @@ def test_no_command_imports_what_a_run_names(
     config: RunConfig, tmp_path: Path, is_imported: Callable[[], bool]
 ) -> None:
     run = planted_run(tmp_path / "run", config)
-    out = str(tmp_path / "out")
+    out, picture = str(tmp_path / "out"), tmp_path / "picture.png"
+    picture.write_bytes(encoded(pixels(0, 28, 28), "PNG"))
     commands: tuple[list[str | Path], ...] = (
         ["evaluate", run],
         ["evaluate", run, "--dry-run"],
         ["evaluate", run, "--early-exit", "confidence", "--thresholds", "0.5"],
+        ["predict", run, picture],
+        ["predict", run / "checkpoints" / "step-000000001", picture, "--json"],
         ["report", run, "-o", f"{out}.html"],
         *(["analyze", kind, run, "--images", "8", "--points", "3"] for kind in ("loops", "similarity", "landscape")),
         ["export", run, f"{out}.pt2", "--format", "torch"],
@@ -155,7 +159,8 @@ def test_modules_are_imported_by_names_that_are_no_constants_in_known_places_onl
                 found.add(str(file.relative_to(ROOT)))
     assert {"sret_scale/distill/networks.py", "data_pipelines/image/user_transform.py"} <= found
     assert found <= {
-        # Commands and actions, by tables in the code; packages of a fixed table; the module that a launcher starts.
+        # Commands, actions and names for Python, by tables in the code; fixed packages; what a launcher starts.
+        "sret_scale/__init__.py",
         "sret_scale/cli.py",
         "sret_scale/commands/actions.py",
         "sret_scale/launch/rank_bootstrap.py",

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from sret_scale.cli import main
 from sret_scale.config.removed_fields import REMOVED_FIELDS
 from sret_scale.config.run_config import from_yaml, override, to_yaml
+from sret_scale.train.load_run import load_facts
 from tests.forked import sret_scale_forked
 from tests.runs import complete_lines
 from tests.tiny import ROOT
@@ -56,6 +58,8 @@ def test_its_run_continues_with_the_losses_that_it_had(release: Path) -> None:
     again = [line["loss"] for line in (fifth, sixth, seventh, eighth)]
     assert again == pytest.approx([line["loss"] for line in before[4:]], rel=TOLERANCE)
     assert [line["step"] for line in (fifth, eighth)] == [5, 8]
+    # What is saved today answers without the run's folder.
+    assert load_facts(release / "run" / "checkpoints" / "step-000000008") == load_facts(release / "run")
 
 
 def test_its_run_evaluates_to_what_it_logged(release: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -73,6 +77,8 @@ def test_its_run_is_reported_and_exported(release: Path) -> None:
     assert main(["report", "run", "-o", "report.html"]) == 0
     assert "0.1.0" in Path("report.html").read_text()
     assert main(["weights", "export", "run", "weights.pth"]) == 0
+    published = torch.load("weights.pth", weights_only=True)
+    assert {name: published[name] for name in set(published) - {"model"}} == load_facts(release / "run")
 
 
 @pytest.mark.multi_process

@@ -3,6 +3,7 @@ any code of theirs."""
 
 import errno
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,11 @@ def config_from_dict(fields: dict[str, Any]) -> SReTConfig:
         raise ValueError(f"not a model config: {error}") from error
 
 
-def save_model(model: SReT, path: Path, class_names: list[str] | None = None) -> None:
-    """Write weights, config and, where they are known, the names of the classes; the file is complete or absent."""
+def save_model(model: SReT, path: Path, facts: Mapping[str, Any] | None = None) -> None:
+    """Write weights, config and, as JSON, whatever else goes with them; the file is complete or absent."""
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    metadata = {"format": "pt", "sret_config": json.dumps(asdict(model.config))}
-    if class_names is not None:
-        metadata["class_names"] = json.dumps(class_names)
+    metadata = {name: json.dumps(value) for name, value in (facts or {}).items()}
+    metadata |= {"format": "pt", "sret_config": json.dumps(asdict(model.config))}
     with replacing(path) as file:
         try:
             save_file(state, file.name, metadata=metadata)
