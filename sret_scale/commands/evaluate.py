@@ -9,6 +9,7 @@ from typing import Any
 EXAMPLE = """examples:
   sret-scale evaluate runs/demo/student
   sret-scale evaluate runs/sret_t --weights raw --shards shards/imagenet-v2 --json
+  sret-scale evaluate runs/sret_t --details mistakes --predictions answers.csv
   sret-scale evaluate runs/sret_t --hostfile hosts
   sret-scale evaluate runs/elastic --loops 16
   sret-scale evaluate runs/elastic --early-exit confidence --thresholds 0.5,0.8,0.95"""
@@ -36,6 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="let each image stop looping by this rule; draws accuracy over multiply-adds into RUN/early_exit",
     )
     parser.add_argument("--thresholds", help="thresholds of the rule, separated by commas (default: a range of them)")
+    parser.add_argument("--predictions", type=Path, metavar="FILE", help="write CSV: what each sample was taken for")
+    parser.add_argument(
+        "--details",
+        type=Path,
+        metavar="FOLDER",
+        help="write accuracy by class, the confusion matrix as CSV and picture, and a sheet of the surest mistakes",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument(
         "--dry-run", action="store_true", help="print what would be evaluated and how, and start nothing"
@@ -48,19 +56,24 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--loops: expected at least 1, got {args.loops}")
     if args.thresholds and not args.early_exit:
         raise ValueError("--thresholds belongs to --early-exit: give that too, or leave it out")
+    has_answers = bool(args.predictions or args.details)
+    if has_answers and args.early_exit:
+        raise ValueError("--predictions and --details belong to an evaluation without --early-exit")
     if args.dry_run:
         return _dry_run(args)
     if args.early_exit:
         return _early_exit(args)
     if args.ranks or args.hostfile:
-        status, result = _on_ranks(args, {}, "sret_scale.train.evaluate_main")
+        status, result = _on_ranks(args, {"has_answers": has_answers}, "sret_scale.train.evaluate_main")
         if status:
             return status
     else:
         from sret_scale.train.distributed import ranks_from_environment
         from sret_scale.train.evaluate_main import evaluate_run
 
-        result = evaluate_run(args.run, args.shards, args.weights, ranks_from_environment(), loops=args.loops)
+        ranks, asked = ranks_from_environment(), {"loops": args.loops, "has_answers": has_answers}
+        result = evaluate_run(args.run, args.shards, args.weights, ranks, **asked)
+    answers = result.pop("answers", [])
     if args.json:
         print(json.dumps(result, indent=1))
     else:
@@ -74,7 +87,27 @@ def run(args: argparse.Namespace) -> int:
             from data_pipelines.shards.classes import describe_missing
 
             print(describe_missing(result["classes_without_samples"], result["shards"]))
+        if result["untrained_projections"]:
+            print(
+                f"{result['untrained_projections']:,} projections belong to loops that the run does not have: nobody "
+                "trained them, and each hands its input on as it is"
+            )
+    if has_answers:
+        _write_answers(args, answers)
     return 0
+
+
+def _write_answers(args: argparse.Namespace, answers: Any) -> None:
+    from sret_scale.lab.answers import write_details, write_predictions
+    from sret_scale.train.evaluate_main import open_shards
+
+    shards, _ = open_shards(args.run, args.shards)
+    files = write_details(args.details, shards, answers) if args.details else []
+    if args.predictions:
+        write_predictions(args.predictions, shards, answers)
+        files.append(args.predictions)
+    if not args.json:
+        print(f"written: {', '.join(map(str, files))}")
 
 
 def _early_exit(args: argparse.Namespace) -> int:

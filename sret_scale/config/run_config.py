@@ -8,6 +8,7 @@ expected and the nearest valid name.
 import dataclasses
 import difflib
 import json
+import os
 import re
 import types
 import typing
@@ -431,12 +432,32 @@ def _assign(tree: dict[str, Any], key: str, value: Any) -> None:
             raise ValueError(f"{key!r}: {'.'.join(walked)} is a single value, it has no field {leaf!r}")
 
 
+def with_whole_paths(config: RunConfig) -> RunConfig:
+    """`config` with paths to its shards, their cache and its ds_config that mean the same in any working folder."""
+
+    def whole(location: str) -> str:
+        return location if ":" in location.partition("/")[0] else os.path.abspath(location)  # noqa: PTH100 (keeps links)
+
+    data, ds_config = config.data, config.engine.ds_config
+    data = dataclasses.replace(
+        data,
+        train_folder=whole(data.train_folder),
+        test_folder=whole(data.test_folder),
+        mixture_folders=tuple(map(whole, data.mixture_folders)),
+        cache_folder=data.cache_folder and whole(data.cache_folder),
+    )
+    engine = EngineConfig(ds_config=whole(ds_config) if ds_config.endswith(".json") else ds_config)
+    return dataclasses.replace(config, data=data, engine=engine)
+
+
 # Fields that an interrupted run may take up again with another value: they decide how, not what is computed.
 # `train.micro_batch_size` is what another number of ranks needs; it changes BatchNorm's batches, and so the bits.
 CHANGEABLE = (
     *("train.micro_batch_size", "train.eval_interval_images", "train.checkpoint_interval_images"),
     *("train.keep_checkpoints", "train.log_interval_steps", "train.hang_timeout_s", "train.tensorboard"),
     "train.max_skipped_steps",
+    # Where data is; that they are the same is known by class names, and by the fingerprint in the data position.
+    *("data.train_folder", "data.test_folder", "data.mixture_folders"),
     *("data.workers", "data.worker_kind", "data.prefetch_batches", "data.cache_folder", "data.cache_gib"),
     *("data.fetch_threads", "data.fetch_ahead_steps", "data.stall_s", "data.fetch_attempts", "data.quarantine_file"),
     "data.max_bad_rate",

@@ -24,6 +24,7 @@ import matplotlib as mpl
 import torch
 from torch import Tensor, nn
 
+from data_pipelines.stream.loader import Batch
 from sret_scale.lab.report.chart import STYLE, Caption, Chart, canvas, finish
 from sret_scale.model import Application, SReT, SReTConfig, Stage, describe
 from sret_scale.model.applications import Slot, application_slots
@@ -83,7 +84,11 @@ class EarlyExit(nn.Module):
     def count(self, valid_B: Tensor) -> None:
         """Add the last batch's rows that are images; the others fill it up."""
         work_KB = torch.stack([torch.ones_like(self._macs_B), self._applications_B, self._macs_B])
-        self.done += work_KB.cpu()[:, valid_B.cpu()].sum(dim=1)
+        self.done += work_KB.cpu()[:, valid_B].sum(dim=1)
+
+    def after_batch(self, batch: Batch, scores_BC: Tensor) -> None:
+        """Hear a batch of an evaluation."""
+        self.count(batch.valid)
 
     def _run(self, index: int, applications: Sequence[Application], x_BND: Tensor) -> Tensor:
         for is_last_part, loops in parts(applications):
@@ -175,7 +180,7 @@ def exit_curve(
     ]
     for threshold in thresholds:
         exiting = EarlyExit(model, kind, threshold)
-        found = measure(exiting, exiting.count)
+        found = measure(exiting, exiting.after_batch)
         device = next(model.parameters()).device
         num_images, applications, macs = sum_over_ranks(exiting.done.to(device)).tolist()
         points.append(

@@ -9,13 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from data_pipelines.shards.index import ShardSet
-from data_pipelines.stream.loader import evaluation_batches
+from data_pipelines.stream.loader import Batch, evaluation_batches
 from sret_scale.config.ds_config import load_ds_config, precision_of
 from sret_scale.config.precision import autocast
 from sret_scale.config.run_config import RunConfig
 from sret_scale.tasks.classification import Classification
 from sret_scale.tasks.task import Task
 from sret_scale.train.distributed import Ranks, sum_over_ranks
+
+AfterBatch = Callable[[Batch, Tensor], None]
+"""Hears each batch of an evaluation with its scores, rows that only fill it up included."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,12 +42,11 @@ def evaluate(
     task: Task | None = None,
     *,
     must_stop: Callable[[], bool] = lambda: False,
-    after_batch: Callable[[Tensor], None] = lambda valid_B: None,
+    after_batch: AfterBatch = lambda batch, scores: None,
 ) -> Evaluation | None:
     """What the task counts of `model` (in eval mode, on the ranks' device), in the precision of training.
 
-    Every rank must call it. `after_batch` hears which rows of each batch are samples. None when `must_stop` said so
-    between two batches on any rank.
+    Every rank must call it. None when `must_stop` said so between two batches on any rank.
     """
     assert not model.training
     task = task or Classification(config)
@@ -64,7 +66,7 @@ def evaluate(
         # Around the model alone: in inference mode the loader would make batches that nobody may write to.
         with torch.inference_mode(), autocast(ranks.device.type, precision):
             scores = model(model_input).float()
-        after_batch(batch.valid)
+        after_batch(batch, scores)
         totals = totals + task.counts(scores, batch)
         if _any_rank(must_stop(), ranks):
             return None

@@ -4,42 +4,65 @@ The folder takes the place of a run folder for the launcher: status, logs and er
 """
 
 import argparse
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from data_pipelines.remote.shard_sets import open_data
 from data_pipelines.shards.classes import classes_without_samples, renumbered
 from data_pipelines.shards.index import ShardSet
+from data_pipelines.stream.loader import Batch
 from sret_scale.config.run_config import RunConfig
 from sret_scale.config.step_depth import proportional_loops
 from sret_scale.model import SReT
+from sret_scale.model.vision.carry_weights import new_projections
 from sret_scale.runs.run_folder import EXIT_FINISHED, RunFolder, write_json
-from sret_scale.train.distributed import Ranks, leave, ranks_from_environment
-from sret_scale.train.evaluate import Evaluation, evaluate
+from sret_scale.train.distributed import Ranks, from_all_ranks, leave, ranks_from_environment
+from sret_scale.train.evaluate import AfterBatch, Evaluation, evaluate
 from sret_scale.train.load_run import load_class_names, load_config, load_model
 
 
 class Measure(Protocol):
-    """Measures a model on one shard set; `after_batch` hears which rows of each batch are samples."""
+    """Measures a model on one shard set; `after_batch` hears each batch with its scores."""
 
-    def __call__(self, one: nn.Module, after_batch: Callable[[Tensor], None] = ..., /) -> Evaluation: ...
+    def __call__(self, one: nn.Module, after_batch: AfterBatch = ..., /) -> Evaluation: ...
 
 
 def evaluate_run(
-    run: Path, shards: str | None, weights: Any, ranks: Ranks, *, loops: int | None = None
+    run: Path,
+    shards: str | None,
+    weights: Any,
+    ranks: Ranks,
+    *,
+    loops: int | None = None,
+    has_answers: bool = False,
 ) -> dict[str, Any]:
     """The accuracy of a run's newest checkpoint on `shards` (None: its test set), as a JSON object; on every rank.
 
     loops: of the stage with the most, the others in proportion; None for those that the run has.
+    has_answers: add (index, predicted class, its probability, that of the sample's class) for every sample.
     """
     opened, config = open_shards(run, shards)
     model, kind, step = load_model_of(run, weights, loops)
-    result = evaluate(model.to(ranks.device), opened, config, ranks)
+    rows: list[Tensor] = []
+
+    def collect(batch: Batch, scores_BC: Tensor) -> None:
+        best, own_B1 = (
+            scores_BC.softmax(1).max(1),
+            scores_BC.softmax(1).gather(1, batch.labels[:, None].to(ranks.device)),
+        )
+        answer_4B = (batch.indices.to(ranks.device), best.indices, best.values, own_B1[:, 0])
+        rows.append(torch.stack([column.double() for column in answer_4B], 1).cpu()[batch.valid])
+
+    model = model.to(ranks.device)
+    result = evaluate(model, opened, config, ranks, after_batch=collect if has_answers else lambda batch, scores: None)
     assert result is not None, "nothing here asks it to stop"
+    answers = from_all_ranks(torch.cat(rows).tolist()) if has_answers else []
     return {
         "run": str(run),
         "shards": str(opened.folder),
@@ -49,6 +72,8 @@ def evaluate_run(
         "applications": model.config.num_applications,
         **result.to_json(),
         "classes_without_samples": classes_without_samples(opened),
+        "untrained_projections": len(new_projections(config.model, model.config)),
+        **({"answers": sorted(itertools.chain(*answers))} if has_answers else {}),
     }
 
 
@@ -58,7 +83,7 @@ def evaluator_of(run: Path, shards: str | None, weights: Any, loops: int | None)
     opened, config = open_shards(run, shards)
     model, _, _ = load_model_of(run, weights, loops)
 
-    def measure(one: nn.Module, after_batch: Callable[[Tensor], None] = lambda valid_B: None) -> Evaluation:
+    def measure(one: nn.Module, after_batch: AfterBatch = lambda batch, scores: None) -> Evaluation:
         result = evaluate(one.to(ranks.device), opened, config, ranks, after_batch=after_batch)
         assert result is not None, "nothing here asks it to stop"
         return result
@@ -110,7 +135,7 @@ def answer(work: Callable[[dict[str, Any], Ranks], Any]) -> None:
 
 
 def _evaluate(request: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
-    return evaluate_run(Path(request["run"]), request["shards"], request["weights"], ranks, loops=request["loops"])
+    return evaluate_run(Path(request.pop("run")), request.pop("shards"), request.pop("weights"), ranks, **request)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,19 @@ def load_config(run: Path) -> RunConfig:
     file = RunFolder(run).config
     if not file.exists():
         raise FileNotFoundError(f"{run} is not a run folder: it has no config.yaml; give the folder that `train` made")
-    return from_yaml(file)
+    config = from_yaml(file)
+
+    def found(location: str) -> str:
+        if ":" in location.partition("/")[0] or Path(location).exists():
+            return location
+        # Version 0.1.0 kept what was typed: relative to where the run was started, which is above it as a rule.
+        return next((str(above / location) for above in run.resolve().parents if (above / location).exists()), location)
+
+    train, test, *mixture = map(
+        found, (config.data.train_folder, config.data.test_folder, *config.data.mixture_folders)
+    )
+    data = replace(config.data, train_folder=train, test_folder=test, mixture_folders=tuple(mixture))
+    return replace(config, data=data)
 
 
 def load_class_names(source: Path) -> list[str] | None:

@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from data_pipelines.stream.loader import Batch
 from sret_scale.lab import early_exit
 from sret_scale.lab.early_exit import EarlyExit, ExitPoint, application_macs, exit_chart, exit_curve, exit_table
 from sret_scale.model import SReT, SReTConfig, StageConfig, describe
 from sret_scale.model import config as spec
 from sret_scale.model.depth_plan import DepthPlan, StageDepth
-from sret_scale.train.evaluate import Evaluation
+from sret_scale.train.evaluate import AfterBatch, Evaluation
 from tests.model.typed_stages import stages_of
 
 STAGES = (
@@ -129,10 +130,13 @@ def test_applications_cost_what_the_model_costs() -> None:
 def test_the_curve_begins_with_all_loops(tmp_path: Path) -> None:
     model = model_of()
 
-    def measure(one: torch.nn.Module, after_batch: Callable[[torch.Tensor], None] = lambda valid_B: None) -> Evaluation:
+    def measure(one: torch.nn.Module, after_batch: AfterBatch = lambda batch, scores: None) -> Evaluation:
         assert not one.training
-        right = (one(IMAGES_BCHW).argmax(-1) == torch.arange(6) % 5).double().mean().item()
-        after_batch(ALL)
+        scores_BC = one(IMAGES_BCHW)
+        right = (scores_BC.argmax(-1) == torch.arange(6) % 5).double().mean().item()
+        rows = torch.arange(6)
+        views = {"views": rows, "view_numbers": rows}
+        after_batch(Batch(images=IMAGES_BCHW, labels=rows % 5, indices=rows, valid=ALL, **views), scores_BC)
         return Evaluation(numbers={"top1": right, "top5": 1.0, "loss": 1.5}, num_samples=6, images_per_s=1.0)
 
     points = exit_curve(model, "convergence", (1e9, 1e-9), measure)

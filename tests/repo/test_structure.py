@@ -14,7 +14,7 @@ LINE_BUDGETS = {
     "sret_scale/commands": 2_300,
     "sret_scale/config": 1_400,
     "sret_scale/distill": 1_250,
-    "sret_scale/lab": 4_200,
+    "sret_scale/lab": 4_400,
     "sret_scale/launch": 1_950,
     "sret_scale/memory": 2_350,
     "sret_scale/model": 3_600,

@@ -20,6 +20,11 @@ def adapted_state(
     return {name: _carried(name, value, state, sources) for name, value in fresh.items()}
 
 
+def new_projections(before: SReTConfig, after: SReTConfig) -> list[str]:
+    """Names of the projections that `after` has for loops that `before` lacks: nobody has trained them."""
+    return [name for name, source in _projection_sources(before, after).items() if source is None]
+
+
 def resized_position(position_1DHW: Tensor, side: int) -> Tensor:
     """The position tensor on a grid of another side (bicubic, antialiased when it shrinks)."""
     if position_1DHW.shape[-1] == side:
