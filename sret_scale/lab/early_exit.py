@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import Literal, get_args
 
 import matplotlib as mpl
 import torch
@@ -26,8 +26,9 @@ from torch import Tensor, nn
 
 from data_pipelines.stream.loader import Batch
 from sret_scale.lab.report.chart import STYLE, Caption, Chart, canvas, finish
-from sret_scale.model import Application, SReT, SReTConfig, Stage, describe
+from sret_scale.model import Application, SReT, SReTConfig, describe
 from sret_scale.model.applications import Slot, application_slots
+from sret_scale.model.stage import chains_run_by
 from sret_scale.train.distributed import sum_over_ranks
 from sret_scale.train.evaluate_main import Measure
 
@@ -71,15 +72,9 @@ class EarlyExit(nn.Module):
         """(B, C) scores."""
         self._applications_B = torch.zeros(len(images_BCHW), dtype=torch.float64, device=images_BCHW.device)
         self._macs_B = torch.full_like(self._applications_B, self._fixed_macs)
-        stages = [cast(Stage, stage) for stage in self.model.stages]
-        chains = [stage.run_chain for stage in stages]
-        try:
-            for index, stage in enumerate(stages):
-                stage.run_chain = partial(self._run, index)
-            return self.model(images_BCHW)
-        finally:
-            for stage, chain in zip(stages, chains, strict=True):
-                stage.run_chain = chain
+        with chains_run_by(self.model.stages, lambda index: partial(self._run, index)):
+            scores_BC: Tensor = self.model(images_BCHW)
+        return scores_BC
 
     def count(self, valid_B: Tensor) -> None:
         """Add the last batch's rows that are images; the others fill it up."""

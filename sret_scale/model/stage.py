@@ -6,7 +6,7 @@ graph) replaces `Stage.run_chain` from outside; the stage knows nothing of it.
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -111,6 +111,24 @@ class Application:
         return tuple(parameter for part in parts for parameter in part.parameters())
 
 
+Chain = Callable[[Sequence["Application"], Tensor], Tensor]
+"""A way to run the applications of a stage: their common input to their last output, both (B, N, D)."""
+
+
+@contextlib.contextmanager
+def chains_run_by(stages: Iterable[nn.Module], way: Callable[[int], Chain]) -> Iterator[None]:
+    """Inside the `with`, stage number i runs its chain by `way(i)`; behind it, as before."""
+    ours = [cast(Stage, stage) for stage in stages]
+    before = [stage.run_chain for stage in ours]
+    try:
+        for index, stage in enumerate(ours):
+            stage.run_chain = way(index)
+        yield
+    finally:
+        for stage, chain in zip(ours, before, strict=True):
+            stage.run_chain = chain
+
+
 def run_in_turn(applications: Sequence[Application], x_BND: Tensor) -> Tensor:
     """The plain way to run a chain: one application after another."""
     for application in applications:
@@ -135,7 +153,7 @@ class Stage(nn.Module):
         self.projections = nn.ModuleList(NonLinearProjection(stage, sizes) for _ in range(num_projections(stage)))
         self.windows = WindowOrder(config.grids[index], stage.window) if stage.slices == "windows" else None
         self.permutations: Callable[..., Tensor] = self.windows or PermutationSource(config, index)
-        self.run_chain: Callable[[Sequence[Application], Tensor], Tensor] = run_in_turn
+        self.run_chain: Chain = run_in_turn
         self.chain_number = 0
         """Which chain of a pass `run_chain` is called for: there are several where scores are taken on the way."""
 

@@ -60,7 +60,7 @@ def log_telemetry(run: Run, clock: Clock) -> None:
     record = run.telemetry.after_update() if run.telemetry else None
     if run.telemetry and record is not None:
         log(run, clock, "telemetry", record)
-        for sentence in run.telemetry.unsaid(record["alarms"]):
+        for sentence in run.telemetry.new_alarms:
             run.progress.say(f"{run.folder.path.name}: step {clock.step}: {sentence}")
 
 

@@ -207,8 +207,8 @@ def test_alarms_say_what_is_wrong(lists: dict[str, list[float]], sentence: str) 
     ((stage, kind),) = found
     assert stage == 2 and found[stage, kind].startswith(sentence)
     # What an untrained model may show is an alarm when it lasts.
-    assert alarms(found, set()) == ([] if kind in ("collapse", "idle", "entropy") else list(found.values()))
-    assert alarms(found, set(found)) == list(found.values())
+    assert alarms(found, set()) == ({} if kind in ("collapse", "idle", "entropy") else found)
+    assert alarms(found, set(found)) == found
 
 
 def test_a_healthy_model_raises_no_alarm() -> None:
@@ -270,13 +270,14 @@ def test_growth_is_the_factor_between_loops() -> None:
     assert growth_per_loop([3.0]) == 1.0
 
 
-def test_an_alarm_is_said_once() -> None:
+def test_an_alarm_is_told_once_for_a_stage_and_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     telemetry = Telemetry(model_of(), TelemetryConfig(), "fp32")
-    first = ["stage 2 grows 1.3-fold a loop: expect fp16 overflow at loop 60; try branch scheme loop_aware"]
-    again = [first[0].replace("60", "58"), "stage 1 has collapsed: ..."]
-    assert telemetry.unsaid(first) == first
-    assert telemetry.unsaid(again) == again[1:]
-    assert telemetry.unsaid(first) == []
+    grows = {(2, "growth"): "stage 2 grows 1.3-fold a loop: expect fp16 overflow at loop 60"}
+    also = {(2, "growth"): grows[2, "growth"].replace("60", "58"), (1, "limit"): "stage 1 ..."}
+    for found, new in ((grows, list(grows.values())), (also, ["stage 1 ..."]), (grows, [])):
+        monkeypatch.setattr("sret_scale.train.telemetry.record.findings", lambda *_, found=found: found)
+        telemetry.look(IMAGES_BCHW, lambda scores, _: scores.square().mean(), Noise(0, 0))
+        assert telemetry.new_alarms == new
 
 
 def test_whoever_watches_the_head_sees_training_alone() -> None:

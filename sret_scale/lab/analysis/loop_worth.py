@@ -4,6 +4,7 @@ A change is made to that loop of every block of a stage. Tokens keep the order t
 that a change of the loop is not also one of the slicing.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from sret_scale.lab.analysis.subject import Subject, measure
 from sret_scale.lab.readable_numbers import evenly
-from sret_scale.model.stage import Application, Stage
+from sret_scale.model.stage import Application, chains_run_by
 
 Change = Literal["left out", "repeated", "swapped"]
 Chain = Sequence[Callable[[Tensor], Tensor]]
@@ -47,23 +48,18 @@ def study_loops(subject: Subject, *, most_loops: int) -> LoopStudy:
     loss, top1 = measure(subject.model, subject)
     effects = []
     for index, module in enumerate(subject.model.stages):
-        assert isinstance(module, Stage)
         num_loops = subject.model.config.stages[index].num_loops
-        before = module.run_chain
-        try:
-            for loop in evenly(num_loops, most_loops):
-                for change in get_args(Change):
-                    if change == "swapped" and loop + 1 == num_loops:
-                        continue
-                    module.run_chain = _runner(loop, change)
+        for loop in evenly(num_loops, most_loops):
+            for change in get_args(Change):
+                if change == "swapped" and loop + 1 == num_loops:
+                    continue
+                with chains_run_by([module], functools.partial(_runner, loop, change)):
                     changed_loss, changed_top1 = measure(subject.model, subject)
-                    effects.append(Effect(stage=index, loop=loop, change=change, top1=changed_top1, loss=changed_loss))
-        finally:
-            module.run_chain = before
+                effects.append(Effect(stage=index, loop=loop, change=change, top1=changed_top1, loss=changed_loss))
     return LoopStudy(name=subject.name, top1=top1, loss=loss, effects=tuple(effects))
 
 
-def _runner(loop: int, change: Change) -> Callable[[Sequence[Application], Tensor], Tensor]:
+def _runner(loop: int, change: Change, _stage: int) -> Callable[[Sequence[Application], Tensor], Tensor]:
     def run_chain(applications: Sequence[Application], x_BND: Tensor) -> Tensor:
         for step in changed_chain(applications, loop, change):
             x_BND = step(x_BND)

@@ -4,6 +4,7 @@ Of each image the stream is averaged over its tokens, which their order does not
 width can be compared on the same images.
 """
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from sret_scale.lab.analysis.subject import Subject
 from sret_scale.lab.readable_numbers import evenly
-from sret_scale.model.stage import Application
+from sret_scale.model.stage import Application, Chain, chains_run_by
 from sret_scale.runs.metrics_log import Floats
 
 Use = tuple[int, int, int]
@@ -56,30 +57,21 @@ def similarity(subject: Subject, *, most_uses: int) -> Similarity:
     return Similarity(name=subject.name, uses=uses, cka=cka)
 
 
-class recorded:  # noqa: N801 - used like a function
+def recorded(
+    subject: Subject, features: dict[Use, list[Tensor]], kept: dict[int, set[int]]
+) -> contextlib.AbstractContextManager[None]:
     """Inside the `with` the model's stages note the token mean of the stream after each use that is kept."""
 
-    def __init__(self, subject: Subject, features: dict[Use, list[Tensor]], kept: dict[int, set[int]]) -> None:
-        self.stages = list(subject.model.stages)
-        self.features, self.kept = features, kept
-
-    def __enter__(self) -> None:
-        self.before = [stage.run_chain for stage in self.stages]
-        for index, stage in enumerate(self.stages):
-            stage.run_chain = self._recorder(index)  # type: ignore[assignment]
-
-    def __exit__(self, *_error: object) -> None:
-        for stage, run_chain in zip(self.stages, self.before, strict=True):
-            stage.run_chain = run_chain
-
-    def _recorder(self, index: int) -> object:
+    def recorder(index: int) -> Chain:
         def run_chain(applications: Sequence[Application], x_BND: Tensor) -> Tensor:
             for place, application in enumerate(applications):
                 x_BND = application(x_BND)
-                if place in self.kept[index]:
+                if place in kept[index]:
                     stream_BND = x_BND.chunk(2, dim=1)[0] if application.injected else x_BND
                     use = (index, application.slot.block, application.slot.loop)
-                    self.features.setdefault(use, []).append(stream_BND.float().mean(dim=1))
+                    features.setdefault(use, []).append(stream_BND.float().mean(dim=1))
             return x_BND
 
         return run_chain
+
+    return chains_run_by(subject.model.stages, recorder)

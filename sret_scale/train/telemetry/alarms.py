@@ -27,9 +27,9 @@ Findings = dict[tuple[int, str], str]
 """(stage, kind) -> sentence."""
 
 
-def alarms(found: Findings, before: Collection[tuple[int, str]]) -> list[str]:
-    """The sentences worth a look. before: what the probe before this one found."""
-    return [sentence for key, sentence in found.items() if key[1] not in LASTING or key in before]
+def alarms(found: Findings, before: Collection[tuple[int, str]]) -> Findings:
+    """Those worth a look. before: what the probe before this one found."""
+    return {key: sentence for key, sentence in found.items() if key[1] not in LASTING or key in before}
 
 
 def findings(blocks: Sequence[BlockUses], schemes: Sequence[str], precision: str) -> Findings:

@@ -8,14 +8,15 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from sret_scale.config.precision import Precision, autocast
-from sret_scale.model import Application, Noise, SReT, Stage
+from sret_scale.model import Application, Noise, SReT
+from sret_scale.model.stage import chains_run_by
 from sret_scale.train.telemetry.statistics import attention_entropy, rank_ratio, rms, token_cosine
 
 FORWARD = ("rms", "branch_ratio", "step_ratio", "token_cosine", "rank_ratio", "attention_entropy", "max_abs")
@@ -67,18 +68,9 @@ def undisturbed(model: SReT, device: torch.device, precision: Precision) -> Iter
         model.head._forward_pre_hooks.update(watchers)
 
 
-@contextlib.contextmanager
-def _walked(model: SReT, walk: "_Walk") -> Iterator[None]:
+def _walked(model: SReT, walk: "_Walk") -> contextlib.AbstractContextManager[None]:
     """The model's chains run by `walk`."""
-    stages = [cast(Stage, stage) for stage in model.stages]
-    chains = [stage.run_chain for stage in stages]
-    try:
-        for index, stage in enumerate(stages):
-            stage.run_chain = partial(_WalkFunction.apply, walk, index)
-        yield
-    finally:
-        for stage, chain in zip(stages, chains, strict=True):
-            stage.run_chain = chain
+    return chains_run_by(model.stages, lambda index: partial(_WalkFunction.apply, walk, index))
 
 
 class _Walk:

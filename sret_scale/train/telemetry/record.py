@@ -1,7 +1,6 @@
 """When a run is probed, and the record of a probe as metrics.jsonl holds it (docs/depth.md has the format)."""
 
 import math
-import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -33,7 +32,9 @@ class Telemetry:
             self._kinds.setdefault(tag.kind, []).append(name)
         self._record: dict[str, Any] | None = None
         self._found: set[tuple[int, str]] = set()
-        self._said: set[tuple[str, str]] = set()
+        self.new_alarms: list[str] = []
+        """Of the last probe: sentences whose stage and kind the run has not told of before."""
+        self._told: set[tuple[int, str]] = set()
         self._before: dict[str, Tensor] = {}
 
     def is_due(self, step: int) -> bool:
@@ -63,15 +64,18 @@ class Telemetry:
                 )
             truncation = {"truncation": {kind: _json_number(value) for kind, value in cosines.items()}}
         found = findings(blocks, self._schemes, self._precision)
+        raised = alarms(found, self._found)
         self._record = {
             "num_images": len(images_BCHW),
             "blocks": [_entry(block) for block in blocks],
             "summary": summary(blocks),
-            "alarms": alarms(found, self._found),
+            "alarms": list(raised.values()),
             "probe_s": round(time.perf_counter() - started, 4),
             **truncation,
         }
         self._found = set(found)
+        self.new_alarms = [sentence for key, sentence in raised.items() if key not in self._told]
+        self._told |= set(raised)
 
     def before_update(self) -> None:
         """Keep the weights, if this step is looked at."""
@@ -85,14 +89,6 @@ class Telemetry:
             return None
         before, self._before = self._before, {}
         return record | {"classes": class_norms(self._kinds, before, dict(self._model.named_parameters()))}
-
-    def unsaid(self, sentences: Sequence[str]) -> list[str]:
-        """Those of the alarms whose kind and stage the run has not heard of before."""
-        # Numbers change from probe to probe; the words of an alarm up to its first number do not.
-        kinds = {re.sub(r"\d[\d.e+-]*", "#", sentence): sentence for sentence in sentences}
-        new = [sentence for kind, sentence in kinds.items() if (kind, sentence[:9]) not in self._said]
-        self._said |= {(kind, sentence[:9]) for kind, sentence in kinds.items()}
-        return new
 
 
 def telemetry_of(
