@@ -109,10 +109,13 @@ class Attention(nn.Module):
         heads = rearrange(self.inner_norm(real_BND), "b n (h k) -> b n h k", h=self.num_heads)
         return F.pad(heads, (0, self.padding)).flatten(-2)
 
-    def _mix_windows(self, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor) -> Tensor:
+    def bias(self, hidden: Tensor) -> Tensor:
+        """(G, H, L, L) what windows add to the scores."""
         # A product with a one-hot table: the backward pass of an index would add up in any order.
-        bias_HLL = rearrange(self.offsets @ self.pairs, "h (i j) -> h i j", i=query.shape[-2])
-        bias_GHLL = (bias_HLL + hidden).to(query.dtype)
+        return rearrange(self.offsets @ self.pairs, "h (i j) -> h i j", i=hidden.shape[-1]) + hidden
+
+    def _mix_windows(self, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor) -> Tensor:
+        bias_GHLL = self.bias(hidden).to(query.dtype)
         # Groups stay a dimension of their own here, so that the bias is not copied for every image.
         query, key, value = (rearrange(x, "(b g) h l k -> b g h l k", g=len(hidden)) for x in (query, key, value))
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=bias_GHLL, scale=self.head_width**-0.5)

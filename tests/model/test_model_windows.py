@@ -11,6 +11,7 @@ from sret_scale.model import Noise, SReT, SReTConfig, StageConfig, describe
 from sret_scale.model.config import ConditioningKind
 from sret_scale.model.depth_plan import DepthPlan, StageDepth
 from sret_scale.model.permutation import TokenOrder, reorder_tokens
+from sret_scale.model.read_out import read_outs
 from sret_scale.model.vision.sret import on_grid
 from sret_scale.model.windows import WindowOrder
 from tests.model.typed_stages import stages_of
@@ -170,3 +171,15 @@ def test_a_start_without_gradient_is_a_state_of_its_own(conditioning: Conditioni
         # What no gradient reaches has none, or zeros.
         pair = [torch.zeros_like(p) if grad is None else grad for grad in (found[name], p.grad)]
         torch.testing.assert_close(*pair, rtol=0, atol=1e-9)
+
+
+@torch.no_grad()
+def test_read_outs_are_those_of_models_of_so_many_loops() -> None:
+    model = model_of(CONFIG).with_loops(9)
+    images = images_of(CONFIG)
+    single = {count: model.with_loops(count)(images) for count in range(1, 9)}
+    found = list(read_outs(model, images, (3, 4, 8), mean_of=3))
+    assert [one.loops for one in found] == [3, 4, 8]
+    for one in found:
+        torch.testing.assert_close(one.last, single[one.loops])
+        torch.testing.assert_close(one.mean, sum(single[one.loops - back] for back in range(3)) / 3)

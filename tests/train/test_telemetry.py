@@ -23,6 +23,7 @@ from sret_scale.train.telemetry.depth_probe import BACKWARD, FORWARD, BlockUses,
 from sret_scale.train.telemetry.statistics import attention_entropy, rank_ratio, token_cosine
 from sret_scale.train.telemetry.truncation import gradient_cosines
 from tests.model.typed_stages import stages_of
+from tests.reference.windows import window_slices
 
 STAGES = (
     StageConfig(width=8, num_heads=2, num_blocks=2, num_loops=3, groups=(4, 2), skip="learned"),
@@ -122,6 +123,26 @@ def test_attention_entropy_is_that_of_the_weights() -> None:
     expected = -(weights * weights.log()).sum(-1).mean() / math.log(4)
     assert attention_entropy(qkv_BNC, 3, 2).item() == pytest.approx(expected.item(), rel=1e-5)
     assert attention_entropy(torch.zeros(1, 40, 6), 1, 1).item() == pytest.approx(1.0)
+
+
+def test_the_entropy_in_windows_has_the_bias_and_leaves_padding_out() -> None:
+    stage = StageConfig(width=8, num_heads=2, num_blocks=1, num_loops=1, slices="windows", projections="none")
+    config = SReTConfig(stages=(stage,), image_size=5, stem="pixels", stem_strides=(1, 1, 1), positions="none")
+    model = model_of(config).eval()
+    (block,) = probe(model, IMAGES_BCHW[:, :, :5, :5].contiguous(), lambda scores: scores.square().sum(), NOISE, "fp32")
+    attention, entropies = stages_of(model)[0].blocks[0].attention, []
+    with torch.no_grad():
+        tokens_BND = model.stage_input(model.forward_stem(IMAGES_BCHW[:, :, :5, :5].contiguous()), 0)
+        qkv = stages_of(model)[0].blocks[0].qkv(tokens_BND, 0).view(3, 5, 5, 3, 2, 4)
+        for rows, columns in window_slices(5, 3, 0):
+            query, key, _ = qkv[:, rows, columns].flatten(1, 2).permute(2, 0, 3, 1, 4)
+            places = torch.cartesian_prod(torch.arange(5)[rows], torch.arange(5)[columns])
+            away = places[:, None] - places[None] + 2
+            scores = query @ key.transpose(-1, -2) / 2 + attention.offsets[:, away[..., 0] * 5 + away[..., 1]]
+            weights = scores.softmax(-1)
+            entropies.append(-(weights * weights.log()).sum(-1).flatten())
+    expected = torch.cat(entropies).mean() / math.log(9)
+    assert block.values["attention_entropy"][0] == pytest.approx(float(expected), rel=1e-4)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])

@@ -110,6 +110,10 @@ class SReT(nn.Module):
             x_BDHW = on_grid(stage(x_BND, noise))
             yield x_BDHW[:, : self.config.stages[index].width]
 
+    def outputs_on_the_way(self, images_BCHW: Tensor, plan: DepthPlan) -> Iterator[Tensor]:
+        """(B, D, H, W) tokens of the last stage at the plan's supervised loop counts and at its end, as they come."""
+        yield from self._planned_outputs(self.forward_stem(images_BCHW), None, plan)
+
     def _planned_outputs(self, x_BDHW: Tensor, noise: Noise | None, plan: DepthPlan) -> Iterator[Tensor]:
         """(B, D, H, W) tokens of the last stage at the plan's supervised loop counts and at its end."""
         for index, stage in enumerate(self.stages):

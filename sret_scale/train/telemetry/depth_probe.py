@@ -45,7 +45,7 @@ def probe(
     with undisturbed(model, images_BCHW.device, precision), _walked(model, walk):
         loss = loss_of(model(images_BCHW, noise))
         # Asking for one gradient leaves all accumulated ones, and DeepSpeed's hooks on them, alone.
-        torch.autograd.grad(loss, model.position)
+        torch.autograd.grad(loss, next(model.stem.parameters()))
     return walk.blocks()
 
 
@@ -173,6 +173,7 @@ def _look(application: Application, x_BND: Tensor, y_BND: Tensor) -> dict[str, T
     out_BND = _stream(application, y_BND)
     with application.autocast():
         qkv_BNC = block.qkv(application.block_inputs(x_BND)[0], slot.loop, slot.place)
+    bias = None if application.hidden is None else block.attention.bias(application.hidden)
     added = rms(out_BND).new_full((), math.nan)
     if not block.norms_after:
         kept_BND = _stream(application, application.skipped(x_BND))
@@ -183,7 +184,7 @@ def _look(application: Application, x_BND: Tensor, y_BND: Tensor) -> dict[str, T
         "step_ratio": rms(out_BND - skip_BND) / rms(out_BND),
         "token_cosine": token_cosine(out_BND),
         "rank_ratio": rank_ratio(out_BND),
-        "attention_entropy": attention_entropy(qkv_BNC, slot.groups, block.attention.num_heads),
+        "attention_entropy": attention_entropy(qkv_BNC, slot.groups, block.attention.num_heads, bias),
         "max_abs": torch.maximum(out_BND.abs().max().float(), qkv_BNC.abs().max().float()),
     }
 

@@ -9,6 +9,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from sret_scale.model.windows import HIDDEN
+
 # Entropies are means over queries, which so many of a group estimate well; all of them would cost as much as attention.
 MAX_QUERIES = 16
 
@@ -38,14 +40,21 @@ def rank_ratio(x_BND: Tensor) -> Tensor:
     return (trace_B.square() / (x_BND.shape[-1] * gram_BDD.square().sum(dim=(1, 2)))).mean()
 
 
-def attention_entropy(qkv_BNC: Tensor, groups: int, num_heads: int) -> Tensor:
-    """Mean entropy of attention weights over log L, from (B, N, 3D) queries, keys and values; NaN where L is 1."""
-    query, key, _ = rearrange(
-        qkv_BNC.float(), "b (g l) (three h k) -> three (b g) h l k", g=groups, three=3, h=num_heads
-    )
+def attention_entropy(qkv_BNC: Tensor, groups: int, num_heads: int, bias_GHLL: Tensor | None = None) -> Tensor:
+    """Mean entropy of attention weights over log L, from (B, N, 3D) queries, keys and values; NaN where L is 1.
+
+    bias_GHLL: of windows (`layers.Attention.bias`); queries that are padding do not count.
+    """
+    query, key, _ = rearrange(qkv_BNC.float(), "b (g l) (three h k) -> three b g h l k", g=groups, three=3, h=num_heads)
     length, width = key.shape[-2:]
     every = max(1, length // MAX_QUERIES)
-    scores = query[:, :, ::every][:, :, :MAX_QUERIES] @ key.transpose(-1, -2) / math.sqrt(width)
+    chosen = slice(0, every * MAX_QUERIES, every)
+    scores = query[..., chosen, :] @ key.transpose(-1, -2) / math.sqrt(width)
+    if bias_GHLL is not None:
+        scores = scores + bias_GHLL[..., chosen, :]
     log_weights = scores.log_softmax(dim=-1)
-    entropy = -(log_weights.exp() * log_weights).sum(dim=-1).mean()
-    return entropy / (math.log(length) or math.nan)
+    entropy = -(log_weights.exp() * log_weights).sum(dim=-1)
+    if bias_GHLL is not None:
+        is_real = bias_GHLL.diagonal(dim1=-2, dim2=-1)[..., chosen] > HIDDEN / 2
+        entropy = entropy[is_real.expand_as(entropy)]
+    return entropy.mean() / (math.log(length) or math.nan)
