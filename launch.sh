@@ -226,11 +226,17 @@ run_tests() {
     output=$(mktemp)
     # shellcheck disable=SC2064 # the name is wanted as it is now, it is local
     trap "rm -f '$output'" EXIT
-    check "ruff check" "$python" -m ruff check .
-    check "ruff format" "$python" -m ruff format --check .
-    check "mypy" "$python" -m mypy
-    # Its command is a script, which an active environment may not have on PATH; the module is there.
-    check "import rules" "$python" -c 'import importlinter.cli as cli; cli.lint_imports_command()'
+    if [[ ${1-} == --fast ]]; then
+        shift
+        set -- -m "not multi_process and not slow" "$@"
+    else
+        # .pre-commit-config.yaml has the same four commands.
+        check "ruff check" "$python" -m ruff check .
+        check "ruff format" "$python" -m ruff format --check .
+        check "mypy" "$python" -m mypy
+        # Its command is a script, which an active environment may not have on PATH; the module is there.
+        check "import rules" "$python" -c 'import importlinter.cli as cli; cli.lint_imports_command()'
+    fi
     # Threads of several libraries on few cores slow each other: one each is fastest for tiny sizes.
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
     # Two processes, a file of tests at a time; the files that start processes first (tests/conftest.py), so that short
@@ -251,6 +257,7 @@ usage: ./launch.sh [--no-venv] [COMMAND [ARGUMENT ...]]
 Sets the project up in .venv when needed (once), then:
   ./launch.sh                    the demo on the data that ships with the project, into runs/demo
   ./launch.sh test [...]         every check and test; arguments go to pytest
+  ./launch.sh test --fast [...]  only the tests that start no processes
   ./launch.sh setup [EXTRA ...]  only the set-up, and the packages of optional parts
   ./launch.sh COMMAND ...        a sret-scale command of the list below; COMMAND --help says more
 

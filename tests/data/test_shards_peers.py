@@ -19,6 +19,8 @@ from data_pipelines.upkeep.sidecars import write_sidecars
 from data_pipelines.writing.write import WriteConfig, write_shards
 from tests.data.shard_sources import make_tree, members_of
 
+pytestmark = pytest.mark.multi_process
+
 # They bring packages of their own, so another Python may hold them.
 PYTHON = os.environ.get("SRET_SCALE_PEERS_PYTHON", sys.executable)
 

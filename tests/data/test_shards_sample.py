@@ -17,6 +17,8 @@ from data_pipelines.sample import __main__ as maker
 from data_pipelines.sources.idx import PREFIXES, read_idx
 from tests.tiny import ROOT
 
+pytestmark = pytest.mark.multi_process
+
 # Of the made-up full set: images a split, of 4 x 4 pixels. The maker takes 10,000 and 2,000.
 NUM_FULL = {"train": 10_500, "test": 2_300}
 

@@ -158,6 +158,7 @@ def test_timm_reads_the_shards(folder: Path) -> None:
     assert samples[0][0].size == (24, 20)
 
 
+@pytest.mark.multi_process
 def test_sidecars_say_what_the_shards_hold(folder: Path, tmp_path: Path) -> None:
     names = {path.name for path in write_sidecars(folder, split="val")}
     shards = open_shards(folder)

@@ -18,6 +18,8 @@ from data_pipelines.remote.cache import UnavailableError
 from data_pipelines.remote.fetch import RemoteFolder
 from data_pipelines.remote.http_files import PublicResolver, RedirectError, is_public, redirected
 
+pytestmark = pytest.mark.multi_process
+
 Answer = Callable[[BaseHTTPRequestHandler], tuple[int, dict[str, str], bytes]]
 
 

@@ -313,6 +313,7 @@ for _ in range(60):
 """
 
 
+@pytest.mark.multi_process
 def test_jobs_share_a_cache_that_is_smaller_than_the_set(site: Site, config: DataConfig) -> None:
     shards, _ = _remote(site, config)
     gib = 4.5 * shards.manifest.shards[0].bytes / 2**30
@@ -350,6 +351,7 @@ with ShardCache(download, folder, read_manifest(folder), max_bytes=1 << 30).leas
 """
 
 
+@pytest.mark.multi_process
 def test_a_killed_job_leaves_nothing_in_the_way(
     site: Site, config: DataConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

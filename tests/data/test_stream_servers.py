@@ -29,6 +29,8 @@ from data_pipelines.stream.reader import ShardReader
 from data_pipelines.writing.write import WriteConfig, write_shards
 from tests.servers.hub_server import serve_hub
 
+pytestmark = pytest.mark.multi_process
+
 ROOT = Path(__file__).parents[2]
 SAMPLE = ROOT / "data_pipelines" / "sample" / "fashion_mnist"
 STALL_S = 2.0

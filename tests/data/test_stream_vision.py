@@ -4,9 +4,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from data_pipelines.image.torchvision_door import torchvision, v2
+
+pytestmark = pytest.mark.multi_process
 
 ROOT = Path(__file__).parents[2]
 

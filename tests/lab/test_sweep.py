@@ -284,6 +284,7 @@ def test_a_finished_run_of_another_configuration_is_reported(tmp_path: Path, bas
     assert any("cannot be read" in line and "remove it" in line for line in view.lines)
 
 
+@pytest.mark.multi_process
 def test_a_kill_of_the_sweep_ends_its_runs(tmp_path: Path, base: str) -> None:
     pid_file = tmp_path / "pid"
     code = f"""

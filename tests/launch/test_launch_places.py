@@ -167,6 +167,7 @@ def test_earliest_record_is_the_first_error_and_a_rank_keeps_its_first(tmp_path:
     assert error is not None and error.message == "early"
 
 
+@pytest.mark.multi_process
 def test_a_launcher_imports_neither_torchvision_nor_deepspeed() -> None:
     """Both cost each command that starts a run seconds and more than a thousand files; only ranks need them."""
     heavy = "{'torchvision', 'torch._dynamo', 'deepspeed'}"

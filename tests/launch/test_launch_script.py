@@ -11,9 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from sret_scale import __version__
 from sret_scale.cli import COMMANDS
+
+pytestmark = pytest.mark.multi_process
 
 ROOT = Path(__file__).parents[2]
 # What the script needs besides Python; a PATH with only these has no Python at all.
@@ -229,6 +232,32 @@ def test_step_says_that_it_begins_also_off_a_terminal(copy: Path, tools: Path, f
         "torch==2.13.0",
         "the project and its dependencies",
     ]
+
+
+def test_fast_tests_are_those_without_processes_and_nothing_else_is_checked(
+    copy: Path, tools: Path, fake: Path
+) -> None:
+    for name in ("mktemp", "tee"):
+        (tools / name).symlink_to(shutil.which(name) or "")
+    run(copy, "setup", "test", cwd=copy.parent, path=str(tools))
+    calls = {}
+    for arguments in ((), ("--fast", "-k", "name")):
+        taken_log(fake)
+        run(copy, "test", *arguments, cwd=copy.parent, path=str(tools))
+        calls[arguments] = [line for line in taken_log(fake) if line.startswith("run ")]
+    pytest_run = "run -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder"
+    where = f" in {copy.parent}"
+    assert calls["--fast", "-k", "name"] == [f"{pytest_run} -m not multi_process and not slow -k name{where}"]
+    assert calls[()][-1] == f"{pytest_run}{where}" and "run -m mypy" + where in calls[()]
+
+
+def test_pre_commit_runs_the_commands_of_the_script() -> None:
+    checks = re.findall(r'^ +check "(.*)" "\$python" (.*)$', (ROOT / "launch.sh").read_text(), re.M)
+    (source,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    hooks = [(hook["name"], hook["entry"]) for hook in source["hooks"]]
+    assert hooks == [(name, f".venv/bin/python {command}") for name, command in checks if name != "pytest"]
+    # Every hook sees the whole tree, as CI does, whatever the commit changes.
+    assert all(hook["always_run"] and not hook["pass_filenames"] for hook in source["hooks"])
 
 
 def test_help_lists_everything_at_once_from_anywhere(tmp_path: Path) -> None:

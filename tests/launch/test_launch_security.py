@@ -143,6 +143,7 @@ def test_yaml_tag_is_refused(tmp_path: Path, text: str, monkeypatch: pytest.Monk
     assert not (tmp_path / "evil").exists()
 
 
+@pytest.mark.multi_process
 def test_secret_reaches_no_file_and_no_output_and_a_command_in_a_name_is_only_a_name(tmp_path: Path) -> None:
     folder = tmp_path / "$(touch evil); `touch evil` -rf"
     folder.mkdir()

@@ -20,6 +20,8 @@ from torch._C._distributed_c10d import HashStore
 
 from sret_scale.timm import import_timm
 
+pytestmark = pytest.mark.multi_process
+
 timm = import_timm()
 SCRIPTS = os.environ.get("SRET_TIMM_SCRIPTS")
 # A class is a mean brightness, so that a working training cannot fail to find it.

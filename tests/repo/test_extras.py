@@ -48,6 +48,7 @@ def test_checkout_that_is_not_installed_names_the_packages(not_installed: None) 
     assert extras.install_extra("remote") == f"{PIP} aiohttp fsspec s3fs stamina"
 
 
+@pytest.mark.multi_process
 def test_pip_takes_the_command(not_installed: None) -> None:
     command = shlex.split(extras.install_extra("timm"))
     subprocess.run([*command, "--no-index", "--dry-run"], check=True, capture_output=True, timeout=100)

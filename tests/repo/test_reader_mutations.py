@@ -22,6 +22,8 @@ from tests.fuzz_reader import MOST_S
 from tests.hand_made import make_labels, make_run
 from tests.tiny import ROOT, environment, tiny_config, tiny_shards
 
+pytestmark = pytest.mark.multi_process
+
 HOSTILE: tuple[Any, ...] = (
     *(None, True, 0, -1, 1.5, 10**12, 10**400, 1e308, float("inf"), float("nan"), "", "x", "\x1b]0;owned\x07\x1b[31m"),
     *([], {}, [[]], {"a": 1}, ["\ud800"], "9" * 400, "../../etc/passwd", "/dev/zero", "\u202e", 2**63, -(2**63), 2**31),

@@ -26,6 +26,7 @@ def name_of(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
+@pytest.mark.multi_process
 def test_imports_point_downwards_and_through_the_doors() -> None:
     command = [sys.executable, "-c", "import importlinter.cli as cli; cli.lint_imports_command()"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -83,6 +84,7 @@ def test_train_has_at_most_its_six_flags() -> None:
 
 
 @pytest.mark.parametrize("command", sorted(COMMANDS))
+@pytest.mark.multi_process
 def test_help_has_an_example_and_needs_no_heavy_import(command: str) -> None:
     program = f"""
 import contextlib, io, sys

@@ -168,6 +168,7 @@ except OSError as error:
 """
 
 
+@pytest.mark.multi_process
 def test_a_refusing_disk_leaves_the_checkpoint_before(tmp_path: Path) -> None:
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[1] == resource.RLIM_INFINITY
     good = save_checkpoint(tmp_path, step=1, tensors=TENSORS, state={})

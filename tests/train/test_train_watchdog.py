@@ -109,6 +109,7 @@ with Watchdog(Path(sys.argv[1]), rank=rank, world_size=2, timeout_s=4.0) as dog:
 """
 
 
+@pytest.mark.multi_process
 def test_every_rank_leaves_its_stacks_and_names_the_one_that_is_waited_for(tmp_path: Path) -> None:
     commands = [[sys.executable, "-c", TWO_RANKS, str(tmp_path), str(rank)] for rank in (0, 1)]
     ranks = [subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) for command in commands]
@@ -120,6 +121,7 @@ def test_every_rank_leaves_its_stacks_and_names_the_one_that_is_waited_for(tmp_p
 
 
 @pytest.mark.parametrize("broken", [(), ("write_whole",), ("write_whole", "write_error")])
+@pytest.mark.multi_process
 def test_a_hang_ends_the_process_even_on_a_full_disk(tmp_path: Path, broken: tuple[str, ...]) -> None:
     run = subprocess.run(
         [sys.executable, "-c", HANG, str(tmp_path), "refuse", *broken],
@@ -139,6 +141,7 @@ def test_a_hang_ends_the_process_even_on_a_full_disk(tmp_path: Path, broken: tup
         assert record is not None and "no progress for 0 s" in record.message and record.exit_code == EXIT_HANG
 
 
+@pytest.mark.multi_process
 def test_a_file_system_that_stands_still_does_not_stop_the_watchdog(tmp_path: Path) -> None:
     run = subprocess.run(
         [sys.executable, "-c", HANG, str(tmp_path), "stand_still", "write_whole", "write_error"],
