@@ -19,7 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The run, what to evaluate of it, and where."""
     parser.add_argument("run", type=Path, help="folder of the run")
     parser.add_argument(
-        "--weights", choices=("raw", "ema"), help="which weights (default: the moving average, if the run keeps one)"
+        "--weights",
+        choices=("raw", "ema", "best"),
+        help="which weights (default: the moving average, if the run keeps one)",
     )
     parser.add_argument("--shards", help="folder or URL of the shards (default: the run's test shards)")
     parser.add_argument("--ranks", type=int, help="number of ranks on this machine (default: this process alone)")

@@ -22,7 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, help="folder of a run, one of its checkpoints, or weights in safetensors")
     parser.add_argument("out", type=Path, help="the file to write")
     parser.add_argument(
-        "--weights", choices=("raw", "ema"), help="of a run: which weights (default: the moving average, if kept)"
+        "--weights",
+        choices=("raw", "ema", "best"),
+        help="of a run: which weights (default: the moving average, if kept)",
     )
     parser.add_argument(
         "--format",

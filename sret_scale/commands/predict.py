@@ -23,7 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files, folders of them, or quoted patterns")
     parser.add_argument("--top", type=int, default=5, help="classes to name for each image (default: 5)")
     parser.add_argument(
-        "--weights", choices=("raw", "ema"), help="of a run: which weights (default: the moving average, if kept)"
+        "--weights",
+        choices=("raw", "ema", "best"),
+        help="of a run: which weights (default: the moving average, if kept)",
     )
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--csv", action="store_true", help="print CSV: a row an image, its classes from left to right")

@@ -226,6 +226,7 @@ def remove_results(folder: RunFolder) -> None:
         folder.classes,
         folder.config,
         folder.model,
+        folder.best,
         folder.metrics,
         folder.status,
         folder.quarantine,

@@ -6,6 +6,7 @@ model.json          preset name and counts (sret_scale.model.describe)
 environment.json    command, versions, commit, world size; the machine of rank 0, and of every node
 metrics.jsonl       one JSON object a line
 checkpoints/        see sret_scale.runs.checkpoint
+best.safetensors    the weights of the best evaluation, as `export` writes them
 status.json         state ("running", "finished", "stopped", "failed"), exit code, reason; written by rank 0
 lock                held by rank 0 while the run is alive
 """
@@ -50,6 +51,7 @@ class RunFolder:
         self.environment = path / "environment.json"
         self.metrics = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
+        self.best = path / "best.safetensors"
         self.status = path / "status.json"
         self.quarantine = path / "quarantine.jsonl"
 

@@ -25,7 +25,8 @@ from sret_scale.model.vision.weight_files import load_published, read_metadata
 from sret_scale.runs.checkpoint import list_checkpoints, newest_valid, read_state, read_tensors, verify_checkpoint
 from sret_scale.runs.run_folder import RunFolder
 
-WeightsKind = Literal["raw", "ema"]
+WeightsKind = Literal["raw", "ema", "best"]
+"""Trained, their moving average, or whichever of them an evaluation of the run found best so far."""
 
 
 def load_config(run: Path) -> RunConfig:
@@ -130,8 +131,14 @@ def check_teacher_classes(spec: str, class_names: Sequence[str]) -> None:
 
 def load_model(run: Path, weights: WeightsKind | None, report: Callable[[str], None]) -> tuple[SReT, WeightsKind, int]:
     """(model in eval mode on the CPU, which weights it has, its step); `None` takes the EMA where one is kept."""
-    config = load_config(run)
-    checkpoint = newest_valid(RunFolder(run).checkpoints, report)
+    config, folder = load_config(run), RunFolder(run)
+    if weights == "best":
+        if not folder.best.exists():
+            raise FileNotFoundError(f"{folder.best} is not there: no evaluation of {run} has kept its weights yet")
+        model = load_native(folder.best)
+        check_architecture(config.model, to_plain(model.config), str(folder.best))
+        return model, weights, int(read_metadata(folder.best)["step"])
+    checkpoint = newest_valid(folder.checkpoints, report)
     if checkpoint is None:
         raise FileNotFoundError(f"{run} has no checkpoint yet: train it first")
     check_architecture(config.model, read_state(checkpoint)["model"], str(checkpoint))
@@ -139,7 +146,9 @@ def load_model(run: Path, weights: WeightsKind | None, report: Callable[[str], N
 
 
 def load_checkpoint(checkpoint: Path, weights: WeightsKind | None) -> tuple[SReT, WeightsKind, int]:
-    """The same of one checkpoint, which is taken as whole."""
+    """The same of one checkpoint, which is taken as whole, and has no best weights."""
+    if weights == "best":
+        raise ValueError(f"{checkpoint} is a checkpoint: the best weights are in the folder of its run")
     state = read_state(checkpoint)
     tensors = read_tensors(checkpoint, "ema") if weights != "raw" else {}
     if tensors:

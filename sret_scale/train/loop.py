@@ -24,7 +24,7 @@ from sret_scale.train.journal import (
     log_telemetry,
 )
 from sret_scale.train.optim import WeightAverage
-from sret_scale.train.resume import restore, save
+from sret_scale.train.resume import keep_best, restore, save
 from sret_scale.train.step import optimizer_step
 from sret_scale.train.stop import StopFlag
 
@@ -116,6 +116,7 @@ def evaluate_weights(run: Run, clock: Clock, stop: StopFlag, *, both: bool) -> b
                 )
                 return False
             log_evaluation(run, clock, kind, result)
+            keep_best(run, clock, kind, result)
     return True
 
 

@@ -4,10 +4,12 @@ from collections.abc import Iterator
 
 from data_pipelines.stream.loader import LoaderState
 from sret_scale.config.run_config import to_plain
+from sret_scale.model.vision.weight_files import read_metadata, save_model
 from sret_scale.runs.checkpoint import newest_valid, read_state, read_tensors
 from sret_scale.train.assemble import Clock, Run
 from sret_scale.train.distributed import from_rank
 from sret_scale.train.engine.snapshot import Piece
+from sret_scale.train.evaluate import Evaluation
 from sret_scale.train.load_run import check_architecture, facts_of, initial_state
 
 
@@ -36,6 +38,14 @@ def save(run: Run, clock: Clock) -> None:
         "teacher": run.teacher_identity,
     }
     run.writer.start(pieces_of(run), step=clock.step, state=state)
+
+
+def keep_best(run: Run, clock: Clock, kind: str, result: Evaluation) -> None:
+    """Keep the weights that were evaluated, on rank 0, where no evaluation of the run before was better."""
+    file, number = run.folder.best, result.numbers[run.task.best]
+    if run.ranks.is_main and not (file.exists() and number <= float(read_metadata(file)["best"])):
+        facts = facts_of(run.config, run.train_shards.class_names)
+        save_model(run.eval_model, file, {**facts, "step": clock.step, "weights": kind, "best": number})
 
 
 def restore(run: Run) -> Clock:

@@ -8,12 +8,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from sret_scale.cli import main
 from sret_scale.config.run_config import from_yaml, to_yaml
+from sret_scale.model.vision.weight_files import load_model as load_native
 from sret_scale.runs.run_folder import RunFolder
+from sret_scale.train.distributed import ranks_from_environment
+from sret_scale.train.evaluate import evaluate
+from sret_scale.train.evaluate_main import open_shards
+from sret_scale.train.load_run import load_facts, load_model
 from tests.forked import sret_scale_forked
+from tests.runs import complete_lines
 from tests.train.conftest import CLASSES
 
 
@@ -110,3 +117,38 @@ def test_a_run_is_evaluated_and_moved_on_from_any_folder(
     RunFolder(moved / "runs" / "one").write_status("stopped", 85)
     ended = sret_scale_forked(*words, cwd=moved)
     assert ended.returncode == 0 and f"continues with data.train_folder: '{project / 'shards'}'" in ended.stdout, ended
+
+
+@pytest.mark.multi_process
+def test_the_best_weights_by_evaluation_are_kept_and_exported_on_request(run: Path, tmp_path: Path) -> None:
+    config = from_yaml(run / "config.yaml")
+    steps = replace(config.train, total_images=48, eval_interval_images=8, checkpoint_interval_images=8)
+    optim = replace(config.optim, warmup_images=0, learning_rate=0.02, ema_horizon_images=0)
+    (tmp_path / "recipe.yaml").write_text(to_yaml(replace(config, train=steps, optim=optim)))
+    ended = sret_scale_forked("train", "recipe.yaml", "--run", "run", "--ranks", "1", cwd=tmp_path)
+    assert ended.returncode == 0, ended
+    folder = tmp_path / "run"
+    found = [line for line in complete_lines(folder / "metrics.jsonl") if line["kind"] == "eval"]
+    best = max(found, key=lambda line: line["top1"])
+    assert len(found) == 6 and best["top1"] > min(line["top1"] for line in found)
+    model, kind, step = load_model(folder, "best", print)
+    assert (kind, step) == ("best", best["step"])
+    shards, _ = open_shards(folder, None)
+    measured = evaluate(model, shards, config, ranks_from_environment())
+    assert measured and (measured.numbers["top1"], measured.numbers["loss"]) == (best["top1"], best["loss"])
+    assert load_facts(folder / "best.safetensors") == load_facts(folder)
+    out = tmp_path / "best.safetensors"
+    assert main(["export", str(folder), str(out), "--format", "safetensors", "--weights", "best"]) == 0
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in load_native(out).state_dict().items())
+    # Another evaluation that is no better, after a restart, leaves it.
+    before = (folder / "best.safetensors").stat().st_mtime_ns
+    RunFolder(folder).write_status("stopped", 85)
+    assert sret_scale_forked("train", "recipe.yaml", "--run", "run", "--ranks", "1", cwd=tmp_path).returncode == 0
+    assert (folder / "best.safetensors").stat().st_mtime_ns == before
+
+
+def test_best_weights_that_are_not_there_are_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", str(run), "--weights", "best"]) == 2
+    assert "best.safetensors is not there: no evaluation of" in capsys.readouterr().err
+    assert main(["predict", str(run / "checkpoints" / "step-000000002"), "a.png", "--weights", "best"]) == 2
+    assert "the best weights are in the folder of its run" in capsys.readouterr().err
