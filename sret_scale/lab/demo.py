@@ -19,7 +19,7 @@ from sret_scale.config.recipes import recipe
 from sret_scale.config.run_config import RunConfig
 from sret_scale.lab.baseline import load_pixels, logistic_regression_accuracy
 from sret_scale.lab.report.page import write_report
-from sret_scale.lab.report.run_record import Run, load_run
+from sret_scale.lab.report.run_record import RunRecord, load_run
 from sret_scale.launch.nodes import choose_nodes
 from sret_scale.launch.preflight import start_run
 
@@ -110,7 +110,7 @@ def _baseline(sets: dict[str, ShardSet]) -> float:
     return logistic_regression_accuracy(pixels["train"], pixels["test"], num_classes=sets["train"].num_classes)
 
 
-def _top1(run: Run) -> float:
+def _top1(run: RunRecord) -> float:
     """The final accuracy: of the moving average, which the demo's runs keep."""
     value = run.last("eval", "top1", weights="ema")
     assert value is not None, "a finished run has been evaluated"

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from data_pipelines.stream.loader import Batch
 from sret_scale.lab.report.chart import STYLE, Caption, Chart, canvas, finish
 from sret_scale.model import Application, SReT, SReTConfig, describe
-from sret_scale.model.applications import Slot, application_slots
+from sret_scale.model.applications import ApplicationSpec, application_slots
 from sret_scale.model.stage import chains_run_by
 from sret_scale.train.distributed import sum_over_ranks
 from sret_scale.train.evaluate_main import Measure
@@ -148,7 +148,7 @@ def application_macs(config: SReTConfig, index: int) -> dict[tuple[int, int], in
     stage, num_tokens = config.stages[index], config.grids[index] ** 2
     slots = application_slots(config, index)
 
-    def attention(slot: Slot) -> int:
+    def attention(slot: ApplicationSpec) -> int:
         return num_tokens * (2 * stage.width * num_tokens // slot.groups)
 
     total = int(describe(config)["stages"][index]["macs"])

@@ -31,7 +31,7 @@ from sret_scale.runs.stop_signals import STOP_SIGNALS, stop_signals
 _POLL_S = 0.02
 
 
-class Ranks:
+class RankProcesses:
     """The rank processes below DeepSpeed's launcher, and what became of them."""
 
     def __init__(self, launcher_pid: int, job: Job, expected: int) -> None:
@@ -192,7 +192,7 @@ def node_rank_of(job: Job) -> int:
     return list(job.world).index(name)
 
 
-def supervise(launcher: "subprocess.Popen[bytes]", ranks: Ranks, requests: "queue.SimpleQueue[str]") -> int:
+def supervise(launcher: "subprocess.Popen[bytes]", ranks: RankProcesses, requests: "queue.SimpleQueue[str]") -> int:
     """Waits for the launcher's end; returns its exit status. Nothing of its session is alive afterwards."""
     job, folder = ranks.job, Path(ranks.job.run_folder)
     deadline_s = float("inf")
@@ -250,7 +250,7 @@ def main() -> int:
 
     # Started after the launcher: between fork and exec only one thread may exist.
     threading.Thread(target=listen, daemon=True).start()
-    ranks = Ranks(launcher.pid, job, expected=len(list(job.world.values())[node_rank]))
+    ranks = RankProcesses(launcher.pid, job, expected=len(list(job.world.values())[node_rank]))
     return 0 if supervise(launcher, ranks, requests) == 0 else 1
 
 

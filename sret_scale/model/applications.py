@@ -17,7 +17,7 @@ class ResidualConstants(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Place:
+class LoopPosition:
     """Where a use stands in a stage that runs other than all its loops (`plan`): the `position` of its loop among the
     `num_loops` that run, and the residual constants of a stage of so many loops."""
 
@@ -28,7 +28,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Slot:
+class ApplicationSpec:
     """One application of a stage, before any weights: `projection` is an index into the stage's projections."""
 
     block: int
@@ -36,7 +36,7 @@ class Slot:
     projection: int | None
     groups: int
     permuted: bool
-    place: Place | None = None
+    place: LoopPosition | None = None
 
     @property
     def position(self) -> int:
@@ -53,7 +53,7 @@ class BranchScale:
     per_channel: bool = False
 
 
-def application_slots(config: SReTConfig, index: int) -> tuple[Slot, ...]:
+def application_slots(config: SReTConfig, index: int) -> tuple[ApplicationSpec, ...]:
     """The applications of a stage in the order in which they run."""
     stage, num_tokens = config.stages[index], stage_tokens(config, index)
     blocks, loops = range(stage.num_blocks), range(stage.num_loops)
@@ -66,7 +66,7 @@ def application_slots(config: SReTConfig, index: int) -> tuple[Slot, ...]:
     else:
         order = [(block, loop) for loop in loops for block in blocks]
     return tuple(
-        Slot(
+        ApplicationSpec(
             block=block,
             loop=loop,
             projection=projection_index(stage, block, loop),

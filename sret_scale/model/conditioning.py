@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sret_scale.model.applications import Place
+from sret_scale.model.applications import LoopPosition
 from sret_scale.model.config import StageConfig
 from sret_scale.model.stored_sizes import Sizes
 from sret_scale.model.upload import uploaded
@@ -34,7 +34,7 @@ class NormPerLoop(nn.Module):
         super().__init__()
         self.delta = nn.Parameter(torch.zeros(stage.num_loops, 2, 2, stage.width))
 
-    def deltas(self, loop: int, place: Place | None = None) -> LoopDeltas:
+    def deltas(self, loop: int, place: LoopPosition | None = None) -> LoopDeltas:
         """Of one loop: `norms` (2 norms, scale and bias, D), added to the block's own."""
         return LoopDeltas(norms=self.delta[loop])
 
@@ -52,7 +52,7 @@ class NormByDepth(nn.Module):
         self.delta = nn.Parameter(torch.zeros(NUM_DEPTH_FEATURES, 4 * stage.width))
         self.register_buffer("features", depth_features(stage.num_loops), persistent=False)
 
-    def deltas(self, loop: int, place: Place | None = None) -> LoopDeltas:
+    def deltas(self, loop: int, place: LoopPosition | None = None) -> LoopDeltas:
         """`norms` (2 norms, scale and bias, D) at the loop's depth, or at `place` among another number of loops."""
         features = self.features[loop]
         if place is not None and place.num_loops != len(self.features):
@@ -79,7 +79,7 @@ class LowRankPerLoop(nn.Module):
         self.up_qkv = nn.Parameter(torch.zeros(loops, 3 * stage.num_heads * sizes.stored_head_width, rank))
         self.up_fc1 = nn.Parameter(torch.zeros(loops, sizes.hidden_width, rank))
 
-    def deltas(self, loop: int, place: Place | None = None) -> LoopDeltas:
+    def deltas(self, loop: int, place: LoopPosition | None = None) -> LoopDeltas:
         """Of one loop: `qkv` (3D, D) and `fc1` (F, D), added to the weights of the block's two products."""
         return LoopDeltas(qkv=self.up_qkv[loop] @ self.down[loop, 0], fc1=self.up_fc1[loop] @ self.down[loop, 1])
 
@@ -99,7 +99,7 @@ class InputInjection(nn.Module):
         self.gain = nn.Parameter(gain)
         self.gate = nn.Linear(sizes.width, sizes.width) if stage.conditioning == "input_gated" else None
 
-    def deltas(self, loop: int, place: Place | None = None) -> LoopDeltas:
+    def deltas(self, loop: int, place: LoopPosition | None = None) -> LoopDeltas:
         """None: the input is added to the stream, not to weights."""
         return LoopDeltas()
 

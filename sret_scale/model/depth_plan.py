@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from sret_scale.model.applications import (
-    Place,
-    Slot,
+    ApplicationSpec,
+    LoopPosition,
     application_slots,
     drop_path_rates,
     post_norm,
@@ -82,7 +82,7 @@ def planned_config(config: SReTConfig, plan: DepthPlan) -> SReTConfig:
 
 
 @lru_cache(maxsize=1024)
-def planned_slots(config: SReTConfig, plan: DepthPlan, index: int) -> tuple[Slot, ...]:
+def planned_slots(config: SReTConfig, plan: DepthPlan, index: int) -> tuple[ApplicationSpec, ...]:
     """The applications of a stage under a plan: as many loops as it runs, each with what it owns."""
     stage, shorter = config.stages[index], planned_config(config, plan)
     loops = plan.stages[index].loops
@@ -92,7 +92,7 @@ def planned_slots(config: SReTConfig, plan: DepthPlan, index: int) -> tuple[Slot
             slot,
             loop=loops[slot.loop],
             projection=projection_index(stage, slot.block, loops[slot.loop]),
-            place=Place(position=slot.loop, num_loops=len(loops), block=block, projection=projection),
+            place=LoopPosition(position=slot.loop, num_loops=len(loops), block=block, projection=projection),
         )
         for slot in application_slots(shorter, index)
     )

@@ -15,7 +15,7 @@ from sret_scale.model import fused
 from sret_scale.model import unfused as plain
 from sret_scale.model.applications import (
     BranchScale,
-    Place,
+    LoopPosition,
     ResidualConstants,
     branch_scales,
     post_norm,
@@ -184,7 +184,7 @@ class Block(nn.Module):
         groups: int,
         masks: Tensor | None = None,
         draw: Draw | None = None,
-        place: Place | None = None,
+        place: LoopPosition | None = None,
         hidden: Tensor | None = None,
     ) -> Tensor:
         """The stream after one use of the block; masks (2, B, 1, 1) scales both branches of each sample.
@@ -231,12 +231,12 @@ class Block(nn.Module):
         norm = self.outer_norm
         return x_BND if norm is None else plain.layer_norm(x_BND, norm.weight, norm.bias)
 
-    def qkv(self, x_BND: Tensor, loop: int, place: Place | None = None) -> Tensor:
+    def qkv(self, x_BND: Tensor, loop: int, place: LoopPosition | None = None) -> Tensor:
         """(B, N, 3D) queries, keys and values of one use, for whoever looks at its attention."""
         deltas = self._deltas(loop, place)
         return self.attention.unpadded(self._qkv(x_BND, self._norms(deltas)[0], deltas))
 
-    def _deltas(self, loop: int, place: Place | None) -> LoopDeltas:
+    def _deltas(self, loop: int, place: LoopPosition | None) -> LoopDeltas:
         return LoopDeltas() if self.conditioning is None else self.conditioning.deltas(loop, place)
 
     def _qkv(self, x_BND: Tensor, norm1: Affine, deltas: LoopDeltas) -> Tensor:
@@ -265,7 +265,7 @@ class NonLinearProjection(nn.Module):
         self.feed_forward = FeedForward(sizes.width, sizes.projection_hidden_width, inner_norm)
         self.residual = LearnableResidual(stage, sizes.width, scale, constants)
 
-    def forward(self, x_BND: Tensor, draw: Draw | None = None, place: Place | None = None) -> Tensor:
+    def forward(self, x_BND: Tensor, draw: Draw | None = None, place: LoopPosition | None = None) -> Tensor:
         constants = None if place is None else place.projection
         fc1 = (self.feed_forward.fc1.weight, self.feed_forward.fc1.bias)
         before = None if self.norms_after else (self.norm.weight, self.norm.bias)

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from sret_scale.model.applications import Slot, application_slots, drop_path_rates, num_projections
+from sret_scale.model.applications import ApplicationSpec, application_slots, drop_path_rates, num_projections
 from sret_scale.model.conditioning import InputInjection
 from sret_scale.model.config import SReTConfig
 from sret_scale.model.depth_plan import DepthPlan, planned_rates, planned_slots
@@ -43,7 +43,7 @@ class Application:
 
     block: Block
     projection: NonLinearProjection | None
-    slot: Slot
+    slot: ApplicationSpec
     gather: Tensor | None
     scatter: Tensor | None
     token_order: int | None
@@ -185,7 +185,7 @@ class Stage(nn.Module):
 
     def chain(
         self,
-        slots: Sequence[Slot],
+        slots: Sequence[ApplicationSpec],
         x_BND: Tensor,
         order: TokenOrder,
         noise: Noise | None,
@@ -226,7 +226,7 @@ class Stage(nn.Module):
             )
         return applications
 
-    def _draw_permutations(self, slots: Sequence[Slot], x_BND: Tensor, noise: Noise | None) -> Tensor | None:
+    def _draw_permutations(self, slots: Sequence[ApplicationSpec], x_BND: Tensor, noise: Noise | None) -> Tensor | None:
         count = sum(slot.permuted for slot in slots)
         return self.permutations(noise, count, x_BND.shape[1], x_BND.device) if count else None
 
@@ -237,7 +237,7 @@ class Stage(nn.Module):
         return drop_path_masks(uploaded(torch.tensor(rates), x_BND.device), x_BND.shape[0], noise, self.index)
 
 
-def cut_after(slots: Sequence[Slot], num_loops: int) -> int:
+def cut_after(slots: Sequence[ApplicationSpec], num_loops: int) -> int:
     """How many applications have run when the last block has done `num_loops` of its loops."""
     last_block = max(slot.block for slot in slots)
     return 1 + next(i for i, slot in enumerate(slots) if (slot.block, slot.position) == (last_block, num_loops - 1))

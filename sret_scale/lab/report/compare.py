@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sret_scale.lab.report.run_record import ROLES, Run
+from sret_scale.lab.report.run_record import ROLES, RunRecord
 
 ABSENT = "-"  # How a field is shown in a run whose config does not have it.
 SEED_KEYS = ("train.seed",)
@@ -39,7 +39,7 @@ def _text(value: object) -> str:
     return "none" if value is None else str(value)
 
 
-def differing_fields(runs: Sequence[Run]) -> dict[str, list[str]]:
+def differing_fields(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
     """The config fields that are not equal in all runs -> their text in each run, in the order of the first config."""
     flat = [flatten(run.config) for run in runs]
     keys = dict.fromkeys(key for fields in flat for key in fields)
@@ -47,7 +47,7 @@ def differing_fields(runs: Sequence[Run]) -> dict[str, list[str]]:
     return {key: values for key, values in columns.items() if len(set(values)) > 1}
 
 
-def role(run: Run) -> str:
+def role(run: RunRecord) -> str:
     """The part a run plays, from its name, else from whether it learns from a teacher; empty if neither tells."""
     for word in ROLES:
         if word in run.name.lower():
@@ -55,7 +55,7 @@ def role(run: Run) -> str:
     return "student" if teacher_of(run) else ""
 
 
-def teacher_of(run: Run) -> str | None:
+def teacher_of(run: RunRecord) -> str | None:
     """Where the run's teacher came from, None without one."""
     section = run.config.get("distill")
     teacher = section.get("teacher") if isinstance(section, Mapping) else None
@@ -67,7 +67,7 @@ def decisive(config: Mapping[str, Any]) -> dict[str, str]:
     return {key: text for key, text in flatten(config).items() if key not in _WITHOUT_EFFECT}
 
 
-def seed_groups(runs: Sequence[Run]) -> list[list[int]]:
+def seed_groups(runs: Sequence[RunRecord]) -> list[list[int]]:
     """Indices of the runs whose decisive fields are equal but for the seed, in the order of their first run."""
     groups: dict[tuple[tuple[str, str], ...], list[int]] = {}
     for index, run in enumerate(runs):

@@ -28,7 +28,7 @@ from sret_scale.lab.report.chart import (
 from sret_scale.lab.report.compare import pareto_front
 from sret_scale.lab.report.laws import Law, fit_law
 from sret_scale.lab.report.plots import byte_axis
-from sret_scale.lab.report.run_record import Run
+from sret_scale.lab.report.run_record import RunRecord
 from sret_scale.lab.report.series import RATE, Line, Point, gather, lines_of, rates_of
 from sret_scale.lab.report.summary import Summary
 from sret_scale.runs.metrics_log import Floats
@@ -55,7 +55,7 @@ COSTS: dict[str, tuple[str, str, Callable[[Summary], float]]] = {
 }
 
 
-def depth_figures(runs: Sequence[Run], summaries: Sequence[Summary]) -> list[Chart]:
+def depth_figures(runs: Sequence[RunRecord], summaries: Sequence[Summary]) -> list[Chart]:
     """The figures, where at least two evaluated runs differ in depth; none otherwise."""
     points = gather(runs, summaries, {name: cost for name, (_, _, cost) in COSTS.items()})
     if len({point.depth for point in points}) < 2:

@@ -8,14 +8,14 @@ from sret_scale.lab.readable_numbers import binary_size, compact
 from sret_scale.lab.report.chart import Caption, Chart
 from sret_scale.lab.report.compare import teacher_of
 from sret_scale.lab.report.plots import MOST_LABELS, SMOOTH_FROM, Bar, Curve, bar_chart, line_chart, smoothed
-from sret_scale.lab.report.run_record import Run
+from sret_scale.lab.report.run_record import RunRecord
 from sret_scale.lab.report.summary import Summary, evaluation_split
 from sret_scale.runs.metrics_log import Series
 
 MOST_BARS = 16  # A chart with more is longer than the table that has the same figures.
 
 
-def basic_figures(runs: Sequence[Run], summaries: Sequence[Summary], colours: Sequence[str]) -> list[Chart]:
+def basic_figures(runs: Sequence[RunRecord], summaries: Sequence[Summary], colours: Sequence[str]) -> list[Chart]:
     """Accuracy, losses, speed and memory of the runs; a figure for which no run has a value is left out."""
     charts = [
         _accuracy(runs, colours),
@@ -27,7 +27,7 @@ def basic_figures(runs: Sequence[Run], summaries: Sequence[Summary], colours: Se
     return [chart for chart in charts if chart is not None]
 
 
-def _accuracy(runs: Sequence[Run], colours: Sequence[str]) -> Chart | None:
+def _accuracy(runs: Sequence[RunRecord], colours: Sequence[str]) -> Chart | None:
     curves = [
         Curve(label=run.name, colour=colour, series=main, faint=faint, kinds=("ema" if faint else "raw", "raw"))
         for run, colour in zip(runs, colours, strict=True)
@@ -42,7 +42,7 @@ def _accuracy(runs: Sequence[Run], colours: Sequence[str]) -> Chart | None:
     return _lines(curves, caption, decimals=1)
 
 
-def _training_loss(runs: Sequence[Run], colours: Sequence[str]) -> Chart | None:
+def _training_loss(runs: Sequence[RunRecord], colours: Sequence[str]) -> Chart | None:
     curves = []
     for run, colour in zip(runs, colours, strict=True):
         measured = run.series("train", "loss")
@@ -65,7 +65,7 @@ def _training_loss(runs: Sequence[Run], colours: Sequence[str]) -> Chart | None:
     return _lines(curves, caption, decimals=2)
 
 
-def _evaluation_loss(runs: Sequence[Run], colours: Sequence[str]) -> Chart | None:
+def _evaluation_loss(runs: Sequence[RunRecord], colours: Sequence[str]) -> Chart | None:
     curves = [
         Curve(label=run.name, colour=colour, series=_by_weights(run, "loss", 1.0)[0])
         for run, colour in zip(runs, colours, strict=True)
@@ -80,7 +80,7 @@ def _evaluation_loss(runs: Sequence[Run], colours: Sequence[str]) -> Chart | Non
     return _lines(curves, caption, decimals=2)
 
 
-def _by_weights(run: Run, field: str, factor: float) -> tuple[Series, Series | None]:
+def _by_weights(run: RunRecord, field: str, factor: float) -> tuple[Series, Series | None]:
     """An evaluated quantity of the averaged weights with the raw ones behind it, or of the raw ones alone."""
     split = evaluation_split(run)
     raw, averaged = (

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from sret_scale.lab.readable_numbers import compact, evenly
 from sret_scale.lab.report.chart import MUTED, PAPER, STYLE, WIDTH_INCHES, Caption, Chart, finish, printable
-from sret_scale.lab.report.run_record import Run
+from sret_scale.lab.report.run_record import RunRecord
 from sret_scale.runs.metrics_log import Floats, number
 
 MOST_RUNS = 6
@@ -35,13 +35,13 @@ PANELS: dict[str, tuple[str, bool]] = {
 }
 
 
-def health_figures(runs: Sequence[Run]) -> list[Chart]:
+def health_figures(runs: Sequence[RunRecord]) -> list[Chart]:
     """One figure for each run with telemetry, of the first MOST_RUNS."""
     measured = [run for run in runs if _probes(run)][:MOST_RUNS]
     return [_figure(run, index) for index, run in enumerate(measured)]
 
 
-def alarms(run: Run) -> list[str]:
+def alarms(run: RunRecord) -> list[str]:
     """The run's alarms as remarks, each once, with where it came first."""
     first: dict[str, float] = {}
     for line in run.of_kind("telemetry"):
@@ -50,7 +50,7 @@ def alarms(run: Run) -> list[str]:
     return [f"{text} (first at {images:,.0f} images)" for text, images in first.items()]
 
 
-def _probes(run: Run) -> list[Any]:
+def _probes(run: RunRecord) -> list[Any]:
     """The telemetry lines that can be drawn: those whose blocks are like the newest one's, MOST_PROBES of them."""
     lines = [line for line in run.of_kind("telemetry") if _uses(line)]
     lines = [line for line in lines if _uses(line) == _uses(lines[-1])]
@@ -74,7 +74,7 @@ def _values(line: Any, name: str, count: int) -> Floats:
     return np.array(column) if len(column) == count else np.full(count, np.nan)
 
 
-def _figure(run: Run, index: int) -> Chart:
+def _figure(run: RunRecord, index: int) -> Chart:
     lines = _probes(run)
     uses = _uses(lines[0])
     grids = {name: np.stack([_values(line, name, len(uses)) for line in lines], axis=1) for name in PANELS}

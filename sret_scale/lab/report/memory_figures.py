@@ -23,7 +23,7 @@ from sret_scale.lab.report.chart import (
     printable,
 )
 from sret_scale.lab.report.plots import byte_axis
-from sret_scale.lab.report.run_record import Run
+from sret_scale.lab.report.run_record import RunRecord
 from sret_scale.lab.report.summary import Summary
 from sret_scale.memory import MemoryConfig, Schedule, account, schedule_for
 from sret_scale.memory.planning.draw import COLOURS, LABELS, MAX_DRAWN, SLOT_COLOUR, slot_lines, strokes
@@ -33,7 +33,7 @@ MOST_SCHEDULES = 4
 PANEL_INCHES = 1.5
 
 
-def memory_figures(runs: Sequence[Run], summaries: Sequence[Summary], colours: Sequence[str]) -> list[Chart]:
+def memory_figures(runs: Sequence[RunRecord], summaries: Sequence[Summary], colours: Sequence[str]) -> list[Chart]:
     """The figures for which runs have the numbers."""
     charts = [_prediction(summaries, colours), _schedules(runs)]
     return [chart for chart in charts if chart is not None]
@@ -74,7 +74,7 @@ def _prediction(summaries: Sequence[Summary], colours: Sequence[str]) -> Chart |
         return finish(figure, caption, table)
 
 
-def _schedules(runs: Sequence[Run]) -> Chart | None:
+def _schedules(runs: Sequence[RunRecord]) -> Chart | None:
     """The longest chain of each way to recompute; None where nothing recomputes."""
     found: dict[str, tuple[str, Schedule]] = {}
     for run in runs:
@@ -123,7 +123,7 @@ def _schedules(runs: Sequence[Run]) -> Chart | None:
         return finish(figure, caption, table)
 
 
-def _longest(run: Run) -> Schedule | None:
+def _longest(run: RunRecord) -> Schedule | None:
     """The schedule of the run's longest stage; None where it keeps everything, or nothing tells what was planned."""
     section, stages = run.config.get("memory"), run.config.get("model", {}).get("stages", [])
     try:
@@ -137,7 +137,7 @@ def _longest(run: Run) -> Schedule | None:
     return None if memory.schedule == "none" else schedule_for(memory, longest)
 
 
-def _planned(run: Run, num_applications: int) -> Schedule | None:
+def _planned(run: RunRecord, num_applications: int) -> Schedule | None:
     """What the planner chose at the run's last start for a stage of so many applications, by the run's own record."""
     for line in reversed(run.of_kind("plan")):
         for chain in line.get("chains", ()):

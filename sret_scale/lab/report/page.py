@@ -16,7 +16,7 @@ from sret_scale.lab.report.depth_curves import depth_figures
 from sret_scale.lab.report.figures import basic_figures
 from sret_scale.lab.report.health import alarms, health_figures
 from sret_scale.lab.report.memory_figures import memory_figures
-from sret_scale.lab.report.run_record import Run, load_runs
+from sret_scale.lab.report.run_record import RunRecord, load_runs
 from sret_scale.lab.report.summary import COLUMNS, Summary, best_rows, summarise, summary_table
 
 MOST_TILES = 4
@@ -68,7 +68,7 @@ def write_report(paths: Sequence[Path], page: Path, *, note: str = "") -> Report
 
 
 def render(
-    runs: Sequence[Run],
+    runs: Sequence[RunRecord],
     summaries: Sequence[Summary],
     charts: Sequence[Chart],
     colours: Sequence[str],
@@ -128,7 +128,7 @@ def lead(summaries: Sequence[Summary]) -> str:
     )
 
 
-def _title(runs: Sequence[Run]) -> str:
+def _title(runs: Sequence[RunRecord]) -> str:
     names = [run.name for run in runs]
     if len(names) <= 3:
         return " \N{MIDDLE DOT} ".join(names)
@@ -143,7 +143,7 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
 
 
-def _difference_table(runs: Sequence[Run]) -> Table | None:
+def _difference_table(runs: Sequence[RunRecord]) -> Table | None:
     """The config fields in which the runs differ; None if there are none, or nothing to compare."""
     columns = differing_fields(runs)
     if len(runs) < 2 or not columns:
@@ -164,12 +164,12 @@ def _shared(fields: Sequence[Mapping[str, str]]) -> list[tuple[str, str]]:
     return [(key, text) for key, text in fields[0].items() if all(other.get(key) == text for other in fields[1:])]
 
 
-def _facts(run: Run) -> dict[str, str]:
+def _facts(run: RunRecord) -> dict[str, str]:
     """The environment without the command, which each run has of its own."""
     return flatten({key: value for key, value in run.environment.items() if key != "command"})
 
 
-def _unequal_facts(runs: Sequence[Run]) -> Table | None:
+def _unequal_facts(runs: Sequence[RunRecord]) -> Table | None:
     facts = [_facts(run) for run in runs]
     keys = dict.fromkeys(key for fact in facts for key in fact)
     columns = {key: [fact.get(key, "-") for fact in facts] for key in keys}

@@ -49,7 +49,7 @@ class Status(TypedDict, total=False):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class RunRecord:
     """One run folder in memory. `lines` are the valid metric lines in order; `remarks` are sentences for the reader."""
 
     name: str
@@ -92,13 +92,13 @@ class Run:
         return max((float(line["time_s"]) for line in self.lines), default=0.0)
 
 
-def load_runs(paths: Iterable[Path]) -> tuple[list[Run], list[str]]:
+def load_runs(paths: Iterable[Path]) -> tuple[list[RunRecord], list[str]]:
     """The runs that the paths name, in order, and sentences on what was left out.
 
     A path is a run folder, or a folder of run folders: an unreadable one is left out with its reason, so that one
     killed run of a sweep does not cost the page. Raises FileNotFoundError or ValueError for a path that is neither.
     """
-    runs: dict[Path, Run] = {}
+    runs: dict[Path, RunRecord] = {}
     left_out: list[str] = []
     for path in paths:
         for folder in [path] if is_run_folder(path) else _run_folders_in(path):
@@ -116,7 +116,7 @@ def is_run_folder(path: Path) -> bool:
     return (path / "config.yaml").is_file() or (path / "metrics.jsonl").is_file()
 
 
-def load_run(folder: Path) -> Run:
+def load_run(folder: Path) -> RunRecord:
     """One run. Raises FileNotFoundError or ValueError, naming file and remedy, if it is not a run of this version."""
     if not is_run_folder(folder):
         raise FileNotFoundError(f"{folder} is not a run folder: it has neither config.yaml nor metrics.jsonl")
@@ -137,7 +137,7 @@ def load_run(folder: Path) -> Run:
         # It tells how the run ended, and no number.
         status, remarks = {}, [*remarks, f"Left out: {error}."]
     config = _sections(_or_absent(lambda: read_yaml(file), file), file)
-    return Run(
+    return RunRecord(
         name=folder.resolve().name,
         folder=folder,
         config=config,
@@ -171,12 +171,12 @@ def _reading_order(folder: Path) -> tuple[int, list[tuple[int, str]]]:
     return rank, [(int(piece), "") if piece.isdecimal() else (0, piece) for piece in pieces]
 
 
-def _with_distinct_names(runs: list[Run]) -> list[Run]:
+def _with_distinct_names(runs: list[RunRecord]) -> list[RunRecord]:
     """The runs, those of equal folder name told apart by the shortest ends of their paths that differ."""
     ends = [_path_ends(run.folder) for run in runs]
     uses = Counter(end for own in ends for end in own)
     return [
-        Run(**{**vars(run), "name": next((end for end in own if uses[end] == 1), own[-1])})
+        RunRecord(**{**vars(run), "name": next((end for end in own if uses[end] == 1), own[-1])})
         for run, own in zip(runs, ends, strict=True)
     ]
 

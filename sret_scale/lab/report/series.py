@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from sret_scale.lab.report.compare import decisive, seed_groups
-from sret_scale.lab.report.run_record import Run
+from sret_scale.lab.report.run_record import RunRecord
 from sret_scale.lab.report.summary import Summary
 
 RATE = "optim.learning_rate"
@@ -62,7 +62,7 @@ class Line:
 
 
 def gather(
-    runs: Sequence[Run], summaries: Sequence[Summary], costs: Mapping[str, Callable[[Summary], float]]
+    runs: Sequence[RunRecord], summaries: Sequence[Summary], costs: Mapping[str, Callable[[Summary], float]]
 ) -> list[Point]:
     """One point for each configuration that was evaluated, whatever its number of seeds."""
     points = []

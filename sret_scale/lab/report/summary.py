@@ -8,7 +8,7 @@ import numpy as np
 
 from sret_scale.lab.readable_numbers import binary_size, compact, duration, grouped, percent
 from sret_scale.lab.report.compare import role
-from sret_scale.lab.report.run_record import Run
+from sret_scale.lab.report.run_record import RunRecord
 
 Number = float | None
 
@@ -66,7 +66,7 @@ COLUMNS = (
 )
 
 
-def summarise(run: Run) -> Summary:
+def summarise(run: RunRecord) -> Summary:
     """The figures of a run as it stands: the last evaluation, the median speed, the largest memory."""
     speeds = run.series("train", "images_per_s").values
     speeds = speeds[np.isfinite(speeds)]
@@ -93,7 +93,7 @@ def summarise(run: Run) -> Summary:
     )
 
 
-def evaluation_split(run: Run) -> str:
+def evaluation_split(run: RunRecord) -> str:
     """The split that the run's accuracy is reported on: `test` if it was evaluated there, else its last one."""
     splits = [str(line.get("split")) for line in run.of_kind("eval")]
     return "test" if "test" in splits or not splits else splits[-1]
