@@ -31,6 +31,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from benchmarks.tiny_run import tiny_config, tiny_shards
 from data_pipelines.image.augment import BatchAugment, normalise
 from data_pipelines.stream.loader import LoaderState, Step
 from sret_scale.config.run_config import EngineConfig, RunConfig
@@ -45,7 +46,6 @@ from sret_scale.train.engine.engine import start_communication
 from sret_scale.train.journal import log, log_telemetry
 from sret_scale.train.resume import restore, save
 from sret_scale.train.step import optimizer_step
-from tests.tiny import tiny_config, tiny_shards
 
 STAGES = ("zero0", "zero1", "zero2", "zero3")
 WORLD_SIZE = 2

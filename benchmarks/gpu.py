@@ -20,10 +20,10 @@ from typing import Any
 import torch
 
 from benchmarks.captured import TrainingStep, capture
+from benchmarks.plain_sret import PlainSReT
 from sret_scale.model import SReT, SReTConfig, StageConfig, describe, preset
 from sret_scale.model.compiled_blocks import compile_blocks
 from sret_scale.model.stored_sizes import stored_sizes
-from tests.reference.sret import PlainSReT
 
 PRESETS = ("sret_t", "sret_s", "sret_t_108", "sret_s_108", "sret_t_1000", "sret_s_1000")
 MICRO_BATCHES = (16, 32, 64, 128, 256, 512)

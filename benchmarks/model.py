@@ -1,6 +1,6 @@
 """Speed and stored activations of the model beside its plain twin: `python -m benchmarks.model`.
 
-Both run in one process, alternating, and medians are reported. The twin (`tests/reference/sret.py`) computes as the
+Both run in one process, alternating, and medians are reported. The twin (`benchmarks/plain_sret.py`) computes as the
 publication does. Achieved FLOP/s are set against the peak of a matrix product measured in the same run.
 `--device cuda` makes the GPU table of `benchmarks.gpu` instead, and `--smoke` runs that table's code at a tiny size.
 """
@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import gpu
+from benchmarks.plain_sret import PlainSReT
 from sret_scale.model import Noise, SReT, describe, preset
 from sret_scale.model import matmul as products
 from sret_scale.model.vision.for_inference import folded
-from tests.reference.sret import PlainSReT
 
 # Wall time, or processor time of all threads: what to compare on a machine that has other work.
 CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}

@@ -8,11 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks.plain_sret import PlainSReT
 from checks import parity
 from sret_scale.model import SReT, preset
 from sret_scale.model.vision.official import published_names, to_published
 from tests.model.typed_stages import stages_of
-from tests.reference.sret import PlainSReT
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "sret_parity.npz"
 NAME = "sret_t_no_slice"

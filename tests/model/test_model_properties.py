@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.plain_sret import PlainSReT
 from sret_scale.memory.planning import costs
 from sret_scale.memory.planning.instrument import LiveBytes
 from sret_scale.model import Noise, SReT, SReTConfig, StageConfig, describe
 from sret_scale.model import config as spec
-from tests.reference.sret import PlainSReT
 
 
 @st.composite

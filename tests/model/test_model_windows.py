@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.plain_windows import cone
 from sret_scale.memory import MemoryConfig, apply_recomputation
 from sret_scale.model import Noise, SReT, SReTConfig, StageConfig, describe
 from sret_scale.model.config import ConditioningKind
@@ -15,7 +16,6 @@ from sret_scale.model.read_out import read_outs
 from sret_scale.model.vision.sret import on_grid
 from sret_scale.model.windows import WindowOrder
 from tests.model.typed_stages import stages_of
-from tests.reference.windows import cone
 
 STAGE = StageConfig(
     width=8,

@@ -119,3 +119,15 @@ def test_pages_name_files_that_exist() -> None:
         if gone := [name for name in named if not (ROOT / name).exists()]:
             missing[page.name] = gone
     assert missing == {}
+
+
+def test_benchmarks_import_no_tests() -> None:
+    """What both need stands in benchmarks: whoever measures reads no tests."""
+    found = set()
+    for file in sorted((ROOT / "benchmarks").glob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            found |= {f"{file.name} imports {name}" for name in names}
+    assert "engine.py imports benchmarks.tiny_run" in found
+    assert [one for one in sorted(found) if one.split()[-1].partition(".")[0] == "tests"] == []

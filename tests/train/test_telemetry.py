@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.plain_windows import window_slices
 from sret_scale.config.precision import Precision
 from sret_scale.memory import MemoryConfig, apply_recomputation
 from sret_scale.model import Application, Noise, SReT, SReTConfig, StageConfig
@@ -23,7 +24,6 @@ from sret_scale.train.telemetry.depth_probe import BACKWARD, FORWARD, BlockUses,
 from sret_scale.train.telemetry.statistics import attention_entropy, rank_ratio, token_cosine
 from sret_scale.train.telemetry.truncation import gradient_cosines
 from tests.model.typed_stages import stages_of
-from tests.reference.windows import window_slices
 
 STAGES = (
     StageConfig(width=8, num_heads=2, num_blocks=2, num_loops=3, groups=(4, 2), skip="learned"),

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.plain_windows import attend_in_windows
 from sret_scale.model import Noise, SReT
 from sret_scale.model.applications import application_slots, post_norm
-from sret_scale.model.conditioning import InputInjection
+from sret_scale.model.conditioning import InputInjection, LowRankPerLoop, NormByDepth, NormPerLoop
 from sret_scale.model.layers import Affine, Attention, Block, FeedForward, LearnableResidual, NonLinearProjection
 from sret_scale.model.stage import Stage
-from tests.reference.windows import attend_in_windows
 
 
 class PlainSReT(nn.Module):
@@ -56,6 +56,7 @@ class PlainSReT(nn.Module):
             block = cast(Block, stage.blocks[slot.block])
             permutation = None
             if slot.permuted and stage.windows is None:
+                assert permutations is not None
                 permutation, num_permuted = permutations[num_permuted], num_permuted + 1
             x_BND = self.inject(block, x_BND, input_BND, slot.loop)
             x_BND = self.apply_block(index, block, x_BND, slot.loop, slot.groups, permutation, number)
@@ -93,11 +94,12 @@ class PlainSReT(nn.Module):
         norm2: Affine = (block.norm2.weight, block.norm2.bias)
         qkv_weight, fc1_weight = block.attention.qkv.weight, block.feed_forward.fc1.weight
         conditioning = block.conditioning
-        if conditioning is not None and hasattr(conditioning, "delta"):
+        if isinstance(conditioning, NormPerLoop | NormByDepth):
             delta = conditioning.deltas(loop).norms
+            assert delta is not None
             norm1 = (norm1[0] + delta[0, 0], norm1[1] + delta[0, 1])
             norm2 = (norm2[0] + delta[1, 0], norm2[1] + delta[1, 1])
-        if conditioning is not None and hasattr(conditioning, "down"):
+        if isinstance(conditioning, LowRankPerLoop):
             qkv_weight = qkv_weight + conditioning.up_qkv[loop] @ conditioning.down[loop, 0]
             fc1_weight = fc1_weight + conditioning.up_fc1[loop] @ conditioning.down[loop, 1]
 
@@ -125,6 +127,7 @@ class PlainSReT(nn.Module):
         x_BND: Tensor,
         branch: Callable[[Tensor], Tensor],
     ) -> Tensor:
+        assert coefficients.beta is not None, "the twin computes unfolded models only"
         after = post_norm(self.model.config.stages[index])
         shape = x_BND.shape[-1:]
         y_BND = x_BND if after else F.layer_norm(x_BND, shape, *norm, 1e-6)
