@@ -49,7 +49,7 @@ def jpeg_of(width: int, height: int) -> bytes:
 BAD = {
     "empty.JPEG": (b"", "empty file"),
     "text.JPEG": (b"hello world, I am no image", "not an image"),
-    "Thumbs.db": (b"\xd0\xcf\x11\xe0" + bytes(100), "not an image"),
+    "ole.JPEG": (b"\xd0\xcf\x11\xe0" + bytes(100), "not an image"),
     "headless.JPEG": (jpeg(1)[:10], "not an image|not a readable image"),
     "enormous.png": (png_of(30_000, 30_000), "too large"),
     "vast.JPEG": (jpeg_of(30_000, 30_000), "too large: 30000 x 30000"),
