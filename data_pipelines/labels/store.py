@@ -254,11 +254,14 @@ def check_labels(store: LabelStore, shards: ShardSet, data: DataConfig, run_seed
     """Raise ValueError unless the store is of these shards and has the views that `data` asks for."""
     plan, folder = store.plan, store.folder
     if plan.num_classes != shards.num_classes:
-        raise ValueError(f"{folder}: labels of {plan.num_classes} classes, the data has {shards.num_classes}")
+        raise ValueError(
+            f"{folder}: labels of {plan.num_classes} classes, the data has {shards.num_classes};"
+            " write labels of these shards"
+        )
     if plan.fingerprint != shards.fingerprint:
         raise ValueError(
             f"{folder}: labels of other shards than {shards.folder}: "
-            f"fingerprint {plan.fingerprint[:12]}, expected {shards.fingerprint[:12]}"
+            f"fingerprint {plan.fingerprint[:12]}, expected {shards.fingerprint[:12]}; write labels of these shards"
         )
     view = label_view(data, run_seed)
     names = [name for name in sorted({*plan.view, *view}) if plan.view.get(name) != view.get(name)]

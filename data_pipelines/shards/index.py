@@ -164,7 +164,8 @@ def _check_columns(columns: Columns, manifest: Manifest, source: str | Path) -> 
     lengths = {name: len(columns[name]) for name in COLUMNS if name != "key_bytes"}
     if set(lengths.values()) != {manifest.num_samples}:
         raise ValueError(
-            f"{source}: columns of {sorted(set(lengths.values()))} rows, expected {manifest.num_samples} in each"
+            f"{source}: columns of {sorted(set(lengths.values()))} rows, expected {manifest.num_samples} in each;"
+            " write the shards again"
         )
     label, num_classes = columns["label"], len(manifest.class_names)
     outside = np.flatnonzero((label < 0) | (label >= num_classes))

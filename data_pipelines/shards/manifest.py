@@ -160,12 +160,13 @@ def _check_sizes(manifest: Manifest, source: str | Path) -> None:
     for shard in manifest.shards:
         if not shard.num_samples * _SMALLEST_RECORD_BYTES <= shard.end <= shard.bytes:
             raise ValueError(
-                f"{source}: {shard.file!r}: {shard.num_samples} samples until {shard.end} of {shard.bytes}"
+                f"{source}: {shard.file!r}: {shard.num_samples} samples cannot end at {shard.end} of {shard.bytes};"
+                " write it again"
             )
     if len({shard.file for shard in manifest.shards}) < len(manifest.shards):
         raise ValueError(f"{source}: lists a shard twice; write it again")
     if manifest.index_bytes > max_index_bytes(manifest.num_samples):
         raise ValueError(
             f"{source}: an index of {manifest.index_bytes:,} bytes for {manifest.num_samples:,} samples, expected at"
-            f" most {max_index_bytes(manifest.num_samples):,}"
+            f" most {max_index_bytes(manifest.num_samples):,}; write it again"
         )

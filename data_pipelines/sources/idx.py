@@ -35,7 +35,7 @@ def list_samples(folder: Path, split: str | None) -> Listing:
         )
     num_samples = len(label)
     if not num_samples:
-        raise ValueError(f"{images_path}: no images in it")
+        raise ValueError(f"{images_path}: no images in it; get the file again")
     names_path = folder / CLASSES_FILE
     if names_path.exists():
         class_names = read_class_names(names_path)

@@ -7,7 +7,6 @@ The names of the files say the split (train-00000-of-00294.parquet); class names
 plan shuffles, and a reader keeps those of the shard that it is at.
 """
 
-import json
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines.checked_files import open_regular
+from data_pipelines.checked_files import open_regular, parse_checked
 from data_pipelines.extras import install_extra
 from data_pipelines.shards.packed_strings import pack_strings
 from data_pipelines.sources.listing import Listing, are_class_names, check_labels, numbered_class_names
@@ -181,11 +180,7 @@ def _class_names(paths: Sequence[Path], files: Sequence[Any]) -> list[str] | Non
 
 def _class_names_of(path: Path, file: Any) -> list[str] | None:
     text = (file.schema_arrow.metadata or {}).get(b"huggingface")
-    names: Any
-    try:
-        names = json.loads(text) if text else None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: metadata of the datasets library that is not JSON ({error})") from error
+    names: Any = parse_checked(text, object, f"{path}: metadata of the datasets library") if text else None
     for key in ("info", "features", "label", "names"):
         names = names.get(key) if isinstance(names, dict) else None
     if names is not None and not are_class_names(names):

@@ -45,7 +45,7 @@ def list_samples(folder: Path, split: str | None) -> Listing:
                     metadata.append(sample.members.get("json"))
                     labels.append(label_of(sample, data))
             except TarError as error:
-                raise ValueError(f"{path}: at offset {error.offset}: {error.reason}") from error
+                raise ValueError(f"{path}: at offset {error.offset}: {error.reason}; get the file again") from error
     if passed_over:
         logger.warning("%s: %s", folder, describe_passed_over(passed_over))
     label = np.array(labels, np.int32)

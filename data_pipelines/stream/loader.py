@@ -19,6 +19,7 @@ from itertools import chain, islice
 
 import numpy as np
 
+from data_pipelines.checked_files import parse_checked
 from data_pipelines.config import DataConfig
 from data_pipelines.remote.shard_sets import Prefetcher, bytes_by_cache, cache_of
 from data_pipelines.shards.index import ShardSet
@@ -53,7 +54,7 @@ class LoaderState:
 
     @classmethod
     def from_json(cls, text: str) -> "LoaderState":
-        return cls(**json.loads(text))
+        return parse_checked(text.encode(), cls, "state of the loader")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -83,7 +83,10 @@ class TrainingSamples:
             except BadSampleError as error:
                 self._on_bad_sample(epoch, error)
                 last_error = error
-        raise ValueError(f"{_MAX_SUBSTITUTES} substitutes for a bad sample were bad as well; the last: {last_error}")
+        raise ValueError(
+            f"{_MAX_SUBSTITUTES} substitutes for a bad sample were bad as well; the last: {last_error}; "
+            f"see what `sret-scale shards verify` says of {self._shards.folder}"
+        )
 
     def _read(self, epoch: int, index: int, repeat: int, out_CHW: NDArray[np.uint8]) -> Sample:
         config = self._config

@@ -77,7 +77,7 @@ class _Worker:
                 passed_over: Counter[str] = Counter()
                 return _read_shard(path.name, data, passed_over), passed_over
             except TarError as error:
-                raise ValueError(f"{path}: at offset {error.offset}: {error.reason}") from error
+                raise ValueError(f"{path}: at offset {error.offset}: {error.reason}; get the file again") from error
 
 
 def _read_shard(name: str, data: memoryview, passed_over: Counter[str]) -> DoneShard:

@@ -56,7 +56,10 @@ def finish_shards(
 def check_sizes(index_bytes: int, most_index_bytes: int, manifest_bytes: int) -> None:
     """Raises ValueError where index or manifest have more bytes than readers take."""
     if index_bytes > most_index_bytes:
-        raise ValueError(f"the keys take too much: an index of {index_bytes:,} bytes, at most {most_index_bytes:,}")
+        raise ValueError(
+            f"the keys take too much: an index of {index_bytes:,} bytes, at most {most_index_bytes:,};"
+            " shorten the names of files and folders in the source"
+        )
     if manifest_bytes > MAX_JSON_BYTES:
         raise ValueError(
             f"shards times classes are too many: a manifest of {manifest_bytes:,} bytes, at most {MAX_JSON_BYTES:,};"

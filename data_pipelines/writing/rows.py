@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipelines.atomic_files import write_whole
+from data_pipelines.checked_files import parse_checked
 from data_pipelines.shards.index import COLUMNS, WORK_FOLDER
 from data_pipelines.shards.npz_columns import parse_columns, render_columns
 from data_pipelines.shards.packed_strings import pack_strings
@@ -41,6 +42,18 @@ class DoneShard:
     @property
     def num_samples(self) -> int:
         return len(self.columns["label"])
+
+
+@dataclass(frozen=True)
+class _Head:
+    """What of a done shard is no array, as JSON in its marker."""
+
+    file: str
+    bytes: int
+    hash: str
+    end: int
+    num_turned: int
+    rejected: list[Rejected]
 
 
 class RowTable:
@@ -82,6 +95,5 @@ def save_done(folder: Path, index: int, done: DoneShard) -> None:
 def load_done(folder: Path, index: int) -> DoneShard:
     """The done-marker of a shard."""
     columns = parse_columns(done_path(folder, index).read_bytes())
-    head = json.loads(columns.pop("head").tobytes())
-    rejected = [Rejected(**item) for item in head.pop("rejected")]
-    return DoneShard(**head, columns=columns, rejected=rejected)
+    head = parse_checked(columns.pop("head").tobytes(), _Head, done_path(folder, index))
+    return DoneShard(**vars(head), columns=columns)

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipelines.atomic_files import write_whole
+from data_pipelines.checked_files import parse_checked
 from data_pipelines.keyed_random import keyed_permutation, keyed_words
 from data_pipelines.shards.npz_columns import parse_columns, render_columns
 from data_pipelines.shards.packed_strings import PackedStrings, pack_strings
@@ -46,6 +47,14 @@ class Plan:
     @property
     def num_shards(self) -> int:
         return len(self.starts) - 1
+
+
+@dataclass(frozen=True)
+class _Head:
+    """What of a plan is no array, as JSON in the file."""
+
+    class_names: list[str]
+    arguments: dict[str, Any]
 
 
 def make_plan(
@@ -119,13 +128,13 @@ def save_plan(plan: Plan, work_folder: Path) -> None:
 def load_plan(work_folder: Path) -> Plan:
     """The saved plan."""
     columns = parse_columns((work_folder / PLAN_NAME).read_bytes())
-    head = json.loads(columns["head"].tobytes())
+    head = parse_checked(columns["head"].tobytes(), _Head, work_folder / PLAN_NAME)
     parts: dict[str, Any] = {
         name: PackedStrings(columns[f"{name}_ends"], columns[f"{name}_blob"]) for name in ("paths", "keys", "names")
     }
     parts |= {name: columns.get(name) for name in _ARRAYS}
-    listing = Listing(class_names=head["class_names"], **parts)
-    return Plan(listing=listing, starts=columns["starts"], arguments=head["arguments"])
+    listing = Listing(class_names=head.class_names, **parts)
+    return Plan(listing=listing, starts=columns["starts"], arguments=head.arguments)
 
 
 def _check_keys(listing: Listing) -> None:

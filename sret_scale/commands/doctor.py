@@ -73,6 +73,7 @@ def _dry_run(args: argparse.Namespace) -> int:
 
 def check_ranks(args: argparse.Namespace) -> "Iterator[Finding]":
     """Starts ranks as a run would, which measure and meet each other; one on every node also checks that node."""
+    from data_pipelines.checked_files import read_checked
     from sret_scale.launch.doctor.checks import Finding
     from sret_scale.launch.doctor.measured import Probe, judge
     from sret_scale.launch.hostfile import hosts_of
@@ -91,5 +92,5 @@ def check_ranks(args: argparse.Namespace) -> "Iterator[Finding]":
         if status != 0:
             yield Finding(name="start", state="fail", text="the ranks did not finish; the reason is above")
             return
-        probes = [Probe.from_json(path.read_text()) for path in sorted(folder.glob("probe-*.json"))]
+        probes = [read_checked(path, Probe) for path in sorted(folder.glob("probe-*.json"))]
     yield from judge(probes, here=socket.gethostname())

@@ -168,6 +168,7 @@ def _dry_run(args: argparse.Namespace) -> int:
 
 def _on_ranks(args: argparse.Namespace, asked: dict[str, Any], module: str) -> tuple[int, Any]:
     """(exit status, result) of an evaluation that the launcher started; no result where it failed."""
+    from data_pipelines.checked_files import read_checked
     from sret_scale.launch.hostfile import hosts_of
     from sret_scale.launch.launcher import launch
     from sret_scale.runs.run_folder import RunFolder, write_json
@@ -185,4 +186,4 @@ def _on_ranks(args: argparse.Namespace, asked: dict[str, Any], module: str) -> t
             hosts=hosts_of(args.hostfile),
             module=module,
         )
-        return status, None if status else json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        return status, None if status else read_checked(folder / "result.json", object)

@@ -77,6 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Returns the sweep's exit status."""
+    from data_pipelines.checked_files import printable
     from sret_scale.lab.experiments.array_job import array_file, array_task
     from sret_scale.lab.experiments.declared import load_experiment
     from sret_scale.lab.experiments.pool import run_sweep
@@ -97,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
     experiment, planned = load_experiment(args.experiment, ranks, changes=args.overrides, rehearsal=args.rehearse)
     folder = args.folder or Path("runs") / (args.experiment.stem + "_rehearsal" * (args.rehearse < 1))
     if args.dry_run:
-        print(_table(args, planned, ranks))
+        print(printable(_table(args, planned, ranks)))
         return 0
     for name in ("measure", "speeds", "price_per_hour"):
         if getattr(args, name):

@@ -77,17 +77,18 @@ def _import(file: Path, out: Path, name: str | None) -> None:
     from sret_scale.train.load_run import facts_of
 
     published, key = load_published(file)
-    if name is None:
-        name, config = recognised_config(published)
-    else:
-        config = preset(name)
-        if "head.weight" in published:
-            config = replace(config, num_classes=len(published["head.weight"]))
-    model = SReT(config)
     try:
+        if name is None:
+            name, config = recognised_config(published)
+        else:
+            config = preset(name)
+            if "head.weight" in published:
+                config = replace(config, num_classes=len(published["head.weight"]))
+        model = SReT(config)
         model.load_state_dict(from_published(config, published))
-    except RuntimeError as error:
-        raise ValueError(f"{file} does not fit {name}: {str(error).splitlines()[-1].strip()}") from error
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise ValueError(f"{file} does not fit {name or 'any preset'}: {reason}") from error
     # Published models see images as the defaults have them, which are ImageNet's.
     save_model(model, out, facts_of(RunConfig(model=config), None))
     print(

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from data_pipelines.checked_files import read_bounded
 from sret_scale.config.precision import Precision
 
 # The top-level keys of DeepSpeed 0.19.8 that a file here may set. Every other one is refused.
@@ -71,7 +72,7 @@ def load_ds_config(name_or_path: str | Path) -> dict[str, Any]:
     if name in bundled:
         text = importlib.resources.files("ds_configs").joinpath(f"{name}.json").read_text(encoding="utf-8")
     elif Path(name).is_file():
-        text = Path(name).read_text(encoding="utf-8-sig", errors="replace")
+        text = read_bounded(name, 2**20).decode("utf-8-sig", errors="replace")
     else:
         nearest = difflib.get_close_matches(name, bundled, n=1)
         hint = f"did you mean {nearest[0]}? " if nearest else ""
@@ -80,7 +81,7 @@ def load_ds_config(name_or_path: str | Path) -> dict[str, Any]:
         )
     try:
         config = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"DeepSpeed config {name}: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"DeepSpeed config {name}: expected an object of keys, got {type(config).__name__}")

@@ -31,7 +31,8 @@ class StoredTeacher:
             row = int(np.flatnonzero((found_B5 != expected_B5).any(axis=1))[0])
             raise ValueError(
                 f"{self.store.folder}: sample {indices_B[row]} in view {int(batch.view_numbers[row])} has a label of "
-                f"the box {found_B5[row].tolist()}, the image was cut at {expected_B5[row].tolist()}"
+                f"the box {found_B5[row].tolist()}, the image was cut at {expected_B5[row].tolist()};"
+                " write the labels again"
             )
         return decode_records(records, self.store.plan.num_classes, device)
 

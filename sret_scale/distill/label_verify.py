@@ -54,12 +54,15 @@ def plan_teacher(plan: LabelPlan, spec: str | None, device: torch.device, load_r
     now = teacher.describe()
     there = now.get("members", [now])
     if len(there) != len(members):
-        raise ValueError(f"the labels were written by {len(members)} teachers, --teacher names {len(there)}")
+        raise ValueError(
+            f"the labels were written by {len(members)} teachers, --teacher names {len(there)}; name the same ones"
+        )
     for member, member_now in zip(members, there, strict=True):
         differing = [name for name, value in member.items() if name != "spec" and value != member_now[name]]
         if differing:
             raise ValueError(
-                f"teacher {member['spec']!r} has changed since the labels were written: {', '.join(differing)} differ"
+                f"teacher {member['spec']!r} has changed since the labels were written: {', '.join(differing)} differ; "
+                "bring that one back, or write the labels again"
             )
     return teacher
 

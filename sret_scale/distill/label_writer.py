@@ -179,7 +179,7 @@ def encode_answer(job: LabelJob, view: int, batch: Batch, logits_BC: Tensor) -> 
     """(records, coverage sums) of a batch. ValueError that names the sample for logits that are no numbers."""
     if not logits_BC.isfinite().all():
         key = job.shards.key(int(batch.indices[int((~logits_BC.isfinite()).any(dim=1).nonzero()[0])]))
-        raise ValueError(f"the teacher gives NaN or infinite logits for sample {key!r}, view {view}")
+        raise ValueError(f"the teacher gives NaN or infinite logits for sample {key!r}, view {view}; take another")
     log_probs_BC = F.log_softmax(logits_BC, dim=-1)
     records = encode_records(log_probs_BC, batch.views.long().numpy(), job.plan.top_k)
     return records, coverage_sums(log_probs_BC, records, batch.labels)
@@ -201,7 +201,9 @@ def unit_batches(job: LabelJob, unit: Unit, filler: BatchFiller) -> Iterator[tup
         for oldest, place, pending in ahead:
             yield oldest, place, pending.result()
     except TooManyBadSamplesError as error:
-        raise ValueError(f"soft labels need every image: {error.__cause__}") from error
+        raise ValueError(
+            f"soft labels need every image: {error.__cause__}; repair the shards (`shards repair`)"
+        ) from error
 
 
 def finish(folder: Path, plan: LabelPlan) -> bool:

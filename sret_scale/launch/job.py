@@ -4,8 +4,9 @@ import base64
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from dataclasses import asdict, dataclass, field
+
+from data_pipelines.checked_files import parse_checked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,10 +42,7 @@ class Job:
     @classmethod
     def from_line(cls, line: str) -> "Job":
         """The job of a line that `to_line` wrote."""
-        content: dict[str, Any] = json.loads(line)
-        content["arguments"] = tuple(content["arguments"])
-        content["world"] = {name: tuple(devices) for name, devices in content["world"].items()}
-        return cls(**{key.name: content[key.name] for key in fields(cls)})
+        return parse_checked(line.encode(), cls, "the job on stdin")
 
 
 def deepspeed_command(job: Job, node_rank: int) -> list[str]:

@@ -4,7 +4,6 @@ The file is appended to by a process that may be killed at any byte and restarte
 that was cut off is left out and counted, a step that was repeated counts once, a value that is not finite stays a gap.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,11 +13,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from data_pipelines.checked_files import parse_checked, read_bounded
+
 # Values whose loss of finiteness the reader must hear of, with the kind of line they stand in.
 WATCHED = (("train", "loss"), ("train", "grad_norm"), ("eval", "loss"), ("eval", "top1"))
 
 # Beyond what a float holds, and far beyond what a run counts.
 MOST = 1e300
+MOST_BYTES, MOST_LINE_BYTES = 2**30, 2**20
 
 Line = Mapping[str, Any]
 Floats = npt.NDArray[np.float64]
@@ -37,11 +39,11 @@ def read_metrics(path: Path) -> tuple[list[Line], list[str]]:
     broken: list[int] = []
     kept: dict[tuple[object, ...], Line] = {}
     restarts = 0
-    raw_lines = path.read_bytes().split(b"\n") if path.is_file() else []
+    raw_lines = read_bounded(path, MOST_BYTES).split(b"\n") if path.is_file() else []
     for number, raw in enumerate(raw_lines, start=1):
         if not raw.strip():
             continue
-        line = _parse(raw)
+        line = parse_line(raw)
         if line is None:
             broken.append(number)
             continue
@@ -61,13 +63,13 @@ def read_metrics(path: Path) -> tuple[list[Line], list[str]]:
     return list(kept.values()), remarks
 
 
-def _parse(raw: bytes) -> Line | None:
-    """The metric line, or None if it is cut off: no JSON object, or without the fields that every line has."""
+def parse_line(raw: bytes) -> Line | None:
+    """The metric line, or None if it is cut off: no JSON object, too long, or without the fields of every line."""
     try:
-        line = json.loads(raw)
-    except (ValueError, RecursionError):
+        line = parse_checked(raw[:MOST_LINE_BYTES], dict[str, Any], "a line of metrics.jsonl")
+    except ValueError:
         return None
-    if not isinstance(line, dict) or not isinstance(line.get("kind"), str):
+    if not isinstance(line.get("kind"), str):
         return None
     if not isinstance(line.get("weights"), str | None) or not isinstance(line.get("split"), str | None):
         return None

@@ -5,7 +5,6 @@ The folder takes the place of a run folder for the launcher: status, logs and er
 
 import argparse
 import itertools
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from data_pipelines.checked_files import read_checked
 from data_pipelines.remote.shard_sets import open_data
 from data_pipelines.shards.classes import classes_without_samples, renumbered
 from data_pipelines.shards.index import ShardSet
@@ -103,7 +103,8 @@ def open_shards(run: Path, shards: str | None) -> tuple[ShardSet, RunConfig]:
         return renumbered(opened, class_names, owner=f"the run {run}"), config
     if opened.num_classes != config.model.num_classes:
         raise ValueError(
-            f"{opened.folder} has {opened.num_classes} classes, the model of {run} has {config.model.num_classes}"
+            f"{opened.folder} has {opened.num_classes} classes, the model of {run} has {config.model.num_classes}: "
+            "give --shards of these classes"
         )
     return opened, config
 
@@ -121,7 +122,7 @@ def answer(work: Callable[[dict[str, Any], Ranks], Any]) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("request", type=Path)
     file: Path = parser.parse_args().request
-    request = json.loads(file.read_text(encoding="utf-8"))
+    request = read_checked(file, dict[str, Any])
     # Importing deepspeed costs seconds, and an evaluation in one process does without it.
     from sret_scale.train.engine.engine import start_communication
 

@@ -71,10 +71,7 @@ def load_class_names(source: Path) -> list[str] | None:
 
 
 def _parse_class_names(text: str | bytes, where: Path, number: int | None = None) -> list[str]:
-    try:
-        names = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not JSON, or damaged ({error})") from error
+    names = parse_checked(text.encode() if isinstance(text, str) else text, object, where)
     if not are_class_names(names) or len(names) != (number or len(names)):
         raise ValueError(f"{where}: expected a list of {number or ''} class names, none empty and none twice")
     return list(names)

@@ -14,11 +14,12 @@ import sys
 import threading
 import time
 import traceback
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from data_pipelines.atomic_files import write_whole
+from data_pipelines.checked_files import read_checked
 from sret_scale.runs.rank_errors import RankError, write_error
 
 EXIT_HANG = 3
@@ -33,6 +34,16 @@ REPORT_S = 20.0
 """How long the report of a hang may take; a run folder that does not answer by then is left without one."""
 START_SPREAD_S = 60.0
 """Ranks of one start begin within this time of each other, clocks of nodes included; an older file is of another."""
+
+
+@dataclass(frozen=True)
+class _Heartbeat:
+    """What a rank says of itself, as JSON in its file."""
+
+    step: int
+    phase: str
+    since_s: float
+    host: str
 
 
 class Watchdog:
@@ -95,10 +106,10 @@ class Watchdog:
     def _beat(self) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
         # Its age is what tells: waiting for a disk that is busy with a checkpoint would make a live rank look lost.
-        write_whole(self._file(self._rank), json.dumps(self._state()), is_durable=False)
+        write_whole(self._file(self._rank), json.dumps(asdict(self._state())), is_durable=False)
 
-    def _state(self) -> dict[str, Any]:
-        return {"step": self._step, "phase": self._phase, "since_s": self._since_s, "host": socket.gethostname()}
+    def _state(self) -> "_Heartbeat":
+        return _Heartbeat(self._step, self._phase, self._since_s, socket.gethostname())
 
     def _end(self) -> None:
         """Leave the stacks of all threads and the reason in the run folder, and end this process whatever happens."""
@@ -146,17 +157,20 @@ class Watchdog:
             if not file.exists() or file.stat().st_mtime < self._started_s - START_SPREAD_S:
                 return f"rank {rank} never started"
             times_s[rank] = file.stat().st_mtime
-            states[rank] = json.loads(file.read_text(encoding="utf-8"))
+            try:
+                states[rank] = read_checked(file, _Heartbeat)
+            except ValueError as error:
+                return f"rank {rank} left no heartbeat that can be read ({error})"
         # This rank is alive, even where its file can no longer be written.
         states[self._rank] = self._state()
         oldest = min(times_s, key=lambda rank: (rank == self._rank, times_s[rank]))
         age_s = max(times_s.values()) - times_s[oldest]
         if oldest != self._rank and age_s > max(10.0, 3 * self._interval_s):
-            where = f"rank {oldest} on {states[oldest]['host']}"
-            return f"{where} has been stopped or lost for {age_s:.0f} s, at step {states[oldest]['step']}"
-        places = {rank: (state["step"], PHASES.index(state["phase"])) for rank, state in states.items()}
+            where = f"rank {oldest} on {states[oldest].host}"
+            return f"{where} has been stopped or lost for {age_s:.0f} s, at step {states[oldest].step}"
+        places = {rank: (state.step, PHASES.index(state.phase)) for rank, state in states.items()}
         slowest = min(places, key=lambda rank: places[rank])
         state = states[slowest]
         num_others = sum(place == places[slowest] for place in places.values()) - 1
         also = f" (and so are {num_others} other ranks)" if num_others else ""
-        return f"rank {slowest} on {state['host']} is at step {state['step']}, {state['phase']}{also}"
+        return f"rank {slowest} on {state.host} is at step {state.step}, {state.phase}{also}"

@@ -31,7 +31,20 @@ def test_a_half_written_last_line_is_left_out_and_counted(tmp_path: Path) -> Non
     assert remarks == ["1 half-written line of metrics.jsonl left out (line 2)."]
 
 
-@pytest.mark.parametrize("bad", ["[1, 2]", '{"kind": 3}', '{"kind": "train", "step": 1}', "\x00\x00", "nonsense"])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        "[1, 2]",
+        '{"kind": 3}',
+        '{"kind": "train", "step": 1}',
+        "\x00\x00",
+        "nonsense",
+        json.dumps(_line(9, x="y" * 2**20)),
+        "[" * 9**5,
+        json.dumps(_line(9)).replace("9", "9" * 5000),
+    ],
+    ids=lambda bad: bad[:20],
+)
 def test_lines_that_are_no_metrics_are_left_out(tmp_path: Path, bad: str) -> None:
     lines, remarks = read_metrics(_write(tmp_path / "metrics.jsonl", _line(1), bad, _line(2)))
     assert [line["step"] for line in lines] == [1, 2]

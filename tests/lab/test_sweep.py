@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from sret_scale.lab.experiments.matching import memory_of
 from sret_scale.lab.experiments.metrics_tail import Standing
 from sret_scale.lab.experiments.pool import RunState, run_sweep
 from sret_scale.lab.experiments.run_slots import Slot, device_slots, host_slots, local_slots
-from sret_scale.lab.experiments.sweep_view import SweepView
+from sret_scale.lab.experiments.sweep_view import SweepView, live_table
 from sret_scale.launch.hostfile import read_hostfile
 from sret_scale.memory import prepare_memory
 from sret_scale.memory.planning.probe import probe_step
@@ -426,6 +427,19 @@ def test_the_live_table_shows_what_runs_first_and_never_more_than_a_screen(base:
     row = next(line for line in text.splitlines() if "seed-30" in line)
     for part in ("running (GPU 3)", "128 of 512", "64 images/s", "loss 1.234", "6 s left"):
         assert part in row
+
+
+def test_names_reach_no_terminal_as_they_are(base: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (run,) = plan_runs(Experiment(base=base, grid={"train.seed": [0]}))
+    state = RunState(run=replace(run, name="\x1b[31mred"), folder=Path("x"), state="running", slot="\x1b]0;owned\x07")
+    state.standing = Standing(images=128)
+    table = io.StringIO()
+    Console(width=200, file=table).print(live_table([state]))
+    with SweepView(is_live=False) as view:
+        view.say("\x1b[2J")
+        view.show([state])
+    for text in (capsys.readouterr().out, table.getvalue()):
+        assert "\\x1b" in text and not any(c in text for c in "\x1b\x07"), ascii(text)
 
 
 def test_without_a_terminal_running_runs_are_lines(base: str, capsys: pytest.CaptureFixture[str]) -> None:

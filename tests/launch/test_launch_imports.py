@@ -1,13 +1,18 @@
 """No file of the working folder takes the place of a module; the user's own modules are found there all the same."""
 
+import json
 import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from data_pipelines.image.user_transform import import_of_user
+from sret_scale import __version__
 from sret_scale.config.recipes import configuration
+from sret_scale.runs.run_folder import _commit
 from tests.data.shard_sources import make_tree
 from tests.runs import complete_lines
 from tests.tiny import ROOT, sret_scale, tiny_config, tiny_shards, write_config
@@ -46,6 +51,33 @@ def test_a_run_imports_its_own_code_and_the_users_transform_last(shadowed: Path,
     assert [line["images"] for line in complete_lines(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "train"]
     assert list(shadowed.glob("called-*"))
     assert configuration(str(tmp_path / "run" / "config.yaml")).data.transform == "mine:darker"
+    assert recorded(tmp_path / "run") == (_commit(), __version__)
+
+
+def recorded(run: Path) -> tuple[str | None, str]:
+    """The commit and the version that a run folder says its code has."""
+    content = json.loads((run / "environment.json").read_text())
+    return content["commit"], content["versions"]["sret-scale"]
+
+
+@pytest.mark.multi_process
+def test_inside_another_checkout_the_code_of_the_command_runs_and_is_recorded(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    for package in ("sret_scale", "data_pipelines", "ds_configs"):
+        shutil.copytree(ROOT / package, other / package, ignore=shutil.ignore_patterns("__pycache__"))
+    mark = f"\nimport pathlib\npathlib.Path({str(tmp_path)!r}, 'ran-the-other').touch()\n"
+    for file in ("sret_scale/train/loop.py", "sret_scale/__init__.py", "data_pipelines/__init__.py"):
+        with (other / file).open("a") as stream:
+            stream.write(mark)
+    author = ("-c", "user.name=x", "-c", "user.email=x@example.org")
+    for command in (("init", "-q"), ("add", "sret_scale/cli.py"), (*author, "commit", "-q", "-m", "another one")):
+        subprocess.run(["git", *command], cwd=other, check=True)
+    file = write_config(tmp_path / "tiny.yaml", tiny_config(tiny_shards(tmp_path / "shards")), total_images=32)
+    process = sret_scale("train", file, "--run", tmp_path / "run", cwd=other)
+    _, error = process.communicate(timeout=240)
+    assert process.returncode == 0, error
+    assert not (tmp_path / "ran-the-other").exists()
+    assert recorded(tmp_path / "run") == (_commit(), __version__)
 
 
 @pytest.mark.multi_process

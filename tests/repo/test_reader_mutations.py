@@ -11,12 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from data_pipelines.labels.store import read_plan
+from data_pipelines.stream.quarantine import Quarantine
+from sret_scale.model.vision.official import to_published
 from sret_scale.model.vision.weight_files import save_model
+from sret_scale.runs.checkpoint import read_tensors
 from sret_scale.train.load_run import load_trained
 from tests.fuzz_reader import MOST_S
 from tests.hand_made import make_labels, make_run
@@ -74,7 +78,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = tiny_config(tiny_shards(folder / "shards"))
     make_run(folder / "run", config)
     make_labels(folder / "store", folder / "shards" / "train", config)
-    save_model(load_trained(folder / "run"), folder / "weights.safetensors")
+    shutil.copytree(folder / "run", folder / "teacher")
+    model = load_trained(folder / "run")
+    save_model(model, folder / "weights.safetensors")
+    torch.save({"model": to_published(model.config, model.state_dict())}, folder / "published.pth")
     (folder / "sweep.yaml").write_text("base: run/config.yaml\ngrid: {model.stages.1.num_loops: [2, 4]}\nretries: 1\n")
     return folder
 
@@ -139,6 +146,10 @@ def mutate_lines(file: Path, rng: random.Random) -> None:
     file.write_text("\n".join(lines) + "\n")
 
 
+def mutate_bytes(file: Path, rng: random.Random) -> None:
+    file.write_bytes(damaged(file.read_bytes(), rng))
+
+
 def mutate_weights(file: Path, rng: random.Random) -> None:
     if rng.random() < 0.3:
         file.write_bytes(damaged(file.read_bytes(), rng))
@@ -147,6 +158,20 @@ def mutate_weights(file: Path, rng: random.Random) -> None:
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         config = json.loads(opened.metadata()["sret_config"])
     save_file(tensors, file, metadata={"sret_config": json.dumps(changed(config, rng))})
+
+
+def mutate_published(file: Path, rng: random.Random) -> None:
+    if rng.random() < 0.3:
+        file.write_bytes(damaged(file.read_bytes(), rng))
+        return
+    content = torch.load(file, weights_only=True)
+    tensors = content["model"]
+    name = rng.choice(list(tensors))
+    value = tensors.pop(name)
+    others = (value[:0], value.double(), value.flatten()[:1].expand(2**40), value.to(torch.int8), value * float("nan"))
+    if rng.random() < 0.8:
+        tensors[rng.choice((name, "x\x1b[31m", 7))] = rng.choice((*others, *HOSTILE))
+    torch.save(rng.choice((content, content, tensors, [tensors], {"model": [1]})), file)
 
 
 CASES: dict[str, tuple[str, Callable[[Path, random.Random], None], tuple[str, ...]]] = {
@@ -159,6 +184,17 @@ CASES: dict[str, tuple[str, Callable[[Path, random.Random], None], tuple[str, ..
         "weights.safetensors",
         mutate_weights,
         ("export", "weights.safetensors", "o", "--format", "safetensors"),
+    ),
+    "published": ("published.pth", mutate_published, ("weights", "import", "published.pth", "o")),
+    "teacher config": (
+        "teacher/config.yaml",
+        mutate_yaml,
+        ("train", "run/config.yaml", "distill.teacher=run:MADE/teacher", "--dry-run", "--run", "o"),
+    ),
+    "teacher state": (
+        "teacher/checkpoints/step-000000001/state.json",
+        mutate_json,
+        ("labels", "write", "shards/train", "o", "--teacher", "run:MADE/teacher", "--views", "1", "--top-k", "3"),
     ),
     "sweep": ("sweep.yaml", mutate_yaml, ("sweep", "sweep.yaml", "--slurm", "time=1:00:00,cpus=1")),
     **{
@@ -179,13 +215,14 @@ CASES: dict[str, tuple[str, Callable[[Path, random.Random], None], tuple[str, ..
 def test_a_mutated_file_ends_no_command_with_a_traceback(made: Path, tmp_path: Path, ask: Ask, name: str) -> None:
     rng = random.Random(name)
     file, mutate, command = CASES[name]
-    names = {"store", "run", "weights.safetensors", "sweep.yaml", "o", "o.html"}
+    names = {"store", "run", "run/config.yaml", "weights.safetensors", "published.pth", "sweep.yaml", "o", "o.html"}
+    names |= {"shards/train"}
     copy = tmp_path / "made"
-    for number in range(NUM_MUTATIONS if "report" not in name else 12):
+    for number in range(NUM_MUTATIONS if name.split()[0] not in ("report", "teacher", "published") else 12):
         shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(made, copy)
         mutate(copy / file, rng)
-        status, text = ask(*(copy / word if word in names else word for word in command))
+        status, text = ask(*(copy / word if word in names else word.replace("MADE", str(copy)) for word in command))
         kept = (copy / file).read_bytes()[:2000]
         assert status in (0, 1, 2) and "Traceback" not in text, (number, text, kept)
         assert status == 0 or "error: " in text or "damaged: " in text, (number, text, kept)
@@ -203,6 +240,45 @@ def test_a_sealed_state_of_other_types_is_refused(made: Path, tmp_path: Path, as
         sealed_checkpoint(checkpoint)
         status, text = ask("export", tmp_path / "run", tmp_path / "o", "--format", "safetensors")
         assert status in (0, 2) and "Traceback" not in text, (text, (checkpoint / "state.json").read_text()[:500])
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("name", ["ema", "optimizer"])
+def test_sealed_tensors_of_a_checkpoint_that_are_damaged_are_refused(
+    made: Path, tmp_path: Path, ask: Ask, name: str
+) -> None:
+    rng = random.Random(name)
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-000000001"
+    for _ in range(12):
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        shutil.copytree(made / "run", tmp_path / "run")
+        file = checkpoint / f"{name}.safetensors"
+        if name == "optimizer":
+            shutil.copy(checkpoint / "ema.safetensors", file)
+        data = file.read_bytes()
+        # The header of the format is its length and JSON; what stands behind it are values, of which all are legal.
+        place = rng.randrange(8 + int.from_bytes(data[:8], "little"))
+        file.write_bytes(data[:place] + rng.choice((b"", b"\xff" * 8, b"9" * 5000, b"[" * 100_000)) + data[place + 8 :])
+        sealed_checkpoint(checkpoint)
+        if name == "ema":
+            status, text = ask("export", tmp_path / "run", tmp_path / "o", "--format", "safetensors")
+            assert status == 2 and "error: " in text and "ema" in text and "Traceback" not in text, text
+        else:
+            with pytest.raises((ValueError, OSError), match="optimizer"):
+                read_tensors(checkpoint, name)
+
+
+def test_a_mutated_quarantine_is_counted_on_or_refused_with_its_name(tmp_path: Path) -> None:
+    rng = random.Random("quarantine")
+    file = tmp_path / "quarantine.jsonl"
+    line = {"index": 3, "epoch": 0, "rank": 0, "world_size": 1, "shard": "a.tar", "key": "k", "reason": "r"}
+    for _ in range(200):
+        file.write_text("".join(json.dumps({**line, "index": index}) + "\n" for index in range(4)))
+        (mutate_lines if rng.random() < 0.7 else mutate_bytes)(file, rng)
+        try:
+            assert 0 <= Quarantine(str(file), max_bad_rate=1.0, samples_per_epoch=100).count <= 4
+        except ValueError as error:
+            assert str(file) in str(error), error
 
 
 @pytest.mark.parametrize(

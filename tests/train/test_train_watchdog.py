@@ -51,6 +51,15 @@ def test_ranks_at_the_same_place_are_counted(tmp_path: Path) -> None:
     assert culprit(tmp_path, (5, "computing"), (6, "saving")).endswith("computing (and so are 1 other ranks)")
 
 
+@pytest.mark.parametrize("content", ["", '{"step": 5', "[]", '{"step": "5", "phase": "", "since_s": 0, "host": ""}'])
+def test_a_heartbeat_that_cannot_be_read_is_named(tmp_path: Path, content: str) -> None:
+    beat(tmp_path, 1, 5, "computing").write_text(content)
+    with Watchdog(tmp_path, rank=0, world_size=2, timeout_s=100.0) as dog:
+        dog._beat()
+        said = dog._culprit()
+    assert said.startswith("rank 1 left no heartbeat that can be read") and "rank-00001.json" in said
+
+
 def test_a_heartbeat_of_an_earlier_start_is_a_rank_that_never_started(tmp_path: Path) -> None:
     beat(tmp_path, 1, 70, "computing", age_s=5.0)
     with Watchdog(tmp_path, rank=0, world_size=2, timeout_s=100.0) as dog:

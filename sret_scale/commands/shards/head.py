@@ -16,8 +16,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Draw the sheet and save it."""
+    from data_pipelines.checked_files import printable
     from data_pipelines.upkeep.contact_sheet import draw_contact_sheet
 
     sheet = draw_contact_sheet(args.folder, first=args.first, num_images=args.count)
     sheet.save(args.picture, "PNG")
-    print(f"{args.picture}: {sheet.width} x {sheet.height} pixels")
+    print(printable(f"{args.picture}: {sheet.width} x {sheet.height} pixels"))

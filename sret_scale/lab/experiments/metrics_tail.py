@@ -1,10 +1,9 @@
 """How far a run is, from the end of its metrics file: cheap enough to ask of many running runs all the time."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from sret_scale.runs.metrics_log import number
+from sret_scale.runs.metrics_log import number, parse_line
 
 TAIL_BYTES = 8192
 
@@ -35,11 +34,8 @@ def standing_of(folder: Path) -> Standing:
         lines = stream.read().split(b"\n")
     train, evaluation = None, None
     for raw in reversed(lines):
-        try:
-            line = json.loads(raw)
-        except (ValueError, RecursionError):
-            continue
-        kind = line.get("kind") if isinstance(line, dict) else None
+        line = parse_line(raw)
+        kind = line["kind"] if line else None
         if kind == "train" and train is None:
             train = line
         if kind == "eval" and evaluation is None:

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from data_pipelines.checked_files import printable
 from sret_scale.lab.experiments.pool import RunState
 from sret_scale.lab.readable_numbers import compact, duration, percent
 
@@ -42,9 +43,9 @@ class SweepView:
     def say(self, text: str) -> None:
         """One line of text, above the table where there is one."""
         if self._live:
-            self._console.print(text, markup=False, highlight=False)
+            self._console.print(printable(text), markup=False, highlight=False)
         else:
-            print(text, flush=True)
+            print(printable(text), flush=True)
 
     def show(self, states: Sequence[RunState]) -> None:
         """The table, or a line for each running run once in LINE_INTERVAL_S."""
@@ -60,7 +61,7 @@ class SweepView:
         self._last_s = now
         for state in states:
             if state.state == "running" and state.standing.images:
-                print("  ".join([f"{state.run.name}:", *cells(state)[2:]]), flush=True)
+                print(printable("  ".join([f"{state.run.name}:", *cells(state)[2:]])), flush=True)
 
 
 def cells(state: RunState) -> list[str]:
@@ -69,8 +70,8 @@ def cells(state: RunState) -> list[str]:
     named = state.state + (f" ({state.slot})" if state.state == "running" and state.slot != "here" else "")
     remaining = standing.remaining_s(total) if state.state == "running" else None
     return [
-        state.run.name,
-        named,
+        printable(state.run.name),
+        printable(named),
         f"{standing.images:,} of {total:,}",
         "" if standing.images_per_s is None else f"{compact(standing.images_per_s)} images/s",
         "" if standing.loss is None else f"loss {standing.loss:.3f}",

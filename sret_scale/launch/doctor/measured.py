@@ -1,6 +1,5 @@
 """What the ranks of `sret-scale doctor` measured, and what it says about the nodes together."""
 
-import json
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -25,13 +24,6 @@ class Probe:
     """Bytes of the reduced tensor a second; 0 with one rank."""
     findings: tuple[Finding, ...] = ()
     """The checks of its node, from the first rank of each."""
-
-    @classmethod
-    def from_json(cls, text: str) -> "Probe":
-        """The probe that a rank wrote as the JSON of its fields."""
-        content = json.loads(text)
-        content["findings"] = tuple(Finding(**finding) for finding in content["findings"])
-        return cls(**content)
 
 
 def judge(probes: Sequence[Probe], here: str) -> Iterator[Finding]:

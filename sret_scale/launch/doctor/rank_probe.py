@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from data_pipelines.checked_files import read_checked
 from data_pipelines.shards.index import open_shards
 from sret_scale.launch.doctor.checks import Finding, check_machine
 from sret_scale.launch.doctor.inputs import check_shards, check_teacher
@@ -77,7 +78,7 @@ def main(config: Path) -> None:
         clock_s=clock_s,
         matmul_per_s=matmul_rate(ranks.device),
         all_reduce_bytes_per_s=bandwidth,
-        findings=check_node(json.loads(config.read_text(encoding="utf-8"))) if ranks.local_rank == 0 else (),
+        findings=check_node(read_checked(config, dict[str, Any])) if ranks.local_rank == 0 else (),
     )
     (folder / f"probe-{ranks.rank:05d}.json").write_text(json.dumps(asdict(probe)), encoding="utf-8")
     barrier()

@@ -138,7 +138,7 @@ class WholeState:
         if not state:
             return
         needed = {f"{moment}.{name}" for name, _ in self._trained_parameters() for moment in self._moments(name)}
-        if missing := sorted(needed - set(state)):
+        if missing := sorted({"step", *needed} - set(state)):
             raise ValueError(
                 f"the optimizer state lacks {missing[0]} (and {len(missing) - 1} more): it was made by another "
                 "optim.optimizer; continue with that one, or start a run with train.initial_weights"
@@ -149,6 +149,12 @@ class WholeState:
         for name, parameter in self._trained_parameters():
             for moment in self._moments(name):
                 value = state[f"{moment}.{name}"].to(parameter.device)
+                shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+                if value.shape != shape:
+                    raise ValueError(
+                        f"optimizer state {moment}.{name}: expected {shape}, got {tuple(value.shape)}: the newest "
+                        "checkpoint is damaged; delete it, and the run continues from the one before"
+                    )
                 if self.zero_stage == 3:
                     safe_set_local_optimizer_state(parameter, self._own_part(parameter, value), moment)
                 elif self.zero_stage:
