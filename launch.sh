@@ -275,6 +275,13 @@ USAGE
     done < <(sed -n 's/^    "\([a-z]*\)": "\(.*\)",$/\1\t\2/p' "$root/sret_scale/cli.py")
 }
 
+# A question with the command that was meant, where any Python can tell.
+nearest_command() {
+    python3 -c 'import difflib, sys; print(*difflib.get_close_matches(sys.argv[1], sys.argv[2:], 1))' "$1" \
+        $(sed -n 's/^    "\([a-z]*\)": ".*",$/\1/p' "$root/sret_scale/cli.py") 2>/dev/null |
+        sed -n 's/\(..*\)/did you mean \1? /p' || true
+}
+
 main() {
     if [[ ${1-} == --no-venv ]]; then
         use_venv=no
@@ -299,7 +306,8 @@ main() {
     *[!a-z-]* | -*) fail "unknown option or command $command (--no-venv comes first); see ./launch.sh --help" ;;
     *)
         # A wrong name must not cost an installation first: the table of commands is read as text.
-        grep -q "^    \"$command\": " "$root/sret_scale/cli.py" || fail "unknown command $command; see ./launch.sh --help"
+        grep -q "^    \"$command\": " "$root/sret_scale/cli.py" ||
+            fail "unknown command $command; $(nearest_command "$command")see ./launch.sh --help"
         prepare
         # The demo's files belong to the project; every other command works where the user stands.
         if [[ $command == demo ]]; then cd "$root"; fi

@@ -15,28 +15,49 @@ MAX_PIXELS = 89_478_485
 class DataConfig:
     """What is read, in which order, and which part of each image is seen.
 
-    `crop` is the training view: `resized` (RandomResizedCrop: `crop_scale` of the area, `crop_ratio` width to
-    height, then antialiased resize), `padded` (the image, padded with zeros by `crop_padding` pixels, cut at a
-    random place: for small images) or `centre` (the view of evaluation). Evaluation resizes the short side to
-    image_size / `eval_crop_rate` and cuts the centre; 1.0 keeps the whole short side.
+    train_folder, test_folder: folder or URL of a shard set.
+    mixture_folders: more training sets.
+    mixture_weights: those of all training sets, that of train_folder first; none: by number of samples.
+    order: `full` permutes whole epochs, `block` shards and a window of samples, `sequential` nothing.
+    last: what becomes of samples that fill no global batch.
+    block_window: samples that one may be moved by in `block` order: more mixes better, and needs more shards at a time.
+    num_repeats: views of each sample in an epoch, all in one global batch (repeated augmentation).
+    transform: a transform of your own for each view, as module:function; data_pipelines/image/user_transform.py says
+        how it is called.
+    workers: decoding threads of one rank (or processes, for a transform that holds the interpreter lock).
+    worker_kind: threads or processes.
+    prefetch_batches: micro batches that workers may be ahead.
+    crop: the training view: `resized` (RandomResizedCrop, antialiased), `padded` (padded with zeros, cut at a
+        random place: for small images) or `centre` (the view of evaluation).
+    crop_scale, crop_ratio: share of the area, and width to height, of `resized`.
+    crop_padding: pixels of zeros on each side, of `padded`.
+    flip_rate: share of training views that are mirrored.
+    num_views: epoch e sees view e mod num_views of each image; null draws new views in every epoch.
+    view_seed: draws them; null is the run's seed. A store of soft labels needs both, so that a view that it knows comes
+        again.
+    eval_crop_rate: evaluation resizes the short side to image_size / eval_crop_rate and cuts the centre; 1.0 keeps the
+        whole short side.
+    interpolation: of every resizing.
+    max_pixels: larger images are bad samples.
+    remote_reads: of shards at a URL, whole `shards`, or `ranges` of them, one a sample, for small sets.
+    cache_folder: the node's cache of such shards; null: the user's cache folder.
+    cache_gib: its cap.
+    fetch_threads, fetch_ahead_steps: threads that fetch shards, and global batches that they look ahead.
+    stall_s, fetch_attempts: how long a read may stand still, and how often it is tried.
+    max_bad_rate: training replaces a bad sample by another; above this share of a rank's samples of one epoch, the run
+        stops.
+    quarantine_file: JSON lines of the samples that were replaced: shard, key, offset, reason. Null: of the run.
     """
 
     train_folder: str = "shards/train"
     test_folder: str = "shards/test"
-    # More training sets, and the weights of all of them, that of `train_folder` first; none: by number of samples.
     mixture_folders: tuple[str, ...] = ()
     mixture_weights: tuple[float, ...] = ()
     order: OrderKind = "full"
     last: LastBatch = "drop"
-    # Samples that one may be moved by in `block` order: more mixes better, and needs more shards at a time.
     block_window: int = 8192
-    # Views of each sample in an epoch, all in one global batch (repeated augmentation).
     num_repeats: int = 1
-    # A transform of your own for each view, as module:function; data_pipelines/image/user_transform.py says how it is
-    # called.
     transform: str | None = None
-    # Decoding threads of one rank (or processes, for a transform that holds the interpreter lock), and micro batches
-    # that they may be ahead.
     workers: int = 2
     worker_kind: Literal["threads", "processes"] = "threads"
     prefetch_batches: int = 4
@@ -45,16 +66,11 @@ class DataConfig:
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     crop_padding: int = 4
     flip_rate: float = 0.5
-    # Epoch e sees view e mod `num_views` of each image; null draws new views in every epoch. `view_seed` draws them;
-    # null is the run's seed. A store of soft labels needs both, so that a view that it knows comes again.
     num_views: int | None = None
     view_seed: int | None = None
     eval_crop_rate: float = 0.875
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
     max_pixels: int = MAX_PIXELS
-    # Of shards at a URL: the node's cache (null: the user's cache folder) and its cap, threads that fetch shards,
-    # global batches that they look ahead, how long a read may stand still, and how often it is tried.
-    # `remote_reads`: whole `shards`, or `ranges` of them, one a sample, for small sets.
     remote_reads: Literal["shards", "ranges"] = "shards"
     cache_folder: str | None = None
     cache_gib: float = 100.0
@@ -62,9 +78,7 @@ class DataConfig:
     fetch_ahead_steps: int = 64
     stall_s: float = 30.0
     fetch_attempts: int = 6
-    # Training replaces a bad sample by another; above this share of a rank's samples of one epoch, the run stops.
     max_bad_rate: float = 0.001
-    # JSON lines of the samples that were replaced: shard, key, offset, reason. Null writes none.
     quarantine_file: str | None = None
 
     def __post_init__(self) -> None:

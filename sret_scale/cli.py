@@ -4,6 +4,7 @@ Only the module of that sub-command is imported, so that `--help` answers at onc
 """
 
 import argparse
+import difflib
 import importlib
 import os
 import sys
@@ -24,6 +25,7 @@ COMMANDS = {
     "shards": "write, check and inspect webdataset shards",
     "labels": "store a teacher's soft labels, to train from them without the teacher",
     "describe": "show a model's parameters, multiply-adds and depth",
+    "config": "print every setting of a run: type, default, meaning",
     "plan": "fit a model into a device's memory: choose micro-batch and recomputation, predict bytes",
     "weights": "convert published weights in both directions; add loops to a trained model or tie its blocks",
     "sweep": "run an experiment over depth or any other setting, and report on it",
@@ -94,6 +96,10 @@ def _run(argv: Sequence[str]) -> int:
     top.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of the commands below")
     if not argv:
         top.print_help(sys.stderr)
+        return 2
+    if not argv[0].startswith("-") and argv[0] not in COMMANDS:
+        near = "".join(f"did you mean {name}? " for name in difflib.get_close_matches(argv[0], COMMANDS, n=1))
+        print(f"error: unknown command {argv[0]!r}: {near}see sret-scale --help", file=sys.stderr)
         return 2
     parser = build_parser(top.parse_args(argv[:1]).command)
     try:

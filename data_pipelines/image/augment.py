@@ -20,11 +20,13 @@ from data_pipelines.image.upload import uploaded
 class AugmentConfig:
     """Which augmentations a batch gets. Zero switches one off.
 
-    `randaugment_ops` operations of `randaugment_magnitude` (of 0 to 30) a sample; `three_augment_rate` is the share of
-    samples that get one of 3-Augment's operations (see `three_augment`); `color_jitter` the strength of brightness,
-    contrast and saturation; `erase_rate` the share of samples with an erased box; `mixup_alpha` and `cutmix_alpha` the
-    parameters of the beta distribution, `mix_rate` the share of batches that are mixed, `cutmix_rate` the share of
-    cutmix among these where both are on.
+    randaugment_ops, randaugment_magnitude: RandAugment's operations a sample, and their strength (0 to 30).
+    three_augment_rate: share of samples that get one of 3-Augment's operations (see `three_augment`).
+    color_jitter: strength of brightness, contrast and saturation.
+    erase_rate: share of samples with an erased box.
+    mixup_alpha, cutmix_alpha: parameter of the beta distribution.
+    mix_rate: share of batches that are mixed.
+    cutmix_rate: share of cutmix among these where both are on.
     """
 
     randaugment_ops: int = 2

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 EXAMPLE = """examples:
   sret-scale plan sret_t_108 --memory 10GiB --micro-batch auto --precision bf16 --draw plan.png
+  sret-scale plan sret_t model.num_loops=50 --memory 80GiB
   sret-scale plan sret_t_1000 --memory 80GiB --teacher timm:regnety_160.deit_in1k"""
 
 TEACHER_MICRO_BATCH = 64
@@ -19,7 +20,8 @@ TEACHER_MICRO_BATCH = 64
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The model and the machine."""
-    parser.add_argument("preset", help="name of a model, such as sret_t_108 (`describe` lists all)")
+    parser.add_argument("preset", help="a model preset such as sret_t_108 (`describe` lists all), recipe or YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="model.field=value", help="fields of the model to change")
     parser.add_argument(
         "--memory",
         default="80GiB",
@@ -54,17 +56,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the fastest plan that fits."""
+    from sret_scale.config.recipes import configuration
     from sret_scale.memory import plan_for
     from sret_scale.memory.planning.draw import draw_schedules
     from sret_scale.memory.planning.micro_batch import BatchSearch
     from sret_scale.memory.planning.rank_state import parse_bytes
     from sret_scale.memory.planning.step_cost import DEVICES
-    from sret_scale.model import preset
 
-    overrides = {} if args.image_size is None else {"image_size": args.image_size}
+    size = [] if args.image_size is None else [f"model.image_size={args.image_size}"]
     budget_bytes = free_bytes(args.device) if args.memory == "auto" else parse_bytes(args.memory, "--memory")
     micro_batch_size = None if args.micro_batch == "auto" else _positive(args.micro_batch)
-    config = preset(args.preset, **overrides)
+    config = configuration(args.preset, [*args.overrides, *size]).model
     # As in a run with a budget: `stem_repeats_norms`.
     batches = BatchSearch(config, args.precision, DEVICES[args.device], repeats_norms=args.zero_stage < 3)
     beside = teacher_of(args, config.num_classes, micro_batch_size or TEACHER_MICRO_BATCH)

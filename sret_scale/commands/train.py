@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Returns the run's exit status."""
     from sret_scale.config.recipes import configuration, is_file_name, recipe
+    from sret_scale.config.run_config import to_yaml
     from sret_scale.launch.elastic import Elastic, start_elastic
     from sret_scale.launch.hostfile import hosts_of
     from sret_scale.launch.preflight import start_run
@@ -53,7 +54,13 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run and not is_file_name(args.recipe):
         print(f"recipe: {recipe(args.recipe).about}")
     hosts = hosts_of(args.hostfile)
-    if args.elastic is not None:
-        elastic = Elastic.parse(args.elastic)
-        return start_elastic(config, folder, hosts, elastic, is_fresh=args.fresh, dry_run=args.dry_run)
-    return start_run(config, folder, num_ranks=args.ranks, hosts=hosts, is_fresh=args.fresh, dry_run=args.dry_run)
+    try:
+        if args.elastic is not None:
+            elastic = Elastic.parse(args.elastic)
+            return start_elastic(config, folder, hosts, elastic, is_fresh=args.fresh, dry_run=args.dry_run)
+        return start_run(config, folder, num_ranks=args.ranks, hosts=hosts, is_fresh=args.fresh, dry_run=args.dry_run)
+    except (ValueError, OSError):
+        if args.dry_run:
+            # What was refused is easier to mend where it can be read.
+            print(to_yaml(config))
+        raise

@@ -17,23 +17,13 @@ from typing import Any, Literal
 # What other trainers call a field -> what to type here; {} is the value that was typed.
 COMMON_NAMES = {
     "lr": "optim.learning_rate={}",
-    "min_lr": "optim.final_rate_ratio, a part of the peak rate",
     "wd": "optim.weight_decay={}",
-    "betas": "optim.beta1 and optim.beta2",
-    "opt": "optim.optimizer={}",
     "epochs": "train.total_images={}ep",
     "warmup_epochs": "optim.warmup_images={}ep",
     "batch_size": "train.global_batch_size={}",
     "img_size": "model.image_size={}",
-    "input_size": "model.image_size={}",
-    "loops": "model.num_loops={}",
     "alpha": "distill.hard_weight (1 - alpha of DeiT), or augment.mixup_alpha={}",
     "mixup": "augment.mixup_alpha={}",
-    "cutmix": "augment.cutmix_alpha={}",
-    "smoothing": "distill.label_smoothing={}",
-    "num_workers": "data.workers={}",
-    "output_dir": "--run {}",
-    "resume": "the same command, which continues a run",
 }
 
 
@@ -103,3 +93,20 @@ def suggestion(key: str, value: object, names: Sequence[str], valid: Sequence[st
     leaves = difflib.get_close_matches(leaf, shown.values(), n=1)
     near = near or [name for name, last in shown.items() if last in leaves]
     return f"did you mean {near[0]!r}?" if near else f"valid names: {', '.join(valid)}"
+
+
+def page(kind: type[Any], section: str | None = None) -> str:
+    """All settings below a configuration's dataclass, or those of a section, as Markdown; ValueError for another."""
+    sections = typing.get_type_hints(kind)
+    if section is not None and section not in sections:
+        near = difflib.get_close_matches(section, sections, n=1)
+        raise ValueError(f"no section {section!r}: {f'did you mean {near[0]}' if near else ', '.join(sections)}?")
+    lines: list[str] = []
+    for name in [section] if section else sections:
+        about = (inspect.getdoc(sections[name]) or "").partition("\n\n")[0]
+        lines += [f"## {name}", about, f"Source: `{sections[name].__module__.replace('.', '/')}.py`.", ""]
+        for field in fields_of(sections[name], f"{name}."):
+            text = f"- `{field.name}` ({field.kind}; {field.default or 'no default'}): {field.meaning}"
+            lines += textwrap.wrap(text, 120, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False)
+        lines.append("")
+    return "\n".join(lines)

@@ -46,6 +46,7 @@ class ClassConfig:
     rate_ratio: float = 1.0
     """Its rate relative to the run's."""
     eps: float | None = None
+    """In the place of optim.eps."""
     weight_decay: float | None = None
     """For those of its parameters that decay at all."""
     clip_norm: float | None = None
@@ -54,7 +55,13 @@ class ClassConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """An update rule, a cosine schedule after a linear warm-up; rates are per optimizer step, horizons in images."""
+    """An update rule, a cosine schedule after a linear warm-up; rates are per optimizer step, horizons in images.
+
+    reference_batch_size: the batch that learning_rate is for.
+    warmup_images: the rate rises from 0 to its peak over so many.
+    weight_decay: decoupled, of matrices; vectors and coefficients have none.
+    beta1, beta2, eps: of Adam and LAMB.
+    """
 
     optimizer: Literal["adamw", "lamb", "muon"] = "adamw"
     """`muon` is an experiment: the matrices of the tied blocks by Muon, the rest by AdamW."""
@@ -120,7 +127,15 @@ class EngineConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Duration, batch and bookkeeping of a run; the clock counts images."""
+    """Duration, batch and bookkeeping of a run; the clock counts images.
+
+    seed: of weights, order, views and all other random numbers.
+    total_images: the length of the run.
+    global_batch_size: images of one optimizer step, over all ranks.
+    keep_checkpoints: the newest so many stay.
+    log_interval_steps: steps from one line of metrics.jsonl to the next.
+    image_std: per channel, of pixels in [0, 1].
+    """
 
     seed: int = 0
     initial_weights: str | None = None

@@ -21,7 +21,11 @@ Draw = Literal["all", "fixed", "uniform", "poisson", "lognormal_poisson", "growi
 
 @dataclass(frozen=True, kw_only=True)
 class DepthConfig:
-    """What a step runs of the model's loops. The default runs them all, with one loss at the end."""
+    """What a step runs of the model's loops. The default runs them all, with one loss at the end.
+
+    min_loops: the fewest that a draw gives.
+    mean_loops: the mean of the Poisson draws.
+    """
 
     loops: Draw = "all"
     """How the count of a step is drawn. `fixed`: max_loops; `uniform`: min_loops to max_loops; `poisson`: 1 + Poisson

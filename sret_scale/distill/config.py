@@ -20,6 +20,10 @@ class DistillConfig:
 
     The defaults are those of SReT (section 4.1 of arXiv 2111.05297), MEAL V2 and FKD: soft labels alone, T = 1.
     Values with an `_end` change linearly over the run, from the plain name's to it.
+
+    temperature: divides the teacher's and the student's scores before their softmax.
+    temperature_end, hard_weight_end, feature_weight_end: the value at the run's end; null: the same throughout.
+    teacher_compile: whether the teacher runs through torch.compile.
     """
 
     teacher: str | None = None

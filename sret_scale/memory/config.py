@@ -12,11 +12,12 @@ SCHEDULES = ("none", "per_application", "segments", "nested", "binomial", "plann
 class MemoryConfig:
     """How each stage recomputes.
 
-    `slots` is the number of segments for `segments` and `nested` (default: about the root of the stage's applications)
-    and of kept boundaries for `binomial` (default: the fewest with r = 2). A value above what a stage can use is cut.
-    `planned` lets the planner choose, per stage, within `budget_bytes` for all that a rank holds.
-    `is_offloaded` keeps boundaries in host memory (the planner counts them as if they stayed on the device).
-    `is_checked` compares every recomputed boundary with its first value, bit for bit.
+    schedule: none, per_application, segments, nested, binomial, or planned: the planner chooses, per stage.
+    slots: the number of segments for `segments` and `nested` (default: about the root of the stage's applications)
+        and of kept boundaries for `binomial` (default: the fewest with r = 2). More than a stage can use is cut.
+    budget_bytes: for all that a rank holds, with `planned`.
+    is_checked: compares every recomputed boundary with its first value, bit for bit.
+    is_offloaded: keeps boundaries in host memory (the planner counts them as if they stayed on the device).
     """
 
     schedule: str = "per_application"

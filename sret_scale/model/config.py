@@ -31,11 +31,15 @@ PUBLISHED_LOOPS = 2
 class StageConfig:
     """One resolution level: `num_blocks` sets of weights, each applied `num_loops` times.
 
+    width, num_heads: channels of a token, cut into heads.
+    num_blocks, num_loops: sets of weights, and how often each is applied.
     loop_order: "block" applies A A B B (published), "model" A B A B.
     groups: number of slices of the tokens per loop; the last entry holds for all later loops.
     slices: "raster" cuts the tokens in the image's order, or in a drawn one, into `groups` (published); "windows" cuts
         the image into squares of `window` x `window` tokens, shifted by half a window in every second application, and
         learns a bias between the places of a window (as in Swin, arXiv 2103.14030).
+    window: side of a window in tokens.
+    mlp_ratio, projection_ratio: hidden channels of a feed-forward, and of a projection, relative to the width.
     permute_from_loop: loops from this one on draw a permutation before slicing (published: 1).
     projections: which applications share a non-linear projection; "per_application" is published.
     branch_scheme: fixed multiplier of each branch, see `depth.branch_scales`; "by_depth" is "published" up to two loops
@@ -43,7 +47,8 @@ class StageConfig:
     skip: the coefficient of the stream itself is "learned" (published), "frozen" at 1, or "slow": learned at the
         learning rate divided by the stage's applications. "by_depth" is "learned" up to two loops, then "frozen".
     norm_placement: where the LayerNorms of a residual sub-layer are, see `depth.post_norm`; "pre" is published.
-    conditioning: what tells a block its loop, see `conditioning`; rank for "low_rank".
+    conditioning: what tells a block its loop, see `conditioning`.
+    conditioning_rank: of "low_rank".
     """
 
     width: int
@@ -123,8 +128,12 @@ class StageConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SReTConfig:
-    """A whole model. `stem_strides` are those of the three stem convolutions; a pooling halves the grid between stages.
+    """A whole model. A pooling halves the grid between stages.
 
+    image_size, in_channels: side of the square input in pixels, and its colours.
+    num_classes: those of the training set; `auto` takes them from it.
+    stem_strides: of the three stem convolutions.
+    permutation_seed: of the fixed permutations in evaluation.
     drop_path: the largest rate of stochastic depth, reached as published (`depth.drop_path_rates`).
     dropout: rate behind the position tensor, the hidden layers and the branches, as in the reference (0 as published).
     permutation: "fixed" uses a table seeded by `permutation_seed` in evaluation and the step's seed in training;

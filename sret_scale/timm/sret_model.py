@@ -30,11 +30,17 @@ class TimmSReT(SReT):
         drop_path_rate: float | None = None,
         drop_rate: float = 0.0,
         global_pool: str = "avg",
+        num_loops: int | None = None,
     ) -> None:
-        """num_classes 0 leaves the head out; drop_path_rate None is the preset's. ValueError for what SReT has not."""
+        """num_classes 0 leaves the head out; drop_path_rate, and num_loops of all stages, None is the preset's.
+
+        ValueError for what SReT has not.
+        """
         overrides: dict[str, Any] = {"num_classes": max(num_classes, 1), "in_channels": in_chans, "dropout": drop_rate}
         if img_size is not None:
             overrides["image_size"] = _square(img_size)
+        if num_loops is not None:
+            overrides["num_loops"] = num_loops
         if drop_path_rate is not None:
             overrides["drop_path"] = drop_path_rate
         super().__init__(preset(preset_name, **overrides))

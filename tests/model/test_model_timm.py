@@ -19,6 +19,7 @@ def test_create_model_takes_classes_and_size() -> None:
     assert model.config.image_size == 384
     assert model.get_classifier().out_features == 10
     assert model.default_cfg["input_size"] == (3, 224, 224)
+    assert [stage.num_loops for stage in timm.create_model("sret_t", num_loops=4).config.stages] == [4, 4, 4]
     assert "sret_s_no_slice_384" in timm.list_models("sret*")
 
 

@@ -1,12 +1,16 @@
 """The command line itself: what its errors look like, and what it does with a folder where a file is wanted."""
 
 import errno
+import json
 from pathlib import Path
 
 import pytest
 
 from sret_scale.cli import main
+from sret_scale.config.fields import fields_of
+from sret_scale.config.run_config import RunConfig
 from sret_scale.runs.rank_errors import in_words
+from tests.tiny import ROOT
 
 
 @pytest.mark.parametrize(
@@ -20,6 +24,30 @@ from sret_scale.runs.rank_errors import in_words
 )
 def test_errors_are_said_without_pythons_numbers(error: Exception, words: str) -> None:
     assert in_words(error) == words
+
+
+def test_a_wrong_command_gets_the_nearest_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["trian"]) == 2
+    assert capsys.readouterr().err == "error: unknown command 'trian': did you mean train? see sret-scale --help\n"
+
+
+def test_the_page_of_settings_is_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config"]) == 0
+    page = capsys.readouterr().out
+    assert (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8") == page
+    without = [field.name for field in fields_of(RunConfig) if not field.meaning]
+    assert without == [] and page.count("\n- `") == len(list(fields_of(RunConfig)))
+    assert main(["config", "optim"]) == 0
+    assert capsys.readouterr().out in page
+    assert main(["config", "optm"]) == 2
+    assert capsys.readouterr().err == "error: no section 'optm': did you mean optim?\n"
+
+
+def test_loops_of_all_stages_in_describe(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["describe", "sret_t", "model.num_loops=4", "--json"]) == 0
+    assert [stage["loops"] for stage in json.loads(capsys.readouterr().out)["stages"]] == [4, 4, 4]
+    assert main(["describe", "sret_tt"]) == 2
+    assert "did you mean 'sret_t'" in capsys.readouterr().err
 
 
 FILES = {
