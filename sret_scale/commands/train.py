@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 EXAMPLE = """examples:
+  sret-scale train small data.train_folder=shards/photos/train data.test_folder=shards/photos/val
   sret-scale train sret_t data.train_folder=shards/train data.test_folder=shards/val
   sret-scale train runs/sret_t/config.yaml optim.learning_rate=5e-4 --run runs/slower
   sret-scale train sret_t train.total_images=90ep optim.warmup_images=5% data.train_folder=shards/train
@@ -18,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Everything that decides what is computed is a config field; flags say only where and how to start."""
     parser.add_argument(
         "recipe",
-        help="a recipe (sret, deit, fkd, deit3, finetune_384, ...), a model preset (see `describe`), or a YAML file",
+        help="a recipe (small, sret, deit, fkd, deit3, ...), a model preset (see `describe`), or a YAML file",
     )
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="configuration fields to change")
     parser.add_argument("--run", type=Path, help="folder of the run (default: runs/RECIPE)")

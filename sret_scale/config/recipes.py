@@ -22,6 +22,8 @@ class Recipe:
 
     config: RunConfig
     about: str
+    texts: tuple[str, ...] = ()
+    """`section.field=value` that the training set decides."""
 
 
 def recipe(name: str) -> Recipe:
@@ -44,7 +46,8 @@ def configuration(name: str, assignments: Sequence[str] = ()) -> RunConfig:
         return from_yaml(file, assignments)
     if file.is_dir():
         raise ValueError(f"{name} is a folder: expected its configuration, {file / 'config.yaml'}")
-    return override(recipe(name).config, assignments)
+    chosen = recipe(name)
+    return override(chosen.config, [*chosen.texts, *assignments])
 
 
 def is_file_name(name: str) -> bool:
@@ -189,7 +192,30 @@ def _demo(model: str, *, total_images: int, learning_rate: float, micro_batch_si
     )
 
 
+def _small() -> RunConfig:
+    return RunConfig(
+        # As many slices as divide the tokens, at any size.
+        model=preset("sret_t", group_fit="nearest", image_size=128),
+        memory=MemoryConfig(schedule="none"),
+        distill=DistillConfig(label_smoothing=0.1),
+        optim=OptimConfig(learning_rate=5e-4, batch_scaling="none", weight_decay=0.05),
+        train=TrainConfig(global_batch_size=64, micro_batch_size=8),
+    )
+
+
 RECIPES = {
+    "small": Recipe(
+        config=_small(),
+        about="Hundreds to tens of thousands of own images at 64 to 224 pixels (model.image_size, 128 by default): 100 "
+        "epochs, batch 64, on 1, 2, 4 or 8 ranks. Choices of this project, not tuned and without a published accuracy.",
+        texts=(
+            "model.num_classes=auto",
+            "train.total_images=100ep",
+            "optim.warmup_images=5%",
+            "train.eval_interval_images=5%",
+            "train.checkpoint_interval_images=5%",
+        ),
+    ),
     "sret": Recipe(
         config=_sret(),
         about="The published one (arXiv 2111.05297, section 5): 300 epochs of ImageNet, AdamW, batch 1024, rate 1e-3 x "

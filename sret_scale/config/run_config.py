@@ -7,6 +7,7 @@ expected and the nearest valid name.
 
 import dataclasses
 import difflib
+import functools
 import json
 import os
 import re
@@ -399,7 +400,7 @@ def override(config: RunConfig, assignments: Sequence[str]) -> RunConfig:
 
     `model=NAME` takes another preset whole; items of a tuple are numbered (`model.stages.1.num_loops=20`), and a field
     of stages without a number is set in all (`model.num_loops=20`); counts of images may be `10ep` or `5%`
-    (`image_counts`), for which the training set is opened.
+    (`image_counts`), and model.num_classes `auto`, for which the training set is opened.
     """
     tree = to_plain(config)
     for assignment in assignments:
@@ -411,7 +412,10 @@ def override(config: RunConfig, assignments: Sequence[str]) -> RunConfig:
             tree["model"] = to_plain(preset(value))
         elif not is_removed(key, value):
             _assign(tree, key, value)
-    resolve_counts(tree, lambda: open_training_data(build(DataConfig, tree["data"], "data")).num_samples)
+    training_set = functools.cache(lambda: open_training_data(build(DataConfig, tree["data"], "data")))
+    resolve_counts(tree, lambda: training_set().num_samples)
+    if isinstance(tree["model"], dict) and tree["model"].get("num_classes") == "auto":
+        tree["model"]["num_classes"] = training_set().num_classes
     changed: RunConfig = build(RunConfig, tree)
     return changed
 
@@ -480,10 +484,14 @@ CHANGEABLE = (
 )
 
 
-def split_differences(old: RunConfig, new: RunConfig) -> tuple[list[str], list[str]]:
+# So may these until it is finished: the schedule is a function of images, and the new one holds from there on.
+SCHEDULE = ("train.total_images", "optim.warmup_images")
+
+
+def split_differences(old: RunConfig, new: RunConfig, *, is_finished: bool = False) -> tuple[list[str], list[str]]:
     """(differences that make another run, differences that a continued run may have), each `key: old -> new`."""
-    changed = differences(old, new)
-    allowed = [line for line in changed if any(re.match(rf"{re.escape(name)}[.:]", line) for name in CHANGEABLE)]
+    changed, names = differences(old, new), CHANGEABLE if is_finished else CHANGEABLE + SCHEDULE
+    allowed = [line for line in changed if any(re.match(rf"{re.escape(name)}[.:]", line) for name in names)]
     return [line for line in changed if line not in allowed], allowed
 
 

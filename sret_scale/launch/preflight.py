@@ -1,5 +1,6 @@
 """Everything that is checked before a run's processes start, and their start."""
 
+import importlib.util
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -8,6 +9,7 @@ from pathlib import Path
 import torch
 
 from data_pipelines.atomic_files import write_whole
+from data_pipelines.extras import install_extra
 from data_pipelines.image.native import library
 from data_pipelines.remote.shard_sets import open_training_data
 from data_pipelines.shards.classes import check_same_classes
@@ -29,9 +31,10 @@ from sret_scale.launch.hostfile import Host
 from sret_scale.launch.launcher import launch
 from sret_scale.launch.nodes import choose_nodes
 from sret_scale.model import SReT, describe
+from sret_scale.runs.checkpoint import list_checkpoints, read_state
 from sret_scale.runs.run_folder import EXIT_FINISHED, RunFolder, environment, read_status, write_json
 from sret_scale.train.load_run import check_teacher_classes, initial_state, load_class_names, open_test_data
-from sret_scale.train.optim import check_optimizer
+from sret_scale.train.optim import check_optimizer, learning_rate
 from sret_scale.train.recomputation import set_up_recomputation
 
 
@@ -57,14 +60,20 @@ def start_run(
     # A run that goes on has its own weights; those that it began with may be gone by then.
     if config.train.initial_weights and (is_fresh or not RunFolder(path).checkpoints.exists()):
         initial_state(config.train.initial_weights, config.model)
+    folder = RunFolder(path)
     if dry_run:
+        if is_fresh:
+            check_removable(folder)
+        else:
+            check_configuration(folder, config)
+            if is_finished(folder, config.train.total_images):
+                print(f"{path} is finished: a start would do nothing; --fresh runs it again")
         for line in describe_run(config, place):
             print(line)
         with tempfile.TemporaryDirectory() as temporary:
             file = Path(temporary) / "config.yaml"
             file.write_text(to_yaml(config), encoding="utf-8")
             return launch(path, file, num_ranks=num_ranks, hosts=hosts, dry_run=True)
-    folder = RunFolder(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -77,7 +86,7 @@ def start_run(
             if is_fresh:
                 remove_results(folder)
             check_configuration(folder, config)
-        if is_finished(folder):
+        if is_finished(folder, config.train.total_images):
             print(f"{path} is finished: {config.train.total_images:,} images; --fresh runs it again")
             return EXIT_FINISHED
         place.check_reachable(path)
@@ -113,6 +122,8 @@ def check_run(config: RunConfig, world_size: int) -> None:
             f"optim.warmup_images={config.optim.warmup_images} leaves nothing of train.total_images="
             f"{train.total_images}: the rate would never reach its peak; set a shorter warm-up"
         )
+    if train.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise ValueError(f"train.tensorboard=true needs the tensorboard extra: {install_extra('tensorboard')}")
     check_teacher(config)
 
 
@@ -189,14 +200,29 @@ def check_configuration(folder: RunFolder, config: RunConfig) -> None:
         shards = open_training_data(config.data)
         before = load_class_names(folder.path) or []
         check_same_classes(shards.class_names, before, where=str(shards.folder), owner=f"the run {folder.path}")
-    refused, allowed = split_differences(with_whole_paths(from_yaml(folder.config)), config)
+    old, seen, total_images = with_whole_paths(from_yaml(folder.config)), images_seen(folder), config.train.total_images
+    is_same_length = old.train.total_images == total_images
+    refused, allowed = split_differences(old, config, is_finished=is_same_length and is_finished(folder, total_images))
     if refused:
         raise ValueError(
             f"{folder.path} holds a run of another configuration: {'; '.join(refused[:5])}"
             f"{' ...' if len(refused) > 5 else ''} (there -> asked for): choose another --run, or add --fresh"
         )
+    if not is_same_length and total_images <= seen:
+        raise ValueError(
+            f"{folder.path} has seen {seen:,} images: expected train.total_images above that, got {total_images:,}"
+        )
     for line in allowed:
         print(f"continues with {line}")
+    there, here = learning_rate(old, seen), learning_rate(config, seen)
+    if seen and there != here:
+        print(f"at {seen:,} images the learning rate goes from {there:.3g} to {here:.3g}")
+
+
+def images_seen(folder: RunFolder) -> int:
+    """The images behind the newest checkpoint; 0 without one."""
+    checkpoints = list_checkpoints(folder.checkpoints)
+    return int(read_state(checkpoints[0])["images"]) if checkpoints else 0
 
 
 def write_description(folder: RunFolder, config: RunConfig, world_size: int) -> None:
@@ -207,17 +233,24 @@ def write_description(folder: RunFolder, config: RunConfig, world_size: int) -> 
     write_json(folder.environment, environment(world_size))
 
 
-def is_finished(folder: RunFolder) -> bool:
-    """True when the run of this folder came to its end, its last evaluation included."""
-    return read_status(folder).get("state") == "finished"
+def is_finished(folder: RunFolder, total_images: int = 0) -> bool:
+    """True when the run of this folder came to its end, its last evaluation included, and that is not to be later."""
+    if read_status(folder).get("state") != "finished":
+        return False
+    # A run whose checkpoints were removed cannot go on.
+    return not list_checkpoints(folder.checkpoints) or images_seen(folder) >= total_images
+
+
+def check_removable(folder: RunFolder) -> None:
+    """Raise ValueError for a folder of other files: --fresh deletes runs alone."""
+    files = folder.path.iterdir() if folder.path.exists() else ()
+    if not folder.environment.exists() and any(file.name not in ("lock", "launch.lock") for file in files):
+        raise ValueError(f"{folder.path} is not a run folder (no environment.json): --fresh deletes nothing there")
 
 
 def remove_results(folder: RunFolder) -> None:
     """Delete what an earlier run left in the folder; other files stay."""
-    if not folder.environment.exists():
-        if any(file.name not in ("lock", "launch.lock") for file in folder.path.iterdir()):
-            raise ValueError(f"{folder.path} is not a run folder (no environment.json): --fresh deletes nothing there")
-        return
+    check_removable(folder)
     for name in ("logs", "errors", "heartbeats", "tensorboard"):
         shutil.rmtree(folder.path / name, ignore_errors=True)
     if folder.checkpoints.exists():

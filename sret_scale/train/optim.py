@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from sret_scale.config.run_config import ClassConfig, OptimConfig, ParameterClass
+from sret_scale.config.run_config import ClassConfig, OptimConfig, ParameterClass, RunConfig
 from sret_scale.model import ParameterTag
 from sret_scale.model.vision.sret import ParameterKind
 from sret_scale.train.engine.optimizer import Optimizer, Rule
@@ -50,6 +50,17 @@ def schedule_factor(images: int, *, total_images: int, warmup_images: int, final
         return images / warmup_images
     progress = (images - warmup_images) / max(1, total_images - warmup_images)
     return final_ratio + (1 - final_ratio) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def learning_rate(config: RunConfig, images: int) -> float:
+    """The rate of the step that begins when so many images have been seen, before the ratios of parameter classes."""
+    optim = config.optim
+    return peak_rate(optim, config.train.global_batch_size) * schedule_factor(
+        images,
+        total_images=config.train.total_images,
+        warmup_images=optim.warmup_images,
+        final_ratio=optim.final_rate_ratio,
+    )
 
 
 def build_optimizer(model: nn.Module, tags: Mapping[str, ParameterTag], config: OptimConfig) -> Optimizer:

@@ -21,7 +21,7 @@ from sret_scale.train.assemble import Clock, Run
 from sret_scale.train.distributed import Ranks, average_buffers, sum_over_ranks
 from sret_scale.train.divergence import LeftOut, left_out
 from sret_scale.train.engine.engine import Engine
-from sret_scale.train.optim import WeightAverage, peak_rate, schedule_factor, set_rates
+from sret_scale.train.optim import WeightAverage, learning_rate, set_rates
 from sret_scale.train.resume import pieces_of
 from sret_scale.train.seeds import derived_seed, noise_at
 from sret_scale.train.telemetry import Telemetry
@@ -100,17 +100,6 @@ def optimizer_step(run: Run, step: Step, clock: Clock, *, must_stop: Callable[[]
             what = left_out(step, run.train_shards, rank_losses=losses, norms=norms, is_overflow=is_overflow)
     numbers = {"loss": sum(losses) / ranks.world_size, "lr": rate, "grad_norm": engine.grad_norm()}
     return StepResult(numbers=numbers, left_out=what, is_stopping=is_stopping)
-
-
-def learning_rate(config: RunConfig, images: int) -> float:
-    """The rate of the step that begins when so many images have been seen, before the ratios of parameter classes."""
-    optim = config.optim
-    return peak_rate(optim, config.train.global_batch_size) * schedule_factor(
-        images,
-        total_images=config.train.total_images,
-        warmup_images=optim.warmup_images,
-        final_ratio=optim.final_rate_ratio,
-    )
 
 
 def plans_of(config: RunConfig, clock: Clock) -> tuple[DepthPlan, ...] | None:

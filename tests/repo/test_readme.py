@@ -59,6 +59,7 @@ def test_the_commands_of_a_run_work_one_after_another(
             folder.mkdir(parents=True)
             for index in range(10):
                 Image.fromarray(rng.integers(0, 255, (40, 48, 3), dtype=np.uint8)).save(folder / f"{index}.jpg")
+    (tmp_path / "photos").symlink_to(tmp_path / "imagenet" / "train")
     # In this process: each start of Python would import torch again. The ranks are processes all the same, and those of
     # the second run forks.
     for words in commands()[2:]:

@@ -113,9 +113,9 @@ def _look(state: RunState) -> None:
     """Sets a run that needs no start: one that is finished, or whose folder holds another run."""
     folder = RunFolder(state.folder)
     try:
-        if not is_finished(folder):
+        if not is_finished(folder, state.run.config.train.total_images):
             return
-        refused, _ = split_differences(from_yaml(folder.config), state.run.config)
+        refused, _ = split_differences(from_yaml(folder.config), state.run.config, is_finished=True)
     except (ValueError, OSError) as error:
         state.state, state.reason = "failed", f"{state.folder} cannot be read ({error}); remove it to run it again"
         return

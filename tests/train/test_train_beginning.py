@@ -1,0 +1,71 @@
+"""The first run on own images, and the same run made longer."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from sret_scale.cli import main
+from sret_scale.config.run_config import from_yaml
+from sret_scale.train.optim import learning_rate
+from tests.forked import sret_scale_forked
+from tests.tiny import NUM_IMAGES, tiny_config, tiny_shards, write_config
+
+pytestmark = pytest.mark.multi_process
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_shards(tmp_path_factory.mktemp("shards"))
+
+
+def test_the_small_recipe_starts_without_a_refusal(shards: Path, tmp_path: Path) -> None:
+    folders = [f"data.train_folder={shards / 'train'}", f"data.test_folder={shards / 'test'}"]
+    dry = sret_scale_forked("train", "small", *folders, "--dry-run", cwd=tmp_path)
+    assert dry.returncode == 0, dry.stderr
+    assert "train.total_images: 12,800 images = 100 epochs of 128" in dry.stdout and "num_classes: 10" in dry.stdout
+    assert "optim.warmup_images: 640 images = 5 epochs of 128, 0.05 of the run" in dry.stdout
+    small = ["model.image_size=64", "train.total_images=1ep", "data.workers=1"]
+    ended = sret_scale_forked("train", "small", *folders, *small, "--ranks", "1", cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    saved = from_yaml(tmp_path / "runs" / "small" / "config.yaml")
+    assert (saved.train.total_images, saved.optim.warmup_images) == (NUM_IMAGES, 6)
+
+
+def test_a_missing_tensorboard_is_found_before_the_ranks_start(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "tensorboard" else find_spec(name))
+    tiny = write_config(tmp_path / "tiny.yaml", tiny_config(shards), tensorboard=True)
+    assert main(["train", str(tiny), "--dry-run"]) == main(["train", str(tiny)]) == 2
+    shown = capsys.readouterr()
+    assert "needs the tensorboard extra" in shown.err and not (tmp_path / "runs").exists()
+    # The configuration of a refused dry run is printed all the same.
+    assert "tensorboard: true" in shown.out
+
+
+def test_a_run_at_its_end_goes_on_with_the_schedule_of_the_new_length(shards: Path, tmp_path: Path) -> None:
+    tiny = write_config(tmp_path / "tiny.yaml", tiny_config(shards), total_images=128)
+    command = ("train", tiny, "--run", tmp_path / "run", "--ranks", "1")
+    assert sret_scale_forked(*command, cwd=tmp_path).returncode == 0
+    for options in (["--dry-run"], []):
+        again = sret_scale_forked(*command, *options, cwd=tmp_path)
+        assert again.returncode == 0 and "is finished" in again.stdout
+        shorter = sret_scale_forked(*command, "train.total_images=96", *options, cwd=tmp_path)
+        assert shorter.returncode == 2 and "has seen 128 images: expected train.total_images above" in shorter.stderr
+        other = sret_scale_forked(*command, "optim.beta2=0.9", *options, cwd=tmp_path)
+        assert other.returncode == 2 and "another configuration: optim.beta2: 0.999 -> 0.9" in other.stderr
+    for options in (["--dry-run"], []):
+        longer = sret_scale_forked(*command, "train.total_images=2ep", *options, cwd=tmp_path)
+        assert longer.returncode == 0, longer.stderr
+        assert "continues with train.total_images: 128 -> 256" in longer.stdout
+        assert "at 128 images the learning rate goes from 1e-05 to 0.000752" in longer.stdout
+    config = from_yaml(tmp_path / "run" / "config.yaml")
+    assert config.train.total_images == 256
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    rest = {line["images"]: line["lr"] for line in lines if line["kind"] == "train" and line["images"] > 128}
+    assert rest == {images: learning_rate(config, images - 32) for images in (160, 192, 224, 256)}
+    assert [line["images"] for line in lines if line["kind"] == "eval"][-1] == 256
