@@ -68,7 +68,7 @@ FILES = {
         (["train", "cut.yaml"], "error: cut.yaml is not valid YAML in line 2: expected "),
         (["train", "twice.yaml"], "error: twice.yaml line 3: the key 'seed' is given twice"),
         (["train", "binary.yaml"], "error: binary.yaml is not text in UTF-8"),
-        (["train", "other.yaml"], "error: other.yaml: unknown key 'train.sed': did you mean 'seed'?"),
+        (["train", "other.yaml"], "error: other.yaml: unknown key 'train.sed': did you mean 'train.seed'?"),
         (["train", "sret_t", "train.seed=a"], "error: train.seed: expected a valid integer, got 'a' (str)"),
         (["train", "sret_t", "train.image_mean=[1]"], "error: train.image_mean: expected more values, got [1] (list)"),
         (["checkpoint", "info", "absent"], "error: no run folder absent"),
