@@ -71,7 +71,7 @@ def test_two_ranks_write_one_store(shards: str, tmp_path: Path, capsys: pytest.C
     [
         (("--top-k", "9"), "", "expected top_k from 1 to 4, got 9"),
         (("--rank", "2", "--world-size", "2"), "", "--rank: expected 0 to 1, got 2"),
-        (("--set", "data.crp=padded"), "", "did you mean 'crop'"),
+        (("--set", "data.crp=padded"), "", "did you mean 'data.crop'"),
         ((), "efficientnet-lite3", "did you mean efficientnet-lite"),
         ((), "efficientnet-lite0", "has 1000 outputs, the data has 4 classes"),
         ((), "labels:somewhere", "stored labels cannot answer"),

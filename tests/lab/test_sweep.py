@@ -157,7 +157,7 @@ def test_the_memory_of_a_run_is_what_the_run_itself_predicts(base: str, schedule
         ),
         ({"grid": {}}, "either `grid`"),
         ({"grid": {"train.seed": []}}, "grid.train.seed is empty"),
-        ({"grid": {"train.sed": [1]}}, "run sed-1: unknown key 'train.sed': did you mean 'seed'"),
+        ({"grid": {"train.sed": [1]}}, "run sed-1: unknown key 'train.sed': did you mean 'train.seed'"),
         ({"grid": {"train.seed": ["one"]}}, "train.seed"),
         ({"grid": {"train.seed": [1, 1]}}, "two runs would be called 'seed-1'"),
         ({"grid": {LOOPS: [[1, 2, 3]]}}, "expected one value for all or 2 values"),
