@@ -76,6 +76,7 @@ def _decoded(data: bytes, draw: Callable[[int, int], View], size: int) -> tuple[
 @pytest.mark.parametrize("is_progressive", [False, True])
 @pytest.mark.parametrize("subsampling", ["444", "422", "420", "440", "411", "grey"])
 @pytest.mark.usefixtures("library")
+@pytest.mark.multi_process
 def test_a_view_has_the_bits_of_the_whole_image_resized(subsampling: str, is_progressive: bool) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (61, 83, 3), dtype=np.uint8)
     for pixels in (smooth_image(119, 150, 1), noise, noise[:9, :11]):

@@ -233,6 +233,7 @@ def _sweep(
     return status, [line.split()[0] for line in started.read_text().splitlines()] if started.exists() else []
 
 
+@pytest.mark.multi_process
 def test_a_failure_is_retried_then_reported_and_stops_nothing(tmp_path: Path, base: str) -> None:
     view = _Said()
     status, started = _sweep(base, tmp_path / "runs", [0, 9, 1, 2], view, seed0=[1], seed1=[1, 0], seed9=[2])
@@ -242,6 +243,7 @@ def test_a_failure_is_retried_then_reported_and_stops_nothing(tmp_path: Path, ba
     assert "failed: seed-9: no shards" in view.lines and view.lines[-1].startswith("2 of 4 runs finished")
 
 
+@pytest.mark.multi_process
 def test_the_same_command_continues_after_a_stop_and_skips_what_is_finished(tmp_path: Path, base: str) -> None:
     first, second = _Said(), _Said()
     assert _sweep(base, tmp_path / "runs", [0, 1], first, seed1=[85]) == (85, ["seed-0", "seed-1"])
@@ -249,6 +251,7 @@ def test_the_same_command_continues_after_a_stop_and_skips_what_is_finished(tmp_
     assert second.lines[0] == "1 of 3 runs finished before"
 
 
+@pytest.mark.multi_process
 def test_a_signal_reaches_every_run_once_and_starts_no_more(tmp_path: Path, base: str) -> None:
     def stop(states: Sequence[RunState]) -> None:
         if sum(state.standing.images > 0 for state in states) == 2:
@@ -264,6 +267,7 @@ def test_a_signal_reaches_every_run_once_and_starts_no_more(tmp_path: Path, base
     assert (view.states[0].standing.loss, view.states[0].standing.remaining_s(128)) == (1.5, 2.0)
 
 
+@pytest.mark.multi_process
 def test_runs_side_by_side_have_slots_of_their_own(tmp_path: Path, base: str) -> None:
     slots = [Slot(name=f"GPU {index}", environment={"CUDA_VISIBLE_DEVICES": str(index)}) for index in (4, 7)]
     seen: set[int] = set()
@@ -274,6 +278,7 @@ def test_runs_side_by_side_have_slots_of_their_own(tmp_path: Path, base: str) ->
     assert {state.state for state in view.states} == {"finished", "failed"}
 
 
+@pytest.mark.multi_process
 def test_a_finished_run_of_another_configuration_is_reported(tmp_path: Path, base: str) -> None:
     view = _Said()
     assert _sweep(base, tmp_path / "runs", [0], view) == (0, ["seed-0"])

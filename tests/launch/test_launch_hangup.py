@@ -85,6 +85,7 @@ def command(words: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(["bash", "-c", line], env=environment(), capture_output=True, text=True, check=False)
 
 
+@pytest.mark.multi_process
 def test_a_table_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     full = command("describe sret_t >/dev/full")
     assert full.returncode == 2 and full.stderr.splitlines()[-1].endswith("No space left on device")
@@ -94,12 +95,14 @@ def test_a_table_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     assert left.returncode in (0, 1) and left.stderr == ""
 
 
+@pytest.mark.multi_process
 def test_a_bad_input_has_its_status_where_its_message_is_lost() -> None:
     assert command("describe no_such_model 2>/dev/full").returncode == 2
     assert command("describe no_such_model 2>&-").returncode == 2
 
 
 @pytest.mark.parametrize("gone", [">/dev/full", ">&-", "<&- >&- 2>&-"])
+@pytest.mark.multi_process
 def test_shards_are_written_whoever_reads_of_it(tmp_path: Path, gone: str) -> None:
     source = make_tree(tmp_path / "images")
     assert command(f"shards write folder {source} {tmp_path / 'shards'} --workers 1 {gone}").returncode == 0

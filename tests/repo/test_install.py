@@ -58,6 +58,7 @@ def environment(**changes: str) -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | changes
 
 
+@pytest.mark.multi_process
 def test_wheel_holds_every_file_of_the_packages_and_no_other(project: Path, wheel: Path) -> None:
     expected = {str(file.relative_to(project)) for name in PACKAGES for file in (project / name).rglob("*.*")}
     expected |= {str(file.relative_to(project)) for file in (project / "data_pipelines").rglob("LICENSE")}
