@@ -14,7 +14,6 @@ that fails in two seeds at 300 applications. Each run is one line of FOLDER/runs
 import argparse
 import csv
 import math
-import resource
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -25,13 +24,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sret_scale.memory import Schedule, plan_chain, run_chain
+from sret_scale.memory.planning.instrument import measure_peak
 from sret_scale.memory.schedule import none, per_application
 from sret_scale.model import SReTConfig, StageConfig
 from sret_scale.model.layers import Block
 from sret_scale.model.stored_sizes import stored_sizes
 
 SYMBOLS, TOKENS, WIDTH, BATCH, TEST_ROWS = 8, 4, 16, 64, 4096
-FIELDS = ("applications", "gradient", "seed", "steps", "schedule", "accuracy", "loss", "seconds", "peak_bytes", "macs")
+FIELDS = ("applications", "gradient", "seed", "steps", "mark", "accuracy", "loss", "seconds", "macs")
 
 _TRANSFORM = torch.compile(Block.transform, dynamic=False)
 
@@ -49,7 +49,7 @@ def rows(count: int, length: int, generator: torch.Generator) -> tuple[Tensor, T
 class Reader(nn.Module):
     """One tied block, what it reads, and a head on the mean of the tokens."""
 
-    def __init__(self, applications: int) -> None:
+    def __init__(self, applications: int, mark: float) -> None:
         super().__init__()
         stage = StageConfig(
             width=WIDTH,
@@ -61,10 +61,8 @@ class Reader(nn.Module):
         )
         config = SReTConfig(stages=(stage,), image_size=16)
         self.block = Block(stage, stored_sizes(config, 0))
-        # As `compile_blocks` does for a model: one graph for all applications.
-        self.block.transform = partial(_TRANSFORM, self.block)  # type: ignore[method-assign]
         self.symbols = nn.Parameter(0.1 * torch.randn(SYMBOLS, WIDTH))
-        self.marked = nn.Parameter(0.1 * torch.randn(SYMBOLS, WIDTH))
+        self.marked = nn.Parameter(mark * torch.randn(SYMBOLS, WIDTH))
         self.start = nn.Parameter(0.02 * torch.randn(TOKENS, WIDTH))
         self.norm, self.head = nn.LayerNorm(WIDTH, eps=1e-8), nn.Linear(WIDTH, SYMBOLS)
 
@@ -106,18 +104,19 @@ def final_state(links: Sequence[Link], start: Tensor, schedule: Schedule) -> Ten
     return run_chain(links[cut:], state if cut else start, schedule)
 
 
-def train(applications: int, gradient: int, seed: int, steps: int, memory: str, rate: float) -> dict[str, object]:
+def train(applications: int, gradient: int, seed: int, steps: int, mark: float, rate: float) -> dict[str, object]:
     """One run, as a line of the table."""
     torch.manual_seed(seed)
-    reader = Reader(applications)
+    reader = Reader(applications, mark)
+    # As `compile_blocks` does for a model: one graph for all applications.
+    reader.block.transform = partial(_TRANSFORM, reader.block)  # type: ignore[method-assign]
     optimizer = torch.optim.AdamW(reader.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.0)
-    schedule = schedule_of(memory, gradient, reader, applications)
     losses, started = [], time.process_time()
     for step in range(steps):
         generator = torch.Generator().manual_seed(1_000_003 * seed + step)
         symbols, places, labels = rows(BATCH, applications, generator)
         start = reader.start.expand(BATCH, -1, -1)
-        loss = F.cross_entropy(reader.scores(final_state(reader.links(symbols, places), start, schedule)), labels)
+        loss = F.cross_entropy(reader.scores(final_state(reader.links(symbols, places), start, none(gradient))), labels)
         for group in optimizer.param_groups:
             group["lr"] = rate * min(1.0, (step + 1) / 10) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
         optimizer.zero_grad()
@@ -135,21 +134,40 @@ def train(applications: int, gradient: int, seed: int, steps: int, memory: str, 
         "gradient": gradient,
         "seed": seed,
         "steps": steps,
-        "schedule": memory,
+        "mark": mark,
         "accuracy": accuracy(reader, applications, seed),
         "loss": sum(losses[-25:]) / len(losses[-25:]),
         "seconds": round(time.process_time() - started, 1),
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "macs": BATCH * steps * application_macs * (applications + 2 * gradient),
     }
 
 
-def schedule_of(memory: str, length: int, reader: Reader, applications: int) -> Schedule:
-    """`none`, `per_application`, or a number of MiB within which the chain is planned."""
-    if memory in ("none", "per_application"):
-        return {"none": none, "per_application": per_application}[memory](length)
-    links = reader.links(*rows(BATCH, applications, torch.Generator().manual_seed(0))[:2])[-length:]
-    return plan_chain(links, torch.zeros(BATCH, TOKENS, WIDTH), int(float(memory) * 2**20))
+def prices(applications: int) -> None:
+    """What a step with gradient through all applications takes, by schedule, and whether its gradients are the same."""
+    torch.manual_seed(0)
+    reader = Reader(applications, 0.1)
+    symbols, places, labels = rows(BATCH, applications, torch.Generator().manual_seed(0))
+    links, example = reader.links(symbols, places), torch.zeros(BATCH, TOKENS, WIDTH)
+    plans = {"none": none(applications), "per_application": per_application(applications)}
+    taken: dict[str, int] = {}
+    first: list[Tensor | None] = []
+    for name in ("none", "per_application", "planned in 1/2", "planned in 1/8", "planned in 1/32"):
+        if name not in plans:
+            plans[name] = plan_chain(links, example, taken["none"] // int(name.rsplit("/", 1)[1]))
+
+        def step(schedule: Schedule = plans[name]) -> None:
+            reader.zero_grad()
+            start = reader.start.expand(BATCH, -1, -1)
+            F.cross_entropy(reader.scores(final_state(links, start, schedule)), labels).backward()
+
+        step()
+        taken[name] = measure_peak(reader.parameters(), step)
+        started = time.process_time()
+        step()
+        seconds, grads = time.process_time() - started, [p.grad for p in reader.parameters()]
+        first = first or [None if grad is None else grad.clone() for grad in grads]
+        same = all(torch.equal(a, b) for a, b in zip(first, grads, strict=True) if a is not None and b is not None)
+        print(f"{applications} {name}: {taken[name]:,} bytes, {seconds:.2f} s, same gradients: {same}", flush=True)
 
 
 @torch.no_grad()
@@ -168,25 +186,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--applications", type=int, required=True)
-    parser.add_argument("--gradient", type=int, nargs="+", required=True, help="the numbers k")
+    parser.add_argument("--gradient", type=int, nargs="*", default=[], help="the numbers k")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--rate", type=float, default=2e-2)
-    parser.add_argument("--memory", default="none", help="none, per_application, or MiB to plan within")
+    parser.add_argument("--mark", type=float, default=0.1, help="size of what a mark adds, before training")
+    parser.add_argument("--prices", action="store_true", help="bytes and seconds of a step by schedule, no training")
     parser.add_argument("--equal-flops", action="store_true", help="as many steps as cost what --steps of k = N do")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    if args.prices:
+        prices(args.applications)
     args.folder.mkdir(parents=True, exist_ok=True)
     table = args.folder / "runs.csv"
     known = list(csv.DictReader(table.open())) if table.exists() else []
-    done = {(row["applications"], row["gradient"], row["seed"], row["steps"], row["schedule"]) for row in known}
+    done = {(row["applications"], row["gradient"], row["seed"], row["steps"], row["mark"]) for row in known}
     for seed in args.seeds:
         for gradient in args.gradient:
             longer = 3 * args.applications / (args.applications + 2 * gradient) if args.equal_flops else 1
             steps = round(args.steps * longer)
-            if tuple(map(str, (args.applications, gradient, seed, steps, args.memory))) in done:
+            if tuple(map(str, (args.applications, gradient, seed, steps, args.mark))) in done:
                 continue
-            row = train(args.applications, gradient, seed, steps, args.memory, args.rate)
+            row = train(args.applications, gradient, seed, steps, args.mark, args.rate)
             print(row, flush=True)
             with table.open("a", newline="") as file:
                 writer = csv.DictWriter(file, FIELDS)

@@ -183,3 +183,20 @@ def test_read_outs_are_those_of_models_of_so_many_loops() -> None:
     for one in found:
         torch.testing.assert_close(one.last, single[one.loops])
         torch.testing.assert_close(one.mean, sum(single[one.loops - back] for back in range(3)) / 3)
+
+
+def test_an_update_moves_the_scores_alike_at_every_depth() -> None:
+    """The coordinate check of a step that settles: one AdamW step at one rate, from 20 to 300 loops."""
+    config = replace(CONFIG, image_size=5)
+    labels = torch.randint(3, (2, 5, 5), generator=torch.Generator().manual_seed(2))
+    changes = []
+    for num_loops in (20, 108, 300):
+        torch.manual_seed(0)
+        model = SReT(replace(config, stages=(replace(STAGE, num_loops=num_loops),)))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+        before = model(images_of(config))
+        torch.nn.functional.cross_entropy(before, labels).backward()
+        optimizer.step()
+        with torch.no_grad():
+            changes.append(float((model(images_of(config)) - before).square().mean().sqrt()))
+    assert min(changes) > 1e-3 and max(changes) < 2 * min(changes)

@@ -1,0 +1,263 @@
+"""Reach: how far a tied model of 2,504 parameters reads a maze, by the applications it runs and not by its weights.
+
+    python experiments/reach.py runs/reach --seed 1            # trains, then tests; the same command continues
+    python experiments/reach.py runs/reach --seed 1 --test 39 --pairs 100
+
+A cell is to be told whether the source reaches it. Mazes are spanning trees (randomised depth-first search) with one
+passage closed. Training: 7 to 15 pixels on a canvas of 15. Half of the steps have four mazes of 7 an image, the
+others one of 9 to 15. The number of loops before the 8 to 10 with gradient is drawn log-uniformly, from none to three
+times the longest path. The loss comes after every second loop with gradient, and leaves out what cannot be known: a
+cell that is reached counts once its distance is at most half of the loops done so far, one that is not counts always.
+
+Test: pairs of twins. Both have the same tree, source and target; one closes a passage on the way to the target, the
+other one off it, both further than 3 pixels from the target, and their distances and the numbers of cells cut off
+differ by a quarter at most. A pair is told apart if the target's score is larger where it is reached: chance is 1 in
+2, exactly.
+
+What would refute it, written down before the runs: a seed of five whose pairs at distances of 96 to 200 on 39 pixels
+are told apart less than three times in four after 300 applications.
+"""
+
+import argparse
+import json
+import math
+import time
+from collections import deque
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sret_scale.model import SReT, SReTConfig, StageConfig
+from sret_scale.model.compiled_blocks import compile_blocks
+from sret_scale.model.depth_plan import DepthPlan, StageDepth
+from sret_scale.model.read_out import read_outs
+
+CANVAS, BATCH, MARGIN, UNREACHED = 15, 16, 3, 1 << 16
+COUNTS = (10, 20, 54, 108, 200, 300, 500, 700, 1000)
+STEPS = ((-1, 0), (1, 0), (0, -1), (0, 1))
+STAGE = StageConfig(
+    width=16,
+    num_heads=4,
+    num_blocks=1,
+    num_loops=256,
+    mlp_ratio=2.0,
+    slices="windows",
+    projections="none",
+    norm_placement="outer",
+    conditioning="input_tied",
+)
+MODEL = SReTConfig(
+    stages=(STAGE,),
+    image_size=CANVAS,
+    num_classes=2,
+    stem="pixels",
+    stem_strides=(1, 1, 1),
+    positions="none",
+    head="tokens",
+)
+
+
+def tree(side: int, random: np.random.Generator) -> np.ndarray:
+    """(side, side) bool, free pixels of a maze; cells at odd places, passages between them."""
+    free = np.zeros((side, side), bool)
+    cells = side // 2
+    stack = [tuple(2 * random.integers(cells, size=2) + 1)]
+    free[stack[0]] = True
+    while stack:
+        row, column = stack[-1]
+        ways = [
+            (a, b)
+            for a, b in STEPS
+            if 0 < row + 2 * a < side and 0 < column + 2 * b < side and not free[row + 2 * a, column + 2 * b]
+        ]
+        if not ways:
+            stack.pop()
+            continue
+        a, b = ways[random.integers(len(ways))]
+        free[row + a, column + b] = free[row + 2 * a, column + 2 * b] = True
+        stack.append((row + 2 * a, column + 2 * b))
+    return free
+
+
+def distances(free: np.ndarray, source: tuple[int, int]) -> np.ndarray:
+    """Steps from the source to every pixel, `UNREACHED` where there is no way."""
+    found = np.full(free.shape, UNREACHED)
+    found[source] = 0
+    queue = deque([source])
+    while queue:
+        row, column = queue.popleft()
+        for a, b in STEPS:
+            place = row + a, column + b
+            if free[place] and found[place] == UNREACHED:
+                found[place] = found[row, column] + 1
+                queue.append(place)
+    return found
+
+
+def image_of(free: np.ndarray, source: tuple[int, int]) -> np.ndarray:
+    """(3, side, side): red where it is free, green the source, blue the walls."""
+    image = np.stack([free, np.zeros_like(free), ~free]).astype(np.float32)
+    image[:, source[0], source[1]] = 0, 1, 0
+    return image
+
+
+def training_batch(step: int, seed: int) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Images, labels with 255 where nothing is asked, distances, and about the longest path."""
+    random = np.random.default_rng([seed, step])
+    side = (
+        7 if step < 300 or random.random() < 0.5 else int(random.choice(np.arange(9, min(15, 9 + step // 100) + 1, 2)))
+    )
+    images = np.zeros((BATCH, 3, CANVAS, CANVAS), np.float32)
+    images[:, 2] = 1
+    far = np.full((BATCH, CANVAS, CANVAS), -1)
+    for index in range(BATCH):
+        corners = [(a, b) for a in (0, 8) for b in (0, 8)] if side == 7 else [(0, 0)]
+        for a, b in corners:
+            free = tree(side, random)
+            passages = np.argwhere(free & (np.add.outer(range(side), range(side)) % 2 == 1))
+            if random.random() < 7 / 8:
+                free[tuple(passages[random.integers(len(passages))])] = False
+            source = tuple(2 * random.integers(side // 2, size=2) + 1)
+            images[index, :, a : a + side, b : b + side] = image_of(free, source)
+            far[index, a : a + side, b : b + side] = np.where(free, distances(free, source), -1)
+    labels = np.where(far < 1, 255, far < UNREACHED)
+    return torch.from_numpy(images), torch.from_numpy(labels).long(), torch.from_numpy(far), int(1.4 * (side // 2) ** 2)
+
+
+def step_plan(step: int, seed: int, longest: int) -> DepthPlan:
+    """The loops of a step."""
+    random = np.random.default_rng([seed, step, 1])
+    before = int(math.exp(random.uniform(0, math.log(3 * longest)))) - 1
+    loops = before + 8 + int(random.integers(3))
+    first = before + 2 - (loops - before) % 2
+    return DepthPlan((StageDepth(tuple(range(loops)), before),), tuple(range(max(1, first), loops, 2)))
+
+
+def loss_of(scores: Tensor, labels: Tensor, far: Tensor, loops: int) -> Tensor:
+    """Cross-entropy of what can be known after so many loops."""
+    unknown = (labels == 1) & (far > loops / 2)
+    return F.cross_entropy(scores, labels.masked_fill(unknown, 255), ignore_index=255)
+
+
+def train(folder: Path, seed: int, steps: int, rate: float) -> None:
+    """Train to the end, from where the folder's state is; leaves the average of the weights in `model.pt`."""
+    torch.manual_seed(seed)
+    model, state = SReT(MODEL).train(), folder / "state.pt"
+    average = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.0)
+    begun, spent = 0, 0.0
+    if state.exists():
+        saved = torch.load(state, weights_only=True)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        average, begun, spent = saved["average"], saved["step"], saved["seconds"]
+    compile_blocks(model)
+    started = time.process_time()
+    for step in range(begun, steps):
+        images, labels, far, longest = training_batch(step, seed)
+        plan = step_plan(step, seed, longest)
+        scores = model(images, None, [plan])
+        ends = [*plan.supervised, len(plan.stages[0].loops)]
+        loss = torch.stack([loss_of(one, labels, far, end) for one, end in zip(scores, ends, strict=True)]).mean()
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min(1, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        for name, value in model.state_dict().items():
+            average[name].lerp_(value, 1 - min(0.995, (step + 1) / (step + 10)))
+        if step % 50 == 49 or step + 1 == steps:
+            seconds = spent + time.process_time() - started
+            record = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average}
+            torch.save(record | {"step": step + 1, "seconds": seconds}, state)
+            right = (scores[-1].argmax(1) == labels)[labels != 255].float().mean()
+            print(f"step {step + 1} loss {loss.item():.4f} right {right:.4f} {seconds:.0f} s", flush=True)
+    torch.save(average, folder / "model.pt")
+
+
+def twins(side: int, random: np.random.Generator) -> tuple[np.ndarray, tuple[int, int], int]:
+    """(2, 3, side, side) images of a pair, closed on the way first, the target and its distance."""
+    while True:
+        free = tree(side, random)
+        source = tuple(2 * random.integers(side // 2, size=2) + 1)
+        far = distances(free, source)
+        wanted = 2 * random.integers(1, far[far < UNREACHED].max() // 2 + 1)
+        targets = [place for place in np.argwhere(far == wanted) if place[0] % 2 and place[1] % 2]
+        if not targets:
+            continue
+        target = tuple(targets[random.integers(len(targets))])
+        passages = [tuple(p) for p in np.argwhere(free & (np.add.outer(range(side), range(side)) % 2 == 1))]
+        away = {p: max(abs(p[0] - target[0]), abs(p[1] - target[1])) for p in passages}
+        near_source = {p for p in passages if max(abs(p[0] - source[0]), abs(p[1] - source[1])) <= 1}
+        options: tuple[list, list] = ([], [])
+        for index in random.permutation(len(passages))[:60]:
+            passage = passages[index]
+            if away[passage] <= MARGIN or passage in near_source:
+                continue
+            closed = free.copy()
+            closed[passage] = False
+            after = distances(closed, source)
+            cut = int((closed & (after == UNREACHED)).sum())
+            options[int(after[target] != UNREACHED)].append((passage, cut))
+        for on, on_cut in options[0]:
+            for off, off_cut in options[1]:
+                sizes, ways = sorted((on_cut, off_cut)), sorted((away[on], away[off]))
+                if 4 * (sizes[1] - sizes[0]) <= sizes[1] and 4 * (ways[1] - ways[0]) <= ways[1]:
+                    pair = []
+                    for passage in (on, off):
+                        closed = free.copy()
+                        closed[passage] = False
+                        pair.append(image_of(closed, source))
+                    return np.stack(pair), target, int(far[target])
+
+
+def test(folder: Path, side: int, pairs: int, mean_of: int) -> None:
+    """One record of `test_SIDE.json` a pair and number of applications."""
+    model = SReT(MODEL)
+    model.load_state_dict(torch.load(folder / "model.pt", weights_only=True))
+    model = model.with_image_size(side).with_loops(max(COUNTS)).eval()
+    compile_blocks(model)
+    lines = []
+    for first in range(0, pairs, 10):
+        made = [twins(side, np.random.default_rng([side, number])) for number in range(first, min(pairs, first + 10))]
+        images = torch.from_numpy(np.concatenate([one[0] for one in made]))
+        for read in read_outs(model, images, COUNTS, mean_of=mean_of):
+            margins = [(scores[:, 1] - scores[:, 0]).unflatten(0, (-1, 2)) for scores in (read.last, read.mean)]
+            for number, (_, (row, column), distance) in enumerate(made):
+                values = [float(margin[number, twin, row, column]) for margin in margins for twin in (0, 1)]
+                lines.append(
+                    {"pair": first + number, "distance": distance, "applications": read.loops, "margins": values}
+                )
+        (folder / f"test_{side}.json").write_text(json.dumps(lines))
+        for count in COUNTS:
+            ours = [line["margins"] for line in lines if line["applications"] == count]
+            told = np.mean([(a < b) + (a == b) / 2 for a, b, _, _ in ours])
+            print(f"{side} px, {count} applications: {100 * told:.1f} % of {len(ours)} pairs", flush=True)
+
+
+def main() -> None:
+    """Train where that is not done, then test."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--rate", type=float, default=4e-3)
+    parser.add_argument("--test", type=int, nargs="*", default=[15, 39])
+    parser.add_argument("--pairs", type=int, default=100)
+    parser.add_argument("--mean-of", type=int, default=30)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    folder = args.folder / f"seed_{args.seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "model.pt").exists():
+        train(folder, args.seed, args.steps, args.rate)
+    for side in args.test:
+        test(folder, side, args.pairs, args.mean_of)
+
+
+if __name__ == "__main__":
+    main()
