@@ -10,6 +10,9 @@ LastBatch = Literal["drop", "pad"]
 # Pillow's own limit (its MAX_IMAGE_PIXELS), so that its warning cannot appear for an image that is accepted.
 MAX_PIXELS = 89_478_485
 
+# Per channel, of pixels in [0, 1].
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:

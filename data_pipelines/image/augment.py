@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data_pipelines.config import IMAGENET_MEAN, IMAGENET_STD
 from data_pipelines.image.upload import uploaded
 
 
@@ -132,7 +133,7 @@ class BatchAugment:
         return mixed_BCHW, mixed_BC
 
 
-def normalise(unit_BCHW: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+def normalise(unit_BCHW: Tensor, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD) -> Tensor:
     """Pixels in [0, 1] to (unit - mean) / std per channel."""
     return normalise_(unit_BCHW.clone(), mean, std)
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from data_pipelines.config import IMAGENET_MEAN, IMAGENET_STD
 from data_pipelines.image.augment import normalise_
 from data_pipelines.image.batch_memory import Recycler
 from data_pipelines.image.native import library as roi
@@ -16,7 +17,7 @@ from data_pipelines.image.native import library as roi
 class Normaliser:
     """Normalises batches of uint8 pixels on their device. On a CPU, memory of batches that are gone is used again."""
 
-    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(self, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD) -> None:
         self._mean, self._std = tuple(mean), tuple(std)
         self._recycler = Recycler()
 

@@ -88,20 +88,21 @@ class TrainingSource:
 
 
 class TrainLoader:
-    """Endless training steps of one rank: `for step in loader.steps(state)`."""
+    """Endless training steps of one rank, `for step in loader.steps(state)`, or its batches, `for batch in loader`."""
 
     def __init__(
         self,
         shards: ShardSet,
-        config: DataConfig,
+        config: DataConfig | None = None,
         *,
-        image_size: int,
-        seed: int,
-        rank: int,
-        world_size: int,
         micro_batch_size: int,
-        grad_accum_steps: int,
+        image_size: int = 224,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        grad_accum_steps: int = 1,
     ) -> None:
+        config = config or DataConfig()
         self.global_batch_size = micro_batch_size * grad_accum_steps * world_size
         self.order = Order.of(shards, config, seed=seed, global_batch_size=self.global_batch_size)
         epoch_length = self.order.epoch_length
@@ -129,8 +130,12 @@ class TrainLoader:
         """Different bad samples that this rank has met and replaced, earlier starts of the run included."""
         return self._quarantine.count
 
-    def steps(self, state: LoaderState) -> Generator[Step]:
+    def __iter__(self) -> Iterator[Batch]:
+        return (batch for step in self.steps() for batch in step.micro_batches)
+
+    def steps(self, state: LoaderState | None = None) -> Generator[Step]:
         """Endless. Threads work ahead until the iterator is closed or collected; what fails in one is raised here."""
+        state = state or LoaderState()
         self._check(state)
         return self._steps(state)
 

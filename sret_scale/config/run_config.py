@@ -22,6 +22,7 @@ import pydantic
 import yaml
 
 from data_pipelines.checked_files import read_bounded
+from data_pipelines.config import IMAGENET_MEAN, IMAGENET_STD
 from data_pipelines.home_folder import with_home
 from data_pipelines.image.augment import AugmentConfig
 from data_pipelines.remote.shard_sets import open_training_data
@@ -159,9 +160,9 @@ class TrainConfig:
     """A rank that comes no further for so long ends the run; more than the longest evaluation, save or compilation."""
     tensorboard: bool = False
     """Write TensorBoard events beside metrics.jsonl; needs the extra of that name."""
-    image_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    image_mean: tuple[float, float, float] = IMAGENET_MEAN
     """Per channel, of pixels in [0, 1]; the default is ImageNet's."""
-    image_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    image_std: tuple[float, float, float] = IMAGENET_STD
 
     def __post_init__(self) -> None:
         for name in (
@@ -451,7 +452,7 @@ def _assign(tree: dict[str, Any], key: str, value: Any) -> None:
             raise ValueError(f"{key!r}: {'.'.join(walked)} is a single value, it has no field {leaf!r}")
 
 
-def with_whole_paths(config: RunConfig) -> RunConfig:
+def whole_paths(config: RunConfig) -> RunConfig:
     """`config` with paths to its shards, their cache and its ds_config that mean the same in any working folder."""
 
     def whole(location: str) -> str:

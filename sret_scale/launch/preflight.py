@@ -15,14 +15,7 @@ from data_pipelines.remote.shard_sets import open_training_data
 from data_pipelines.shards.classes import check_same_classes
 from data_pipelines.stream.loader import check_node_cache
 from sret_scale.config.ds_config import load_ds_config, zero_stage_of
-from sret_scale.config.run_config import (
-    RunConfig,
-    from_yaml,
-    grad_accum_steps,
-    split_differences,
-    to_yaml,
-    with_whole_paths,
-)
+from sret_scale.config.run_config import RunConfig, from_yaml, grad_accum_steps, split_differences, to_yaml, whole_paths
 from sret_scale.config.step_depth import check_depth
 from sret_scale.distill.label_teacher import open_matching_labels
 from sret_scale.distill.spec import parse_teacher
@@ -51,7 +44,7 @@ def start_run(
 
     Raises ValueError or OSError, before anything is started or written, for what can be known to be wrong.
     """
-    config = with_whole_paths(config)
+    config = whole_paths(config)
     place = choose_nodes(num_ranks=num_ranks, hosts=hosts)
     ranks_of_nodes = [len(host.devices) for host in place.hosts]
     world_size = sum(ranks_of_nodes)
@@ -200,7 +193,7 @@ def check_configuration(folder: RunFolder, config: RunConfig) -> None:
         shards = open_training_data(config.data)
         before = load_class_names(folder.path) or []
         check_same_classes(shards.class_names, before, where=str(shards.folder), owner=f"the run {folder.path}")
-    old, seen, total_images = with_whole_paths(from_yaml(folder.config)), images_seen(folder), config.train.total_images
+    old, seen, total_images = whole_paths(from_yaml(folder.config)), images_seen(folder), config.train.total_images
     is_same_length = old.train.total_images == total_images
     refused, allowed = split_differences(old, config, is_finished=is_same_length and is_finished(folder, total_images))
     if refused:

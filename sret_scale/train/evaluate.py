@@ -15,7 +15,7 @@ from sret_scale.config.precision import autocast
 from sret_scale.config.run_config import RunConfig
 from sret_scale.tasks.classification import Classification
 from sret_scale.tasks.task import Task
-from sret_scale.train.distributed import Ranks, sum_over_ranks
+from sret_scale.train.distributed import Ranks, ranks_from_environment, sum_over_ranks
 
 AfterBatch = Callable[[Batch, Tensor], None]
 """Hears each batch of an evaluation with its scores, rows that only fill it up included."""
@@ -37,8 +37,8 @@ class Evaluation:
 def evaluate(
     model: nn.Module,
     shards: ShardSet,
-    config: RunConfig,
-    ranks: Ranks,
+    config: RunConfig | None = None,
+    ranks: Ranks | None = None,
     task: Task | None = None,
     *,
     must_stop: Callable[[], bool] = lambda: False,
@@ -49,6 +49,8 @@ def evaluate(
     Every rank must call it. None when `must_stop` said so between two batches on any rank.
     """
     assert not model.training
+    config = config or RunConfig(model=model.config)  # type: ignore[arg-type]  # an SReT where nothing else is said
+    ranks = ranks or ranks_from_environment()
     task = task or Classification(config)
     ds_config = load_ds_config(config.engine.ds_config)
     precision = precision_of(ds_config)

@@ -34,13 +34,7 @@ class Measure(Protocol):
 
 
 def evaluate_run(
-    run: Path,
-    shards: str | None,
-    weights: Any,
-    ranks: Ranks,
-    *,
-    loops: int | None = None,
-    has_answers: bool = False,
+    run: Path, shards: str | None, weights: Any, ranks: Ranks, *, loops: int | None = None, has_answers: bool = False
 ) -> dict[str, Any]:
     """The accuracy of a run's newest checkpoint on `shards` (None: its test set), as a JSON object; on every rank.
 

@@ -42,10 +42,9 @@ def load_config(run: Path) -> RunConfig:
         # Version 0.1.0 kept what was typed: relative to where the run was started, which is above it as a rule.
         return next((str(above / location) for above in run.resolve().parents if (above / location).exists()), location)
 
-    train, test, *mixture = map(
-        found, (config.data.train_folder, config.data.test_folder, *config.data.mixture_folders)
-    )
-    data = replace(config.data, train_folder=train, test_folder=test, mixture_folders=tuple(mixture))
+    data = config.data
+    train, test, *mixture = map(found, (data.train_folder, data.test_folder, *data.mixture_folders))
+    data = replace(data, train_folder=train, test_folder=test, mixture_folders=tuple(mixture))
     return replace(config, data=data)
 
 
@@ -71,7 +70,7 @@ def load_class_names(source: Path) -> list[str] | None:
 
 
 def _parse_class_names(text: str | bytes, where: Path, number: int | None = None) -> list[str]:
-    names = parse_checked(text.encode() if isinstance(text, str) else text, object, where)
+    names: Any = parse_checked(text.encode() if isinstance(text, str) else text, object, where)
     if not are_class_names(names) or len(names) != (number or len(names)):
         raise ValueError(f"{where}: expected a list of {number or ''} class names, none empty and none twice")
     return list(names)
@@ -167,8 +166,7 @@ def load_trained(source: Path, weights: WeightsKind | None = None) -> SReT:
     if _is_checkpoint(source):
         verify_checkpoint(source)
         return load_checkpoint(source, weights)[0]
-    model, _, _ = load_model(source, weights, print)
-    return model
+    return load_model(source, weights, print)[0]
 
 
 # What may differ between a model and the weights that it starts from: none of these has weights of its own, besides

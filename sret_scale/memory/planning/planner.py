@@ -111,9 +111,9 @@ def prepare_memory(
     memory: MemoryConfig,
     *,
     micro_batch_size: int,
-    precision: str,
-    world_size: int,
-    zero_stage: int,
+    precision: str = "fp32",
+    world_size: int = 1,
+    zero_stage: int = 0,
     reserved_bytes: int = 0,
     depth: DepthPlan | None = None,
 ) -> Prepared:
