@@ -203,6 +203,7 @@ def test_a_library_of_older_sources_is_left_alone_and_said(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(roi, "LIBRARY", tmp_path / "_roi_decode.00000002.so")
+    monkeypatch.setattr(roi, "__file__", str(tmp_path / "library.py"))
     (tmp_path / "_roi_decode.00000001.so").touch()
     roi._library.cache_clear()
     assert not roi.is_in_use() and roi.is_stale()
