@@ -212,6 +212,8 @@ def _commit() -> str | None:
         return None
     run = subprocess.run(
         ["git", "-C", str(root), "describe", "--always", "--dirty=+changes", "--abbrev=12", "--exclude=*"],
+        # A hook of another repository names that one by GIT_DIR.
+        env={name: value for name, value in os.environ.items() if not name.startswith("GIT_")},
         capture_output=True,
         text=True,
         check=False,

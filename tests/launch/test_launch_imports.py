@@ -61,23 +61,28 @@ def recorded(run: Path) -> tuple[str | None, str]:
 
 
 @pytest.mark.multi_process
-def test_inside_another_checkout_the_code_of_the_command_runs_and_is_recorded(tmp_path: Path) -> None:
+def test_inside_another_checkout_the_code_of_the_command_runs_and_is_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     other = tmp_path / "other"
     for package in ("sret_scale", "data_pipelines", "ds_configs"):
         shutil.copytree(ROOT / package, other / package, ignore=shutil.ignore_patterns("__pycache__"))
     mark = f"\nimport pathlib\npathlib.Path({str(tmp_path)!r}, 'ran-the-other').touch()\n"
-    for file in ("sret_scale/train/loop.py", "sret_scale/__init__.py", "data_pipelines/__init__.py"):
-        with (other / file).open("a") as stream:
+    for name in ("sret_scale/train/loop.py", "sret_scale/__init__.py", "data_pipelines/__init__.py"):
+        with (other / name).open("a") as stream:
             stream.write(mark)
     author = ("-c", "user.name=x", "-c", "user.email=x@example.org")
     for command in (("init", "-q"), ("add", "sret_scale/cli.py"), (*author, "commit", "-q", "-m", "another one")):
         subprocess.run(["git", *command], cwd=other, check=True)
+    ours = _commit()
+    # As where a hook of that repository starts the run.
+    monkeypatch.setenv("GIT_DIR", str(other / ".git"))
     file = write_config(tmp_path / "tiny.yaml", tiny_config(tiny_shards(tmp_path / "shards")), total_images=32)
     process = sret_scale("train", file, "--run", tmp_path / "run", cwd=other)
     _, error = process.communicate(timeout=240)
     assert process.returncode == 0, error
     assert not (tmp_path / "ran-the-other").exists()
-    assert recorded(tmp_path / "run") == (_commit(), __version__)
+    assert recorded(tmp_path / "run") == (ours, __version__)
 
 
 @pytest.mark.multi_process

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from data_pipelines.labels.store import read_plan
 from data_pipelines.stream.quarantine import Quarantine
+from sret_scale.model import SReT, preset
 from sret_scale.model.vision.official import to_published
 from sret_scale.model.vision.weight_files import save_model
 from sret_scale.runs.checkpoint import read_tensors
@@ -79,9 +80,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_run(folder / "run", config)
     make_labels(folder / "store", folder / "shards" / "train", config)
     shutil.copytree(folder / "run", folder / "teacher")
-    model = load_trained(folder / "run")
-    save_model(model, folder / "weights.safetensors")
-    torch.save({"model": to_published(model.config, model.state_dict())}, folder / "published.pth")
+    save_model(load_trained(folder / "run"), folder / "weights.safetensors")
+    published = preset("sret_t", image_size=32, num_classes=3, group_fit="nearest")
+    # Beside the folder, since every other case copies that.
+    torch.save({"model": to_published(published, SReT(published).state_dict())}, folder.with_name("published.pth"))
     (folder / "sweep.yaml").write_text("base: run/config.yaml\ngrid: {model.stages.1.num_loops: [2, 4]}\nretries: 1\n")
     return folder
 
@@ -221,6 +223,8 @@ def test_a_mutated_file_ends_no_command_with_a_traceback(made: Path, tmp_path: P
     for number in range(NUM_MUTATIONS if name.split()[0] not in ("report", "teacher", "published") else 12):
         shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(made, copy)
+        if name == "published":
+            shutil.copy(made.with_name(file), copy)
         mutate(copy / file, rng)
         status, text = ask(*(copy / word if word in names else word.replace("MADE", str(copy)) for word in command))
         kept = (copy / file).read_bytes()[:2000]

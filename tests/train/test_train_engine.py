@@ -133,3 +133,19 @@ def test_moments_of_another_update_rule_are_refused() -> None:
     state = {"step": torch.tensor(3.0), "momentum_buffer.head.weight": torch.zeros(2)}
     with pytest.raises(ValueError, match=r"lacks exp_avg\.head\.weight \(and 1 more\).*another optim\.optimizer"):
         Engine.load_optimizer_state(engine, state, {})  # type: ignore[arg-type]
+
+
+def test_moments_of_another_shape_are_refused_although_they_could_be_spread_out() -> None:
+    engine = SimpleNamespace(
+        _client_optimizer=SimpleNamespace(missed={}),
+        _trained_parameters=lambda: iter([("head.weight", torch.nn.Parameter(torch.zeros(2)))]),
+        _moments=lambda _name: ("exp_avg",),
+        _create_optimizer_entries=lambda _step: None,
+        zero_stage=0,
+    )
+    state = {"step": torch.tensor(3.0), "exp_avg.head.weight": torch.zeros(1)}
+    with pytest.raises(ValueError, match=r"exp_avg\.head\.weight: expected \(2,\), got \(1,\)"):
+        Engine.load_optimizer_state(engine, state, {})  # type: ignore[arg-type]
+    del state["step"]
+    with pytest.raises(ValueError, match="lacks step"):
+        Engine.load_optimizer_state(engine, state, {})  # type: ignore[arg-type]
