@@ -188,16 +188,14 @@ CASES: dict[str, tuple[str, Callable[[Path, random.Random], None], tuple[str, ..
         ("export", "weights.safetensors", "o", "--format", "safetensors"),
     ),
     "published": ("published.pth", mutate_published, ("weights", "import", "published.pth", "o")),
-    "teacher config": (
-        "teacher/config.yaml",
-        mutate_yaml,
-        ("train", "run/config.yaml", "distill.teacher=run:MADE/teacher", "--dry-run", "--run", "o"),
-    ),
-    "teacher state": (
-        "teacher/checkpoints/step-000000001/state.json",
-        mutate_json,
-        ("labels", "write", "shards/train", "o", "--teacher", "run:MADE/teacher", "--views", "1", "--top-k", "3"),
-    ),
+    **{
+        f"teacher {name}": (
+            f"teacher/{name}",
+            mutate,
+            ("labels", "write", "shards/train", "o", "--teacher", "run:MADE/teacher", "--views", "1", "--top-k", "3"),
+        )
+        for name, mutate in (("config.yaml", mutate_yaml), ("checkpoints/step-000000001/state.json", mutate_json))
+    },
     "sweep": ("sweep.yaml", mutate_yaml, ("sweep", "sweep.yaml", "--slurm", "time=1:00:00,cpus=1")),
     **{
         f"report {name}": (f"run/{name}", mutate, ("report", "run", "-o", "o.html"))
@@ -217,7 +215,7 @@ CASES: dict[str, tuple[str, Callable[[Path, random.Random], None], tuple[str, ..
 def test_a_mutated_file_ends_no_command_with_a_traceback(made: Path, tmp_path: Path, ask: Ask, name: str) -> None:
     rng = random.Random(name)
     file, mutate, command = CASES[name]
-    names = {"store", "run", "run/config.yaml", "weights.safetensors", "published.pth", "sweep.yaml", "o", "o.html"}
+    names = {"store", "run", "weights.safetensors", "published.pth", "sweep.yaml", "o", "o.html"}
     names |= {"shards/train"}
     copy = tmp_path / "made"
     for number in range(NUM_MUTATIONS if name.split()[0] not in ("report", "teacher", "published") else 12):

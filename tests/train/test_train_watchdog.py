@@ -53,9 +53,9 @@ def test_ranks_at_the_same_place_are_counted(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", ["", '{"step": 5', "[]", '{"step": "5", "phase": "", "since_s": 0, "host": ""}'])
 def test_a_heartbeat_that_cannot_be_read_is_named(tmp_path: Path, content: str) -> None:
-    beat(tmp_path, 1, 5, "computing").write_text(content)
     with Watchdog(tmp_path, rank=0, world_size=2, timeout_s=100.0) as dog:
         dog._beat()
+        beat(tmp_path, 1, 5, "computing").write_text(content)
         said = dog._culprit()
     assert said.startswith("rank 1 left no heartbeat that can be read") and "rank-00001.json" in said
 
