@@ -19,7 +19,7 @@ from sret_scale.model.config import SReTConfig
 from sret_scale.model.depth_plan import DepthPlan, planned_rates, planned_slots
 from sret_scale.model.layers import Block, NonLinearProjection
 from sret_scale.model.noise import Dropout, Noise, PermutationSource, drop_path_masks
-from sret_scale.model.permutation import TokenOrder, reorder_tokens
+from sret_scale.model.permutation import TokenOrder, as_index, reorder_tokens
 from sret_scale.model.stored_sizes import stored_sizes
 from sret_scale.model.upload import uploaded
 from sret_scale.model.windows import WindowOrder
@@ -76,8 +76,7 @@ class Application:
     def skipped(self, x_BND: Tensor) -> Tensor:
         """What the skip alone carries through the application, in the order in which it leaves the tokens.
 
-        Its coefficients get no gradient. A norm of the stream leaves no skip: only the stage's input has gradient then.
-        ValueError where norms follow the residuals.
+        Its coefficients get no gradient. ValueError where norms follow the residuals.
         """
         if self.block.norms_after:
             raise ValueError("a block with norms after its residuals has no skip")
@@ -85,8 +84,6 @@ class Application:
         if self.projection is not None:
             residuals.append(self.projection.residual)
         parts = [self.reordered(part) for part in (x_BND.chunk(2, dim=1) if self.injected else (x_BND,))]
-        if self.block.outer_norm is not None:
-            parts[0] = parts[0].detach()
         for residual in residuals:
             if residual.alpha is not None:
                 parts[0] = parts[0] * residual.alpha.detach()
@@ -252,9 +249,26 @@ def run_detached(applications: Sequence[Application], x_BND: Tensor) -> Tensor:
         y_BND = run_in_turn(applications, x_BND)
     if not torch.is_grad_enabled():
         return y_BND
+    if applications[0].block.outer_norm is not None:
+        return _start_of_its_own(applications, x_BND, y_BND)
     for application in applications:
         x_BND = application.skipped(x_BND)
     return _WithValue.apply(x_BND, y_BND)  # type: ignore[no-untyped-call]
+
+
+def _start_of_its_own(applications: Sequence[Application], x_BND: Tensor, y_BND: Tensor) -> Tensor:
+    """The value of y without a way back: a norm of the stream leaves no skip. The stage's input keeps its gradient."""
+    if not applications[0].injected:
+        return y_BND
+    moves = [one.gather for one in applications if one.gather is not None]
+    input_BND = x_BND.chunk(2, dim=1)[1]
+    if moves:
+        # All moves in one.
+        gather_N = as_index(moves[0])
+        for move in moves[1:]:
+            gather_N = gather_N.index_select(0, as_index(move))
+        input_BND = reorder_tokens(input_BND, gather_N, gather_N.argsort())
+    return torch.cat([y_BND.chunk(2, dim=1)[0], input_BND], dim=1)
 
 
 class _WithValue(torch.autograd.Function):
