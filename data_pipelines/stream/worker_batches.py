@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Generator, Iterable
 from functools import partial
 from multiprocessing.process import BaseProcess
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
@@ -118,9 +119,24 @@ def worker_batches(
             yield batch
     finally:
         # torch ends them with its iterator, which lives as long as an error that refers to it.
+        _keep_from_cleaning_up(answers)
         for process in workers.values():
             process.kill()
             process.join()
+
+
+def _keep_from_cleaning_up(answers: Any) -> None:
+    """Tell torch's iterator that its workers are ended, and let go of what it would have let go of.
+
+    A process that is killed may hold the lock of torch's event for the end, for ever. torch's own clean-up waits for
+    that lock wherever the garbage collector runs it: seen in a thread that was about to begin, and never did.
+    """
+    answers._shutdown = True
+    if done := getattr(answers, "_pin_memory_thread_done_event", None):
+        done.set()
+    for queue in answers._index_queues:
+        queue.cancel_join_thread()
+        queue.close()
 
 
 def _next(

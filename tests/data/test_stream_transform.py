@@ -1,5 +1,6 @@
 """A user's transform, in threads and in processes: the same rows, resume and errors; what fails is named."""
 
+import gc
 import json
 import multiprocessing
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from data_pipelines.config import DataConfig
 from data_pipelines.image.user_transform import TransformError, load_transform
@@ -121,8 +123,13 @@ def test_a_worker_that_is_killed_while_it_waits_is_named(shards: TarShards) -> N
         (worker,) = multiprocessing.active_children()
         worker.kill()
         worker.join()
-        with pytest.raises(OSError, match=r"data worker \(process \d+\), .* was killed by SIGKILL; out of memory"):
+        with pytest.raises(
+            OSError, match=r"data worker \(process \d+\), .* was killed by SIGKILL; out of memory"
+        ) as raised:
             list(islice(batches, 10))
+    # The error keeps torch's iterator alive. Its clean-up would wait for a lock that a killed process may hold.
+    left = [one for one in gc.get_objects() if isinstance(one, _MultiProcessingDataLoaderIter)]
+    assert raised.tb is not None and left and all(one._shutdown for one in left)
 
 
 def test_what_is_no_transform_is_named(shards: TarShards) -> None:
