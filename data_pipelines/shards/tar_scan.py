@@ -138,7 +138,7 @@ def split_name(name: str) -> tuple[str, str] | None:
     Those have no ending (README), begin with a dot (`._NAME`: what macOS adds), or are webdataset's (`__meta__`).
     """
     match = re.fullmatch(r"((?:.*/)?[^/.]+)\.([^/]*)", name, re.DOTALL)
-    if match is None or re.match(r"__[^/]*__($|/)", name):
+    if match is None or re.match(r"__meta__($|/)", name):
         return None
     return match[1], match[2].lower()
 

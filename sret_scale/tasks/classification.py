@@ -18,6 +18,7 @@ class Classification:
 
     unit = "images"
     best = "top1"
+    best_in_words = "top-1"
 
     def __init__(
         self, config: RunConfig, *, teacher: AnyTeacher | None = None, features: FeatureMatch | None = None

@@ -30,6 +30,7 @@ class Task(Protocol):
     """What the clock counts, in the plural."""
     best: str
     """The number of an evaluation that is best where it is largest."""
+    best_in_words: str
 
     def inputs(self, batch: Batch, *, seed: int, device: torch.device) -> Inputs:
         """A batch as the model trains on it, a function of its samples and the seed."""

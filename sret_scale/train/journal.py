@@ -50,7 +50,7 @@ def log_evaluation(run: Run, clock: Clock, kind: str, result: Evaluation) -> Non
     """What an evaluation of the `kind` of weights, "raw" or "ema", found."""
     log(run, clock, "eval", {"split": "test", "weights": kind, **result.to_json()})
     run.progress.say(
-        f"{run.folder.path.name}: {clock.images:,} {run.task.unit}: {run.task.best} "
+        f"{run.folder.path.name}: {clock.images:,} {run.task.unit}: {run.task.best_in_words} "
         f"{result.numbers[run.task.best]:.2%} ({kind} weights, {result.num_samples:,} test {run.task.unit})"
     )
 

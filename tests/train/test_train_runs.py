@@ -159,7 +159,7 @@ def test_a_rank_that_stands_still_is_named_and_everything_ends(shards: Path, tmp
 
 def test_losses_that_are_not_numbers_end_the_run_and_are_in_no_saved_weights(shards: Path, tmp_path: Path) -> None:
     config = tiny_config(shards)
-    config = replace(config, optim=replace(config.optim, learning_rate=1e30, warmup_images=0))
+    config = replace(config, optim=replace(config.optim, learning_rate=9e18, warmup_images=0))
     file = write_config(tmp_path / "tiny.yaml", config)
     ended = sret_scale_forked("train", file, "--run", tmp_path / "run", cwd=tmp_path)
     assert ended.returncode == 1

@@ -149,7 +149,8 @@ class WholeState:
         for name, parameter in self._trained_parameters():
             for moment in self._moments(name):
                 value = state[f"{moment}.{name}"].to(parameter.device)
-                shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+                cut = deepspeed_internals.stage_3_shape(parameter)
+                shape = tuple(parameter.shape if cut is None else cut)
                 if value.shape != shape:
                     raise ValueError(
                         f"optimizer state {moment}.{name}: expected {shape}, got {tuple(value.shape)}: the newest "
