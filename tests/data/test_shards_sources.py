@@ -527,25 +527,25 @@ def test_classes_are_numbered_as_in_the_training_set(tmp_path: Path, caplog: pyt
     shutil.rmtree(tmp_path / "tree" / IMAGENET_LIKE[1])
     names = class_names_from(train.folder)
 
-    def test_set(source: Path, target: str, kind: str = "folder") -> ShardSet:
+    def set_from(source: Path, target: str, kind: str = "folder") -> ShardSet:
         write_shards(WriteConfig(kind=kind, source=source, class_names=names), tmp_path / target)
         return open_shards(tmp_path / target)
 
-    two = test_set(tmp_path / "tree", "two")
+    two = set_from(tmp_path / "tree", "two")
     assert two.class_names == list(IMAGENET_LIKE) and set(two.label.tolist()) == {0, 2}
     for index in range(two.num_samples):
         assert two.key(index).startswith(IMAGENET_LIKE[two.label[index]])
     # Folders called by the numbers of the training set's classes, as ImageNetV2's, and in the order of their names.
     (tmp_path / "tree" / IMAGENET_LIKE[0]).rename(tmp_path / "tree" / "2")
     (tmp_path / "tree" / IMAGENET_LIKE[2]).rename(tmp_path / "tree" / "0")
-    numbers = test_set(tmp_path / "tree", "numbers")
+    numbers = set_from(tmp_path / "tree", "numbers")
     assert "have numbers for names" in caplog.text and numbers.class_names == list(IMAGENET_LIKE)
     assert all(numbers.key(index).startswith(str(numbers.label[index])) for index in range(numbers.num_samples))
     with pytest.raises(ValueError, match="made with another classes"):
         write_shards(WriteConfig(kind="folder", source=tmp_path / "tree"), tmp_path / "numbers")
     (tmp_path / "tree" / "0").rename(tmp_path / "tree" / "dog")
     with pytest.raises(ValueError, match="class 0, '2', is none of these"):
-        test_set(tmp_path / "tree", "dog")
+        set_from(tmp_path / "tree", "dog")
     (tmp_path / "names.txt").write_text("x\ny\n")
     assert class_names_from(tmp_path / "names.txt") == ("x", "y")
 
