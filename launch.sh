@@ -71,8 +71,10 @@ step() {
     printf '%-52s %4d s\n' "$text" $((SECONDS - start))
 }
 
+# -P keeps the working folder from pip alone: a package that pip builds imports files that lie beside its set-up, as
+# DeepSpeed's does, and the variable would reach it.
 pip_install() {
-    "$venv/bin/python" -m pip install --no-input --disable-pip-version-check --progress-bar off \
+    env -u PYTHONSAFEPATH "$venv/bin/python" -P -m pip install --no-input --disable-pip-version-check --progress-bar off \
         -c "$root/constraints.txt" "$@"
 }
 

@@ -39,8 +39,9 @@ case "$*" in
     echo "library" >>"$FAKE/log"
     ;;
 -c*metadata*) cat "$FAKE/torch" ;;
-"-m pip install "*)
-    echo "pip $*" >>"$FAKE/log"
+"-P -m pip install "*)
+    # The set-ups of packages that pip builds look for modules beside them, which this variable would forbid.
+    echo "${PYTHONSAFEPATH:+no package can be built: }pip $*" >>"$FAKE/log"
     case "$*" in
     *" torch=="*)
         tries=0
@@ -118,7 +119,7 @@ def taken_log(fake: Path) -> list[str]:
 
 def expected_calls(project: Path, extra: str = "") -> list[str]:
     pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
-    pip = "pip -m pip install --no-input --disable-pip-version-check --progress-bar off "
+    pip = "pip -P -m pip install --no-input --disable-pip-version-check --progress-bar off "
     pip += f"-c {project}/constraints.txt "
     return [
         f"{pip}setuptools=={pins['setuptools']} wheel=={pins['wheel']}",
