@@ -15,14 +15,14 @@ from matplotlib.colors import LogNorm
 from data_pipelines.atomic_files import write_whole
 from data_pipelines.shards.index import ShardSet
 from data_pipelines.upkeep.contact_sheet import draw_rows
-from sret_scale.lab.report.chart import STYLE, Caption, Chart, canvas, finish, printable
+from sret_scale.lab.report.chart import STYLE, Caption, Chart, canvas, colour_bar, finish, printable
 
 Answers = Sequence[tuple[float, float, float, float]]
 NUM_MISTAKES = 48
 MOST_CLASSES = 4096
 """More make a matrix that takes gigabytes and shows nothing."""
 _NAMED = 32
-_INCHES = 6.4
+_INCHES = 4.8
 
 
 def write_predictions(file: Path, shards: ShardSet, answers: Answers) -> None:
@@ -71,7 +71,7 @@ def confusion_figure(counts_CC: np.ndarray, names: Sequence[str]) -> Chart:
     )
     with mpl.rc_context({**STYLE, "axes.grid": False}):
         figure, axes = canvas(caption, _INCHES)
-        figure.subplots_adjust(left=0.26, right=0.88, bottom=0.2, top=0.95)
+        figure.subplots_adjust(left=0.24, right=0.88, bottom=0.24, top=0.92)
         colours = mpl.colormaps["viridis"].with_extremes(bad="white")
         norm = LogNorm(1, max(2, counts_CC.max()))
         drawn = axes.imshow(np.ma.masked_equal(counts_CC, 0), norm=norm, cmap=colours, interpolation="nearest")
@@ -79,7 +79,10 @@ def confusion_figure(counts_CC: np.ndarray, names: Sequence[str]) -> Chart:
             shown = [printable(name, 18) for name in names]
             axes.set_xticks(range(len(names)), shown, rotation=90, fontsize=7)
             axes.set_yticks(range(len(names)), shown, fontsize=7)
-        figure.colorbar(drawn, ax=axes, fraction=0.05, pad=0.03).outline.set_visible(False)
+            for row, column in zip(*np.nonzero(counts_CC), strict=True):
+                ink = "black" if norm(counts_CC[row, column]) > 0.6 else "white"
+                axes.text(column, row, str(counts_CC[row, column]), ha="center", va="center", fontsize=6, color=ink)
+        colour_bar(figure, axes, drawn)
         table: list[tuple[object, ...]] = [("class", *names)]
         return finish(figure, caption, table + [(name, *row) for name, row in zip(names, counts_CC, strict=True)])
 

@@ -81,6 +81,8 @@ def load(source: str | Path, weights: WeightsKind | None = None) -> TrainedModel
     by their numbers. Raises ValueError or OSError for anything else, and for a model that does not classify images.
     """
     source = Path(source)
+    if not source.exists():
+        raise FileNotFoundError(f"{source}: no such run folder, checkpoint or file of safetensors")
     facts, model = load_facts(source), load_trained(source, weights)
     if "preprocessing" not in facts:
         raise ValueError(

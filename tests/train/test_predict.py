@@ -99,6 +99,8 @@ def test_three_lines_of_python(run: Path, photos: Path, capsys: pytest.CaptureFi
     assert {name: round(value, 6) for name, value in found} == answers(capsys, run, file, "--top", 2)[str(file)]
     with pytest.raises(FileNotFoundError):
         model.predict(photos / "none.png")
+    with pytest.raises(FileNotFoundError, match="no such run folder, checkpoint or file of safetensors"):
+        sret_scale.load(photos / "no run")
 
 
 def test_importing_the_package_is_cheap() -> None:

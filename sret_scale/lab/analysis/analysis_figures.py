@@ -21,6 +21,7 @@ from sret_scale.lab.report.chart import (
     Caption,
     Chart,
     canvas,
+    colour_bar,
     finish,
     printable,
     run_colours,
@@ -58,7 +59,7 @@ def _surface(surface: Landscape, index: int) -> Chart:
             levels = np.geomspace(finite.min(), finite.max(), 9)[1:-1]
             axes.contour(surface.along, surface.along, surface.loss, levels=levels, colors=PAPER, linewidths=0.7)
         axes.plot(0, 0, "+", color=PAPER, markersize=9)
-        figure.colorbar(drawn, ax=axes, fraction=0.05, pad=0.03).outline.set_visible(False)
+        colour_bar(figure, axes, drawn)
         table: list[tuple[object, ...]] = [("first", "second", "loss", "top1")]
         for i, a in enumerate(surface.along):
             table += [(a, b, surface.loss[i, j], surface.top1[i, j]) for j, b in enumerate(surface.along)]
@@ -111,7 +112,7 @@ def similarity_figure(found: Similarity, index: int) -> Chart:
                 axes.axvline(place - 0.5, color=PAPER, linewidth=1.2)
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_locator(MaxNLocator(5, integer=True))
-        figure.colorbar(drawn, ax=axes, fraction=0.05, pad=0.03).outline.set_visible(False)
+        colour_bar(figure, axes, drawn)
         table: list[tuple[object, ...]] = [
             ("stage", "block", "loop", "other_stage", "other_block", "other_loop", "cka")
         ]

@@ -15,7 +15,9 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 
 INK, MUTED, GRID, PAPER = "#1d2125", "#5d6671", "#e4e7eb", "#ffffff"
 # Told apart on white and, by their twins in report.html (--run-0 ...), on near-black, also with red-green blindness.
@@ -106,6 +108,16 @@ def canvas(caption: Caption, height_inches: float = HEIGHT_INCHES) -> tuple[Figu
     return figure, axes
 
 
+def colour_bar(figure: Figure, axes: Axes, drawn: AxesImage) -> None:
+    """What the colours mean, beside the plot: both ends of the scale and its middle."""
+    low, high = drawn.get_clim()
+    assert low is not None and high is not None
+    ticks = np.geomspace(low, high, 3) if isinstance(drawn.norm, LogNorm) else np.linspace(low, high, 3)
+    bar = figure.colorbar(drawn, ax=axes, fraction=0.05, pad=0.03, ticks=ticks, format="%.3g")
+    bar.minorticks_off()
+    bar.outline.set_visible(False)
+
+
 def finish(figure: Figure, caption: Caption, table: list[tuple[object, ...]]) -> Chart:
     """The figure in all its forms; the first row of `table` is its header. Call it inside `rc_context(STYLE)`."""
     buffer, pixels = io.BytesIO(), io.BytesIO()
@@ -114,6 +126,8 @@ def finish(figure: Figure, caption: Caption, table: list[tuple[object, ...]]) ->
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     figure.savefig(pixels, format="png", dpi=PNG_DPI)
     svg = buffer.getvalue().decode()
+    # Names may hold a dollar, so nothing is set as mathematics (STYLE): a scale's own formulas would stand there raw.
+    assert "mathdefault" not in svg, f"{caption.name}: a tick of a logarithmic scale needs a format"
     rows = io.StringIO()
     csv.writer(rows, lineterminator="\n").writerows(table)
     return Chart(caption=caption, svg=svg, inline_svg=_inline(svg, caption), png=pixels.getvalue(), csv=rows.getvalue())
