@@ -31,7 +31,7 @@ from sret_scale.train.stop import StopFlag
 
 def train(config: RunConfig, folder: RunFolder, ranks: Ranks) -> bool:
     """Train from the newest checkpoint, or from the start, to the end: True. False when a signal stopped the run."""
-    total, interval = config.train.total_images, config.train
+    settings, total = config.train, config.train.total_images
     with StopFlag() as stop, contextlib.ExitStack() as stack:
         # ---- set up, or take up again
         run = set_up(config, folder, ranks, stack)
@@ -59,17 +59,17 @@ def train(config: RunConfig, folder: RunFolder, ranks: Ranks) -> bool:
             is_last = clock.images >= total
             if result.left_out:
                 clock = log_left_out(run, clock, result.left_out)
-            elif clock.step % interval.log_interval_steps == 0 or is_last or is_stopping:
+            elif clock.step % settings.log_interval_steps == 0 or is_last or is_stopping:
                 log_step(run, clock, logged, result.numbers)
                 logged = clock
             # ---- evaluate, before the save: a run that is killed in between measures again instead of never
-            if is_due(before, clock, interval.eval_interval_images) and not is_last:
+            if is_due(before, clock, settings.eval_interval_images) and not is_last:
                 is_evaluated = not is_stopping and evaluate_weights(run, clock, stop, both=False)
                 clock = dataclasses.replace(clock, is_evaluated=is_evaluated)
                 is_stopping |= not is_evaluated
                 logged = dataclasses.replace(clock, time_s=time.monotonic() - started)
             # ---- save
-            if is_due(before, clock, interval.checkpoint_interval_images) or is_last or is_stopping:
+            if is_due(before, clock, settings.checkpoint_interval_images) or is_last or is_stopping:
                 with run.phase("saving", clock):
                     if is_last and run.average:
                         # What is exported is the last average, with its own statistics.
