@@ -213,14 +213,6 @@ def capacity(slots: int, passes: int) -> int:
     return comb(slots + passes, slots)
 
 
-def passes_needed(num_applications: int, slots: int) -> int:
-    """The smallest r for which a chain fits into `slots` slots."""
-    passes = 0
-    while capacity(slots, passes) < num_applications:
-        passes += 1
-    return passes
-
-
 def slots_needed(num_applications: int, passes: int) -> int:
     """The fewest slots with which no application runs more than `passes` (at least 1) times without a tape."""
     if passes < 1:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from data_pipelines.sample import __main__ as maker
+from checks import fashion_sample as maker
 from data_pipelines.sources.idx import PREFIXES, read_idx
 from tests.tiny import ROOT
 
@@ -38,7 +38,7 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make(full: Path, target: Path) -> dict[str, bytes]:
     """The maker's files by name, made by its command."""
-    command = [sys.executable, "-m", "data_pipelines.sample", str(full), str(target)]
+    command = [sys.executable, "-m", "checks.fashion_sample", str(full), str(target)]
     run = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     return {file.name: file.read_bytes() for file in sorted(target.iterdir())}

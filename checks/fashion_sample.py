@@ -1,6 +1,6 @@
 """Makes the Fashion-MNIST sample from the full set:
 
-    python -m data_pipelines.sample FOLDER_WITH_THE_FOUR_IDX_FILES TARGET_FOLDER
+    python -m checks.fashion_sample FOLDER_WITH_THE_FOUR_IDX_FILES TARGET_FOLDER
 
 The first images of each class, the same number of each, in the order of the full set. The same bytes every time.
 """
@@ -35,7 +35,7 @@ def write_idx(path: Path, array: NDArray[np.uint8]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m data_pipelines.sample", description=(__doc__ or "").split(":")[0])
+    parser = argparse.ArgumentParser(prog="python -m checks.fashion_sample", description=(__doc__ or "").split(":")[0])
     parser.add_argument("source", type=Path, help="folder with the four IDX files of the full set")
     parser.add_argument("target", type=Path, help="folder for the four files of the sample")
     args = parser.parse_args()
