@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data._utils import signal_handling
 
 from data_pipelines.image.batch_memory import Recycler
 from data_pipelines.stream.order import Indices
@@ -132,6 +133,9 @@ def _keep_from_cleaning_up(answers: Any) -> None:
     that lock wherever the garbage collector runs it: seen in a thread that was about to begin, and never did.
     """
     answers._shutdown = True
+    # torch knows workers by their iterator's address: a later iterator at the same one would be refused.
+    signal_handling._remove_worker_pids(id(answers))  # type: ignore[attr-defined]  # not in its list of exports
+    answers._worker_pids_set = False
     if done := getattr(answers, "_pin_memory_thread_done_event", None):
         done.set()
     for queue in answers._index_queues:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.data._utils import signal_handling
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from data_pipelines.config import DataConfig
@@ -83,6 +84,17 @@ def test_processes_give_the_batches_of_threads_and_resume(shards: TarShards, tmp
     assert records[0][0] == records[1][0] and records[0][0]["key"] == "00000024"
 
 
+def test_closed_workers_are_forgotten(shards: TarShards, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch refuses a later iterator at an address that it still knows."""
+    known: dict[int, tuple[int, ...]] = {}
+    monkeypatch.setattr(signal_handling, "_set_worker_pids", known.__setitem__)
+    monkeypatch.setattr(signal_handling, "_remove_worker_pids", known.pop)
+    with _batches(shards, worker_kind="processes", workers=1) as batches:
+        next(batches)
+        assert len(known) == 1
+    assert not known
+
+
 @pytest.mark.parametrize("kind", ["threads", "processes"])
 def test_errors_are_the_same_and_name_the_sample(shards: TarShards, kind: str) -> None:
     name = "tests.data.stream_transforms:fails_on_grey_20"
@@ -128,7 +140,7 @@ def test_a_worker_that_is_killed_while_it_waits_is_named(shards: TarShards) -> N
         ) as raised:
             list(islice(batches, 10))
     # The error keeps torch's iterator alive. Its clean-up would wait for a lock that a killed process may hold.
-    left = [one for one in gc.get_objects() if isinstance(one, _MultiProcessingDataLoaderIter)]
+    left = [one for one in gc.get_objects() if type(one) is _MultiProcessingDataLoaderIter]
     assert raised.tb is not None and left and all(one._shutdown for one in left)
 
 
