@@ -14,6 +14,7 @@ _NAMES = {
     "data_pipelines.stream.loader": ("DataConfig", "LoaderState", "TrainLoader"),
     "sret_scale.config.run_config": ("RunConfig",),
     "sret_scale.memory": ("MemoryConfig", "prepare_memory"),
+    "sret_scale.memory.recursion": ("Recursion",),
     "sret_scale.model": ("SReT", "SReTConfig", "StageConfig", "preset"),
     "sret_scale.model.vision.weight_files": ("save_model",),
     "sret_scale.train.evaluate": ("evaluate",),

@@ -253,7 +253,7 @@ def run_detached(applications: Sequence[Application], x_BND: Tensor) -> Tensor:
         return _start_of_its_own(applications, x_BND, y_BND)
     for application in applications:
         x_BND = application.skipped(x_BND)
-    return _WithValue.apply(x_BND, y_BND)  # type: ignore[no-untyped-call]
+    return with_value(x_BND, y_BND)
 
 
 def _start_of_its_own(applications: Sequence[Application], x_BND: Tensor, y_BND: Tensor) -> Tensor:
@@ -269,6 +269,11 @@ def _start_of_its_own(applications: Sequence[Application], x_BND: Tensor, y_BND:
             gather_N = gather_N.index_select(0, as_index(move))
         input_BND = reorder_tokens(input_BND, gather_N, gather_N.argsort())
     return torch.cat([y_BND.chunk(2, dim=1)[0], input_BND], dim=1)
+
+
+def with_value(x: Tensor, value: Tensor) -> Tensor:
+    """Another tensor's value, with the gradient of x."""
+    return _WithValue.apply(x, value)  # type: ignore[no-untyped-call,no-any-return]
 
 
 class _WithValue(torch.autograd.Function):

@@ -83,6 +83,16 @@ def test_the_python_lines_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.split()[0] == "14178796"
 
 
+def test_ten_lines_make_a_recursion_of_anyones_block(capsys: pytest.CaptureFixture[str]) -> None:
+    code = next(part for part in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "Recursion" in part)
+    assert len(code.splitlines()) <= 10
+    names: dict[str, object] = {}
+    for many, few in (("300", "6"), ("250", "5"), ("200", "4")):
+        code = code.replace(many, few)
+    exec(code, names)
+    assert "'applications': 6" in capsys.readouterr().out
+
+
 def test_the_demo_goes_the_whole_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
