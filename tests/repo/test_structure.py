@@ -16,11 +16,11 @@ LINE_BUDGETS = {
     "sret_scale/distill": 1_250,
     "sret_scale/lab": 4_650,
     "sret_scale/launch": 2_000,
-    "sret_scale/memory": 2_350,
+    "sret_scale/memory": 2_580,
     "sret_scale/model": 3_850,
     "sret_scale/runs": 750,
     "sret_scale/tasks": 650,
-    "sret_scale/timm": 350,
+    "sret_scale/timm": 560,
     "sret_scale/train": 4_100,
 }
 TOTAL_BUDGET = 31_500
