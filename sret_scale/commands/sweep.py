@@ -1,6 +1,8 @@
 """`sret-scale sweep`: runs a declared experiment, continues it after a stop, and ends with its report."""
 
 import argparse
+import functools
+import sys
 from pathlib import Path
 
 EXAMPLE = """examples:
@@ -58,10 +60,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="try everything out: each run over this share of its images, such as 0.01, in a folder of its own",
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="print the table of runs and their costs, and start nothing"
+        "--dry-run",
+        action="store_true",
+        help="check all that a start would, print the table of runs and their costs, and start nothing",
     )
     parser.add_argument(
-        "--measure", action="store_true", help="with --dry-run: measure a few steps here, to estimate times"
+        "--measure",
+        action="store_true",
+        help="with --dry-run: measure a few steps here again and again, to say between which times runs will take",
     )
     parser.add_argument(
         "--speeds",
@@ -81,6 +87,7 @@ def run(args: argparse.Namespace) -> int:
     from sret_scale.lab.experiments.array_job import array_file, array_task
     from sret_scale.lab.experiments.declared import load_experiment
     from sret_scale.lab.experiments.pool import run_sweep
+    from sret_scale.lab.experiments.refusals import check_all, refusal
     from sret_scale.lab.experiments.run_slots import device_slots, host_slots, local_slots
     from sret_scale.lab.experiments.sweep_view import SweepView
     from sret_scale.lab.report.page import write_report
@@ -99,6 +106,7 @@ def run(args: argparse.Namespace) -> int:
     folder = args.folder or Path("runs") / (args.experiment.stem + "_rehearsal" * (args.rehearse < 1))
     if args.dry_run:
         print(printable(_table(args, planned, ranks)))
+        check_all(planned, folder, ranks)
         return 0
     for name in ("measure", "speeds", "price_per_hour"):
         if getattr(args, name):
@@ -115,7 +123,8 @@ def run(args: argparse.Namespace) -> int:
     else:
         slots = local_slots(args.jobs, args.ranks)
     with SweepView() as view:
-        status = run_sweep(planned, folder, slots, retries=experiment.retries, view=view)
+        refused = functools.partial(refusal, folder=folder, ranks_of_nodes=ranks)
+        status = run_sweep(planned, folder, slots, retries=experiment.retries, view=view, refusal=refused)
     if any(is_run_folder(folder / run.name) for run in planned) and not args.array_task:
         print(f"report: {write_report([folder], folder / 'report.html').page}")
     return status
@@ -137,14 +146,16 @@ def _ranks_of_a_run(args: argparse.Namespace, devices: list[int]) -> list[int]:
 
 
 def _table(args: argparse.Namespace, planned: list, ranks: list[int]) -> str:  # type: ignore[type-arg]
-    from sret_scale.lab.experiments.forecast import measure_speed, read_speed, sweep_table
+    from sret_scale.lab.experiments.forecast import busy_warning, measure_speeds, read_speed, sweep_table
 
     if args.measure and args.speeds:
         raise ValueError("give --measure or --speeds, not both")
-    speed = measure_speed(planned) if args.measure else read_speed(args.speeds) if args.speeds else None
+    if args.measure and (warning := busy_warning()):
+        print(warning, file=sys.stderr)
+    speeds = measure_speeds(planned) if args.measure else [read_speed(args.speeds)] if args.speeds else []
     if args.price_per_hour is not None:
-        if speed is None:
+        if not speeds:
             raise ValueError("--price-per-hour needs times: add --measure or --speeds")
         if not 0 <= args.price_per_hour < float("inf"):
             raise ValueError(f"--price-per-hour: expected 0 or more, got {args.price_per_hour}")
-    return sweep_table(planned, ranks_of_nodes=ranks, speed=speed, price_per_hour=args.price_per_hour)
+    return sweep_table(planned, ranks_of_nodes=ranks, speeds=speeds, price_per_hour=args.price_per_hour)

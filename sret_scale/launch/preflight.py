@@ -3,7 +3,7 @@
 import importlib.util
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -47,22 +47,16 @@ def start_run(
     config = whole_paths(config)
     place = choose_nodes(num_ranks=num_ranks, hosts=hosts)
     ranks_of_nodes = [len(host.devices) for host in place.hosts]
-    world_size = sum(ranks_of_nodes)
-    check_run(config, world_size)
-    check_cache(config, ranks_of_nodes)
-    # A run that goes on has its own weights; those that it began with may be gone by then.
-    if config.train.initial_weights and (is_fresh or not RunFolder(path).checkpoints.exists()):
-        initial_state(config.train.initial_weights, config.model)
+    check_start(config, path, ranks_of_nodes, is_fresh=is_fresh)
     folder = RunFolder(path)
     if dry_run:
         if is_fresh:
             check_removable(folder)
         else:
-            check_configuration(folder, config)
+            print_all(check_configuration(folder, config))
             if is_finished(folder, config.train.total_images):
                 print(f"{path} is finished: a start would do nothing; --fresh runs it again")
-        for line in describe_run(config, place):
-            print(line)
+        print_all(describe_run(config, place))
         with tempfile.TemporaryDirectory() as temporary:
             file = Path(temporary) / "config.yaml"
             file.write_text(to_yaml(config), encoding="utf-8")
@@ -78,14 +72,29 @@ def start_run(
         with folder.locked():
             if is_fresh:
                 remove_results(folder)
-            check_configuration(folder, config)
+            print_all(check_configuration(folder, config))
         if is_finished(folder, config.train.total_images):
             print(f"{path} is finished: {config.train.total_images:,} images; --fresh runs it again")
             return EXIT_FINISHED
         place.check_reachable(path)
-        write_description(folder, config, world_size)
+        write_description(folder, config, sum(ranks_of_nodes))
         library.build_at_first_use()
         return launch(path, folder.config, num_ranks=num_ranks, hosts=hosts)
+
+
+def print_all(lines: Iterable[str]) -> None:
+    """One after the other, as they come."""
+    for line in lines:
+        print(line)
+
+
+def check_start(config: RunConfig, path: Path, ranks_of_nodes: Sequence[int], *, is_fresh: bool = False) -> None:
+    """Raise ValueError or OSError for what can be known to be wrong with a run of so many ranks on each node."""
+    check_run(config, sum(ranks_of_nodes))
+    check_cache(config, ranks_of_nodes)
+    # A run that goes on has its own weights; those that it began with may be gone by then.
+    if config.train.initial_weights and (is_fresh or not RunFolder(path).checkpoints.exists()):
+        initial_state(config.train.initial_weights, config.model)
 
 
 def check_run(config: RunConfig, world_size: int) -> None:
@@ -185,10 +194,10 @@ def check_teacher_run(path: Path) -> None:
         )
 
 
-def check_configuration(folder: RunFolder, config: RunConfig) -> None:
-    """Raise ValueError where the folder holds a run of another configuration; print what a continued run may change."""
+def check_configuration(folder: RunFolder, config: RunConfig) -> list[str]:
+    """What a continued run changes, in words; ValueError where the folder holds a run of another configuration."""
     if not folder.config.exists():
-        return
+        return []
     if folder.classes.exists():
         shards = open_training_data(config.data)
         before = load_class_names(folder.path) or []
@@ -205,11 +214,11 @@ def check_configuration(folder: RunFolder, config: RunConfig) -> None:
         raise ValueError(
             f"{folder.path} has seen {seen:,} images: expected train.total_images above that, got {total_images:,}"
         )
-    for line in allowed:
-        print(f"continues with {line}")
+    lines = [f"continues with {line}" for line in allowed]
     there, here = learning_rate(old, seen), learning_rate(config, seen)
     if seen and there != here:
-        print(f"at {seen:,} images the learning rate goes from {there:.3g} to {here:.3g}")
+        lines.append(f"at {seen:,} images the learning rate goes from {there:.3g} to {here:.3g}")
+    return lines
 
 
 def images_seen(folder: RunFolder) -> int:

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,9 +20,10 @@ from rich.console import Console
 
 from sret_scale import cli
 from sret_scale.config.run_config import from_yaml, override, to_yaml
+from sret_scale.lab.experiments import forecast
 from sret_scale.lab.experiments.array_job import array_task
 from sret_scale.lab.experiments.declared import Experiment, load_experiment, plan_runs
-from sret_scale.lab.experiments.forecast import measure_speed, read_speed, sweep_table
+from sret_scale.lab.experiments.forecast import measure_speeds, read_speed, sweep_table
 from sret_scale.lab.experiments.matching import memory_of
 from sret_scale.lab.experiments.metrics_tail import Standing
 from sret_scale.lab.experiments.pool import RunState, run_sweep
@@ -32,7 +34,7 @@ from sret_scale.memory import prepare_memory
 from sret_scale.memory.planning.probe import probe_step
 from sret_scale.memory.planning.rank_state import state_bytes
 from sret_scale.model import SReT, describe
-from tests.tiny import ROOT, tiny_config
+from tests.tiny import ROOT, tiny_config, tiny_shards, write_config
 
 LOOPS = "model.stages.0.num_loops + model.stages.1.num_loops"
 
@@ -372,7 +374,7 @@ def test_the_table_says_what_each_run_costs(tmp_path: Path, base: str) -> None:
     speeds.write_text("\n".join(["macs,images_per_s", *rows, "5,"]))
     speed = read_speed(speeds)
     assert speed.fixed_s == pytest.approx(0.001) and speed.per_mac_s == pytest.approx(1e-9)
-    lines = sweep_table(planned, speed=speed, price_per_hour=3600.0).splitlines()
+    lines = sweep_table(planned, speeds=[speed], price_per_hour=3600.0).splitlines()
     assert len(lines) == 4 and len({len(line) for line in lines}) == 1
     assert lines[0].split()[:2] == ["run", "applications"] and "iB" in lines[1]
     seconds = [run.config.train.total_images * (0.001 + 1e-9 * run.macs) for run in planned]
@@ -395,8 +397,23 @@ def test_a_bad_file_of_speeds_is_refused(tmp_path: Path, text: str, message: str
 
 
 def test_a_measured_speed_grows_with_the_macs(base: str) -> None:
-    speed = measure_speed(plan_runs(Experiment(base=base, grid={LOOPS: [1, 8]})))
-    assert speed.fixed_s >= 0 and speed.per_mac_s > 0
+    speeds = measure_speeds(plan_runs(Experiment(base=base, grid={LOOPS: [1, 8]})))
+    assert len(speeds) == 2 and all(speed.fixed_s >= 0 and speed.per_mac_s > 0 for speed in speeds)
+
+
+def test_what_is_measured_is_a_range_with_a_warning_on_a_busy_machine(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = write_config(tmp_path / "base.yaml", tiny_config(tiny_shards(tmp_path / "shards")))
+    file = _file(tmp_path, base=str(base), grid={LOOPS: [1, 2]})
+    ticks = iter([0, 9, 9, 19, 20, 40, 50, 60, 70, 80, 90, 100] * 2)
+    monkeypatch.setattr(forecast.time, "perf_counter", lambda: next(ticks) / 4)
+    monkeypatch.setattr(forecast.psutil, "cpu_percent", lambda interval: 73.2)
+    assert cli.main(["sweep", str(file), "--dry-run", "--measure", "--price-per-hour", "3600"]) == 0
+    shown = capsys.readouterr()
+    # 512 images of 2.5 to 5 s for 8 of them; the first pass, which warms up, would have been faster.
+    assert shown.out.splitlines()[1].endswith(" 2 min 40 s to 5 min 20 s  160.00 to 320.00")
+    assert shown.err == "warning: other processes use 73 % of this machine's cores: measured times are too long\n"
 
 
 def test_the_job_array_has_a_task_for_every_run(
@@ -464,9 +481,35 @@ def test_a_thousand_runs_are_planned_and_written_as_one_table(base: str) -> None
     assert len(sweep_table(planned).splitlines()) == 1002
 
 
-def test_a_dry_run_starts_nothing(tmp_path: Path, base: str, capsys: pytest.CaptureFixture[str]) -> None:
-    file = _file(tmp_path, base=base, grid={"train.seed": [4]})
-    before = set(tmp_path.iterdir())
-    assert cli.main(["sweep", str(file), "--dry-run", "--folder", str(tmp_path / "runs")]) == 0
+def test_a_dry_run_starts_nothing_and_refuses_what_a_start_would(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = write_config(tmp_path / "base.yaml", tiny_config(tiny_shards(tmp_path / "shards")))
+    file = _file(tmp_path, base=str(base), grid={"train.seed": [4, 5, 6, 7]})
+    before, words = set(tmp_path.iterdir()), ["sweep", str(file), "--dry-run", "--folder", str(tmp_path / "runs")]
+    assert cli.main(words) == 0
     assert "seed-4" in capsys.readouterr().out and set(tmp_path.iterdir()) == before
+    shutil.move(tmp_path / "shards" / "test", tmp_path / "shards" / "elsewhere")
+    assert cli.main(words) == 2
+    shown = capsys.readouterr()
+    assert "seed-4" in shown.out
+    assert "error: 4 of 4 runs would be refused: " in shown.err and "no such shard folder" in shown.err
+    assert shown.err.count("\n") == 1 and "(seed-4, seed-5, seed-6 and 1 more)" in shown.err
+    file.write_text(file.read_text().replace("train.seed", "optim.warmup_images").replace("- 7", "- 700"))
+    shutil.move(tmp_path / "shards" / "elsewhere", tmp_path / "shards" / "test")
+    assert cli.main(words) == 2
+    assert "1 of 4 runs would be refused: optim.warmup_images=700 leaves nothing" in capsys.readouterr().err
     assert cli.main(["sweep", str(tmp_path / "absent.yaml")]) == 2
+
+
+@pytest.mark.multi_process
+def test_a_refusal_that_awaits_all_runs_stops_the_sweep_after_the_first(
+    tmp_path: Path, base: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The shards of `base` do not exist."""
+    file = _file(tmp_path, base=base, grid={"train.seed": list(range(12))})
+    assert cli.main(["sweep", str(file), "--folder", str(tmp_path / "runs")]) == 2
+    shown = capsys.readouterr().out
+    assert shown.count("no such shard folder") == 1 and shown.count("attempt") == 1
+    assert "stopped: the 11 runs that are left would be refused alike" in shown
+    assert not (tmp_path / "runs" / "seed-0").exists()

@@ -5,11 +5,12 @@ import functools
 import io
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 import torch.nn.functional as F
 
@@ -25,8 +26,10 @@ from sret_scale.memory import MemoryConfig, apply_recomputation
 from sret_scale.model import Noise, SReT, SReTConfig
 
 MEASURED_IMAGES = 8
-MEASURED_PASSES = 3
-"""The fastest of so many counts: the first one warms up."""
+MEASURED_PASSES = 6
+"""The first one warms up; the fastest and the slowest of the others are told."""
+BUSY_PERCENT = 20.0
+"""Of all cores, in use by other processes: more makes what is measured here too slow for an idle machine."""
 LARGEST_MEASURED = 20.0
 """The deeper of two measured models has at most so many times the MACs of the shallowest: a measurement is short."""
 
@@ -78,80 +81,81 @@ def read_speed(file: Path) -> Speed:
     return fit_speed(points)
 
 
-def measure_speed(planned: Sequence[PlannedRun]) -> Speed:
-    """The speed of this process, from a few training steps of the shallowest model and of one some times deeper."""
+def busy_warning() -> str:
+    """A sentence where others compute on this machine; empty on an idle one. Takes half a second."""
+    used = psutil.cpu_percent(interval=0.5)
+    if used <= BUSY_PERCENT:
+        return ""
+    return f"warning: other processes use {used:.0f} % of this machine's cores: measured times are too long"
+
+
+def measure_speeds(planned: Sequence[PlannedRun]) -> list[Speed]:
+    """The fastest and the slowest speed of this process in a few steps of the shallowest model and of a deeper one."""
     by_macs = sorted(planned, key=lambda run: run.macs)
     shallow = by_macs[0]
     deep = [run for run in by_macs if run.macs <= LARGEST_MEASURED * shallow.macs][-1]
-    chosen = {run.macs: run.config for run in (shallow, deep)}
-    return fit_speed([(macs, _seconds_an_image(config)) for macs, config in chosen.items()])
+    chosen = {run.macs: seconds_an_image(run.config) for run in (shallow, deep)}
+    return [fit_speed([(macs, choose(seconds)) for macs, seconds in chosen.items()]) for choose in (min, max)]
 
 
-def _seconds_an_image(config: RunConfig) -> float:
+def seconds_an_image(config: RunConfig) -> list[float]:
+    """Seconds an image of forward and backward passes; the model recomputes, but where a budget asks for a plan."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     size = min(MEASURED_IMAGES, config.train.micro_batch_size)
-    return step_s(config, device, size) / size
-
-
-def step_s(config: RunConfig, device: torch.device, micro_batch_size: int) -> float:
-    """Seconds of a forward and backward pass of the model, with its recomputation where no budget asks for a plan."""
     model = SReT(config.model).to(device).train()
     memory = config.memory
     apply_recomputation(model, MemoryConfig() if memory.budget_bytes is not None else memory)
-    shape = (micro_batch_size, config.model.in_channels, config.model.image_size, config.model.image_size)
+    shape = (size, config.model.in_channels, config.model.image_size, config.model.image_size)
     images_BCHW = torch.zeros(shape, device=device)
-    labels_B = torch.zeros(micro_batch_size, dtype=torch.int64, device=device)
+    labels_B = torch.zeros(size, dtype=torch.int64, device=device)
     precision = precision_of(load_ds_config(config.engine.ds_config))
-
-    def step(number: int) -> None:
-        with autocast(device.type, precision):
-            scores_BC = model(images_BCHW, Noise(permutation_seed=number, sample_seed=number))
-        F.cross_entropy(scores_BC.float(), labels_B).backward()  # type: ignore[no-untyped-call]
-
-    return _fastest_s(step, device)
-
-
-def _fastest_s(work: Callable[[int], object], device: torch.device) -> float:
     taken_s = []
     for number in range(MEASURED_PASSES):
         started_s = time.perf_counter()
-        work(number)
+        with autocast(device.type, precision):
+            scores_BC = model(images_BCHW, Noise(permutation_seed=number, sample_seed=number))
+        F.cross_entropy(scores_BC.float(), labels_B).backward()  # type: ignore[no-untyped-call]
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        taken_s.append(time.perf_counter() - started_s)
-    return min(taken_s)
+        taken_s.append((time.perf_counter() - started_s) / size)
+    return taken_s[1:]
 
 
 def sweep_table(
     planned: Sequence[PlannedRun],
     *,
     ranks_of_nodes: Sequence[int] = (1,),
-    speed: Speed | None = None,
+    speeds: Sequence[Speed] = (),
     price_per_hour: float | None = None,
 ) -> str:
     """The runs and what each will cost, as a table for the terminal; the last line is the sum.
 
+    `speeds` are the fastest and the slowest that is to be expected, or one, or none.
     `price_per_hour` is that of the machine or machines that one run takes. Predicting memory takes seconds a depth.
     """
     header = ["run", "applications", "parameters", "MACs", "images", "training FLOPs", "memory"]
-    header += ["time"] * (speed is not None) + ["cost"] * (speed is not None and price_per_hour is not None)
+    header += ["time"] * bool(speeds) + ["cost"] * (bool(speeds) and price_per_hour is not None)
     rows = [header]
-    total_s = 0.0
+    total_s = [0.0 for _ in speeds]
     for run in planned:
         images = run.config.train.total_images
         row = [run.name, grouped(run.applications), compact(run.parameters), compact(run.macs), grouped(images)]
         row.append(compact(_flops(run)))
         row.append(binary_size(_memory(run.config.model, _MemoryKey.of(run.config, sum(ranks_of_nodes)))))
-        if speed is not None:
-            run_s = speed.run_s(run)
-            total_s += run_s
-            row += [duration(run_s), *([] if price_per_hour is None else [f"{price_per_hour * run_s / 3600:.2f}"])]
+        run_s = [speed.run_s(run) for speed in speeds]
+        total_s = [before + own for before, own in zip(total_s, run_s, strict=True)]
+        row += _times(run_s, price_per_hour)
         rows.append(row)
     total = [f"{len(planned)} runs", "", "", "", grouped(sum(run.config.train.total_images for run in planned))]
-    total += [compact(sum(_flops(run) for run in planned)), ""]
-    if speed is not None:
-        total += [duration(total_s), *([] if price_per_hour is None else [f"{price_per_hour * total_s / 3600:.2f}"])]
+    total += [compact(sum(_flops(run) for run in planned)), "", *_times(total_s, price_per_hour)]
     return _aligned([*rows, total])
+
+
+def _times(seconds: Sequence[float], price_per_hour: float | None) -> list[str]:
+    """The cells of time and cost, each from the least to the most; none where no speed is known."""
+    cells = [list(map(duration, seconds))]
+    cells += [] if price_per_hour is None else [[f"{price_per_hour * one / 3600:.2f}" for one in seconds]]
+    return [" to ".join(dict.fromkeys(cell)) for cell in cells if cell]
 
 
 def _flops(run: PlannedRun) -> int:

@@ -84,10 +84,12 @@ def run_sweep(
     retries: int,
     view: View,
     command: Command = train_command,
+    refusal: Callable[[PlannedRun], str] = lambda run: "",
 ) -> int:
     """Every run into `folder`/NAME; 0, 85 if a signal stopped it, or 1 if a run failed at the end.
 
-    Finished runs are skipped, a failed one is started again `retries` times and then reported; the others go on.
+    Finished runs are skipped, a failed one is started again `retries` times and then reported; the others go on, but
+    where one was refused with a reason for which `refusal` says that all the others would be: then it returns 2.
     """
     states = [RunState(run=run, folder=folder / run.name) for run in planned]
     for state in states:
@@ -96,8 +98,12 @@ def run_sweep(
     if finished_before:
         view.say(f"{finished_before} of {len(states)} runs finished before")
     with caught_signals() as requests:
-        _Pool(folder / ".sweep", slots, retries, view, command).run(states, requests)
+        pool = _Pool(folder / ".sweep", slots, retries, view, command, refusal)
+        pool.run(states, requests)
     view.show(states)
+    if pool.refused_alike:
+        view.say(f"stopped: the {pool.refused_alike} runs that are left would be refused alike")
+        return EXIT_REFUSED
     for state in states:
         if state.state == "failed":
             view.say(f"failed: {state.run.name}: {state.reason}")
@@ -129,10 +135,20 @@ def _look(state: RunState) -> None:
 class _Pool:
     """Slots and what occupies them."""
 
-    def __init__(self, own: Path, slots: Sequence[Slot], retries: int, view: View, command: Command) -> None:
-        self.own, self.retries, self.view, self.command = own, retries, view, command
+    def __init__(
+        self,
+        own: Path,
+        slots: Sequence[Slot],
+        retries: int,
+        view: View,
+        command: Command,
+        refusal: Callable[[PlannedRun], str],
+    ) -> None:
+        self.own, self.retries, self.view, self.command, self.refusal = own, retries, view, command, refusal
         self.free = deque(slots)
         self.jobs: list[_Job] = []
+        self.refused_alike = 0
+        """How many runs were not started, since they would be refused for what refused another one."""
         own.mkdir(parents=True, exist_ok=True)
 
     def run(self, states: Sequence[RunState], requests: list[int]) -> None:
@@ -150,6 +166,8 @@ class _Pool:
                 for job in [job for job in self.jobs if job.process.poll() is not None]:
                     if self._ended(job, is_stopping=bool(requests)):
                         waiting.appendleft(job.state)
+                    elif job.process.returncode == EXIT_REFUSED:
+                        self._leave_out_refused(job.state, waiting)
                 for job in self.jobs:
                     job.state.standing = standing_of(job.state.folder)
                 self.view.show(states)
@@ -158,6 +176,13 @@ class _Pool:
             for job in self.jobs:
                 job.process.wait()
                 job.log.close()
+
+    def _leave_out_refused(self, refused: RunState, waiting: deque[RunState]) -> None:
+        """Empties `waiting` if all that wait would be refused for what refused this one."""
+        reason = self.refusal(refused.run)
+        if reason and waiting and all(self.refusal(state.run) == reason for state in waiting):
+            self.refused_alike = len(waiting)
+            waiting.clear()
 
     def _tell(self, number: signal.Signals) -> None:
         for job in self.jobs:
