@@ -1,5 +1,6 @@
 """Recursion of anyone's blocks: a few modules applied many times, within the memory one asks for, in plain PyTorch."""
 
+import contextlib
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, get_args
@@ -41,8 +42,11 @@ class Recursion(nn.Module):
     step_size: x + step_size * (block(x) - x). At 1 nothing is computed but the block. One over the number of
         applications keeps the change of the state as it is whatever the depth (docs/depth.md says when which is right).
     norm: what the state goes through after every application, such as an `nn.LayerNorm`.
+    projections: modules that are not shared: one for each application, in their order, which the state goes through
+        behind it (the paper's non-linear projections). The number of loops is then fixed.
     memory: how the backward pass recomputes; a `budget_bytes` is for the activations of the recursion alone. Gradients
-        are equal to those of plain PyTorch to the bit under every schedule.
+        are equal to those of plain PyTorch to the bit under every schedule. Dropout draws for each application from a
+        seed of its own, itself drawn from torch's generator, so that it may run again.
     ValueError where a value is none of these.
     """
 
@@ -55,6 +59,7 @@ class Recursion(nn.Module):
         injection: Injection = "none",
         step_size: float = 1.0,
         norm: nn.Module | None = None,
+        projections: Iterable[nn.Module] = (),
         memory: MemoryConfig | None = None,
     ) -> None:
         super().__init__()
@@ -69,6 +74,12 @@ class Recursion(nn.Module):
                 raise ValueError(f"{name}: expected one of {', '.join(get_args(known))}, got {value!r}")
         self.num_loops = _positive("num_loops", num_loops)
         self.order, self.injection, self.step_size, self.norm = order, injection, step_size, norm
+        self.projections = nn.ModuleList(projections)
+        if len(self.projections) not in (0, len(self.blocks) * num_loops):
+            raise ValueError(
+                f"projections: expected one for each of {len(self.blocks) * num_loops} applications, got "
+                f"{len(self.projections)}"
+            )
         self.memory = memory or MemoryConfig(schedule="none")
         self._planned: dict[tuple[object, ...], Schedule] = {}
 
@@ -112,11 +123,10 @@ class Recursion(nn.Module):
                 "backprop_loops: with order 'block' and a norm or a step size every block but the last would get no "
                 "gradient; use order='model'"
             )
-        links = [_Link(self, block, x, kwargs) for block in range(len(self.blocks))]
-        state, found = x, []
+        links, state, found = self._links(plan, x, kwargs), x, []
         for begin, end in itertools.pairwise([0, *ends, len(plan)]):
-            for is_start, part in itertools.groupby(plan[begin:end], lambda one: one[1] < loops - last):
-                ours = [links[block] for block, _ in part]
+            for is_start, part in itertools.groupby(links[begin:end], lambda link: link.loop < loops - last):
+                ours = list(part)
                 state = self._start(ours, state) if is_start else self._run(ours, state, kwargs, len(ends) + 1)
             found.append(state)
         return found
@@ -131,13 +141,11 @@ class Recursion(nn.Module):
     @torch.no_grad()
     def health(self, x: Tensor, *, num_loops: int | None = None, **kwargs: Any) -> list[ApplicationHealth]:
         """What every application does to the state of this input."""
-        links, found = [_Link(self, block, x, kwargs) for block in range(len(self.blocks))], []
-        for block, loop in self.applications(num_loops):
-            y = links[block](x)
-            size, change = (float(one.float().square().mean().sqrt()) for one in (x, y - x))
-            found.append(
-                ApplicationHealth(block, loop, float(y.float().square().mean().sqrt()), change / (size or 1.0))
-            )
+        found = []
+        for link in self._links(self.applications(num_loops), x, kwargs):
+            y = link(x)
+            before, after, change = (float(one.float().square().mean().sqrt()) for one in (x, y, y - x))
+            found.append(ApplicationHealth(link.block, link.loop, after, change / (before or 1.0)))
             x = y
         return found
 
@@ -168,7 +176,7 @@ class Recursion(nn.Module):
         budget_bytes, count = self.memory.budget_bytes, len(links)
         if budget_bytes is None or not torch.is_grad_enabled():
             return run_chain(links, x, schedules.none(count) if budget_bytes else schedule_for(self.memory, count))
-        blocks = tuple(link.block_index for link in links)
+        blocks = tuple(link.block for link in links)
         key = (x.shape, x.dtype, torch.is_autocast_enabled(x.device.type), blocks, num_parts, self.training)
         if key not in self._planned:
             examples = self._examples(x, kwargs)
@@ -181,37 +189,81 @@ class Recursion(nn.Module):
         def leaf(value: Any) -> Any:
             return value.detach().requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
 
-        return [_Link(self, block, leaf(x), tree_map(leaf, kwargs)) for block in range(len(self.blocks))]
+        plan = [(block, 0) for block in range(len(self.blocks))]
+        return self._links(plan, leaf(x), tree_map(leaf, kwargs), seed=0)
+
+    def _links(
+        self, plan: Sequence[tuple[int, int]], x: Tensor, kwargs: dict[str, Any], seed: int | None = None
+    ) -> list["_Link"]:
+        if self.projections and len(plan) > len(self.projections):
+            raise ValueError(
+                f"num_loops: there are projections for {len(self.projections)} applications, got {len(plan)} to run"
+            )
+        drops = (module for module in self.modules() if "Drop" in type(module).__name__ and module.training)
+        if not any(getattr(drop, "p", 0.0) or getattr(drop, "drop_prob", 0.0) for drop in drops):
+            seed = None
+        elif seed is None:
+            seed = int(torch.randint(2**62, ()))
+        return [_Link(self, index, *one, x, kwargs, seed) for index, one in enumerate(plan)]
 
 
 class _Link:
-    """One block of a pass as a chain's link: the same for all its loops."""
+    """One application of a pass as a chain's link."""
 
-    def __init__(self, recursion: Recursion, block_index: int, x: Tensor, kwargs: dict[str, Any]) -> None:
-        self.recursion, self.block_index, self.kwargs = recursion, block_index, kwargs
+    def __init__(
+        self,
+        recursion: Recursion,
+        index: int,
+        block: int,
+        loop: int,
+        x: Tensor,
+        kwargs: dict[str, Any],
+        seed: int | None,
+    ) -> None:
+        self.recursion, self.block, self.loop, self.kwargs = recursion, block, loop, kwargs
         self.injected = x if recursion.injection == "add" else None
+        self.seed = None if seed is None else seed + index
+        self.modules: list[nn.Module] = [recursion.blocks[block]]
+        if recursion.norm is not None:
+            self.modules.append(recursion.norm)
+        if recursion.projections:
+            self.modules.append(recursion.projections[index])
 
     def __call__(self, x: Tensor) -> Tensor:
-        recursion, block = self.recursion, self.recursion.blocks[self.block_index]
-        y = block(x if self.injected is None else x + self.injected, **self.kwargs)
-        if not isinstance(y, Tensor) or y.shape != x.shape:
-            got = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
-            raise ValueError(
-                f"blocks.{self.block_index} ({type(block).__name__}) made {got} of {tuple(x.shape)}: a block that is "
-                "applied again needs a tensor of the same shape; wrap it in a module that returns one"
-            )
-        if recursion.step_size != 1.0:
-            y = x + recursion.step_size * (y - x)
-        return y if recursion.norm is None else recursion.norm(y)
+        with self._draws(x.device):
+            y = self.modules[0](x if self.injected is None else x + self.injected, **self.kwargs)
+            if not isinstance(y, Tensor) or y.shape != x.shape:
+                got, name = (
+                    tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__,
+                    type(self.modules[0]).__name__,
+                )
+                raise ValueError(
+                    f"blocks.{self.block} ({name}) made {got} of {tuple(x.shape)}: a block that is applied again needs "
+                    "a tensor of the same shape; wrap it in a module that returns one"
+                )
+            if self.recursion.step_size != 1.0:
+                y = x + self.recursion.step_size * (y - x)
+            for module in self.modules[1:]:
+                y = module(y)
+        return y
 
     def parameters(self) -> Iterator[Tensor]:
         """All tensors with a gradient that a call reads: weights, the injected input, arguments."""
-        yield from self.recursion.blocks[self.block_index].parameters()
-        if self.recursion.norm is not None:
-            yield from self.recursion.norm.parameters()
+        for module in self.modules:
+            yield from module.parameters()
         for value in tree_leaves((self.injected, self.kwargs)):
             if isinstance(value, Tensor) and value.requires_grad:
                 yield value
+
+    @contextlib.contextmanager
+    def _draws(self, device: torch.device) -> Iterator[None]:
+        """Inside, torch's generators stand where this application's own seed puts them."""
+        if self.seed is None:
+            yield
+            return
+        with torch.random.fork_rng([device] if device.type != "cpu" else [], device_type=device.type):
+            torch.manual_seed(self.seed)
+            yield
 
 
 def _positive(name: str, value: int) -> int:

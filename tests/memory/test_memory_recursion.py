@@ -186,11 +186,44 @@ def test_a_start_that_would_leave_blocks_untrained_is_refused() -> None:
         recursion(x, backprop_loops=2, **arguments(context))
 
 
-def test_dropout_that_would_draw_again_is_refused() -> None:
-    block = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Dropout(0.5))
-    recursion = Recursion(block, 4, memory=sret_scale.MemoryConfig(schedule="per_application"))
+@pytest.mark.parametrize("memory", SCHEDULES[1:], ids=lambda memory: memory["schedule"])
+def test_dropout_runs_again_as_it_ran(memory: dict[str, Any]) -> None:
+    """Each application draws for itself, and what stands outside gets the numbers that it would get anyway."""
+    torch.manual_seed(0)
+    block, x = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Dropout(0.5)), torch.randn(3, WIDTH)
+    found = []
+    for config in (SCHEDULES[0], memory):
+        torch.manual_seed(1)
+        recursion = Recursion(block, 12, step_size=0.5, memory=sret_scale.MemoryConfig(**config))
+        first, second = recursion(x), recursion(x)
+        assert not torch.equal(first, second)
+        found.append([second, *torch.autograd.grad(second.sum(), list(block.parameters())), torch.rand(1)])
+    assert all(map(torch.equal, *found))
+    assert torch.equal(recursion.eval()(x), Recursion(block[0], 12, step_size=0.5)(x))
+
+
+def test_draws_that_nobody_announces_are_refused() -> None:
+    class Hidden(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.dropout(super().forward(x))
+
+    recursion = Recursion(Hidden(8, 8), 4, memory=sret_scale.MemoryConfig(schedule="per_application"))
     with pytest.raises(ValueError, match="gives other values each time it runs"):
         recursion(torch.randn(2, WIDTH)).sum().backward()
+
+
+def test_projections_are_not_shared() -> None:
+    torch.manual_seed(0)
+    blocks, projections = [nn.Linear(WIDTH, WIDTH) for _ in range(2)], [nn.Linear(WIDTH, WIDTH) for _ in range(6)]
+    recursion, x = Recursion(blocks, 3, order="model", projections=projections), torch.randn(4, WIDTH)
+    expected = x
+    for index in range(6):
+        expected = projections[index](blocks[index % 2](expected))
+    assert torch.equal(recursion(x), expected)
+    with pytest.raises(ValueError, match="there are projections for 6 applications, got 8 to run"):
+        recursion(x, num_loops=4)
+    with pytest.raises(ValueError, match="projections: expected one for each of 4 applications, got 6"):
+        Recursion(blocks, 2, projections=projections)
 
 
 def test_only_torch_is_needed() -> None:
