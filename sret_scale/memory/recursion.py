@@ -81,6 +81,14 @@ class Recursion(nn.Module):
                 f"{len(self.projections)}"
             )
         self.memory = memory or MemoryConfig(schedule="none")
+        repeated = self.memory.schedule != "none" and [
+            name for name, module in self.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        ]
+        if repeated:
+            raise ValueError(
+                f"memory: {repeated[0]} updates its statistics at every run, so recomputing would count twice: use "
+                "schedule='none' or norms without statistics"
+            )
         self._planned: dict[tuple[object, ...], Schedule] = {}
 
     def forward(

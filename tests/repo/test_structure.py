@@ -16,7 +16,7 @@ LINE_BUDGETS = {
     "sret_scale/distill": 1_250,
     "sret_scale/lab": 4_650,
     "sret_scale/launch": 2_000,
-    "sret_scale/memory": 2_580,
+    "sret_scale/memory": 2_620,
     "sret_scale/model": 3_850,
     "sret_scale/runs": 750,
     "sret_scale/tasks": 650,

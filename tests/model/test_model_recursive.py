@@ -1,0 +1,186 @@
+"""timm's backbones made recursive: the same function where nothing is tied, and what ties, counts and refuses."""
+
+import copy
+import re
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from sret_scale.memory import MemoryConfig
+from sret_scale.timm import import_timm, make_recursive, set_loops
+from sret_scale.timm.recursive import RecursiveBlocks, recursions
+from tests.tiny import ROOT
+
+timm = import_timm()
+mixer, vit = timm.models.mlp_mixer, partial(timm.models.VisionTransformer, patch_size=7, embed_dim=16, num_heads=2)
+SIZE = {"img_size": 28, "num_classes": 5}
+_MIXER = partial(timm.models.MlpMixer, patch_size=7, embed_dim=16, num_blocks=4, **SIZE)
+FAMILIES: dict[str, Callable[[], nn.Module]] = {
+    "vit": partial(vit, depth=4, **SIZE),
+    "mixer": _MIXER,
+    "resmlp": partial(_MIXER, block_layer=mixer.ResBlock, norm_layer=mixer.Affine, mlp_ratio=4),
+    "gmlp": partial(_MIXER, block_layer=mixer.SpatialGatingBlock, mlp_layer=mixer.GatedMlp, mlp_ratio=4),
+    "cait": partial(timm.models.Cait, patch_size=7, embed_dim=16, depth=4, num_heads=2, **SIZE),
+    "convmixer": partial(timm.models.ConvMixer, dim=16, depth=4, kernel_size=3, patch_size=7, num_classes=5),
+    "swin": partial(
+        timm.models.SwinTransformer,
+        patch_size=4,
+        window_size=2,
+        embed_dim=16,
+        depths=(4, 4),
+        num_heads=(2, 2),
+        drop_path_rate=0.0,
+        **SIZE,
+    ),
+}
+UNIT = {"swin": 2}
+
+
+def made(family: str) -> tuple[nn.Module, torch.Tensor]:
+    torch.manual_seed(0)
+    return FAMILIES[family](), torch.randn(2, 3, 28, 28)
+
+
+def outcome(model: nn.Module, images: torch.Tensor) -> list[torch.Tensor]:
+    out = model(images)
+    return [out, *torch.autograd.grad(out.square().sum(), list(model.parameters()), allow_unused=True)]
+
+
+@pytest.mark.parametrize("is_training", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_without_ties_it_is_the_model_to_the_bit(family: str, is_training: bool) -> None:
+    model, images = made(family)
+    expected = outcome(copy.deepcopy(model).train(is_training), images)
+    schedules = ["none"] if family == "convmixer" else ["none", "per_application", "binomial"]
+    for schedule in schedules:
+        ours = make_recursive(
+            copy.deepcopy(model), unit=UNIT.get(family, 1), memory=MemoryConfig(schedule=schedule)
+        ).train(is_training)
+        for left, right in zip(outcome(ours, images), expected, strict=True):
+            assert (left is None and right is None) or torch.equal(left, right)
+
+
+@pytest.mark.parametrize("order", ["block", "model"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equal_blocks_tied_are_the_same_function_with_fewer_weights(family: str, order: Any) -> None:
+    model, images = made(family)
+    unit = UNIT.get(family, 1)
+    chains = [module for name, module in model.named_modules() if name.endswith("blocks")]
+    for chain in chains:
+        units = [nn.Sequential(*list(chain)[i : i + unit]) for i in range(0, len(list(chain)), unit)]
+        for other in units[1:]:
+            other.load_state_dict(units[0].state_dict())
+    expected, before = model.eval()(images), sum(p.numel() for p in model.parameters())
+    ours = make_recursive(model, num_blocks=1, order=order, unit=unit).eval()
+    torch.testing.assert_close(ours(images), expected)
+    assert sum(p.numel() for p in ours.parameters()) < 0.7 * before
+    assert [len(chain) for chain in recursions(ours)] == [4 // unit] * len(chains)
+    names = ours.state_dict()
+    assert not any("blocks.blocks.1" in name for name in names)
+    set_loops(ours, 7)
+    assert recursions(ours)[0].describe(_example(ours, images))["applications"] == 7
+
+
+def _example(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """What the first chain gets."""
+    seen: list[torch.Tensor] = []
+    with recursions(model)[0].register_forward_pre_hook(lambda _, given: seen.append(given[0])):
+        model(images)
+    return seen[0]
+
+
+def _weight(chain: RecursiveBlocks, block: int) -> torch.Tensor:
+    return chain.blocks[block].get_parameter("attn.qkv.weight")
+
+
+def test_mean_and_first_of_the_merged_blocks() -> None:
+    model, _ = made("vit")
+    weights = [block.attn.qkv.weight.clone() for block in model.blocks]
+    mean = recursions(make_recursive(copy.deepcopy(model), num_blocks=2))[0]
+    assert torch.allclose(_weight(mean, 1), (weights[2] + weights[3]) / 2)
+    turns = recursions(make_recursive(copy.deepcopy(model), num_blocks=2, order="model"))[0]
+    assert torch.allclose(_weight(turns, 1), (weights[1] + weights[3]) / 2)
+    first = recursions(make_recursive(model, num_blocks=2, init="first"))[0]
+    assert torch.equal(_weight(first, 1), weights[2])
+
+
+def test_projections_and_dropout_train_under_a_budget() -> None:
+    torch.manual_seed(0)
+    model = make_recursive(
+        vit(depth=4, drop_path_rate=0.1, proj_drop_rate=0.1, **SIZE),
+        num_blocks=2,
+        num_loops=9,
+        projections="per_application",
+        step_size=1 / 18,
+        memory=MemoryConfig(schedule="planned", budget_bytes=400_000),
+    )
+    names = [name for name, _ in model.named_parameters() if ".projections." in name]
+    assert len({name.split(".projections.")[1].split(".")[0] for name in names}) == 18
+    model(torch.randn(4, 3, 28, 28)).square().mean().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    with pytest.raises(ValueError, match="num_loops: expected no other, since each application has its projection"):
+        set_loops(model, 3)
+
+
+def test_timms_own_ways_see_applications() -> None:
+    model, images = made("vit")
+    ours = make_recursive(model, num_blocks=2, num_loops=3).eval()
+    last, found = ours.forward_intermediates(images, indices=[0, 5])
+    assert len(found) == 2 and torch.equal(last, ours.forward_features(images))
+    expected = outcome(ours, images)
+    ours.set_grad_checkpointing()
+    assert all(map(torch.equal, outcome(ours, images), expected))
+    ours.prune_intermediate_layers([2], prune_head=False)
+    assert len(recursions(ours)[0]) == 3 and ours(images).shape == (2, 5)
+    again = copy.deepcopy(ours)
+    again.load_state_dict(ours.state_dict())
+    assert torch.equal(again(images), ours(images))
+
+
+def test_a_name_of_timm_makes_one() -> None:
+    model = timm.create_model("recursive.deit_tiny_patch16_224", num_blocks=3, num_loops=2, img_size=32, num_classes=7)
+    chain = recursions(model)[0]
+    assert (len(chain), len(chain.blocks)) == (6, 3) and model(torch.zeros(1, 3, 32, 32)).shape == (1, 7)
+    with pytest.raises(ValueError, match="recursive: expected the name of a model of timm behind the dot"):
+        timm.create_model("recursive")
+
+
+def test_the_page_runs() -> None:
+    page = (ROOT / "docs" / "backbones.md").read_text()
+    first, second = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names: dict[str, Any] = {}
+    code = (first + second).replace("num_loops=27", "num_loops=2").replace("1, 3, 224, 224", "1, 3, 32, 32")
+    exec(code.replace('patch16_224"', 'patch16_224", img_size=32'), names)
+    assert names["scores"].shape == (1, 1000) and len(recursions(names["model"])[0]) == 12
+
+
+@pytest.mark.parametrize(
+    "family, options, message",
+    [
+        ("vit", {"num_blocks": 3}, "num_blocks: expected a divisor of the 4 of blocks, got 3"),
+        ("vit", {"num_loops": 0}, "num_loops: expected at least 1, got 0"),
+        ("vit", {"at": "layers"}, "at: VisionTransformer has no chain of blocks at layers; .* its parts: patch_embed"),
+        ("vit", {"init": "keep"}, "init: expected one of mean, first, got 'keep'"),
+        ("swin", {}, "layers.0.blocks: blocks 0 and 1 are not alike: .*shift_size is .* needs unit=2"),
+        ("resmlp", {"projections": "per_application"}, "projections: a ResBlock has no LayerNorm over the last axis"),
+        (
+            "convmixer",
+            {"memory": MemoryConfig(schedule="binomial")},
+            r"memory: blocks.*updates its statistics at every run",
+        ),
+    ],
+)
+def test_what_cannot_be_is_said(family: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_recursive(made(family)[0], **options)
+
+
+def test_a_chain_whose_shapes_change_is_refused() -> None:
+    model = nn.Module()
+    model.blocks = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 8))
+    with pytest.raises(ValueError, match=r"blocks 0 and 1 are not alike: bias is \(4,\) and \(8,\)"):
+        make_recursive(model)
