@@ -31,7 +31,8 @@ class DataConfig:
     worker_kind: threads or processes.
     prefetch_batches: micro batches that workers may be ahead.
     crop: the training view: `resized` (RandomResizedCrop, antialiased), `padded` (padded with zeros, cut at a
-        random place: for small images) or `centre` (the view of evaluation).
+        random place: for small images), `centre` (the view of evaluation) or `none` (in evaluation too: the image as
+        it is, in the top left corner of black pixels: for images with label maps).
     crop_scale, crop_ratio: share of the area, and width to height, of `resized`.
     crop_padding: pixels of zeros on each side, of `padded`.
     flip_rate: share of training views that are mirrored.
@@ -64,7 +65,7 @@ class DataConfig:
     workers: int = 2
     worker_kind: Literal["threads", "processes"] = "threads"
     prefetch_batches: int = 4
-    crop: Literal["resized", "padded", "centre"] = "resized"
+    crop: Literal["resized", "padded", "centre", "none"] = "resized"
     crop_scale: tuple[float, float] = (0.08, 1.0)
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     crop_padding: int = 4
@@ -120,7 +121,7 @@ CHOICES = {
     "last": ("drop", "pad"),
     "remote_reads": ("shards", "ranges"),
     "worker_kind": ("threads", "processes"),
-    "crop": ("resized", "padded", "centre"),
+    "crop": ("resized", "padded", "centre", "none"),
     "interpolation": ("bilinear", "bicubic"),
 }
 

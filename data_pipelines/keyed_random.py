@@ -5,9 +5,13 @@ and torch, on every machine.
 """
 
 import hashlib
+from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+
+Value = TypeVar("Value")
 
 
 def keyed_words(num_words: int, *labels: str | int) -> NDArray[np.uint64]:
@@ -25,3 +29,27 @@ def keyed_uniforms(num_values: int, *labels: str | int) -> NDArray[np.float64]:
 def keyed_permutation(size: int, *labels: str | int) -> NDArray[np.int64]:
     """A uniform permutation of range(size): the indices sorted by one word each, ties by index."""
     return np.argsort(keyed_words(size, *labels), kind="stable").astype(np.int64, copy=False)
+
+
+class KeyedDraws:
+    """Whole numbers one after another that depend on the labels and on what was asked before."""
+
+    def __init__(self, *labels: str | int) -> None:
+        self._labels, self._parts, self._words = labels, 0, list[int]()
+
+    def below(self, bound: int) -> int:
+        """A number from 0 to `bound` - 1, uniform within bound / 2^64."""
+        if not self._words:
+            self._words = keyed_words(256, *self._labels, self._parts).tolist()
+            self._parts += 1
+        return self._words.pop() % bound
+
+    def choice(self, values: Sequence[Value]) -> Value:
+        """One of the values."""
+        return values[self.below(len(values))]
+
+    def shuffle(self, values: list[Value]) -> None:
+        """Fisher and Yates."""
+        for last in range(len(values) - 1, 0, -1):
+            other = self.below(last + 1)
+            values[last], values[other] = values[other], values[last]

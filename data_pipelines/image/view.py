@@ -14,6 +14,7 @@ from torch import Tensor
 
 from data_pipelines.config import DataConfig
 from data_pipelines.image.narrow import enlarged_part
+from data_pipelines.image.pillow_door import BadImageError
 from data_pipelines.keyed_random import keyed_uniforms
 
 # Raised by every change after which a view is another one, or has other pixels, than it was for the same arguments.
@@ -41,6 +42,8 @@ def draw_view(config: DataConfig, height: int, width: int, *, seed: int, number:
         box = _resized_crop(config, height, width, values[3:].tolist())
     elif config.crop == "padded":
         box = (height, width)
+    elif config.crop == "none":
+        return 0, 0, height, width, int(flip < config.flip_rate)
     else:
         side = min(height, width)
         return (height - side) // 2, (width - side) // 2, side, side, int(flip < config.flip_rate)
@@ -62,6 +65,7 @@ def view_settings(config: DataConfig) -> dict[str, Any]:
         "resized": {"crop_scale": list(config.crop_scale), "crop_ratio": list(config.crop_ratio)},
         "padded": {"crop_padding": config.crop_padding},
         "centre": {"eval_crop_rate": config.eval_crop_rate},
+        "none": {},
     }
     return {
         "version": VIEW_VERSION,
@@ -98,11 +102,21 @@ def training_pixels(image_CHW: Tensor, view: View, config: DataConfig, image_siz
     top, left, height, width, flip = view
     if config.crop == "padded" and config.crop_padding:
         image_CHW = F.pad(image_CHW, [config.crop_padding] * 4)
+    if config.crop == "none":
+        return placed_pixels(image_CHW.flip(2) if flip else image_CHW, image_size)
     if config.crop == "centre":
         pixels_CHW = centre_pixels(image_CHW, config, image_size)
     else:
         return box_pixels(image_CHW[:, top : top + height, left : left + width], flip, config, image_size)
     return pixels_CHW.flip(2) if flip else pixels_CHW
+
+
+def placed_pixels(image_CHW: Tensor, image_size: int) -> Tensor:
+    """The image as it is, in the top left corner of black pixels (3, image_size, image_size)."""
+    height, width = image_CHW.shape[1:]
+    if max(height, width) > image_size:
+        raise BadImageError(f"{width} x {height} pixels, more than {image_size} x {image_size} (data.crop=none)")
+    return F.pad(image_CHW, [0, image_size - width, 0, image_size - height])
 
 
 def box_pixels(box_CHW: Tensor, flip: int, config: DataConfig, image_size: int) -> Tensor:
@@ -112,7 +126,12 @@ def box_pixels(box_CHW: Tensor, flip: int, config: DataConfig, image_size: int) 
 
 
 def centre_pixels(image_CHW: Tensor, config: DataConfig, image_size: int) -> Tensor:
-    """uint8 pixels (3, image_size, image_size) as torchvision's Resize (short side) and CenterCrop give them."""
+    """uint8 pixels (3, image_size, image_size) as torchvision's Resize (short side) and CenterCrop give them.
+
+    With crop `none` they are those of the image as it is.
+    """
+    if config.crop == "none":
+        return placed_pixels(image_CHW, image_size)
     height, width = image_CHW.shape[1:]
     short_side = round(image_size / config.eval_crop_rate)
     if height <= width:

@@ -24,6 +24,9 @@ def renumbered(shards: ShardSet, class_names: Sequence[str], owner: str) -> Shar
     """
     if shards.class_names == list(class_names):
         return shards
+    if shards.members:
+        # Their labels are in pixels.
+        check_same_classes(shards.class_names, class_names, where=str(shards.folder), owner=owner)
     numbers = numbers_of(shards.class_names, class_names, str(shards.folder), owner)
     manifest = dataclasses.replace(shards.manifest, class_names=list(class_names))
     return dataclasses.replace(shards, label=numbers[shards.label], manifest=manifest)
@@ -44,7 +47,9 @@ def numbers_of(got: Sequence[str], class_names: Sequence[str], where: str, owner
 
 
 def classes_without_samples(shards: ShardSet) -> list[str]:
-    """The names of classes that no sample of the set has."""
+    """The names of classes that no sample of the set has; none where labels are in pixels, which nobody counts."""
+    if shards.members:
+        return []
     counts = np.bincount(shards.label, minlength=shards.num_classes)
     return [name for name, count in zip(shards.class_names, counts, strict=True) if not count]
 

@@ -7,10 +7,11 @@ Opening proves that manifest, index and the tars' sizes belong together; it read
 """
 
 import hashlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +22,6 @@ from data_pipelines.shards.manifest import (
     MANIFEST_NAME,
     Manifest,
     ShardEntry,
-    max_index_bytes,
     read_manifest,
 )
 from data_pipelines.shards.npz_columns import Columns, parse_columns, render_columns
@@ -42,8 +42,19 @@ COLUMNS = {
     "key_bytes": "|u1",
 }
 
+# What a set with other members has of each of them, as `offset.map.png`; length 0 is none.
+_OF_MEMBERS = ("offset", "length", "crc")
+
 # Where an unfinished writer keeps its plan; the manifest appears only when all is done.
 WORK_FOLDER = ".writing"
+
+
+class MemberColumns(NamedTuple):
+    """One member of every sample: its bytes in the tar, as the set's own columns say where the image's are."""
+
+    offset: NDArray[np.int64]
+    length: NDArray[np.int64]
+    crc: NDArray[np.uint32]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -53,6 +64,7 @@ class ShardSet:
     `offset` and `length` (bytes) locate the image inside its tar, `crc` is zlib.crc32 of its bytes, `width` and
     `height` are pixels. A record is a whole sample in the tar, headers and padding included: it starts at
     `record_offset` and ends where the next one starts; `frame_crc` is the checksum of all of it but the image.
+    `members` are what samples have beside that, by ending: `map.png`.
     """
 
     folder: Path
@@ -67,6 +79,7 @@ class ShardSet:
     record_offset: NDArray[np.int64] = field(repr=False)
     frame_crc: NDArray[np.uint32] = field(repr=False)
     keys: PackedStrings = field(repr=False)
+    members: Mapping[str, MemberColumns] = field(repr=False, default_factory=dict)
 
     @property
     def num_samples(self) -> int:
@@ -111,7 +124,7 @@ def open_shards(folder: str | Path, *, check_tars: bool = True) -> ShardSet:
     manifest = read_manifest(folder)
     path = folder / INDEX_NAME
     try:
-        index = read_bounded(path, max_index_bytes(manifest.num_samples))
+        index = read_bounded(path, manifest.max_index_bytes)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: missing; copy it again, or write the shards again") from None
     shards = parse_set(folder, manifest, index, path)
@@ -126,13 +139,25 @@ def parse_set(folder: Path, manifest: Manifest, index: bytes, source: str | Path
     _check_columns(columns, manifest, source)
     keys = PackedStrings(columns["key_end"], columns["key_bytes"])
     arrays = {name: columns[name] for name in COLUMNS if not name.startswith("key_")}
-    return ShardSet(folder=folder, manifest=manifest, keys=keys, **arrays)
+    members = {name: MemberColumns(*(columns[f"{of}.{name}"] for of in _OF_MEMBERS)) for name in manifest.members}
+    return ShardSet(folder=folder, manifest=manifest, keys=keys, members=members, **arrays)
+
+
+def column_types(members: Iterable[str]) -> dict[str, str]:
+    """Column -> type of an index of samples that have these members."""
+    return COLUMNS | {f"{of}.{name}": COLUMNS[of] for name in members for of in _OF_MEMBERS}
+
+
+def members_in(columns: Iterable[str]) -> list[str]:
+    """The members that an index of these columns has."""
+    return [name.removeprefix("offset.") for name in columns if name.startswith("offset.")]
 
 
 def render_index(columns: Columns) -> bytes:
     """The bytes of index.npz: an uncompressed .npz, the same for the same columns."""
-    assert set(columns) == set(COLUMNS), set(columns) ^ set(COLUMNS)
-    return render_columns({name: columns[name].astype(kind, copy=False) for name, kind in COLUMNS.items()})
+    types = column_types(members_in(columns))
+    assert set(columns) == set(types), set(columns) ^ set(types)
+    return render_columns({name: columns[name].astype(kind, copy=False) for name, kind in types.items()})
 
 
 def _why_no_manifest(folder: Path) -> str:
@@ -153,7 +178,7 @@ def _parse_index(data: bytes, manifest: Manifest, source: str | Path) -> dict[st
         columns = parse_columns(data)
     except ValueError as error:
         raise ValueError(f"{source}: {error}; write the shards again") from error
-    for name, kind in COLUMNS.items():
+    for name, kind in column_types(manifest.members).items():
         if name not in columns or columns[name].dtype != np.dtype(kind) or columns[name].ndim != 1:
             raise ValueError(f"{source}: expected a column {name} of type {kind}; write the shards again")
     return columns
@@ -161,7 +186,7 @@ def _parse_index(data: bytes, manifest: Manifest, source: str | Path) -> dict[st
 
 def _check_columns(columns: Columns, manifest: Manifest, source: str | Path) -> None:
     """Raises ValueError unless every sample lies inside its record and its shard and has a label among the classes."""
-    lengths = {name: len(columns[name]) for name in COLUMNS if name != "key_bytes"}
+    lengths = {name: len(columns[name]) for name in column_types(manifest.members) if name != "key_bytes"}
     if set(lengths.values()) != {manifest.num_samples}:
         raise ValueError(
             f"{source}: columns of {sorted(set(lengths.values()))} rows, expected {manifest.num_samples} in each;"
@@ -178,16 +203,21 @@ def _check_columns(columns: Columns, manifest: Manifest, source: str | Path) -> 
     counts = [shard.num_samples for shard in manifest.shards]
     shard_of = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
     # Where records end: where the next one of the shard begins, or the shard ends.
-    start, offset, length, key_end = (columns[name] for name in ("record_offset", "offset", "length", "key_end"))
+    start, key_end = columns["record_offset"], columns["key_end"]
     end = np.repeat(np.array([shard.end for shard in manifest.shards], np.int64), counts)
     is_inner = np.diff(shard_of) == 0
     end[:-1][is_inner] = start[1:][is_inner]
+    names = ["", *(f".{name}" for name in manifest.members)]
+    places = [(columns[f"offset{name}"], columns[f"length{name}"]) for name in names]
     # In this order, so that no sum of what the file says runs over.
     sound = (
         np.array_equal(columns["shard_of"], shard_of)
         and bool((start >= 0).all() and (start < end).all())
-        and bool((offset <= end).all() and (offset - start >= 512).all())
-        and bool((length >= 0).all() and (length <= end - offset).all())
+        and all(
+            bool((offset <= end).all() and (offset - start >= 512).all())
+            and bool((length >= 0).all() and (length <= end - offset).all())
+            for offset, length in places
+        )
         and bool((key_end >= 0).all() and (np.diff(key_end) >= 0).all())
         and (int(key_end[-1]) if len(key_end) else 0) == len(columns["key_bytes"])
     )

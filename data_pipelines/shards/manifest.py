@@ -5,13 +5,13 @@
 `sha256` is the hash of the manifest's own bytes with its 64 digits replaced by zeros, so that one flipped bit anywhere
 is seen. `fingerprint` identifies the content: it changes when any byte of a shard or any class name changes, and not
 when files are renamed or moved. docs/shards.md describes every field. Version 1 knew only SHA-256 as the hash of a tar;
-it is read, not written.
+it is read, not written. Version 3 is written for sets whose samples have members beside image and label.
 """
 
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,7 +22,8 @@ from data_pipelines.checked_files import MAX_JSON_BYTES, parse_checked, plain_na
 
 FORMAT = "sret_scale shards"
 VERSION = 2
-_READABLE = (1, 2)
+_MEMBERS_VERSION = 3
+_READABLE = (1, VERSION, _MEMBERS_VERSION)
 MANIFEST_NAME = "manifest.json"
 INDEX_NAME = "index.npz"
 _NO_HASH = "0" * 64
@@ -49,12 +50,15 @@ _Hash = Annotated[
 ]
 
 
+# The ending of a member beside image, label and metadata; it is part of the names of columns in the index.
+MemberName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9_]{1,32}(\.[a-z0-9_]{1,8})?$")]
 INDEX_BYTES_A_SAMPLE = 56
+INDEX_BYTES_A_MEMBER = 20
 
 
-def max_index_bytes(num_samples: int) -> int:
+def max_index_bytes(num_samples: int, num_members: int = 0) -> int:
     """The size of the largest index that is read or written, keys of 72 bytes included; ImageNet-21k has 25."""
-    return 64 * 2**20 + (INDEX_BYTES_A_SAMPLE + 72) * num_samples
+    return 64 * 2**20 + (INDEX_BYTES_A_SAMPLE + 72 + INDEX_BYTES_A_MEMBER * num_members) * num_samples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +78,10 @@ class ShardEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """The manifest's fields. `writer`: the arguments that made the shards; `num_rejected`: images left out."""
+    """The manifest's fields. `writer`: the arguments that made the shards; `num_rejected`: images left out.
+
+    `members`: the endings of what samples have beside image, label and metadata, such as `map.png`.
+    """
 
     class_names: Annotated[list[str], FailFast()]
     fingerprint: _Sha256
@@ -83,10 +90,20 @@ class Manifest:
     shards: Annotated[list[ShardEntry], FailFast()]
     num_rejected: _Count
     writer: Mapping[str, Any]
+    members: Annotated[list[MemberName], Field(max_length=16), FailFast()] = field(default_factory=list)
 
     @property
     def num_samples(self) -> int:
         return sum(shard.num_samples for shard in self.shards)
+
+    @property
+    def max_index_bytes(self) -> int:
+        return max_index_bytes(self.num_samples, len(self.members))
+
+
+def format_version(members: Sequence[str]) -> int:
+    """The version of the format in which a set with these members is written."""
+    return _MEMBERS_VERSION if members else VERSION
 
 
 def content_fingerprint(shards: Sequence[ShardEntry], class_names: Sequence[str], version: int = VERSION) -> str:
@@ -103,7 +120,7 @@ def render_manifest(manifest: Manifest) -> bytes:
     """The bytes of manifest.json: one line a field and a shard, so that people can read and compare it."""
     head = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": format_version(manifest.members),
         "num_samples": manifest.num_samples,
         "num_classes": len(manifest.class_names),
         "num_rejected": manifest.num_rejected,
@@ -111,6 +128,7 @@ def render_manifest(manifest: Manifest) -> bytes:
         "index_bytes": manifest.index_bytes,
         "index_sha256": manifest.index_sha256,
         "writer": dict(manifest.writer),
+        **({"members": manifest.members} if manifest.members else {}),
         "class_names": manifest.class_names,
     }
     lines = [f'"{name}": {json.dumps(value)},' for name, value in head.items()]
@@ -141,7 +159,7 @@ def parse_manifest(data: bytes, source: str | Path) -> Manifest:
     head = parse_checked(data, _Head, source)
     if head.format != FORMAT or head.version not in _READABLE:
         raise ValueError(
-            f"{source}: expected format {FORMAT!r} of version {' or '.join(map(str, _READABLE))}, got"
+            f"{source}: expected format {FORMAT!r} of version {_READABLE[0]} to {_READABLE[-1]}, got"
             f" {head.format!r:.60} of version {head.version!r:.60}; use the version of sret-scale that wrote it"
         )
     body = data[: -len(_seal(_NO_HASH))]
@@ -165,8 +183,8 @@ def _check_sizes(manifest: Manifest, source: str | Path) -> None:
             )
     if len({shard.file for shard in manifest.shards}) < len(manifest.shards):
         raise ValueError(f"{source}: lists a shard twice; write it again")
-    if manifest.index_bytes > max_index_bytes(manifest.num_samples):
+    if manifest.index_bytes > manifest.max_index_bytes:
         raise ValueError(
             f"{source}: an index of {manifest.index_bytes:,} bytes for {manifest.num_samples:,} samples, expected at"
-            f" most {max_index_bytes(manifest.num_samples):,}; write it again"
+            f" most {manifest.max_index_bytes:,}; write it again"
         )

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from data_pipelines.shards.classes import check_same_classes
-from data_pipelines.shards.index import ShardSet
+from data_pipelines.shards.index import MemberColumns, ShardSet
 from data_pipelines.shards.manifest import Manifest
 from data_pipelines.shards.packed_strings import PackedStrings
 
@@ -36,6 +36,9 @@ def mix_shards(parts: Sequence[ShardSet]) -> MixedShardSet:
     first = parts[0]
     for part in parts[1:]:
         check_same_classes(part.class_names, first.class_names, where=str(part.folder), owner=str(first.folder))
+        if part.manifest.members != first.manifest.members:
+            names = [" ".join(one.manifest.members) or "none" for one in (first, part)]
+            raise ValueError(f"{part.folder}: other members than {first.folder}: expected {names[0]}, got {names[1]}")
     first_shards = np.cumsum([0, *(part.num_shards for part in parts)])
     key_starts = np.cumsum([0, *(len(part.keys.blob) for part in parts)])
     return MixedShardSet(
@@ -49,6 +52,10 @@ def mix_shards(parts: Sequence[ShardSet]) -> MixedShardSet:
             np.concatenate([part.keys.blob for part in parts]),
         ),
         parts=tuple(parts),
+        members={
+            name: MemberColumns(*map(np.concatenate, zip(*(part.members[name] for part in parts), strict=True)))
+            for name in first.members
+        },
         **{name: np.concatenate([getattr(part, name) for part in parts]) for name in _ARRAYS},
     )
 
@@ -68,4 +75,5 @@ def _manifest(parts: Sequence[ShardSet]) -> Manifest:
         ],
         num_rejected=sum(part.manifest.num_rejected for part in parts),
         writer=first.writer,
+        members=first.members,
     )

@@ -9,6 +9,7 @@ Ordinary POSIX tar with fixed time, owner and mode, as webdataset reads it.
 import re
 import tarfile
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from urllib.parse import quote
 
@@ -33,7 +34,8 @@ _SAFE_KEY = re.compile(r"[A-Za-z0-9_/+=,@%-]+")
 class Record:
     """A sample as it stands in a tar, in three parts: what comes before the image, the image, what comes after it.
 
-    The frame is the record without the image: headers, padding, label and metadata.
+    The frame is the record without the image: headers, padding, label, metadata and further members, which begin at
+    `member_offsets`, counted from where the record begins.
     """
 
     before: bytes
@@ -41,6 +43,7 @@ class Record:
     after: bytes
     image_crc: int
     frame_crc: int
+    member_offsets: Mapping[str, int]
 
     @property
     def num_bytes(self) -> int:
@@ -66,14 +69,34 @@ def member(name: str, data: bytes) -> bytes:
     return _header(name, len(data)) + data + _padding(len(data))
 
 
-def make_record(key: str, extension: str, image: bytes, label: int, metadata: bytes | None) -> Record:
-    """The record of one sample. `metadata` is the text of the .json member; None leaves it out."""
+def make_record(
+    key: str,
+    extension: str,
+    image: bytes,
+    label: int,
+    metadata: bytes | None,
+    members: Mapping[str, bytes] | None = None,
+) -> Record:
+    """The record of one sample. `metadata` is the text of the .json member; None leaves it out.
+
+    `members`, by ending, stand behind the image.
+    """
     before = _header(f"{key}.{extension}", len(image))
-    after = _padding(len(image)) + member(f"{key}.cls", str(label).encode())
+    after, member_offsets = _padding(len(image)), {}
+    for name, data in (members or {}).items():
+        header = _header(f"{key}.{name}", len(data))
+        member_offsets[name] = len(before) + len(image) + len(after) + len(header)
+        after += header + data + _padding(len(data))
+    after += member(f"{key}.cls", str(label).encode())
     if metadata is not None:
         after += member(f"{key}.json", metadata)
     return Record(
-        before=before, image=image, after=after, image_crc=zlib.crc32(image), frame_crc=frame_crc(before, after)
+        before=before,
+        image=image,
+        after=after,
+        image_crc=zlib.crc32(image),
+        frame_crc=frame_crc(before, after),
+        member_offsets=member_offsets,
     )
 
 

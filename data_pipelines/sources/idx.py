@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipelines.checked_files import open_regular
+from data_pipelines.image.map_png import encode_png
 from data_pipelines.shards.packed_strings import pack_strings
 from data_pipelines.sources.listing import Listing, check_labels, numbered_class_names, read_class_names
 
@@ -98,19 +99,6 @@ class IdxReader:
 
     def close(self) -> None:
         self._images.clear()
-
-
-def encode_png(image_HW: NDArray[np.uint8]) -> bytes:
-    """An 8-bit grey PNG of the pixels, not compressed: deflate's output differs between zlib versions, and equal
-    sources must give equal shards on every machine. Small images would gain little, since tars pad to 512 bytes.
-    """
-    height, width = image_HW.shape
-    lines = np.concatenate([np.zeros((height, 1), np.uint8), image_HW], axis=1)  # filter type 0 before each line
-    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(lines.tobytes(), 0)), (b"IEND", b""))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
-    )
 
 
 def _find(folder: Path, name: str) -> Path:

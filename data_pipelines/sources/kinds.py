@@ -2,8 +2,9 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
+from data_pipelines.grids.made import GridReader, list_grids
 from data_pipelines.sources import folder, idx, ilsvrc, parquet, tars
 from data_pipelines.sources.listing import Listing, Reader
 from data_pipelines.sources.ranges import FileReader, RangeReader
@@ -11,10 +12,13 @@ from data_pipelines.sources.ranges import FileReader, RangeReader
 
 @dataclass(frozen=True, kw_only=True)
 class SourceKind:
-    """How to list a source (path, split) and how to read its images."""
+    """How to list a source (path, split) and how to read its images.
+
+    The source of what is made is its `GridOptions`; it has no splits.
+    """
 
     description: str
-    list_samples: Callable[[Path, str | None], Listing]
+    list_samples: Callable[[Any, str | None], Listing]
     open_reader: Callable[[], Reader]
 
 
@@ -43,6 +47,16 @@ KINDS = {
         description="folder with the four IDX files of the MNIST family",
         list_samples=idx.list_samples,
         open_reader=idx.IdxReader,
+    ),
+    "mazes": SourceKind(
+        description="mazes that are made: what the source reaches, and by which way",
+        list_samples=list_grids,
+        open_reader=GridReader,
+    ),
+    "products": SourceKind(
+        description="lines of group elements that are made, with the product of all up to each",
+        list_samples=list_grids,
+        open_reader=GridReader,
     ),
 }
 

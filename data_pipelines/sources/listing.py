@@ -4,8 +4,8 @@ A listing is what a plan is made of. It names files and offsets only, so that wo
 the same bytes from it.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -19,6 +19,18 @@ from data_pipelines.shards.packed_strings import PackedStrings
 MAX_UNNAMED_CLASSES = 1 << 16
 
 
+class Places(NamedTuple):
+    """Where one member of each image lies, as the listing's own columns say it of the image; length 0: it has none."""
+
+    path_of: NDArray[np.int32]
+    offset: NDArray[np.int64]
+    length: NDArray[np.int64]
+
+    def at(self, rows: NDArray[np.int64]) -> "Places":
+        """Those of some images."""
+        return Places(self.path_of[rows], self.offset[rows], self.length[rows])
+
+
 class ListedImage(NamedTuple):
     """One row of a listing, in plain values."""
 
@@ -30,6 +42,8 @@ class ListedImage(NamedTuple):
     name: str
     metadata_offset: int
     metadata_length: int
+    members: dict[str, tuple[str, int, int]]
+    """Ending -> path, offset, length."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -38,7 +52,8 @@ class Listing:
 
     `keys` are unique and fit for a tar; `names` say where an image comes from, for people. A source that has metadata
     of its own says where in the same file it lies; length 0 is none. `unit_of`, where there is one, numbers what can
-    only be read as a whole: a row group of a Parquet file.
+    only be read as a whole: a row group of a Parquet file. `members`, by ending, are what samples have beside image,
+    label and metadata: their label maps.
     """
 
     class_names: list[str]
@@ -52,6 +67,7 @@ class Listing:
     metadata_offset: NDArray[np.int64] | None = None
     metadata_length: NDArray[np.int64] | None = None
     unit_of: NDArray[np.int32] | None = None
+    members: Mapping[str, Places] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.offset)
@@ -66,8 +82,15 @@ class Listing:
             self.keys.part(start, stop),
             self.names.part(start, stop),
             *(none if place is None else place.tolist() for place in places),
+            map(self._members_of, range(start, stop)),
         )
         return map(ListedImage, *columns)
+
+    def _members_of(self, row: int) -> dict[str, tuple[str, int, int]]:
+        return {
+            name: (self.paths[int(place.path_of[row])], int(place.offset[row]), int(place.length[row]))
+            for name, place in self.members.items()
+        }
 
 
 class Reader(Protocol):

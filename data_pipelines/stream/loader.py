@@ -21,6 +21,7 @@ import numpy as np
 
 from data_pipelines.checked_files import parse_checked
 from data_pipelines.config import DataConfig
+from data_pipelines.image.map_png import map_names
 from data_pipelines.remote.shard_sets import Prefetcher, bytes_by_cache, cache_of
 from data_pipelines.shards.index import ShardSet
 from data_pipelines.shards.mixture import MixedShardSet
@@ -137,6 +138,7 @@ class TrainLoader:
         """Endless. Threads work ahead until the iterator is closed or collected; what fails in one is raised here."""
         state = state or LoaderState()
         self._check(state)
+        check_views(self._shards, self._config, self._image_size)
         return self._steps(state)
 
     def _steps(self, state: LoaderState) -> Generator[Step]:
@@ -153,6 +155,7 @@ class TrainLoader:
                 num_threads=self._config.workers,
                 stall_s=self._config.stall_s,
                 in_progress=reader.in_progress,
+                maps=map_names(self._shards.members),
             )
             upcoming: deque[tuple[list[PendingBatch], LoaderState]] = deque()
             stack.enter_context(filler)
@@ -184,6 +187,7 @@ class TrainLoader:
             source,
             of_steps(),
             image_size=self._image_size,
+            maps=tuple(map_names(self._shards.members)),
             num_workers=self._config.workers,
             prefetch_batches=self._config.prefetch_batches,
             stall_s=self._config.stall_s,
@@ -280,6 +284,24 @@ def check_node_cache(
     loader.check_cache(LoaderState())
 
 
+def check_views(shards: ShardSet, config: DataConfig, image_size: int) -> None:
+    """Raises ValueError unless maps are seen as their images are, and images that are not resized fit."""
+    seen = {"data.crop": config.crop, "data.flip_rate": config.flip_rate, "data.transform": config.transform}
+    wanted = {"data.crop": "none", "data.flip_rate": 0.0, "data.transform": None}
+    if (maps := map_names(shards.members)) and seen != wanted:
+        raise ValueError(
+            f"{shards.folder}: has {' and '.join(maps.values())} beside its images, which are used as they are stored:"
+            " set data.crop=none data.flip_rate=0 data.transform=null"
+        )
+    if config.crop == "none" and shards.num_samples:
+        side = np.maximum(shards.width, shards.height)
+        if side[index := int(side.argmax())] > image_size:
+            raise ValueError(
+                f"{sample_name(shards, index)}: {shards.width[index]} x {shards.height[index]} pixels do not fit into"
+                f" {image_size} x {image_size} without resizing (data.crop=none): set model.image_size={side[index]}"
+            )
+
+
 def evaluation_batches(
     shards: ShardSet, config: DataConfig, *, image_size: int, batch_size: int, rank: int, world_size: int
 ) -> Iterator[Batch]:
@@ -287,6 +309,7 @@ def evaluation_batches(
 
     The batches at the end are padded with rows whose `valid` is False; a batch may consist of them.
     """
+    check_views(shards, config, image_size)
     global_batch_size = batch_size * world_size
     num_batches = -(-shards.num_samples // global_batch_size)
     upcoming: deque[PendingBatch] = deque()
@@ -298,6 +321,7 @@ def evaluation_batches(
             num_threads=config.workers,
             stall_s=config.stall_s,
             in_progress=reader.in_progress,
+            maps=map_names(shards.members),
         )
         with filler:
             for batch in range(num_batches):

@@ -5,9 +5,9 @@ fourth of the bytes of float pixels, in pinned memory where there is a GPU to co
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any
 
@@ -16,12 +16,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data_pipelines.image.batch_memory import Recycler
+from data_pipelines.image.map_png import IGNORED
 from data_pipelines.stream.order import Indices
 from data_pipelines.stream.samples import SampleSource
 from data_pipelines.stream.stalls import warn_of_stall
 
 # Samples that a thread decodes before it takes the next piece of work.
 _SAMPLES_PER_TASK = 8
+
+# Before the name of a map in the columns of a batch.
+_MAP = "map:"
 
 # Index of a row that only fills up a batch.
 PADDING = -1
@@ -37,20 +41,26 @@ class Batch:
     valid: Tensor  # bool (B,)
     views: Tensor  # int32 (B, 5): top, left, height, width of the box, 1 for a flip
     view_numbers: Tensor  # int32 (B,) which view of its sample a row shows
+    # `map`: uint8 (B, H, W) labels of pixels, 255 where nothing is asked; attributes by name: int32 (B, H, W)
+    maps: Mapping[str, Tensor] = field(default_factory=dict)
 
     def pin_memory(self) -> "Batch":
         """With what goes to a GPU in pinned memory; torch's DataLoader calls it."""
-        return replace(self, images=self.images.pin_memory(), labels=self.labels.pin_memory())
+        maps = {name: map_BHW.pin_memory() for name, map_BHW in self.maps.items()}
+        return replace(self, images=self.images.pin_memory(), labels=self.labels.pin_memory(), maps=maps)
 
     def columns(self) -> dict[str, NDArray[Any]]:
         """As arrays that share its memory: writing one number into a tensor costs microseconds."""
         names = ("images", "labels", "indices", "view_numbers", "views")
-        return {name: getattr(self, name).numpy() for name in names}
+        maps = {f"{_MAP}{name}": map_BHW.numpy() for name, map_BHW in self.maps.items()}
+        return maps | {name: getattr(self, name).numpy() for name in names}
 
 
-def empty_batch(indices_B: Indices, image_size: int, recycler: Recycler, *, pin_memory: bool) -> Batch:
-    """A batch for the samples `indices_B`, zero where there is none. Its pixels are in memory of batches that are gone,
-    or in pinned memory, which torch itself uses again."""
+def empty_batch(
+    indices_B: Indices, image_size: int, recycler: Recycler, *, pin_memory: bool, maps: Iterable[str] = ()
+) -> Batch:
+    """A batch for the samples `indices_B`, zero where there is none, with these maps. Its pixels are in memory of
+    batches that are gone, or in pinned memory, which torch itself uses again."""
     num_rows = len(indices_B)
     shape = (num_rows, 3, image_size, image_size)
     if pin_memory:
@@ -65,7 +75,14 @@ def empty_batch(indices_B: Indices, image_size: int, recycler: Recycler, *, pin_
         valid=torch.from_numpy(indices_B != PADDING),
         views=torch.zeros(num_rows, 5, dtype=torch.int32),
         view_numbers=torch.zeros(num_rows, dtype=torch.int32),
+        maps={name: _empty_map((num_rows, image_size, image_size), name, pin_memory) for name in maps},
     )
+
+
+def _empty_map(shape: tuple[int, int, int], name: str, pin_memory: bool) -> Tensor:
+    if name == "map":
+        return torch.full(shape, IGNORED, dtype=torch.uint8, pin_memory=pin_memory)
+    return torch.zeros(shape, dtype=torch.int32, pin_memory=pin_memory)
 
 
 def fill_row(columns: Mapping[str, NDArray[Any]], row: int, source: SampleSource, epoch: int, repeat: int) -> None:
@@ -76,6 +93,9 @@ def fill_row(columns: Mapping[str, NDArray[Any]], row: int, source: SampleSource
     sample = source(epoch, index, repeat, columns["images"][row])
     columns["labels"][row], columns["indices"][row] = sample.label, sample.index
     columns["views"][row], columns["view_numbers"][row] = sample.view, sample.view_number
+    for name, map_HW in sample.maps.items():
+        height, width = map_HW.shape
+        columns[f"{_MAP}{name}"][row, :height, :width] = map_HW
 
 
 class PendingBatch:
@@ -104,15 +124,23 @@ class BatchFiller:
     """
 
     def __init__(
-        self, source: SampleSource, *, image_size: int, num_threads: int, stall_s: float, in_progress: object
+        self,
+        source: SampleSource,
+        *,
+        image_size: int,
+        num_threads: int,
+        stall_s: float,
+        in_progress: object,
+        maps: Iterable[str] = (),
     ) -> None:
         self._source, self._stall_s, self._in_progress = source, stall_s, in_progress
-        self._image_size, self._recycler = image_size, Recycler()
+        self._image_size, self._maps, self._recycler = image_size, tuple(maps), Recycler()
         self._executor = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
 
     def submit(self, epoch: int, indices_B: Indices, repeats_B: Indices) -> PendingBatch:
         """Begins a batch of the samples `indices_B` of `epoch`, each in its `repeats_B`-th view."""
-        batch = empty_batch(indices_B, self._image_size, self._recycler, pin_memory=torch.cuda.is_available())
+        pin_memory = torch.cuda.is_available()
+        batch = empty_batch(indices_B, self._image_size, self._recycler, pin_memory=pin_memory, maps=self._maps)
         starts = range(0, len(indices_B), _SAMPLES_PER_TASK)
         tasks = [self._executor.submit(self._fill, batch, epoch, repeats_B, start) for start in starts]
         return PendingBatch(batch, tasks, stall_s=self._stall_s, in_progress=self._in_progress)

@@ -64,26 +64,31 @@ class ShardReader:
         # shard -> [file descriptor, reads in progress], the least recently used first
         self._open: OrderedDict[int, list[int]] = OrderedDict()
 
-    def read(self, index: int) -> bytes:
-        """The image bytes of sample `index`. Raises BadSampleError when they are not those that were indexed."""
-        shards = self._shards
-        length, shard = int(shards.length[index]), int(shards.shard_of[index])
+    def read(self, index: int, member: str = "") -> bytes:
+        """The bytes of the image of sample `index`, or of another of the set's members.
+
+        Raises BadSampleError when they are not those that were indexed.
+        """
+        shards, what = self._shards, f"{member}: " if member else ""
+        place = shards.members[member] if member else shards
+        length, shard = int(place.length[index]), int(shards.shard_of[index])
         number = self.in_progress.begin(shard)
         try:
-            data = self._read_somewhere(shard, length, int(shards.offset[index]))
+            data = self._read_somewhere(shard, length, int(place.offset[index]))
         except UnavailableError:
             # A server that does not answer is no fault of the sample.
             raise
         except OSError as error:
-            raise BadSampleError(shards, index, f"cannot read the shard: {error.strerror or error}") from error
+            raise BadSampleError(shards, index, f"{what}cannot read the shard: {error.strerror or error}") from error
         finally:
             self.in_progress.end(number)
         if len(data) != length:
-            raise BadSampleError(shards, index, f"the shard ends after {len(data)} of {length} bytes")
+            raise BadSampleError(shards, index, f"{what}the shard ends after {len(data)} of {length} bytes")
         crc = zlib.crc32(data)
-        expected = int(shards.crc[index])
+        expected = int(place.crc[index])
         if crc != expected:
-            raise BadSampleError(shards, index, f"checksum {crc:08x}, expected {expected:08x}: the bytes have changed")
+            reason = f"{what}checksum {crc:08x}, expected {expected:08x}: the bytes have changed"
+            raise BadSampleError(shards, index, reason)
         return data
 
     def close(self) -> None:

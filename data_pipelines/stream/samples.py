@@ -1,14 +1,15 @@
 """One sample: its pixels as training or evaluation sees them, its label and view. Bad samples are handled here."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data_pipelines.config import DataConfig
 from data_pipelines.image.decode import decode_rgb, decode_view
+from data_pipelines.image.map_png import decode_map, map_names
 from data_pipelines.image.pillow_door import BadImageError
 from data_pipelines.image.user_transform import apply_transform, load_transform
 from data_pipelines.image.view import View, centre_pixels, draw_view, training_pixels, view_number
@@ -22,18 +23,30 @@ _MAX_SUBSTITUTES = 16
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What belongs to the pixels of a sample; `index` is that of the sample which was read, a substitute's included."""
+    """What belongs to the pixels of a sample; `index` is that of the sample which was read, a substitute's included.
+
+    `maps`: its label map and attributes by name, (h, w) each, at the size of the image.
+    """
 
     label: int
     index: int
     view: View
     view_number: int
+    maps: Mapping[str, NDArray[Any]] = field(default_factory=dict)
 
 
 class SampleSource(Protocol):
     """Writes the pixels of a sample to `out_CHW`, uint8 (3, size, size). Called by several threads at once."""
 
     def __call__(self, epoch: int, index: int, repeat: int, out_CHW: NDArray[np.uint8]) -> Sample: ...
+
+
+def read_maps(reader: ShardReader, shards: ShardSet, index: int, height: int, width: int) -> dict[str, NDArray[Any]]:
+    """Label map and attributes of a sample whose image has this size. Raises BadImageError."""
+    return {
+        name: decode_map(reader.read(index, member), member, height, width, shards.num_classes)
+        for name, member in map_names(shards.members).items()
+    }
 
 
 class EvaluationSamples:
@@ -45,10 +58,12 @@ class EvaluationSamples:
     def __call__(self, epoch: int, index: int, repeat: int, out_CHW: NDArray[np.uint8]) -> Sample:
         try:
             image_CHW = decode_rgb(self._reader.read(index), max_pixels=self._config.max_pixels)
+            out_CHW[...] = centre_pixels(image_CHW, self._config, out_CHW.shape[1]).numpy()
+            height, width = image_CHW.shape[1:]
+            maps = read_maps(self._reader, self._shards, index, height, width)
         except BadImageError as error:
             raise BadSampleError(self._shards, index, str(error)) from error
-        out_CHW[...] = centre_pixels(image_CHW, self._config, out_CHW.shape[1]).numpy()
-        return Sample(int(self._shards.label[index]), index, (0, 0, *image_CHW.shape[1:], 0), 0)
+        return Sample(int(self._shards.label[index]), index, (0, 0, height, width, 0), 0, maps)
 
 
 class TrainingSamples:
@@ -103,9 +118,10 @@ class TrainingSamples:
                 image_CHW = decode_rgb(data, max_pixels=config.max_pixels)
                 view = draw(*image_CHW.shape[1:])
                 out_CHW[...] = training_pixels(image_CHW, view, config, out_CHW.shape[1]).numpy()
+            maps = read_maps(self._reader, self._shards, index, *view[2:4])
         except BadImageError as error:
             raise BadSampleError(self._shards, index, str(error)) from error
         if config.transform and self._transform:
             where, seeds = sample_name(self._shards, index), (self._view_seed, number, index)
             apply_transform(config.transform, self._transform, out_CHW, sample=where, labels=seeds)
-        return Sample(int(self._shards.label[index]), index, view, number)
+        return Sample(int(self._shards.label[index]), index, view, number, maps)

@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from functools import partial
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -44,8 +44,8 @@ _ADVICE = {
 class _Batches(Dataset[Answer]):
     """The batch of a task, as a worker fills it."""
 
-    def __init__(self, make_source: MakeSource, image_size: int, num_workers: int) -> None:
-        self._make_source, self._image_size = make_source, image_size
+    def __init__(self, make_source: MakeSource, image_size: int, maps: Sequence[str], num_workers: int) -> None:
+        self._make_source, self._image_size, self._maps = make_source, image_size, maps
         self._source: SampleSource | None = None
         self._bad_samples: BadSamples = []
         self._recycler = Recycler()
@@ -55,7 +55,7 @@ class _Batches(Dataset[Answer]):
     def __getitem__(self, task: Task) -> Answer:
         epoch, indices_B, repeats_B = task
         place = self.places[get_worker_info().id].numpy()  # type: ignore[union-attr]  # we are in a worker
-        batch = empty_batch(indices_B, self._image_size, self._recycler, pin_memory=False)
+        batch = empty_batch(indices_B, self._image_size, self._recycler, pin_memory=False, maps=self._maps)
         columns, failure = batch.columns(), None
         try:
             if self._source is None:
@@ -77,6 +77,7 @@ def worker_batches(
     tasks: Iterable[Task],
     *,
     image_size: int,
+    maps: Sequence[str] = (),
     num_workers: int,
     prefetch_batches: int,
     stall_s: float,
@@ -89,7 +90,7 @@ def worker_batches(
     samples there; `on_bad_sample` hears of them in this process. `name_of(index)` is what a message calls the sample
     that a process stands still at, or died of. Closing the generator ends the processes.
     """
-    batches = _Batches(make_source, image_size, num_workers)
+    batches = _Batches(make_source, image_size, maps, num_workers)
     others, handler = set(multiprocessing.active_children()), signal.getsignal(signal.SIGCHLD)
     loader = DataLoader(
         batches,

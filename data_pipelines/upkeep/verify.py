@@ -147,6 +147,13 @@ class _Checker:
         offset = int(self._shards.offset[row])
         return self._data[offset : offset + int(self._shards.length[row])]
 
+    def _member(self, row: int, name: str) -> memoryview:
+        place = self._shards.members[name]
+        return self._data[int(place.offset[row]) : int(place.offset[row]) + int(place.length[row])]
+
+    def _is_sound(self, row: int, name: str) -> bool:
+        return zlib.crc32(self._member(row, name)) == int(self._shards.members[name].crc[row])
+
     def _check_records(self) -> None:
         for row in self._rows:
             if row in self.bad_rows:
@@ -155,6 +162,9 @@ class _Checker:
             after = self._data[image + int(self._shards.length[row]) : self._record_end(row)]
             if zlib.crc32(self._image(row)) != int(self._shards.crc[row]):
                 self._report(row, image, "the image's bytes have changed")
+            elif changed := [name for name in self._shards.members if not self._is_sound(row, name)]:
+                offset = int(self._shards.members[changed[0]].offset[row])
+                self._report(row, offset, f"{changed[0]}: its bytes have changed")
             elif frame_crc(self._data[start:image], after) != int(self._shards.frame_crc[row]):
                 self._report(row, start, "a header, the label, the metadata or padding has changed")
 
@@ -183,6 +193,11 @@ class _Checker:
             return
         if not any(member.offset == shards.offset[row] for member in sample.members.values()):
             self._report(row, int(shards.offset[row]), "no member of the sample begins where the index says")
+        for name, place in shards.members.items():
+            found = sample.members.get(name)
+            if found is None or (found.offset, found.size) != (place.offset[row], place.length[row]):
+                self._report(row, int(place.offset[row]), f"{name}: not where the index says")
+                return
         label = sample.members.get("cls")
         if label is None:
             self._report(row, sample.start, "has no label (.cls)")
@@ -194,6 +209,7 @@ class _Checker:
     def _check_images(self) -> None:
         # Here, not above: torch takes more than a second to import, which --no-decode saves.
         from data_pipelines.image.decode import decode_rgb
+        from data_pipelines.image.map_png import decode_map, map_names
         from data_pipelines.image.pillow_door import BadImageError
 
         for row in self._rows:
@@ -202,6 +218,8 @@ class _Checker:
             offset = int(self._shards.offset[row])
             try:
                 height, width = decode_rgb(bytes(self._image(row))).shape[1:]
+                for member in map_names(self._shards.members).values():
+                    decode_map(bytes(self._member(row, member)), member, height, width, self._shards.num_classes)
             except BadImageError as error:
                 self._report(row, offset, f"does not decode: {error}")
                 continue

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,13 +13,14 @@ from numpy.typing import NDArray
 
 from data_pipelines.atomic_files import write_whole
 from data_pipelines.checked_files import MAX_JSON_BYTES
-from data_pipelines.shards.index import COLUMNS, render_index
+from data_pipelines.shards.index import COLUMNS, members_in, render_index
 from data_pipelines.shards.manifest import (
     INDEX_NAME,
     MANIFEST_NAME,
     Manifest,
     ShardEntry,
     content_fingerprint,
+    format_version,
     max_index_bytes,
     render_manifest,
 )
@@ -35,17 +37,20 @@ def finish_shards(
     rejected = [item for shard in shards for item in shard.rejected]
     if rejected:
         write_whole(folder / REJECTED_NAME, b"".join(json.dumps(asdict(item)).encode() + b"\n" for item in rejected))
-    index = render_index(_joined(shards))
-    check_sizes(len(index), max_index_bytes(sum(shard.num_samples for shard in shards)), 0)
+    columns = _joined(shards)
+    members = members_in(columns)
+    index = render_index(columns)
+    check_sizes(len(index), max_index_bytes(len(columns["label"]), len(members)), 0)
     write_whole(folder / INDEX_NAME, index)
     manifest = Manifest(
         class_names=list(class_names),
-        fingerprint=content_fingerprint(entries, class_names),
+        fingerprint=content_fingerprint(entries, class_names, format_version(members)),
         index_bytes=len(index),
         index_sha256=hashlib.sha256(index).hexdigest(),
         shards=entries,
         num_rejected=len(rejected),
         writer=writer,
+        members=members,
     )
     rendered = render_manifest(manifest)
     check_sizes(0, 0, len(rendered))
@@ -81,13 +86,13 @@ def _entry(shard: DoneShard, num_classes: int) -> ShardEntry:
 
 def _joined(shards: Iterable[DoneShard]) -> dict[str, NDArray[Any]]:
     """The columns of the whole set."""
-    parts: dict[str, list[NDArray[Any]]] = {name: [] for name in COLUMNS}
+    parts: dict[str, list[NDArray[Any]]] = defaultdict(list)
     key_bytes = 0
     for number, shard in enumerate(shards):
         columns = dict(shard.columns)
         columns["shard_of"] = np.full(shard.num_samples, number, COLUMNS["shard_of"])
         columns["key_end"] = columns["key_end"] + key_bytes
         key_bytes += len(columns["key_bytes"])
-        for name, part in parts.items():
-            part.append(columns[name])
+        for name, column in columns.items():
+            parts[name].append(column)
     return {name: np.concatenate(part) for name, part in parts.items()}

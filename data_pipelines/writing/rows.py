@@ -1,6 +1,7 @@
 """The rows of one shard on their way into the index, and the marker that says that the shard is complete."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 
 from data_pipelines.atomic_files import write_whole
 from data_pipelines.checked_files import parse_checked
-from data_pipelines.shards.index import COLUMNS, WORK_FOLDER
+from data_pipelines.shards.index import WORK_FOLDER, column_types
 from data_pipelines.shards.npz_columns import parse_columns, render_columns
 from data_pipelines.shards.packed_strings import pack_strings
 
@@ -57,10 +58,11 @@ class _Head:
 
 
 class RowTable:
-    """Collects the rows of a shard. `shard_of` stays 0 until shards are joined."""
+    """Collects the rows of a shard of samples with these members. `shard_of` stays 0 until shards are joined."""
 
-    def __init__(self) -> None:
-        self._values: dict[str, list[int]] = {name: [] for name in COLUMNS if not name.startswith("key_")}
+    def __init__(self, members: Iterable[str] = ()) -> None:
+        self._types = column_types(members)
+        self._values: dict[str, list[int]] = {name: [] for name in self._types if not name.startswith("key_")}
         self._keys: list[str] = []
 
     def add(self, key: str, **values: int) -> None:
@@ -74,7 +76,7 @@ class RowTable:
         keys = pack_strings(self._keys)
         columns: dict[str, NDArray[Any]] = {"key_end": keys.ends, "key_bytes": keys.blob}
         for name, values in self._values.items():
-            columns[name] = np.array(values, COLUMNS[name])
+            columns[name] = np.array(values, self._types[name])
         return columns
 
 

@@ -7,7 +7,8 @@ The same plan gives the same bytes, so that it does not matter who writes a shar
 
 import hashlib
 import json
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
@@ -19,7 +20,7 @@ from data_pipelines.shards.index import WORK_FOLDER
 from data_pipelines.shards.tar_write import END_OF_ARCHIVE, make_record
 from data_pipelines.sources.listing import ListedImage, Reader
 from data_pipelines.writing.image_header import ImageHeader, orientation
-from data_pipelines.writing.prepare import ImageOptions, prepare_image
+from data_pipelines.writing.prepare import ImageOptions, check_members, prepare_image
 from data_pipelines.writing.rows import DoneShard, Rejected, RowTable, done_path, save_done
 from data_pipelines.writing.shard_plan import Plan
 
@@ -46,21 +47,28 @@ def write_shard(plan: Plan, index: int, folder: Path, *, options: ImageOptions, 
     rejected: list[Rejected] = []
     num_turned = 0
     with replacing(folder / shard_file(index), folder / WORK_FOLDER) as file:
-        writer = _Writer(file, FileHash(plan.arguments["hash_name"]))
+        writer = _Writer(file, FileHash(plan.arguments["hash_name"]), plan.listing.members)
         for listed in plan.listing.images(int(plan.starts[index]), int(plan.starts[index + 1])):
-            image = reader.read(listed.path, listed.offset, listed.length)
+            image = _read(reader, listed.path, listed.offset, listed.length)
+            members = {name: _read(reader, *place) for name, place in listed.members.items()}
             try:
                 stored, header = prepare_image(image, options)
+                check_members(members, header, len(class_names))
             except BadImageError as error:
                 rejected.append(Rejected(key=listed.key, name=listed.name, reason=str(error)))
                 _apply_policy(rejected[-1], image, options, folder)
                 continue
             metadata = _metadata(listed, class_names, reader) if options.metadata else None
-            writer.add(listed, stored, header, metadata)
+            writer.add(listed, stored, header, metadata, members)
             num_turned += orientation(stored) != 1
         done = replace(writer.finish(shard_file(index), rejected), num_turned=num_turned)
     save_done(folder, index, done)
     return done
+
+
+def _read(reader: Reader, path: str, offset: int, length: int) -> bytes:
+    """What a listing names; nothing where it says that there is none."""
+    return reader.read(path, offset, length) if path else b""
 
 
 def _metadata(listed: ListedImage, class_names: Sequence[str], reader: Reader) -> bytes:
@@ -89,14 +97,24 @@ def _apply_policy(bad: Rejected, image: bytes, options: ImageOptions, folder: Pa
 class _Writer:
     """Writes records to a file, and keeps their rows and the hash of the whole."""
 
-    def __init__(self, file: BinaryIO, file_hash: FileHash) -> None:
+    def __init__(self, file: BinaryIO, file_hash: FileHash, members: Iterable[str]) -> None:
         self._file = PartsWriter(file)
-        self._rows = RowTable()
+        self._rows = RowTable(members)
         self._hash = file_hash
 
-    def add(self, listed: ListedImage, image: bytes, header: ImageHeader, metadata: bytes | None) -> None:
-        record = make_record(listed.key, header.extension, image, listed.label, metadata)
+    def add(
+        self,
+        listed: ListedImage,
+        image: bytes,
+        header: ImageHeader,
+        metadata: bytes | None,
+        members: Mapping[str, bytes],
+    ) -> None:
+        record = make_record(listed.key, header.extension, image, listed.label, metadata, members)
         position = self._file.position
+        of_members = {f"offset.{name}": position + offset for name, offset in record.member_offsets.items()}
+        for name, data in members.items():
+            of_members |= {f"length.{name}": len(data), f"crc.{name}": zlib.crc32(data)}
         self._rows.add(
             listed.key,
             offset=position + len(record.before),
@@ -107,6 +125,7 @@ class _Writer:
             height=header.height,
             record_offset=position,
             frame_crc=record.frame_crc,
+            **of_members,
         )
         self._put(record.before, record.image, record.after)
 

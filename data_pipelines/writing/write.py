@@ -19,10 +19,18 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines.shards.classes import numbers_of
+from data_pipelines.grids.made import GridOptions
+from data_pipelines.shards.classes import check_same_classes, numbers_of
 from data_pipelines.shards.hashes import DEFAULT_HASH, HASH_NAMES, hash_name_of
 from data_pipelines.shards.index import WORK_FOLDER
-from data_pipelines.shards.manifest import INDEX_BYTES_A_SAMPLE, MANIFEST_NAME, Manifest, max_index_bytes, read_manifest
+from data_pipelines.shards.manifest import (
+    INDEX_BYTES_A_MEMBER,
+    INDEX_BYTES_A_SAMPLE,
+    MANIFEST_NAME,
+    Manifest,
+    max_index_bytes,
+    read_manifest,
+)
 from data_pipelines.sources.kinds import source_kind
 from data_pipelines.sources.listing import Listing
 from data_pipelines.stream.processes import Progress
@@ -43,12 +51,14 @@ _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 class WriteConfig:
     """What shards are made of and how. `seed` None keeps the source's order; `shard_samples` beats `shard_bytes`.
 
+    `source`: a path, or what is to be made, for the kinds that make their samples.
+
     `class_names`: those of the training set, whose numbers the labels get; None takes the source's own.
     `hash_name` is how the manifest knows the tars again (`data_pipelines.shards.hashes`).
     """
 
     kind: str
-    source: Path
+    source: Path | GridOptions
     split: str | None = None
     seed: int | None = 0
     shard_bytes: int = DEFAULT_SHARD_BYTES
@@ -59,6 +69,8 @@ class WriteConfig:
 
     def __post_init__(self) -> None:
         source_kind(self.kind)
+        if isinstance(self.source, GridOptions) and self.seed is not None:
+            raise ValueError(f"seed {self.seed}: made samples keep their order: expected none, and that of the options")
         for name, value in (("shard_bytes", self.shard_bytes), ("shard_samples", self.shard_samples)):
             if value is not None and value < 1:
                 raise ValueError(f"{name}: expected 1 or more, got {value}")
@@ -75,7 +87,7 @@ class WriteConfig:
         names = fields.pop("class_names")
         if names is not None:
             fields["classes"] = hashlib.sha256(json.dumps(names).encode()).hexdigest()
-        return {**fields, "source": self.source.resolve().name}
+        return fields | ({"source": self.source.resolve().name} if isinstance(self.source, Path) else {})
 
 
 def write_shards(
@@ -186,7 +198,8 @@ def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def _plan_arguments(config: WriteConfig) -> dict[str, Any]:
-    return {**config.record(), "source": str(config.source.resolve()), "hash_name": config.hash_name}
+    arguments = {**config.record(), "hash_name": config.hash_name}
+    return arguments | ({"source": str(config.source.resolve())} if isinstance(config.source, Path) else {})
 
 
 def _new_plan(config: WriteConfig, target: Path, list_samples: Callable[[], Listing] | None) -> Plan:
@@ -202,6 +215,8 @@ def _new_plan(config: WriteConfig, target: Path, list_samples: Callable[[], List
         listing = source_kind(config.kind).list_samples(config.source, config.split)
     if config.class_names is not None:
         listing = _renamed(listing, config.class_names, config.source)
+    if listing.members and config.options.resize:
+        raise ValueError(f"{config.source}: images with label maps are not resized; leave out --resize")
     plan = make_plan(
         listing,
         _plan_arguments(config),
@@ -211,15 +226,19 @@ def _new_plan(config: WriteConfig, target: Path, list_samples: Callable[[], List
     )
     # What would be refused after hours of writing is refused now: columns and keys; for each shard 256 bytes and a
     # number for each class, and the classes' names.
-    index_bytes = INDEX_BYTES_A_SAMPLE * len(listing) + len(listing.keys.blob)
+    num_members = len(listing.members)
+    index_bytes = (INDEX_BYTES_A_SAMPLE + INDEX_BYTES_A_MEMBER * num_members) * len(listing) + len(listing.keys.blob)
     manifest_bytes = plan.num_shards * (256 + 4 * len(listing.class_names)) + len(json.dumps(listing.class_names))
-    check_sizes(index_bytes, max_index_bytes(len(listing)), manifest_bytes)
+    check_sizes(index_bytes, max_index_bytes(len(listing), num_members), manifest_bytes)
     return plan
 
 
-def _renamed(listing: Listing, class_names: tuple[str, ...], source: Path) -> Listing:
+def _renamed(listing: Listing, class_names: tuple[str, ...], source: Path | GridOptions) -> Listing:
     """The listing with these classes, found by name; names that are only numbers, and none of these, are theirs."""
     names = listing.class_names
+    if listing.members:
+        check_same_classes(names, class_names, where=str(source), owner="those given")
+        return listing
     if not set(names) & set(class_names) and all(name.isdecimal() and int(name) < len(class_names) for name in names):
         logger.warning("%s: its classes have numbers for names: taken for those of the given classes", source)
         numbers = np.array([int(name) for name in names], np.int32)

@@ -168,8 +168,8 @@ def test_sets_of_version_1_are_read(folder: Path) -> None:
 
 def test_another_version_is_refused(folder: Path) -> None:
     path = folder / "manifest.json"
-    path.write_bytes(path.read_bytes().replace(b'"version": 2', b'"version": 3'))
-    with pytest.raises(ValueError, match=r"expected format 'sret_scale shards' of version 1 or 2, got .* of version 3"):
+    path.write_bytes(path.read_bytes().replace(b'"version": 2', b'"version": 4'))
+    with pytest.raises(ValueError, match=r"expected format 'sret_scale shards' of version 1 to 3, got .* of version 4"):
         open_shards(folder)
 
 

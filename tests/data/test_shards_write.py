@@ -11,8 +11,9 @@ import pytest
 import webdataset as wds
 from PIL import Image
 
+from data_pipelines.image.map_png import encode_png
 from data_pipelines.shards.index import WORK_FOLDER, open_shards
-from data_pipelines.sources.idx import encode_png, read_idx
+from data_pipelines.sources.idx import read_idx
 from data_pipelines.writing import workers
 from data_pipelines.writing.prepare import ImageOptions
 from data_pipelines.writing.shard_plan import Plan

@@ -136,7 +136,7 @@ def test_the_curve_begins_with_all_loops(tmp_path: Path) -> None:
         right = (scores_BC.argmax(-1) == torch.arange(6) % 5).double().mean().item()
         rows = torch.arange(6)
         views = {"views": rows, "view_numbers": rows}
-        after_batch(Batch(images=IMAGES_BCHW, labels=rows % 5, indices=rows, valid=ALL, **views), scores_BC)
+        after_batch(Batch(images=IMAGES_BCHW, labels=rows % 5, indices=rows, valid=ALL, **views, maps={}), scores_BC)
         return Evaluation(numbers={"top1": right, "top5": 1.0, "loss": 1.5}, num_samples=6, images_per_s=1.0)
 
     points = exit_curve(model, "convergence", (1e9, 1e-9), measure)

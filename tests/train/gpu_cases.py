@@ -109,7 +109,7 @@ def update(rule: str, gpu: WatchedGpu) -> None:
 def evaluation(gpu: WatchedGpu) -> None:
     """The counts of a batch."""
     columns = {name: torch.empty(4, dtype=kind, device=CUDA) for name, kind in COLUMNS.items()}
-    batch = Batch(**{**columns, "valid": torch.ones(4, dtype=torch.bool)})
+    batch = Batch(**{**columns, "valid": torch.ones(4, dtype=torch.bool)}, maps={})
     Classification(RunConfig()).counts(torch.empty(4, 5, device=CUDA), batch)
 
 

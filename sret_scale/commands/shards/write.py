@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from data_pipelines.grids.made import GridOptions
     from data_pipelines.writing.write import WriteConfig
 
 # As in `data_pipelines.sources.kinds`, which imports too much for --help.
-KINDS = ("folder", "idx", "ilsvrc", "parquet", "tars")
+KINDS = ("folder", "idx", "ilsvrc", "mazes", "parquet", "products", "tars")
+PUZZLES = {"mazes": ("reach", "twins", "path"), "products": ("z2", "s3", "a5")}
 
 # As in `data_pipelines.shards.hashes`, which imports xxhash.
 HASH_NAMES = ("xxh3_128", "sha256")
@@ -24,8 +26,12 @@ with a common TARGET (srun ./launch.sh shards write ...), it shares the work amo
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Source, target and how the shards are cut."""
     parser.add_argument("kind", metavar="KIND", choices=KINDS, help="kind of source: " + ", ".join(KINDS))
-    parser.add_argument("source", type=Path, metavar="SOURCE", help="where the images are")
-    parser.add_argument("target", type=Path, metavar="TARGET", help="folder of the shard set; created if missing")
+    parser.add_argument(
+        "source", type=Path, metavar="SOURCE", help="where the images are; mazes and products have only a TARGET"
+    )
+    parser.add_argument(
+        "target", type=Path, metavar="TARGET", nargs="?", help="folder of the shard set; created if missing"
+    )
     parser.add_argument(
         "--split",
         help="part of the source: train or test (idx), train or val (ilsvrc), file prefix (parquet); of a folder the "
@@ -36,7 +42,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FROM",
         help="number the classes as this set does: the shard folder of the training set, or a text file of names",
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed for shuffling the images (default: 0)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed for shuffling the images, or for making them (default: 0)"
+    )
+    parser.add_argument("--count", type=int, help="samples to make (mazes, products)")
+    parser.add_argument("--size", default="15", help="their pixels a side, or a range such as 7-15 (default: 15)")
+    parser.add_argument(
+        "--puzzle",
+        help="of mazes, what the source reaches (reach), pairs that differ in one passage (twins), or the way to the"
+        " target (path); of products, the group (z2, s3, a5)",
+    )
+    parser.add_argument("--braid", type=float, default=0.0, help="share of a maze's dead ends to open (default: 0)")
+    parser.add_argument("--snake", action="store_true", help="products go back in every second row")
     parser.add_argument("--keep-order", action="store_true", help="keep the source's order instead of shuffling")
     parser.add_argument("--shard-mb", type=float, default=256.0, help="size of a shard in MiB (default: 256)")
     parser.add_argument("--shard-samples", type=int, help="samples per shard, instead of --shard-mb")
@@ -68,10 +85,13 @@ def run(args: argparse.Namespace) -> None:
     from data_pipelines.writing.prepare import ImageOptions
     from data_pipelines.writing.write import WriteConfig
 
+    made = _made(args) if args.kind in PUZZLES else None
+    if (args.target is None) != (made is not None):
+        raise ValueError(f"shards write {args.kind}: expected {'one folder, TARGET' if made else 'SOURCE and TARGET'}")
     config = WriteConfig(
         kind=args.kind,
-        source=args.source,
-        seed=None if args.keep_order else args.seed,
+        source=made or args.source,
+        seed=None if args.keep_order or made else args.seed,
         shard_bytes=int(args.shard_mb * 2**20),
         shard_samples=args.shard_samples,
         options=ImageOptions(
@@ -84,8 +104,32 @@ def run(args: argparse.Namespace) -> None:
         hash_name=args.hash,
         class_names=class_names_from(Path(args.classes)) if args.classes else None,
     )
+    if made:
+        _write(config, args.source, args)
+        return
     for split, target in _sets(args).items():
         _write(replace(config, split=split), target, args)
+
+
+def _made(args: argparse.Namespace) -> "GridOptions":
+    from data_pipelines.grids.made import GridOptions
+
+    puzzles = PUZZLES[args.kind]
+    if args.puzzle not in puzzles or args.count is None:
+        raise ValueError(f"shards write {args.kind}: expected --count and --puzzle, one of {', '.join(puzzles)}")
+    try:
+        smallest, largest = map(int, args.size.split("-") if "-" in args.size else (args.size, args.size))
+    except ValueError:
+        raise ValueError(f"--size {args.size}: expected a number of pixels, or two as in 7-15") from None
+    return GridOptions(
+        puzzle=args.puzzle,
+        count=args.count,
+        smallest=smallest,
+        largest=largest,
+        seed=args.seed,
+        braid=args.braid,
+        snake=args.snake,
+    )
 
 
 def _sets(args: argparse.Namespace) -> dict[str | None, Path]:
