@@ -11,9 +11,19 @@ python=
 # Set-up takes no file of the working folder for a module of Python; what it starts afterwards says so itself, by -P.
 export PYTHONSAFEPATH=1
 
+# A closed stream is a silent one: else the next file that is opened would be taken for it.
+{ : >&1; } 2>/dev/null || exec >/dev/null
+{ : >&2; } 2>/dev/null || exec 2>/dev/null
+
 fail() {
-    printf 'error: %s\n' "$@" >&2
+    printf 'error: %s\n' "$@" >&2 || true
     exit 2
+}
+
+# Words of a set-up that nobody may be there to read: the reader has left (`| head -1`), or the disk of a log is full.
+say() {
+    # shellcheck disable=SC2059 # the format is the first argument
+    printf "$@" 2>/dev/null || true
 }
 
 # Prints the first Python 3.11 to 3.14 that really starts: a pyenv shim exists for versions that it then refuses. Of several
@@ -48,27 +58,28 @@ fingerprint() {
 step() {
     local text=$1 start=$SECONDS pid status=0
     shift
-    printf '\n== %s: %s\n' "$text" "$*" >>"$log"
+    { printf '\n== %s: %s\n' "$text" "$*" >>"$log"; } 2>/dev/null ||
+        fail "$log cannot be written" "make room on its disk, or see who owns it, then run the same command again"
     "$@" >>"$log" 2>&1 9<&- &
     pid=$!
     if [[ -t 1 ]]; then
         while kill -0 "$pid" 2>/dev/null; do
-            printf '\r%-52s %4d s' "$text" $((SECONDS - start))
+            say '\r%-52s %4d s' "$text" $((SECONDS - start))
             sleep 1
         done
-        printf '\r'
+        say '\r'
     else
         # Installing torch takes minutes: whoever reads a log shall see what is waited for.
-        printf '%s ...\n' "$text"
+        say '%s ...\n' "$text"
     fi
     wait "$pid" || status=$?
     if ((status != 0)); then
-        printf '%-52s failed after %d s\n' "$text" $((SECONDS - start)) >&2
-        tail -n 15 "$log" >&2
+        say '%-52s failed after %d s\n' "$text" $((SECONDS - start)) >&2
+        tail -n 15 "$log" >&2 || true
         fail "set-up stopped at: $text (whole log: $log)" \
             "check that pip's package index is reachable and the disk is not full, then run the same command again"
     fi
-    printf '%-52s %4d s\n' "$text" $((SECONDS - start))
+    say '%-52s %4d s\n' "$text" $((SECONDS - start))
 }
 
 # -P keeps the working folder from pip alone: a package that pip builds imports files that lie beside its set-up, as
@@ -108,7 +119,7 @@ build_jpeg_library() {
     if said=$("$venv/bin/python" -m data_pipelines.image.native.library 2>&1 9<&-); then
         said="faster decoding of JPEG: built"
     fi
-    printf '%s\n' "${said##*$'\n'}"
+    say '%s\n' "${said##*$'\n'}"
 }
 
 # is_in EXTRA: whether a stamp says that it is installed as the fingerprint in $print has it. With "*" any stamp will do.
@@ -132,7 +143,7 @@ set_up() {
     if command -v flock >/dev/null; then
         exec 9<"$root/constraints.txt"
         if ! flock -n 9; then
-            echo "another set-up is running here; waiting for it"
+            say 'another set-up is running here; waiting for it\n'
             flock 9
             exec 9<&-
             set_up "$@"
@@ -199,6 +210,8 @@ CHECK
 
 # Sets $python for the rest, installing when that is wanted.
 prepare() {
+    # What set-up says is for whoever listens; what it does is not stopped by one who left.
+    trap '' PIPE
     if [[ $use_venv == yes ]]; then
         set_up "$@"
         python=$venv/bin/python
@@ -224,6 +237,7 @@ check() {
 
 run_tests() {
     local output
+    trap - PIPE
     cd "$root"
     output=$(mktemp)
     # shellcheck disable=SC2064 # the name is wanted as it is now, it is local
@@ -299,7 +313,7 @@ main() {
             [[ " $(extras) " == *" $name "* ]] || fail "setup knows no extra \"$name\"; there are: $(extras)"
         done
         prepare "$@"
-        echo "ready: $python"
+        say 'ready: %s\n' "$python"
         ;;
     test)
         prepare test
@@ -313,6 +327,7 @@ main() {
         prepare
         # The demo's files belong to the project; every other command works where the user stands.
         if [[ $command == demo ]]; then cd "$root"; fi
+        trap - PIPE
         exec "$python" -P -m sret_scale.cli "$command" "$@"
         ;;
     esac

@@ -11,6 +11,9 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
 
 from data_pipelines.atomic_files import write_whole
 from data_pipelines.checked_files import printable, read_checked
@@ -20,12 +23,12 @@ from data_pipelines.checked_files import printable, read_checked
 class RankError:
     """Why one rank ended; `rank` is -1 when a whole node was lost."""
 
-    time_s: float
+    time_s: Annotated[float, Field(allow_inf_nan=False)]
     """Seconds since 1970: of the exception, or of the last moment when the rank was seen alive."""
     rank: int
     host: str
     message: str
-    exit_code: int
+    exit_code: Annotated[int, Field(gt=0, lt=256)]
     trace: str = ""
 
 
@@ -71,8 +74,8 @@ def show_first_error(run_folder: Path, error: RankError) -> Iterator[str]:
                 # A crash below Python leaves its words only there.
                 trace = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
         if trace:
-            yield trace.rstrip()
-        yield f"first error: rank {error.rank} on {error.host} (its log: {log})"
+            yield printable(trace.rstrip())
+        yield printable(f"first error: rank {error.rank} on {error.host} (its log: {log})")
     yield f"error: {printable(error.message)}"
 
 

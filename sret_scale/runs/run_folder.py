@@ -7,7 +7,7 @@ environment.json    command, versions, commit, world size; the machine of rank 0
 metrics.jsonl       one JSON object a line
 checkpoints/        see sret_scale.runs.checkpoint
 best.safetensors    the weights of the best evaluation, as `export` writes them
-status.json         state ("running", "finished", "stopped", "failed"), exit code, reason; written by rank 0
+status.json         state (one of STATES), exit code, reason; written by rank 0
 lock                held by rank 0 while the run is alive
 """
 
@@ -37,6 +37,7 @@ EXIT_FAILED = 1
 EXIT_STOPPED = 85
 """A signal stopped the run after it had saved: the same command continues it."""
 
+STATES = ("running", "finished", "stopped", "failed")
 RECORDED_PACKAGES = ("torch", "deepspeed", "webdataset", "numpy", "torchvision")
 
 
@@ -81,11 +82,16 @@ class RunFolder:
 
 
 def read_status(folder: RunFolder) -> dict[str, Any]:
-    """What rank 0 wrote of the run's end; empty where it wrote nothing that can be read, which is said."""
+    """`state` and `exit_code` as rank 0 left them; empty where it wrote nothing that can be read, which is said."""
     status = read_known(folder.status)
-    code = status.get("exit_code")
+    if not status:
+        return {}
+    state, code = status.get("state"), status.get("exit_code")
     # A state that is not "finished" is always safe: the run is taken up from its checkpoint.
-    return {**status, "exit_code": code if type(code) is int else None} if status else {}
+    return {
+        "state": state if state in STATES else "no state that is known",
+        "exit_code": code if type(code) is int and 0 <= code < 256 else None,
+    }
 
 
 def read_known(file: Path) -> dict[str, Any]:

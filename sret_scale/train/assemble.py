@@ -38,7 +38,7 @@ from sret_scale.train.optim import WeightAverage, build_optimizer
 from sret_scale.train.progress import RunProgress
 from sret_scale.train.recomputation import set_up_recomputation
 from sret_scale.train.telemetry import Telemetry, telemetry_of
-from sret_scale.train.watchdog import Watchdog
+from sret_scale.train.watchdog import Phase, Watchdog
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +78,7 @@ class Run:
     writer: CheckpointWriter
 
     @contextlib.contextmanager
-    def phase(self, name: str, clock: Clock) -> Iterator[None]:
+    def phase(self, name: Phase, clock: Clock) -> Iterator[None]:
         """Inside the `with`, the watchdog knows what this rank does; behind it, that it has come further."""
         self.watchdog.progress(clock.step, name)
         yield

@@ -17,6 +17,7 @@ import traceback
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Literal, get_args
 
 from data_pipelines.atomic_files import write_whole
 from data_pipelines.checked_files import read_checked
@@ -24,7 +25,8 @@ from sret_scale.runs.rank_errors import RankError, write_error
 
 EXIT_HANG = 3
 
-PHASES = ("starting", "evaluating", "saving", "waiting for data", "computing", "in a collective")
+Phase = Literal["starting", "evaluating", "saving", "waiting for data", "computing", "in a collective"]
+PHASES: tuple[Phase, ...] = get_args(Phase)
 """In the order in which a rank comes to them at one step: evaluation and save of a step go before the next batch.
 
 A rank that waits inside the backward pass for the gradients of another is still "computing", so of two ranks at one
@@ -41,7 +43,7 @@ class _Heartbeat:
     """What a rank says of itself, as JSON in its file."""
 
     step: int
-    phase: str
+    phase: Phase
     since_s: float
     host: str
 
@@ -82,7 +84,7 @@ class Watchdog:
         self._thread.join(timeout=10.0)
         self._beater.join(timeout=10.0)
 
-    def progress(self, step: int, phase: str) -> None:
+    def progress(self, step: int, phase: Phase) -> None:
         """This rank has come to `step` and now does `phase`, one of PHASES."""
         assert phase in PHASES, phase
         self._step, self._phase, self._since_s, self._moved_s = step, phase, time.time(), time.monotonic()

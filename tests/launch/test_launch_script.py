@@ -235,6 +235,43 @@ def test_step_says_that_it_begins_also_off_a_terminal(copy: Path, tools: Path, f
     ]
 
 
+@pytest.mark.parametrize("how", ["2>&1 >&-", ">&- 2>&-", ">/dev/full 2>&1", "", "2>&1", "<&- >&-"])
+def test_output_that_nobody_takes_stops_no_set_up(copy: Path, tools: Path, fake: Path, how: str) -> None:
+    project = copy.parent
+    read_end, write_end = os.pipe()
+    os.close(read_end)  # The reader has left, as of `| head`; what is not redirected elsewhere is written to it.
+    command = ["bash", "-c", f'exec "$0" train demo {how}', str(copy)]
+    environment = {**os.environ, "PATH": str(tools)}
+    result = subprocess.run(
+        command, cwd=project, env=environment, stdout=write_end, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(write_end)
+    ran = f"run -P -m sret_scale.cli train demo in {project}"
+    assert taken_log(fake) == [f"venv {project}/.venv", *expected_calls(project), ran]
+    assert (result.returncode, result.stderr) == (0, "")
+    assert run(copy, "setup", cwd=project, path=str(tools)).stdout == f"ready: {project}/.venv/bin/python\n"
+
+
+@pytest.mark.parametrize("how", ["", ">&-", "2>&-", ">/dev/full 2>&1"])
+def test_set_up_that_fails_has_its_status_wherever_its_words_go(copy: Path, tools: Path, fake: Path, how: str) -> None:
+    (fake / "replaces").write_text("2.14.1+cpu\n")
+    result = run(Path("bash"), "-c", f'"$0" train demo {how}', str(copy), cwd=copy.parent, path=str(tools))
+    assert result.returncode == 2 and not any(line.startswith("run ") for line in taken_log(fake))
+
+
+def test_a_full_disk_under_the_log_of_set_up_is_an_error_that_names_it(copy: Path, tools: Path, fake: Path) -> None:
+    run(copy, "setup", cwd=copy.parent, path=str(tools))
+    taken_log(fake)
+    (copy.parent / ".venv" / "installed-core").unlink()
+    log = copy.parent / ".venv" / "setup.log"
+    log.unlink()
+    log.symlink_to("/dev/full")
+    result = run(copy, "setup", cwd=copy.parent, path=str(tools))
+    first, advice = result.stderr.splitlines()
+    assert (result.returncode, first) == (2, f"error: {log} cannot be written")
+    assert advice.startswith("error: make room") and taken_log(fake) == []
+
+
 def test_fast_tests_are_those_without_processes_and_nothing_else_is_checked(
     copy: Path, tools: Path, fake: Path
 ) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -18,11 +19,19 @@ from safetensors.torch import save_file
 
 from data_pipelines.labels.store import read_plan
 from data_pipelines.stream.quarantine import Quarantine
+from sret_scale.lab.experiments.declared import PlannedRun
+from sret_scale.lab.experiments.metrics_tail import standing_of
+from sret_scale.lab.experiments.pool import RunState
+from sret_scale.lab.experiments.sweep_view import cells
+from sret_scale.launch.launcher import exit_status
 from sret_scale.model import SReT, preset
 from sret_scale.model.vision.official import to_published
 from sret_scale.model.vision.weight_files import save_model
 from sret_scale.runs.checkpoint import read_tensors
+from sret_scale.runs.rank_errors import RankError, write_error
+from sret_scale.runs.run_folder import RunFolder
 from sret_scale.train.load_run import load_trained
+from sret_scale.train.watchdog import Watchdog
 from tests.fuzz_reader import MOST_S
 from tests.hand_made import make_labels, make_run
 from tests.tiny import ROOT, environment, tiny_config, tiny_shards
@@ -85,6 +94,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # Beside the folder, since every other case copies that.
     torch.save({"model": to_published(published, SReT(published).state_dict())}, folder.with_name("published.pth"))
     (folder / "sweep.yaml").write_text("base: run/config.yaml\ngrid: {model.stages.1.num_loops: [2, 4]}\nretries: 1\n")
+    (folder / "speeds.csv").write_text("name,macs,images_per_s\na,1000000,50.5\nb,2000000,27\n")
     return folder
 
 
@@ -152,6 +162,12 @@ def mutate_bytes(file: Path, rng: random.Random) -> None:
     file.write_bytes(damaged(file.read_bytes(), rng))
 
 
+def mutate_text(file: Path, rng: random.Random) -> None:
+    words = re.split(r"([,\n])", file.read_text())
+    words[rng.randrange(len(words))] = str(rng.choice(HOSTILE))
+    file.write_text("".join(words), errors="backslashreplace")
+
+
 def mutate_weights(file: Path, rng: random.Random) -> None:
     if rng.random() < 0.3:
         file.write_bytes(damaged(file.read_bytes(), rng))
@@ -197,6 +213,16 @@ CASES: dict[str, tuple[str, Callable[[Path, random.Random], None], tuple[str, ..
         for name, mutate in (("config.yaml", mutate_yaml), ("checkpoints/step-000000001/state.json", mutate_json))
     },
     "sweep": ("sweep.yaml", mutate_yaml, ("sweep", "sweep.yaml", "--slurm", "time=1:00:00,cpus=1")),
+    "sweep table": ("sweep.yaml", mutate_yaml, ("sweep", "sweep.yaml", "--dry-run", "--speeds", "speeds.csv")),
+    "sweep speeds": ("speeds.csv", mutate_text, ("sweep", "sweep.yaml", "--dry-run", "--speeds", "speeds.csv")),
+    **{
+        f"head {name}": (f"shards/train/{name}", mutate, ("shards", "head", "shards/train", "o.png", "--count", "3"))
+        for name, mutate in (
+            ("manifest.json", mutate_json),
+            ("index.npz", mutate_bytes),
+            ("shard-000000.tar", mutate_bytes),
+        )
+    },
     **{
         f"report {name}": (f"run/{name}", mutate, ("report", "run", "-o", "o.html"))
         for name, mutate in (
@@ -215,8 +241,8 @@ CASES: dict[str, tuple[str, Callable[[Path, random.Random], None], tuple[str, ..
 def test_a_mutated_file_ends_no_command_with_a_traceback(made: Path, tmp_path: Path, ask: Ask, name: str) -> None:
     rng = random.Random(name)
     file, mutate, command = CASES[name]
-    names = {"store", "run", "weights.safetensors", "published.pth", "sweep.yaml", "o", "o.html"}
-    names |= {"shards/train"}
+    names = {"store", "run", "weights.safetensors", "published.pth", "sweep.yaml", "speeds.csv", "o", "o.html"}
+    names |= {"shards/train", "o.png"}
     copy = tmp_path / "made"
     for number in range(NUM_MUTATIONS if name.split()[0] not in ("report", "teacher", "published") else 12):
         shutil.rmtree(copy, ignore_errors=True)
@@ -281,6 +307,31 @@ def test_a_mutated_quarantine_is_counted_on_or_refused_with_its_name(tmp_path: P
             assert 0 <= Quarantine(str(file), max_bad_rate=1.0, samples_per_epoch=100).count <= 4
         except ValueError as error:
             assert str(file) in str(error), error
+
+
+def test_mutated_files_of_ranks_are_named_to_whoever_reads_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rng = random.Random("ranks")
+    folder = RunFolder(tmp_path)
+    beat, error = tmp_path / "heartbeats" / "rank-00001.json", tmp_path / "errors" / "rank-00001.json"
+    line = {"kind": "train", "step": 1, "images": 32, "time_s": 1.0, "loss": 2.3, "images_per_s": 9.0}
+    run = PlannedRun(name="a", config=tiny_config(tmp_path), applications=1, parameters=1, macs=1)
+    with Watchdog(tmp_path, rank=0, world_size=2, timeout_s=100.0) as dog:
+        dog._beat()
+        for _ in range(200):
+            beat.write_text(json.dumps({"step": 5, "phase": "computing", "since_s": 0.0, "host": "b"}))
+            error.unlink(missing_ok=True)
+            write_error(tmp_path, RankError(time_s=1.0, rank=1, host="b", message="m", exit_code=1, trace="t"))
+            folder.write_status("finished", 0)
+            folder.metrics.write_text(json.dumps(line) + "\n")
+            for file in (beat, error, folder.status):
+                mutate_json(file, rng)
+            (mutate_lines if rng.random() < 0.7 else mutate_bytes)(folder.metrics, rng)
+            assert dog._culprit()
+            assert 0 <= exit_status(tmp_path, rng.random() < 0.5, []) < 256
+            cells(RunState(run=run, folder=tmp_path, state="running", standing=standing_of(tmp_path)))
+            assert not any(ord(c) < 32 and c not in "\n\t" for c in "".join(capsys.readouterr()))
 
 
 @pytest.mark.parametrize(

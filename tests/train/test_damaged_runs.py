@@ -8,6 +8,7 @@ import pytest
 
 from data_pipelines.stream.quarantine import Quarantine
 from sret_scale.lab.report.run_record import load_runs
+from sret_scale.launch.launcher import exit_status
 from sret_scale.launch.preflight import is_finished
 from sret_scale.runs.rank_errors import RankError, first_error, write_error
 from sret_scale.runs.run_folder import RunFolder, read_status
@@ -58,6 +59,30 @@ def test_a_damaged_error_record_is_named_after_the_sound_ones(tmp_path: Path) ->
     write_error(tmp_path, RankError(time_s=5.0, rank=1, host="b", message="the reason", exit_code=1))
     found = first_error(tmp_path)
     assert found is not None and found.message == "the reason"
+
+
+@pytest.mark.parametrize("code", [0, 256, -256, 10**30, True, "1"])
+def test_a_record_of_an_error_never_ends_a_command_with_success(
+    tmp_path: Path, code: object, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "errors").mkdir()
+    record = {
+        "time_s": 5.0,
+        "rank": 1,
+        "host": "b\x1b[31m",
+        "message": "m",
+        "exit_code": code,
+        "trace": "t\x1b]0;x\x07",
+    }
+    (tmp_path / "errors" / "rank-00001.json").write_text(json.dumps(record))
+    (tmp_path / "status.json").write_text(json.dumps({"state": "\x1b[31mfinished", "exit_code": code}))
+    assert exit_status(tmp_path, True, []) == 1
+    (tmp_path / "errors" / "rank-00001.json").write_text(json.dumps({**record, "exit_code": 7}))
+    assert exit_status(tmp_path, True, []) == 7
+    (tmp_path / "errors" / "rank-00001.json").unlink()
+    assert exit_status(tmp_path, True, []) == 1
+    said = capsys.readouterr().err
+    assert "rank 1 on b" in said and said.isascii() and "\x1b" not in said and "\x07" not in said
 
 
 @pytest.mark.parametrize("content", DAMAGES[:4])

@@ -51,7 +51,16 @@ def test_ranks_at_the_same_place_are_counted(tmp_path: Path) -> None:
     assert culprit(tmp_path, (5, "computing"), (6, "saving")).endswith("computing (and so are 1 other ranks)")
 
 
-@pytest.mark.parametrize("content", ["", '{"step": 5', "[]", '{"step": "5", "phase": "", "since_s": 0, "host": ""}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        '{"step": 5',
+        "[]",
+        '{"step": "5", "phase": "computing", "since_s": 0, "host": ""}',
+        '{"step": 5, "phase": "thinking", "since_s": 0, "host": ""}',
+    ],
+)
 def test_a_heartbeat_that_cannot_be_read_is_named(tmp_path: Path, content: str) -> None:
     with Watchdog(tmp_path, rank=0, world_size=2, timeout_s=100.0) as dog:
         dog._beat()
