@@ -47,8 +47,12 @@ def complete_lines(metrics: Path, *, after: int = 0) -> list[dict[str, Any]]:
 
 
 def rank_processes(process: Process) -> list[psutil.Process]:
+    def is_named(child: psutil.Process) -> bool:
+        return "sret_scale.launch.rank_bootstrap" in child.cmdline()
+
+    # DeepSpeed's launcher has the name among its arguments; a rank may have children of another kind.
     tree = psutil.Process(process.pid).children(recursive=True)
-    return [child for child in tree if "sret_scale.launch.rank_bootstrap" in child.cmdline() and child.children() == []]
+    return [child for child in tree if is_named(child) and not any(map(is_named, child.children()))]
 
 
 def digest(run: Path) -> dict[str, str]:

@@ -5,12 +5,7 @@ of the view, and returns uint8 pixels of the same shape. Threads run it well whe
 `data.worker_kind=processes` is for those that do not.
 """
 
-import importlib
-import sys
 from collections.abc import Callable
-from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,34 +17,6 @@ Transform = Callable[[NDArray[np.uint8], int], NDArray[np.uint8]]
 
 class TransformError(ValueError):
     """A user's transform that raised, or returned something else than pixels of the shape that it was given."""
-
-
-def import_of_user(name: str) -> ModuleType:
-    """A module that the user named: from where ours are (PYTHONPATH), then from the working folder.
-
-    That folder comes last, and only from here on, so that no file of it takes the place of a library's module.
-    """
-    if (folder := str(Path.cwd())) not in sys.path:
-        sys.path.append(folder)
-    return importlib.import_module(name)
-
-
-def load_transform(name: str) -> Transform:
-    """The function `module:function`. Raises ValueError with what is wrong with the name."""
-    module_name, _, function_name = name.partition(":")
-    try:
-        module = import_of_user(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise
-        raise ValueError(
-            f"data.transform {name}: no module {error.name}; expected module:function, importable from "
-            "PYTHONPATH or the working folder"
-        ) from error
-    function: Any = getattr(module, function_name, None)
-    if not callable(function):
-        raise ValueError(f"data.transform {name}: {module.__name__} has no function {function_name!r}")
-    return function
 
 
 def apply_transform(

@@ -11,11 +11,12 @@ from data_pipelines.config import DataConfig
 from data_pipelines.image.decode import decode_rgb, decode_view
 from data_pipelines.image.map_png import decode_map, map_names
 from data_pipelines.image.pillow_door import BadImageError
-from data_pipelines.image.user_transform import apply_transform, load_transform
+from data_pipelines.image.user_transform import Transform, apply_transform
 from data_pipelines.image.view import View, centre_pixels, draw_view, training_pixels, view_number
 from data_pipelines.keyed_random import keyed_words
 from data_pipelines.shards.index import ShardSet
 from data_pipelines.stream.reader import BadSampleError, ShardReader, sample_name
+from data_pipelines.user_functions import function_of_user
 
 # Substitutes that are tried for one bad sample before the run stops.
 _MAX_SUBSTITUTES = 16
@@ -81,7 +82,8 @@ class TrainingSamples:
         self._reader, self._shards, self._config = reader, shards, config
         self._seed, self._on_bad_sample = seed, on_bad_sample
         self._view_seed = seed if config.view_seed is None else config.view_seed
-        self._transform = load_transform(config.transform) if config.transform else None
+        name = config.transform
+        self._transform: Transform | None = function_of_user(name, f"data.transform {name}") if name else None
 
     def __call__(self, epoch: int, index: int, repeat: int, out_CHW: NDArray[np.uint8]) -> Sample:
         try:

@@ -8,6 +8,7 @@ REMOVED_FIELDS: dict[str, tuple[Any, str]] = {
         "each rank has the teacher beside it; where that needs too much memory, set distill.teacher_placement=sharded "
         "or store the teacher's answers (sret-scale labels write)",
     ),
+    "train.tensorboard": (False, "set train.trackers=[tensorboard]"),
 }
 """Dotted name -> (the default that it had, what to do instead where it was set)."""
 

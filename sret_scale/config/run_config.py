@@ -158,8 +158,8 @@ class TrainConfig:
     loss scale does not count."""
     hang_timeout_s: float = 1200.0
     """A rank that comes no further for so long ends the run; more than the longest evaluation, save or compilation."""
-    tensorboard: bool = False
-    """Write TensorBoard events beside metrics.jsonl; needs the extra of that name."""
+    trackers: tuple[str, ...] = ()
+    """Who is given every record of metrics.jsonl too: tensorboard and wandb (their extras), or your module:function."""
     image_mean: tuple[float, float, float] = IMAGENET_MEAN
     """Per channel, of pixels in [0, 1]; the default is ImageNet's."""
     image_std: tuple[float, float, float] = IMAGENET_STD
@@ -474,7 +474,7 @@ def whole_paths(config: RunConfig) -> RunConfig:
 # `train.micro_batch_size` is what another number of ranks needs; it changes BatchNorm's batches, and so the bits.
 CHANGEABLE = (
     *("train.micro_batch_size", "train.eval_interval_images", "train.checkpoint_interval_images"),
-    *("train.keep_checkpoints", "train.log_interval_steps", "train.hang_timeout_s", "train.tensorboard"),
+    *("train.keep_checkpoints", "train.log_interval_steps", "train.hang_timeout_s", "train.trackers"),
     "train.max_skipped_steps",
     # Where data is; that they are the same is known by class names, and by the fingerprint in the data position.
     *("data.train_folder", "data.test_folder", "data.mixture_folders"),

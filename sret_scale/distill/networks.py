@@ -6,9 +6,9 @@ from pathlib import Path
 
 from torch import nn
 
-from data_pipelines.image.user_transform import import_of_user
+from data_pipelines.user_functions import function_of_user
 from sret_scale.distill import efficientnet_lite
-from sret_scale.distill.spec import TeacherSpec, nearest
+from sret_scale.distill.spec import TeacherSpec
 
 LoadRun = Callable[[Path], tuple[nn.Module, Sequence[float], Sequence[float], int]]
 
@@ -30,7 +30,8 @@ def load_network(spec: TeacherSpec, *, num_classes: int, load_run: LoadRun) -> N
         case "run":
             return _from_parts(spec, load_run(Path(spec.value)))
         case "module":
-            return _from_parts(spec, _call_module(spec))
+            # The user's function returns it. Its code runs: this kind is for code that the user wrote or trusts.
+            return _from_parts(spec, function_of_user(spec.value, f"teacher {spec.text!r}")())
         case "timm":
             return _from_timm(spec, num_classes)
         case "labels":
@@ -51,22 +52,6 @@ def _from_timm(spec: TeacherSpec, num_classes: int) -> Network:
     # "random" means that the training drew one of both.
     interpolation = "bilinear" if interpolation == "bilinear" else "bicubic"
     return Network(module=module, mean=mean, std=std, image_size=image_size, interpolation=interpolation)
-
-
-def _call_module(spec: TeacherSpec) -> object:
-    """What the user's function returns. Its code runs: this kind is for code that the user wrote or trusts."""
-    module_name, _, function_name = spec.value.partition(":")
-    if not function_name:
-        raise ValueError(f"teacher {spec.text!r}: expected module:pkg.mod:function")
-    try:
-        module = import_of_user(module_name)
-    except ImportError as error:
-        raise ValueError(f"teacher {spec.text!r}: cannot import {module_name}: {error}") from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        hint = nearest(function_name, vars(module))
-        raise ValueError(f"teacher {spec.text!r}: {module_name} has no function {function_name!r}{hint}")
-    return function()
 
 
 def _from_parts(spec: TeacherSpec, parts: object) -> Network:

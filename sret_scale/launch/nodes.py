@@ -18,7 +18,11 @@ from sret_scale.runs.rank_errors import counted
 
 _AGENT = (sys.executable, "-u", "-P", "-m", "sret_scale.launch.agent")
 # What a remote node is given of this environment (inside Slurm srun passes all). Names, then beginnings of names.
-_PASSED = ("PATH", "LD_LIBRARY_PATH", "OMP_NUM_THREADS", "TORCH_EXTENSIONS_DIR", "CUDA_HOME", "DS_ACCELERATOR")
+# W&B's key is none of them: it is read from ~/.netrc there.
+_PASSED = (
+    *("PATH", "LD_LIBRARY_PATH", "OMP_NUM_THREADS", "TORCH_EXTENSIONS_DIR", "CUDA_HOME", "DS_ACCELERATOR"),
+    *("WANDB_MODE", "WANDB_PROJECT", "WANDB_ENTITY"),
+)
 _PASSED_PREFIXES = ("NCCL_", "TORCH_NCCL_", "GLOO_", "UCX_", "FI_", "TORCHINDUCTOR_", "TRITON_")
 # Below the kernel's range for outgoing connections, which begins at 32768.
 _PORTS = range(20_000, 32_000)

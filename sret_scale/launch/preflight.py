@@ -1,6 +1,5 @@
 """Everything that is checked before a run's processes start, and their start."""
 
-import importlib.util
 import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -9,7 +8,6 @@ from pathlib import Path
 import torch
 
 from data_pipelines.atomic_files import write_whole
-from data_pipelines.extras import install_extra
 from data_pipelines.image.native import library
 from data_pipelines.remote.shard_sets import open_training_data
 from data_pipelines.shards.classes import check_same_classes
@@ -29,6 +27,7 @@ from sret_scale.runs.run_folder import EXIT_FINISHED, RunFolder, environment, re
 from sret_scale.train.load_run import check_teacher_classes, initial_state, load_class_names, open_test_data
 from sret_scale.train.optim import check_optimizer, learning_rate
 from sret_scale.train.recomputation import set_up_recomputation
+from sret_scale.train.trackers import tracker_of
 
 
 def start_run(
@@ -124,8 +123,8 @@ def check_run(config: RunConfig, world_size: int) -> None:
             f"optim.warmup_images={config.optim.warmup_images} leaves nothing of train.total_images="
             f"{train.total_images}: the rate would never reach its peak; set a shorter warm-up"
         )
-    if train.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise ValueError(f"train.tensorboard=true needs the tensorboard extra: {install_extra('tensorboard')}")
+    for name in train.trackers:
+        tracker_of(name)
     check_teacher(config)
 
 
@@ -253,7 +252,7 @@ def check_removable(folder: RunFolder) -> None:
 def remove_results(folder: RunFolder) -> None:
     """Delete what an earlier run left in the folder; other files stay."""
     check_removable(folder)
-    for name in ("logs", "errors", "heartbeats", "tensorboard"):
+    for name in ("logs", "errors", "heartbeats", "tensorboard", "wandb"):
         shutil.rmtree(folder.path / name, ignore_errors=True)
     if folder.checkpoints.exists():
         shutil.rmtree(folder.checkpoints)

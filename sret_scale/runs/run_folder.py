@@ -18,18 +18,16 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
 
 from data_pipelines.atomic_files import lock_file, write_whole
 from data_pipelines.checked_files import printable, read_checked
-from data_pipelines.extras import install_extra
 from sret_scale import __version__
 
 EXIT_FINISHED = 0
@@ -108,77 +106,6 @@ def read_known(file: Path) -> dict[str, Any]:
 def write_json(file: Path, value: Any) -> None:
     """Replace a JSON file in one step."""
     write_whole(file, json.dumps(value, indent=1) + "\n")
-
-
-class MetricsLog:
-    """Appends to metrics.jsonl inside a `with`, and to TensorBoard event files where they are asked for."""
-
-    def __init__(self, file: Path, *, tensorboard: bool = False) -> None:
-        self._file = file
-        self._events = _tensorboard_writer(file.parent / "tensorboard") if tensorboard else None
-
-    def __enter__(self) -> "MetricsLog":
-        self.is_continued = self._file.exists() and self._file.stat().st_size > 0
-        was_cut = self._file.exists() and self._file.stat().st_size and not self._file.read_bytes().endswith(b"\n")
-        self._stream = self._file.open("a", encoding="utf-8")
-        if was_cut:
-            # A line that a kill cut off is ended, so that it cannot swallow the next one.
-            self._stream.write("\n")
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._stream.close()
-        if self._events:
-            self._events.close()
-
-    def write(self, kind: str, values: Mapping[str, Any]) -> None:
-        """Append one line and hand it to the operating system at once; `values` has `images`, the clock."""
-        self._stream.write(json.dumps({"kind": kind, **values}) + "\n")
-        self._stream.flush()
-        if self._events:
-            prefix = f"{kind}/{values['weights']}" if "weights" in values else kind
-            for name, value in scalars(values):
-                if name != "images":
-                    self._events.add_scalar(f"{prefix}/{name}", value, values["images"])
-
-
-def scalars(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """The numbers of nested mappings, under names such as `classes/tied/norm`; lists are left out."""
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from ((f"{name}/{inner}", number) for inner, number in scalars(value))
-        elif isinstance(value, int | float):
-            yield name, value
-
-
-def _tensorboard_writer(folder: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ValueError(
-            f"train.tensorboard=true needs the tensorboard extra ({error}): {install_extra('tensorboard')}, "
-            "or leave it false"
-        ) from error
-    return SummaryWriter(str(folder))
-
-
-class NoMetrics:
-    """Stands in for a MetricsLog on the ranks that write nothing."""
-
-    is_continued = False
-
-    def __enter__(self) -> "NoMetrics":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        return None
-
-    def write(self, kind: str, values: Mapping[str, Any]) -> None:
-        """Nothing."""
 
 
 def environment(world_size: int) -> dict[str, Any]:

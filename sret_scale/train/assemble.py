@@ -26,7 +26,7 @@ from sret_scale.distill import (
 from sret_scale.memory import Prepared
 from sret_scale.model import SReT, Stage
 from sret_scale.model.vision.stem import SyncBatchNorm
-from sret_scale.runs.run_folder import MetricsLog, NoMetrics, RunFolder
+from sret_scale.runs.run_folder import RunFolder
 from sret_scale.tasks.classification import Classification
 from sret_scale.tasks.task import Task
 from sret_scale.train.checkpoint_writer import CheckpointWriter
@@ -38,6 +38,7 @@ from sret_scale.train.optim import WeightAverage, build_optimizer
 from sret_scale.train.progress import RunProgress
 from sret_scale.train.recomputation import set_up_recomputation
 from sret_scale.train.telemetry import Telemetry, telemetry_of
+from sret_scale.train.trackers import MetricsLog, open_metrics
 from sret_scale.train.watchdog import Phase, Watchdog
 
 
@@ -71,7 +72,7 @@ class Run:
     teacher_identity: dict[str, Any] | None
     memory: Prepared
     eval_model: SReT
-    metrics: MetricsLog | NoMetrics
+    metrics: MetricsLog
     telemetry: Telemetry | None
     progress: RunProgress
     watchdog: Watchdog
@@ -106,9 +107,7 @@ def set_up(config: RunConfig, folder: RunFolder, ranks: Ranks, stack: contextlib
     engine, memory = set_up_engine(config, ranks, accumulation)
     horizon = config.optim.ema_horizon_images
     teacher = set_up_teacher(config, ranks, shards)
-    metrics: MetricsLog | NoMetrics = NoMetrics()
-    if ranks.is_main:
-        metrics = MetricsLog(folder.metrics, tensorboard=config.train.tensorboard)
+    metrics = open_metrics(folder.metrics, config.train.trackers, stack) if ranks.is_main else MetricsLog()
     return Run(
         config=config,
         folder=folder,
@@ -122,7 +121,7 @@ def set_up(config: RunConfig, folder: RunFolder, ranks: Ranks, stack: contextlib
         teacher_identity=identity_of(teacher, config),
         memory=memory,
         eval_model=SReT(config.model).to(ranks.device).eval(),
-        metrics=stack.enter_context(metrics),  # type: ignore[arg-type]  # mypy joins the two kinds to object
+        metrics=metrics,
         telemetry=set_up_telemetry(config, engine, ranks),
         watchdog=watchdog,
         writer=stack.enter_context(CheckpointWriter(folder.checkpoints, ranks, keep=config.train.keep_checkpoints)),

@@ -15,10 +15,11 @@ from torch.utils.data._utils import signal_handling
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from data_pipelines.config import DataConfig
-from data_pipelines.image.user_transform import TransformError, load_transform
+from data_pipelines.image.user_transform import TransformError
 from data_pipelines.image.view import view_settings
 from data_pipelines.stream.loader import Batch, LoaderState, TrainLoader
 from data_pipelines.stream.quarantine import TooManyBadSamplesError
+from data_pipelines.user_functions import function_of_user
 from tests.data.stream_shards import TarShards, grey_level_shards
 
 
@@ -148,11 +149,11 @@ def test_what_is_no_transform_is_named(shards: TarShards) -> None:
     with pytest.raises(ValueError, match=r"data\.transform: expected module:function, or null, got 'os.system'"):
         DataConfig(transform="os.system")
     for name, reason in (
-        ("no_such_module_here:f", "no module no_such_module_here; expected module:function"),
+        ("no_such_module_here:f", "cannot import no_such_module_here: No module .* on PYTHONPATH or in"),
         ("tests.data.stream_transforms:nothing", "tests.data.stream_transforms has no function 'nothing'"),
     ):
         with pytest.raises(ValueError, match=reason):
-            load_transform(name)
+            function_of_user(name, "data.transform")
     name = "tests.data.stream_transforms:returns_floats"
     with (
         _batches(shards, transform=name) as batches,

@@ -194,7 +194,7 @@ def test_compiled_teacher_gives_the_same_logits(monkeypatch: pytest.MonkeyPatch)
         ("", "unknown kind"),
         ("run:", "expected run:FOLDER"),
         ("run:x?size=3", "unknown or empty option 'size=3'"),
-        ("module:tests.distill.test_distill_teacher", "expected module:pkg.mod:function"),
+        ("module:tests.distill.test_distill_teacher", "expected module:function, got"),
         ("module:no.such.package:f", "cannot import no.such.package"),
         (here("twelve_pixel"), "did you mean twelve_pixels"),
         (here("only_a_module"), "expected .torch.nn.Module, mean, std, image_size., got Sequential"),

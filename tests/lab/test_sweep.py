@@ -20,7 +20,6 @@ from rich.console import Console
 
 from sret_scale import cli
 from sret_scale.config.run_config import from_yaml, override, to_yaml
-from sret_scale.lab.experiments import forecast
 from sret_scale.lab.experiments.array_job import array_task
 from sret_scale.lab.experiments.declared import Experiment, load_experiment, plan_runs
 from sret_scale.lab.experiments.forecast import measure_speeds, read_speed, sweep_table
@@ -407,8 +406,8 @@ def test_what_is_measured_is_a_range_with_a_warning_on_a_busy_machine(
     base = write_config(tmp_path / "base.yaml", tiny_config(tiny_shards(tmp_path / "shards")))
     file = _file(tmp_path, base=str(base), grid={LOOPS: [1, 2]})
     ticks = iter([0, 9, 9, 19, 20, 40, 50, 60, 70, 80, 90, 100] * 2)
-    monkeypatch.setattr(forecast.time, "perf_counter", lambda: next(ticks) / 4)
-    monkeypatch.setattr(forecast.psutil, "cpu_percent", lambda interval: 73.2)
+    monkeypatch.setattr("sret_scale.lab.experiments.forecast.time.perf_counter", lambda: next(ticks) / 4)
+    monkeypatch.setattr("sret_scale.lab.experiments.forecast.psutil.cpu_percent", lambda interval: 73.2)
     assert cli.main(["sweep", str(file), "--dry-run", "--measure", "--price-per-hour", "3600"]) == 0
     shown = capsys.readouterr()
     # 512 images of 2.5 to 5 s for 8 of them; the first pass, which warms up, would have been faster.

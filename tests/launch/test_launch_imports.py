@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipelines.image.user_transform import import_of_user
+from data_pipelines.user_functions import import_of_user
 from sret_scale import __version__
 from sret_scale.config.recipes import configuration
 from sret_scale.runs.run_folder import _commit

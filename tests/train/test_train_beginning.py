@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,8 @@ from sret_scale.cli import main
 from sret_scale.config.run_config import from_yaml
 from sret_scale.train.optim import learning_rate
 from tests.forked import sret_scale_forked
-from tests.tiny import NUM_IMAGES, tiny_config, tiny_shards, write_config
+from tests.runs import complete_lines
+from tests.tiny import NUM_IMAGES, ROOT, tiny_config, tiny_shards, write_config
 
 pytestmark = pytest.mark.multi_process
 
@@ -39,12 +42,79 @@ def test_a_missing_tensorboard_is_found_before_the_ranks_start(
     monkeypatch.chdir(tmp_path)
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "tensorboard" else find_spec(name))
-    tiny = write_config(tmp_path / "tiny.yaml", tiny_config(shards), tensorboard=True)
+    tiny = write_config(tmp_path / "tiny.yaml", tiny_config(shards), trackers=("tensorboard",))
     assert main(["train", str(tiny), "--dry-run"]) == main(["train", str(tiny)]) == 2
     shown = capsys.readouterr()
     assert "needs the tensorboard extra" in shown.err and not (tmp_path / "runs").exists()
     # The configuration of a refused dry run is printed all the same.
-    assert "tensorboard: true" in shown.out
+    assert "trackers:\n  - tensorboard" in shown.out
+    for name, message in (("tensorbord", "expected tensorboard, wandb or module:function"), ("nowhere:f", "nowhere")):
+        assert main(["train", str(tiny), f"train.trackers=[{name}]"]) == 2
+        assert message in capsys.readouterr().err
+    # A field of 0.1.0.
+    assert main(["train", str(tiny), "train.trackers=[]", "train.tensorboard=false", "--dry-run"]) == 0
+    assert main(["train", str(tiny), "train.tensorboard=true"]) == 2
+    assert "set train.trackers=[tensorboard]" in capsys.readouterr().err
+
+
+HAS_MLFLOW = importlib.util.find_spec("mlflow") is not None
+MLFLOW_DOUBLE = """
+import contextlib, json, pathlib
+
+def set_experiment(name):
+    print(name, file=open("calls", "a"))
+
+@contextlib.contextmanager
+def start_run(run_name):
+    yield print(run_name, file=open("calls", "a"))
+
+def log_metrics(metrics, step):
+    print(json.dumps([metrics, step]), file=open("calls", "a"))
+"""
+
+
+@pytest.fixture
+def own_modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What a command imports from its working folder is forgotten with it."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield
+    for name in ("mlflow_tracker", "broken_tracker", *([] if HAS_MLFLOW else ["mlflow"])):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.usefixtures("own_modules")
+def test_the_mlflow_tracker_of_the_page_logs_a_run(shards: Path, tmp_path: Path) -> None:
+    """With a double of the three functions that it calls, where the package is not installed."""
+    page = (ROOT / "docs" / "training.md").read_text()
+    (tmp_path / "mlflow_tracker.py").write_text(page.partition("```python\n")[2].partition("```")[0])
+    if not HAS_MLFLOW:
+        (tmp_path / "mlflow.py").write_text(MLFLOW_DOUBLE)
+    broken = "def track(folder): return contextlib.nullcontext(lambda record: 1 / 0)"
+    (tmp_path / "broken_tracker.py").write_text(f"import contextlib\n{broken}")
+    tiny = write_config(tmp_path / "tiny.yaml", tiny_config(shards), total_images=128)
+    trackers = "train.trackers=[mlflow_tracker:track,broken_tracker:track]"
+    ended = sret_scale_forked("train", tiny, trackers, "--run", "runs/one", "--ranks", "1", cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    logged = _of_mlflow(tmp_path) if HAS_MLFLOW else _of_double(tmp_path)
+    lines = complete_lines(tmp_path / "runs" / "one" / "metrics.jsonl")
+    assert logged == [(line["loss"], line["images"]) for line in lines if line["kind"] == "train"] and len(logged) == 4
+    # What a tracker raises is told once and ends nothing.
+    told = "tracker broken_tracker:track gets no more records: division by zero"
+    assert ended.stdout.count(told) == 1
+
+
+def _of_double(folder: Path) -> list[tuple[float, int]]:
+    experiment, name, *calls = (folder / "calls").read_text().splitlines()
+    assert (experiment, name) == ("runs", "one")
+    return [(metrics["train/loss"], step) for metrics, step in map(json.loads, calls) if "train/loss" in metrics]
+
+
+def _of_mlflow(folder: Path) -> list[tuple[float, int]]:
+    mlflow = importlib.import_module("mlflow")
+    # Its default: a database in the working folder.
+    client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{folder}/mlflow.db")
+    (run,) = client.search_runs([client.get_experiment_by_name("runs").experiment_id])
+    return [(metric.value, metric.step) for metric in client.get_metric_history(run.info.run_id, "train/loss")]
 
 
 def test_a_run_at_its_end_goes_on_with_the_schedule_of_the_new_length(shards: Path, tmp_path: Path) -> None:

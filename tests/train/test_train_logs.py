@@ -1,6 +1,9 @@
-"""What a run of two ranks that was killed and continued writes: each line once, in text, metrics and TensorBoard."""
+"""What a run of two ranks that was killed and continued writes: each line once, in text, metrics and trackers."""
 
+import importlib.util
+import json
 import re
+import struct
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,12 +11,22 @@ from typing import Any
 
 import pytest
 
-from sret_scale.runs.run_folder import scalars
+from sret_scale.train.trackers import numbers_of
 from tests.forked import sret_scale_forked
 from tests.runs import complete_lines, rank_processes, wait_for_images
-from tests.tiny import NUM_IMAGES, sret_scale, tiny_config, tiny_shards, write_config
+from tests.tiny import CANARY, NUM_IMAGES, sret_scale, tiny_config, tiny_shards, write_config
 
 pytestmark = pytest.mark.multi_process
+
+TRACKER = """
+import contextlib, json
+
+@contextlib.contextmanager
+def track(folder):
+    with (folder / "mine.jsonl").open("a") as stream:
+        yield lambda record: print(json.dumps(record), file=stream, flush=True)
+        print('{"kind": "end"}', file=stream)
+"""
 
 
 @dataclass(frozen=True)
@@ -35,15 +48,22 @@ class Continued:
 def continued(tmp_path_factory: pytest.TempPathFactory) -> Continued:
     folder = tmp_path_factory.mktemp("logs")
     config = tiny_config(tiny_shards(folder / "shards"))
-    file = write_config(folder / "tiny.yaml", config, total_images=256, eval_interval_images=128, tensorboard=True)
-    run = folder / "run"
-    process = sret_scale("train", file, "--run", run, cwd=folder)
-    wait_for_images(run, 96, process)
-    main_rank = next(rank for rank in rank_processes(process) if rank.environ()["RANK"] == "0")
-    main_rank.kill()
-    _, error = process.communicate(timeout=120)
-    assert process.returncode != 0, error
-    ended = sret_scale_forked("train", file, "--run", run, cwd=folder)
+    file = write_config(folder / "tiny.yaml", config, total_images=256, eval_interval_images=128)
+    (folder / "my_tracker.py").write_text(TRACKER)
+    names = ["tensorboard", "my_tracker:track", *(["wandb"] if importlib.util.find_spec("wandb") else [])]
+    # In the folder of a sweep.
+    run = folder / "depth" / "run"
+    (folder / "depth" / ".sweep").mkdir(parents=True)
+    command = ("train", file, f"train.trackers=[{','.join(names)}]", "--run", run)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_MODE", "offline")
+        process = sret_scale(*command, cwd=folder)
+        wait_for_images(run, 96, process)
+        main_rank = next(rank for rank in rank_processes(process) if rank.environ()["RANK"] == "0")
+        main_rank.kill()
+        _, error = process.communicate(timeout=120)
+        assert process.returncode != 0, error
+        ended = sret_scale_forked(*command, cwd=folder)
     assert ended.returncode == 0, ended
     return Continued(run, ended.stdout, complete_lines(run / "metrics.jsonl"))
 
@@ -90,13 +110,59 @@ def test_tensorboard_holds_the_numbers_of_the_metrics(continued: Continued) -> N
     }
     expected: dict[str, list[tuple[int, float]]] = defaultdict(list)
     for line in continued.lines[continued.restart :]:
-        prefix = f"{line['kind']}/{line['weights']}" if "weights" in line else line["kind"]
-        for name, value in scalars(line):
-            if name != "images":
-                expected[f"{prefix}/{name}"].append((line["images"], value))
+        for name, value in numbers_of(line).items():
+            expected[name].append((line["images"], value))
     assert found.keys() == expected.keys()
     assert {"train/loss", "train/lr", "eval/ema/top1", "eval/raw/top1", "memory/peak_rss_bytes"} <= found.keys()
     for tag, points in expected.items():
         assert [images for images, _ in found[tag]] == [images for images, _ in points]
         # Event files hold float32.
         assert [value for _, value in found[tag]] == pytest.approx([value for _, value in points], rel=1e-6)
+
+
+def test_a_tracker_of_the_users_gets_every_record_once(continued: Continued) -> None:
+    mine = complete_lines(continued.run / "mine.jsonl")
+    assert mine.pop()["kind"] == "end"
+    # The kill may have come between the file and the tracker.
+    assert mine in (continued.lines, continued.lines[: continued.restart - 1] + continued.lines[continued.restart :])
+
+
+def test_wandb_has_both_starts_as_one_run_of_the_sweeps_group(continued: Continued) -> None:
+    pytest.importorskip("wandb")
+    files = sorted((continued.run / "wandb").glob("offline-run-*/*.wandb"))
+    identity = (continued.run / "wandb" / "id").read_text()
+    assert [file.name for file in files] == [f"run-{identity}.wandb"] * 2
+    # Of a killed start W&B may lack what it had not written out.
+    records = _wandb_records(files[1])
+    run = next(record.run for record in records if record.WhichOneof("record_type") == "run")
+    assert (run.run_id, run.run_group, run.display_name) == (identity, "depth", "run")
+    written = {item.key: json.loads(item.value_json) for item in run.config.update}
+    assert written["train"]["total_images"] == 256
+    found = [
+        {".".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
+        for record in records
+        if record.WhichOneof("record_type") == "history"
+    ]
+    found = [{name: value for name, value in one.items() if not name.startswith("_")} for one in found]
+    assert found == [{"images": line["images"], **numbers_of(line)} for line in continued.lines[continued.restart :]]
+    assert [file for file in continued.run.rglob("*") if file.is_file() and CANARY.encode() in file.read_bytes()] == []
+
+
+def _wandb_records(file: Path) -> list[Any]:
+    """The records of an offline run: a log of LevelDB's format (blocks of 32 KiB) behind seven bytes."""
+    schema: Any = importlib.import_module("wandb.proto.wandb_internal_pb2")
+
+    raw, place, body, found = file.read_bytes(), 7, b"", []
+    while place + 7 <= len(raw):
+        left = 2**15 - place % 2**15
+        if left < 7:
+            place += left
+            continue
+        _, length, part = struct.unpack("<IHB", raw[place : place + 7])
+        body += raw[place + 7 : place + 7 + length]
+        place += 7 + length
+        # Whole, first, middle, last.
+        if part in (1, 4):
+            found.append(schema.Record.FromString(body))
+            body = b""
+    return found

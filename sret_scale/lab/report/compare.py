@@ -12,7 +12,7 @@ ABSENT = "-"  # How a field is shown in a run whose config does not have it.
 SEED_KEYS = ("train.seed",)
 _WITHOUT_EFFECT = frozenset(
     (
-        *("train.hang_timeout_s", "train.keep_checkpoints", "train.log_interval_steps", "train.tensorboard"),
+        *("train.hang_timeout_s", "train.keep_checkpoints", "train.log_interval_steps", "train.trackers"),
         *("data.workers", "data.worker_kind", "data.prefetch_batches", "data.cache_folder", "data.cache_gib"),
         *("data.fetch_threads", "data.fetch_ahead_steps", "data.stall_s", "data.fetch_attempts"),
         "data.quarantine_file",
