@@ -12,6 +12,7 @@ EXAMPLE = """examples:
   sret-scale evaluate runs/sret_t --details mistakes --predictions answers.csv
   sret-scale evaluate runs/sret_t --hostfile hosts
   sret-scale evaluate runs/elastic --loops 16
+  sret-scale evaluate runs/reach --applications 20,54,108,300 --image-size 39 --shards shards/mazes_39
   sret-scale evaluate runs/elastic --early-exit confidence --thresholds 0.5,0.8,0.95"""
 
 
@@ -33,6 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         help="evaluate at another depth: loops of the stage that has most, the others in proportion",
     )
+    parser.add_argument(
+        "--applications",
+        metavar="N,N,...",
+        help="answers after so many block applications, ascending, all from one pass; draws them into RUN/depth_curve",
+    )
+    parser.add_argument("--image-size", type=int, help="pixels a side of the images (default: the run's)")
     parser.add_argument(
         "--early-exit",
         choices=("confidence", "entropy", "convergence"),
@@ -61,10 +68,21 @@ def run(args: argparse.Namespace) -> int:
     has_answers = bool(args.predictions or args.details)
     if has_answers and args.early_exit:
         raise ValueError("--predictions and --details belong to an evaluation without --early-exit")
+    if args.image_size is not None and not 1 <= args.image_size <= 1 << 14:
+        raise ValueError(f"--image-size: expected 1 to {1 << 14:,} pixels, got {args.image_size}")
+    if args.applications is not None:
+        for name, other in (("--loops", args.loops), ("--early-exit", args.early_exit), ("--details", has_answers)):
+            if other:
+                raise ValueError(f"--applications is another evaluation than {name}: leave one of them out")
+        args.applications = _counts(args.applications)
+    if args.early_exit and args.image_size is not None:
+        raise ValueError("--early-exit knows the run's own image size alone: leave --image-size out")
     if args.dry_run:
         return _dry_run(args)
     if args.early_exit:
         return _early_exit(args)
+    if args.applications:
+        return _depth_curve(args)
     if args.ranks or args.hostfile:
         status, result = _on_ranks(args, {"has_answers": has_answers}, "sret_scale.train.evaluate_main")
         if status:
@@ -73,8 +91,8 @@ def run(args: argparse.Namespace) -> int:
         from sret_scale.train.distributed import ranks_from_environment
         from sret_scale.train.evaluate_main import evaluate_run
 
-        ranks, asked = ranks_from_environment(), {"loops": args.loops, "has_answers": has_answers}
-        result = evaluate_run(args.run, args.shards, args.weights, ranks, **asked)
+        ranks, asked = ranks_from_environment(), {"loops": args.loops, "image_size": args.image_size}
+        result = evaluate_run(args.run, args.shards, args.weights, ranks, has_answers=has_answers, **asked)
     answers = result.pop("answers", [])
     if args.json:
         print(json.dumps(result, indent=1))
@@ -82,8 +100,8 @@ def run(args: argparse.Namespace) -> int:
         print(
             f"{result['run']} at step {result['step']}, {result['weights']} weights, "
             f"{result['applications']:,} applications, "
-            f"{result['num_samples']:,} images of {result['shards']}: top-1 {result['top1']:.2%}, "
-            f"top-5 {result['top5']:.2%}, loss {result['loss']:.4f} ({result['images_per_s']:,.0f} images/s)"
+            f"{result['num_samples']:,} images of {result['shards']}: {_in_words(result)}, "
+            f"loss {result['loss']:.4f} ({result['images_per_s']:,.0f} images/s)"
         )
         if result["classes_without_samples"]:
             from data_pipelines.shards.classes import describe_missing
@@ -96,6 +114,51 @@ def run(args: argparse.Namespace) -> int:
             )
     if has_answers:
         _write_answers(args, answers)
+    return 0
+
+
+def _in_words(result: dict[str, Any]) -> str:
+    if "top1" in result:
+        return f"top-1 {result['top1']:.2%}, top-5 {result['top5']:.2%}"
+    return f"exact match {result['exact']:.2%}, balanced accuracy of tokens {result['balanced']:.2%}"
+
+
+def _counts(text: str) -> list[int]:
+    """The numbers of --applications. ValueError for what is none, or not ascending."""
+    try:
+        counts = [int(part) for part in text.split(",")]
+    except ValueError:
+        counts = []
+    if not counts or counts[0] < 1 or counts[-1] > 1 << 16 or counts != sorted(set(counts)):
+        raise ValueError(
+            f"--applications: expected ascending whole numbers of 1 to {1 << 16:,} such as 20,54,108, got {text!r}"
+        )
+    return counts
+
+
+def _depth_curve(args: argparse.Namespace) -> int:
+    """Print and draw accuracy over applications, and add it to the run's metrics."""
+    from sret_scale.lab.depth_curve import curve_table, depth_curve, keep_curve
+    from sret_scale.lab.report.evaluation_depth import curves_of, evaluation_depth_figures
+    from sret_scale.lab.report.run_record import load_run
+    from sret_scale.train.distributed import ranks_from_environment
+
+    if args.ranks or args.hostfile:
+        status, line = _on_ranks(args, {}, "sret_scale.lab.depth_curve")
+        if status:
+            return status
+    else:
+        line = depth_curve(_request(args), ranks_from_environment())
+    keep_curve(args.run, line)
+    folder = args.run / "depth_curve"
+    folder.mkdir(exist_ok=True)
+    charts = evaluation_depth_figures(
+        [curve for curve in curves_of(load_run(args.run)) if curve.split == line["split"]]
+    )
+    files = [file for chart in charts for file in chart.write(folder)]
+    print(json.dumps(line, indent=1) if args.json else curve_table(line))
+    if not args.json:
+        print(f"written: {', '.join(map(str, files))}")
     return 0
 
 
@@ -144,7 +207,8 @@ def _early_exit(args: argparse.Namespace) -> int:
 def _request(args: argparse.Namespace) -> dict[str, Any]:
     """What to evaluate, in words that hold in any working folder."""
     shards = args.shards and (args.shards if ":" in args.shards else str(Path(args.shards).resolve()))
-    return {"run": str(args.run.resolve()), "shards": shards, "weights": args.weights, "loops": args.loops}
+    request = {"run": str(args.run.resolve()), "shards": shards, "weights": args.weights, "image_size": args.image_size}
+    return {**request, "applications": args.applications} if args.applications else {**request, "loops": args.loops}
 
 
 def _dry_run(args: argparse.Namespace) -> int:
@@ -162,6 +226,7 @@ def _dry_run(args: argparse.Namespace) -> int:
         file = Path(temporary) / "request.json"
         file.write_text(request, encoding="utf-8")
         module = "sret_scale.lab.early_exit_main" if args.early_exit else "sret_scale.train.evaluate_main"
+        module = "sret_scale.lab.depth_curve" if args.applications else module
         hosts = hosts_of(args.hostfile)
         return launch(args.run / "evaluation", file, num_ranks=args.ranks, hosts=hosts, module=module, dry_run=True)
 

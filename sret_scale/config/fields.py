@@ -103,9 +103,11 @@ def page(kind: type[Any], section: str | None = None) -> str:
         raise ValueError(f"no section {section!r}: {f'did you mean {near[0]}' if near else ', '.join(sections)}?")
     lines: list[str] = []
     for name in [section] if section else sections:
-        about = (inspect.getdoc(sections[name]) or "").partition("\n\n")[0]
-        lines += [f"## {name}", about, f"Source: `{sections[name].__module__.replace('.', '/')}.py`.", ""]
-        for field in fields_of(sections[name], f"{name}."):
+        # A setting of the whole run stands alone.
+        owner = sections[name] if dataclasses.is_dataclass(sections[name]) else kind
+        about = (inspect.getdoc(owner) or "").partition("\n\n")[0]
+        lines += [f"## {name}", about, f"Source: `{owner.__module__.replace('.', '/')}.py`.", ""]
+        for field in (one for one in fields_of(kind) if one.name.partition(".")[0] == name):
             text = f"- `{field.name}` ({field.kind}; {field.default or 'no default'}): {field.meaning}"
             lines += textwrap.wrap(text, 120, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False)
         lines.append("")

@@ -181,15 +181,36 @@ def _require(is_valid: bool, name: str, expected: str, got: object) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """All that decides what a run computes."""
+class GridConfig:
+    """What `task: grid` asks of the tokens, and by what it tells their accuracy apart."""
 
+    ask_within: float | None = None
+    """A token enters the loss once its attribute `ask_by` is at most so many times the loops done so far; null: from
+    the first loop on. Tokens that have none (65535) always count."""
+    ask_by: str = "distance"
+    """An attribute of tokens that the shards have beside their labels."""
+    bins: str | None = None
+    """The attribute by which accuracy is told apart, in powers of two."""
+
+    def __post_init__(self) -> None:
+        _require(self.ask_within is None or self.ask_within > 0, "grid.ask_within", "above 0, or null", self.ask_within)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """All that decides what a run computes.
+
+    task: a class for every image, or with `grid` a label for every token.
+    """
+
+    task: Literal["classification", "grid"] = "classification"
     model: SReTConfig = field(default_factory=lambda: preset("sret_t"))
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     depth: DepthConfig = field(default_factory=DepthConfig)
+    grid: GridConfig = field(default_factory=GridConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

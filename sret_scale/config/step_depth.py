@@ -16,7 +16,7 @@ from sret_scale.model import SReTConfig
 from sret_scale.model.applications import post_norm
 from sret_scale.model.depth_plan import DepthPlan, StageDepth
 
-Draw = Literal["all", "fixed", "uniform", "poisson", "lognormal_poisson", "growing"]
+Draw = Literal["all", "fixed", "uniform", "poisson", "lognormal_poisson", "log_uniform", "growing"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +30,8 @@ class DepthConfig:
     loops: Draw = "all"
     """How the count of a step is drawn. `fixed`: max_loops; `uniform`: min_loops to max_loops; `poisson`: 1 + Poisson
     of mean_loops - 1; `lognormal_poisson`: the same with a rate that is log-normal around it (Geiping et al., arXiv
-    2502.05171); `growing`: min_loops to max_loops, evenly over growth_images. Draws are cut to min_loops and
-    max_loops."""
+    2502.05171); `log_uniform`: min_loops and, log-uniformly, none to all of the rest of max_loops; `growing`: min_loops
+    to max_loops, evenly over growth_images. Draws are cut to min_loops and max_loops."""
     min_loops: int = 1
     max_loops: int | None = None
     """None: all that the model has."""
@@ -111,6 +111,8 @@ def drawn_loops(config: DepthConfig, most: int, *, seed: int, step: int, progres
     random = _generator("loops", seed, step)
     if config.loops == "uniform":
         return int(random.integers(low, high, endpoint=True))
+    if config.loops == "log_uniform":
+        return low - 1 + int(math.exp(random.uniform(0, math.log(high - low + 1))))
     assert config.mean_loops is not None
     rate = config.mean_loops - 1
     if config.loops == "lognormal_poisson" and rate > 0:

@@ -39,6 +39,11 @@ class DepthPlan:
     stages: tuple[StageDepth, ...]
     supervised: tuple[int, ...] = ()
 
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The numbers of loops of the last stage that give scores, in their order."""
+        return (*self.supervised, len(self.stages[-1].loops))
+
 
 def first_loops(config: SReTConfig, num_loops: Sequence[int]) -> DepthPlan:
     """The plan of the first loops of every stage, with gradient through all of them."""

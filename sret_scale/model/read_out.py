@@ -12,11 +12,19 @@ from sret_scale.model.vision.sret import SReT
 
 
 class ReadOut(NamedTuple):
-    """Scores after `loops` loops of the last stage, and the mean of those after each of the last few up to there."""
+    """Scores after `loops` loops of the last stage, those after each of the last few up to there, and their mean.
+
+    steps: (B,) how far the last loop moved the tokens of each image, relative to their size; NaN after the first loop.
+    """
 
     loops: int
     last: Tensor
-    mean: Tensor
+    recent: tuple[Tensor, ...]
+    steps: Tensor
+
+    @property
+    def mean(self) -> Tensor:
+        return torch.stack(self.recent).mean(dim=0)
 
 
 def read_outs(model: SReT, images_BCHW: Tensor, counts: Collection[int], *, mean_of: int = 1) -> Iterator[ReadOut]:
@@ -28,9 +36,14 @@ def read_outs(model: SReT, images_BCHW: Tensor, counts: Collection[int], *, mean
     depths = [StageDepth(tuple(range(stage.num_loops))) for stage in model.config.stages[:-1]]
     plan = DepthPlan((*depths, StageDepth(tuple(range(max(counts))))), tuple(range(1, max(counts))))
     recent: deque[Tensor] = deque(maxlen=mean_of)
+    before_BDHW: Tensor | None = None
     with torch.no_grad():
         for loops, tokens_BDHW in enumerate(model.outputs_on_the_way(images_BCHW, plan), start=1):
             if any(count - mean_of < loops <= count for count in counts):
                 recent.append(model.forward_head(tokens_BDHW))
             if loops in counts:
-                yield ReadOut(loops, recent[-1], torch.stack([*recent]).mean(dim=0))
+                size_B, step_B = tokens_BDHW.flatten(1).norm(dim=1), torch.full((len(tokens_BDHW),), torch.nan)
+                if before_BDHW is not None:
+                    step_B = (tokens_BDHW - before_BDHW).flatten(1).norm(dim=1) / size_B
+                yield ReadOut(loops, recent[-1], tuple(recent), step_B)
+            before_BDHW = tokens_BDHW

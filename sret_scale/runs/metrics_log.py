@@ -16,7 +16,7 @@ import numpy.typing as npt
 from data_pipelines.checked_files import parse_checked, read_bounded
 
 # Values whose loss of finiteness the reader must hear of, with the kind of line they stand in.
-WATCHED = (("train", "loss"), ("train", "grad_norm"), ("eval", "loss"), ("eval", "top1"))
+WATCHED = (("train", "loss"), ("train", "grad_norm"), ("eval", "loss"), ("eval", "top1"), ("eval", "exact"))
 
 # Beyond what a float holds, and far beyond what a run counts.
 MOST = 1e300

@@ -39,7 +39,7 @@ class Classification:
         images_BCHW = normalise_(unit_BCHW, self.config.train.image_mean, self.config.train.image_std)
         return Inputs(model_input=images_BCHW, target=target_BC, teacher_log_probs=teacher_log_probs_BC)
 
-    def loss(self, scores: Tensor, inputs: Inputs, *, progress: float, part: slice = slice(None)) -> Tensor:
+    def loss(self, scores: Tensor, inputs: Inputs, *, progress: float, loops: int, part: slice = slice(None)) -> Tensor:
         """The loss of scores (B, C); see `distillation_loss`."""
         known_BC = None if inputs.teacher_log_probs is None else inputs.teacher_log_probs[part]
         return distillation_loss(scores, known_BC, inputs.target[part], self.config.distill.at(progress))
@@ -54,21 +54,15 @@ class Classification:
         return self._normalise(batch.images.to(device, non_blocking=True))
 
     def counts(self, scores: Tensor, batch: Batch) -> Tensor:
-        """(samples, right at top 1, right within top 5, summed cross-entropy) of the valid rows."""
+        """(B, 4): 1, right at top 1, right within top 5, cross-entropy."""
         labels_B = batch.labels.to(scores.device, non_blocking=True)
         valid_B = uploaded(batch.valid, scores.device)
         top_BK = scores.topk(min(5, scores.shape[1]), dim=1).indices
         hit_BK = (top_BK == labels_B[:, None]) & valid_B[:, None]
         loss_B = F.cross_entropy(scores, labels_B, reduction="none")
-        return torch.stack(
-            [
-                valid_B.sum().double(),
-                hit_BK[:, 0].sum().double(),
-                hit_BK.sum().double(),
-                # What a padded row gives may be no number.
-                torch.where(valid_B, loss_B.double(), 0.0).sum(),
-            ]
-        )
+        # What a padded row gives may be no number.
+        loss_B = torch.where(valid_B, loss_B.double(), 0.0)
+        return torch.stack([valid_B.double(), hit_BK[:, 0].double(), hit_BK.sum(1).double(), loss_B], dim=1)
 
     def numbers(self, counts: list[float]) -> dict[str, float]:
         """Top-1 and top-5 accuracy and the mean cross-entropy."""

@@ -35,8 +35,11 @@ class Task(Protocol):
     def inputs(self, batch: Batch, *, seed: int, device: torch.device) -> Inputs:
         """A batch as the model trains on it, a function of its samples and the seed."""
 
-    def loss(self, scores: Tensor, inputs: Inputs, *, progress: float, part: slice = slice(None)) -> Tensor:
-        """The mean loss of scores for the samples of `part`; progress: the share of the run that lies behind."""
+    def loss(self, scores: Tensor, inputs: Inputs, *, progress: float, loops: int, part: slice = slice(None)) -> Tensor:
+        """The mean loss of scores for the samples of `part`.
+
+        progress: the share of the run that lies behind; loops: those of the last stage that the scores come after.
+        """
 
     def added_loss(self, *, progress: float) -> Tensor | None:
         """What the last forward pass adds to the loss beside its scores."""
@@ -45,7 +48,7 @@ class Task(Protocol):
         """A batch as the model is evaluated on it."""
 
     def counts(self, scores: Tensor, batch: Batch) -> Tensor:
-        """Sums over the valid samples, float64, their number first; sums over batches and ranks add up."""
+        """(B, counts) float64: what sums over all samples are made of, 1 first; zeros where a row only fills up."""
 
     def numbers(self, counts: list[float]) -> dict[str, float]:
         """The named results of summed counts."""

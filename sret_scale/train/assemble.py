@@ -27,7 +27,7 @@ from sret_scale.memory import Prepared
 from sret_scale.model import SReT, Stage
 from sret_scale.model.vision.stem import SyncBatchNorm
 from sret_scale.runs.run_folder import RunFolder
-from sret_scale.tasks.classification import Classification
+from sret_scale.tasks import task_of
 from sret_scale.tasks.task import Task
 from sret_scale.train.checkpoint_writer import CheckpointWriter
 from sret_scale.train.distributed import Ranks, differentiable_sum
@@ -115,7 +115,7 @@ def set_up(config: RunConfig, folder: RunFolder, ranks: Ranks, stack: contextlib
         loader=loader,
         train_shards=shards,
         test_shards=open_test_data(config, shards),
-        task=Classification(config, teacher=teacher, features=match_features(config, engine.model, teacher)),
+        task=task_of(config, teacher=teacher, features=match_features(config, engine.model, teacher)),
         engine=engine,
         average=WeightAverage(engine.local_weights(), horizon) if horizon else None,
         teacher_identity=identity_of(teacher, config),

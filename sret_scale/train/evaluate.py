@@ -13,7 +13,7 @@ from data_pipelines.stream.loader import Batch, evaluation_batches
 from sret_scale.config.ds_config import load_ds_config, precision_of
 from sret_scale.config.precision import autocast
 from sret_scale.config.run_config import RunConfig
-from sret_scale.tasks.classification import Classification
+from sret_scale.tasks import task_of
 from sret_scale.tasks.task import Task
 from sret_scale.train.distributed import Ranks, ranks_from_environment, sum_over_ranks
 
@@ -51,7 +51,7 @@ def evaluate(
     assert not model.training
     config = config or RunConfig(model=model.config)  # type: ignore[arg-type]  # an SReT where nothing else is said
     ranks = ranks or ranks_from_environment()
-    task = task or Classification(config)
+    task = task or task_of(config)
     ds_config = load_ds_config(config.engine.ds_config)
     precision = precision_of(ds_config)
     started = time.monotonic()
@@ -69,7 +69,7 @@ def evaluate(
         with torch.inference_mode(), autocast(ranks.device.type, precision):
             scores = model(model_input).float()
         after_batch(batch, scores)
-        totals = totals + task.counts(scores, batch)
+        totals = totals + task.counts(scores, batch).sum(dim=0)
         if _any_rank(must_stop(), ranks):
             return None
     counts = sum_over_ranks(totals).tolist()

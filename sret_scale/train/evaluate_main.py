@@ -6,6 +6,7 @@ The folder takes the place of a run folder for the launcher: status, logs and er
 import argparse
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,15 +35,24 @@ class Measure(Protocol):
 
 
 def evaluate_run(
-    run: Path, shards: str | None, weights: Any, ranks: Ranks, *, loops: int | None = None, has_answers: bool = False
+    run: Path,
+    shards: str | None,
+    weights: Any,
+    ranks: Ranks,
+    *,
+    loops: int | None = None,
+    image_size: int | None = None,
+    has_answers: bool = False,
 ) -> dict[str, Any]:
     """The accuracy of a run's newest checkpoint on `shards` (None: its test set), as a JSON object; on every rank.
 
-    loops: of the stage with the most, the others in proportion; None for those that the run has.
+    loops: of the stage with the most, the others in proportion; None for those that the run has, as with image_size.
     has_answers: add (index, predicted class, its probability, that of the sample's class) for every sample.
     """
-    opened, config = open_shards(run, shards)
-    model, kind, step = load_model_of(run, weights, loops)
+    opened, config = open_shards(run, shards, image_size)
+    model, kind, step = load_model_of(run, weights, loops, image_size)
+    if has_answers and config.task != "classification":
+        raise ValueError(f"--predictions and --details are of classes, and {run} has task={config.task}")
     rows: list[Tensor] = []
 
     def collect(batch: Batch, scores_BC: Tensor) -> None:
@@ -85,12 +95,15 @@ def evaluator_of(run: Path, shards: str | None, weights: Any, loops: int | None)
     return model, measure
 
 
-def open_shards(run: Path, shards: str | None) -> tuple[ShardSet, RunConfig]:
-    """`shards`, or the run's test set, its labels those of the run's classes, and the run's configuration.
+def open_shards(run: Path, shards: str | None, image_size: int | None = None) -> tuple[ShardSet, RunConfig]:
+    """`shards`, or the run's test set, its labels those of the run's classes, and the run's configuration, at another
+    image size where one is given.
 
     ValueError for other classes; of a run whose class names nobody knows any more, for another number of them.
     """
     config = load_config(run)
+    if image_size is not None:
+        config = replace(config, model=replace(config.model, image_size=image_size))
     opened = open_data(shards or config.data.test_folder, config.data)
     class_names = load_class_names(run)
     if class_names is not None:
@@ -103,9 +116,11 @@ def open_shards(run: Path, shards: str | None) -> tuple[ShardSet, RunConfig]:
     return opened, config
 
 
-def load_model_of(run: Path, weights: Any, loops: int | None) -> tuple[SReT, str, int]:
-    """(model, which weights, step) of a run's newest checkpoint, at another depth where one is given."""
+def load_model_of(run: Path, weights: Any, loops: int | None, image_size: int | None = None) -> tuple[SReT, str, int]:
+    """(model, which weights, step) of a run's newest checkpoint, at another depth and image size where one is given."""
     model, kind, step = load_model(run, weights, print)
+    if image_size is not None:
+        model = model.with_image_size(image_size)
     if loops is not None:
         model = model.with_loops(proportional_loops(model.config, loops))
     return model, kind, step

@@ -86,7 +86,7 @@ def facts_of(config: RunConfig, class_names: list[str] | None) -> dict[str, Any]
         std=config.train.image_std,
     )
     named = {} if class_names is None else {"class_names": class_names}
-    return {"task": "classification", **named, "preprocessing": asdict(preprocessing)}
+    return {"task": config.task, **named, "preprocessing": asdict(preprocessing)}
 
 
 def load_facts(source: Path) -> dict[str, Any]:
@@ -103,7 +103,7 @@ def load_facts(source: Path) -> dict[str, Any]:
     if "preprocessing" in said:
         where = f"{source}: preprocessing"
         facts["preprocessing"] = asdict(parse_checked(said["preprocessing"].encode(), Preprocessing, where))
-        facts["task"] = "classification"
+        facts["task"] = "grid" if said.get("task", "").strip('"') == "grid" else "classification"
     return facts
 
 

@@ -137,8 +137,8 @@ def micro_batch_loss(
         # The reference's way draws from the global generator: here too, a function of the step.
         torch.manual_seed(moment.seed_for("global"))
 
-    def loss_of(scores: Tensor, part: slice = slice(None)) -> Tensor:
-        return task.loss(scores, inputs, progress=moment.progress, part=part)
+    def loss_of(scores: Tensor, part: slice = slice(None), loops: int = config.model.stages[-1].num_loops) -> Tensor:
+        return task.loss(scores, inputs, progress=moment.progress, loops=loops, part=part)
 
     if probe and probe.is_due(moment.step):
         probe.look(inputs.model_input, loss_of, moment.noise, plans[0] if plans else None)
@@ -146,7 +146,9 @@ def micro_batch_loss(
         loss = loss_of(forward(inputs.model_input, moment.noise))
     else:
         scores_of_plans = forward(inputs.model_input, moment.noise, plans)
-        loss = weighted_loss(config.depth, plans, [loss_of(scores) for scores in scores_of_plans])
+        ends = [count for plan in plans for count in plan.ends]
+        losses = [loss_of(scores, loops=end) for scores, end in zip(scores_of_plans, ends, strict=True)]
+        loss = weighted_loss(config.depth, plans, losses)
     added = task.added_loss(progress=moment.progress)
     return loss if added is None else loss + added
 

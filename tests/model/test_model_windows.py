@@ -183,6 +183,9 @@ def test_read_outs_are_those_of_models_of_so_many_loops() -> None:
     for one in found:
         torch.testing.assert_close(one.last, single[one.loops])
         torch.testing.assert_close(one.mean, sum(single[one.loops - back] for back in range(3)) / 3)
+        now, before = (model.with_loops(count).forward_features(images) for count in (one.loops, one.loops - 1))
+        torch.testing.assert_close(one.steps, (now - before).flatten(1).norm(dim=1) / now.flatten(1).norm(dim=1))
+    assert next(read_outs(model, images, (1,))).steps.isnan().all()
 
 
 def test_an_update_moves_the_scores_alike_at_every_depth() -> None:

@@ -46,7 +46,7 @@ def standing_of(folder: Path) -> Standing:
         images=_count((train or {}).get("images")),
         loss=_finite((train or {}).get("loss")),
         images_per_s=_finite((train or {}).get("images_per_s")),
-        top1=_finite((evaluation or {}).get("top1")),
+        top1=_finite((evaluation or {}).get("top1", (evaluation or {}).get("exact"))),
     )
 
 

@@ -78,7 +78,7 @@ def _figure(name: str, lines: Sequence[Line]) -> Chart:
     caption = Caption(name=name, title=title, text=_words(name, points), x_label=x_label, y_label="top-1, %")
     with mpl.rc_context(STYLE):
         has_legend = 1 < len(lines) <= MOST_LINE_LABELS
-        figure, axes = _canvas(caption, len(lines) if has_legend else 0)
+        figure, axes = canvas_above_legend(caption, len(lines) if has_legend else 0)
         axes.step(cost[front], mean[front], where="post", color=MUTED, linewidth=1.0, linestyle=(0, (4, 3)), zorder=1)
         for index, line in enumerate(lines):
             own = sorted((p.costs[name], 100 * p.mean) for p in line.points if p.costs[name] > 0)
@@ -91,11 +91,11 @@ def _figure(name: str, lines: Sequence[Line]) -> Chart:
         if len(points) <= MOST_POINT_LABELS:
             _name_points(axes, points, cost, mean, by_depth=has_legend)
         if has_legend:
-            _legend(figure)
+            legend(figure)
         return finish(figure, caption, _table(lines, name, front, x_label))
 
 
-def _canvas(caption: Caption, num_labels: int) -> tuple[Figure, Axes]:
+def canvas_above_legend(caption: Caption, num_labels: int) -> tuple[Figure, Axes]:
     """An empty figure with room for a legend of so many rows below the plot; the labels may be long."""
     legend_inches = 0.2 * num_labels + 0.1 * (num_labels > 0)
     figure, axes = canvas(caption, HEIGHT_INCHES + legend_inches)
@@ -106,7 +106,7 @@ def _canvas(caption: Caption, num_labels: int) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _legend(figure: Figure) -> None:
+def legend(figure: Figure) -> None:
     """Names the labelled lines below the plot."""
     figure.legend(frameon=False, fontsize=8.5, labelcolor=MUTED, loc="lower left", borderaxespad=0.2)
 
@@ -243,7 +243,7 @@ def _rate_figure(points: Sequence[Point]) -> Chart | None:
     colours = run_colours(len(swept))
     table: list[tuple[object, ...]] = [("line", "applications", "learning_rate", "top1", "eval_loss", "is_best")]
     with mpl.rc_context(STYLE):
-        figure, axes = _canvas(caption, len(swept) if len(swept) > 1 else 0)
+        figure, axes = canvas_above_legend(caption, len(swept) if len(swept) > 1 else 0)
         figure.subplots_adjust(left=0.16)
         for (line, group), colour in zip(swept, colours, strict=True):
             for point in group:
@@ -260,5 +260,5 @@ def _rate_figure(points: Sequence[Point]) -> Chart | None:
         _cost_axis(axes, np.array([point.depth for _, group in swept for point in group]))
         axes.margins(y=0.14)
         if len(swept) > 1:
-            _legend(figure)
+            legend(figure)
         return finish(figure, caption, table)

@@ -31,14 +31,15 @@ def _accuracy(runs: Sequence[RunRecord], colours: Sequence[str]) -> Chart | None
     curves = [
         Curve(label=run.name, colour=colour, series=main, faint=faint, kinds=("ema" if faint else "raw", "raw"))
         for run, colour in zip(runs, colours, strict=True)
-        for main, faint in [_by_weights(run, "top1", 100.0)]
+        for main, faint in [_by_weights(run, run.accuracy[0], 100.0)]
     ]
     split = evaluation_split(runs[0])
     averaged = any(curve.faint is not None and len(curve.faint.images) > 1 for curve in curves)
     text = f"On the {split} split, each sample counted once." + (
         " Strong lines: averaged weights (EMA); faint lines: the weights as trained." if averaged else ""
     )
-    caption = Caption(name="accuracy", title="Accuracy", text=text, x_label="images seen", y_label="top-1, %")
+    words = " or ".join(dict.fromkeys(run.accuracy[1] for run in runs))
+    caption = Caption(name="accuracy", title="Accuracy", text=text, x_label="images seen", y_label=f"{words}, %")
     return _lines(curves, caption, decimals=1)
 
 

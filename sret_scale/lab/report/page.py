@@ -13,11 +13,12 @@ from sret_scale.lab.readable_numbers import compact, duration, grouped, percent
 from sret_scale.lab.report.chart import Chart, css_colour, run_colours
 from sret_scale.lab.report.compare import differing_fields, flatten
 from sret_scale.lab.report.depth_curves import depth_figures
+from sret_scale.lab.report.evaluation_depth import curves_of, evaluation_depth_figures
 from sret_scale.lab.report.figures import basic_figures
 from sret_scale.lab.report.health import alarms, health_figures
 from sret_scale.lab.report.memory_figures import memory_figures
 from sret_scale.lab.report.run_record import RunRecord, load_runs
-from sret_scale.lab.report.summary import COLUMNS, Summary, best_rows, summarise, summary_table
+from sret_scale.lab.report.summary import COLUMNS, Summary, best_rows, columns_for, summarise, summary_table
 
 MOST_TILES = 4
 MOST_ROWS_ABOVE = 12
@@ -48,6 +49,7 @@ def write_report(paths: Sequence[Path], page: Path, *, note: str = "") -> Report
     colours = run_colours(len(runs))
     basic, depth = basic_figures(runs, summaries, colours), depth_figures(runs, summaries)
     basic += health_figures(runs) + memory_figures(runs, summaries, colours)
+    basic = evaluation_depth_figures([curve for run in runs for curve in curves_of(run)]) + basic
     # Of many runs the depth curves are the answer; of a few the courses are.
     charts = depth + basic if len(runs) > MOST_TILES else basic + depth
     folder = page.with_name(f"{page.stem}_files")
@@ -95,7 +97,7 @@ def render(
         page_note=note,
         rows=rows,
         tiles=rows if 1 < len(rows) <= MOST_TILES and any(s.top1 is not None for s in summaries) else [],
-        columns=COLUMNS,
+        columns=columns_for(summaries),
         best=[best_rows(column, list(summaries)) for column in COLUMNS],
         charts=charts,
         # A table longer than a screen would hide the answer.
@@ -123,8 +125,9 @@ def lead(summaries: Sequence[Summary]) -> str:
     weights = "averaged weights" if best.top1_ema is not None else "raw weights"
     start = f"{best.run} is the most accurate: " if len(scored) > 1 else f"{best.run}: "
     return (
-        f"{start}{percent(best.top1)} % top-1 ({weights}) with {grouped(best.applications)} block applications and "
-        f"{compact(best.parameters)} parameters, after {grouped(best.images_seen)} images in {duration(best.time_s)}."
+        f"{start}{percent(best.top1)} % {best.accuracy} ({weights}) with {grouped(best.applications)} block "
+        f"applications and {compact(best.parameters)} parameters, after {grouped(best.images_seen)} images in "
+        f"{duration(best.time_s)}."
     )
 
 

@@ -84,6 +84,11 @@ class RunRecord:
         return float(np.nanmax(values)) if np.isfinite(values).any() else None
 
     @property
+    def accuracy(self) -> tuple[str, str]:
+        """(field, words) of the number that an evaluation of the run's task is best in."""
+        return ("exact", "exact match") if self.config.get("task") == "grid" else ("top1", "top-1")
+
+    @property
     def images_seen(self) -> int:
         return max((int(line["images"]) for line in self.lines), default=0)
 

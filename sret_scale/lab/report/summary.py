@@ -1,8 +1,8 @@
 """The figures of one run that go into the report's table, and how each is written."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
@@ -15,7 +15,7 @@ Number = float | None
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """One run in numbers; None where the run did not (yet) measure it. Accuracies are ratios."""
+    """One run in numbers; None where the run did not (yet) measure it. Accuracies are ratios, and named `accuracy`."""
 
     run: str
     role: str
@@ -33,6 +33,7 @@ class Summary:
     time_s: float
     top1_raw: Number
     top1_ema: Number
+    accuracy: str = "top-1"
 
     @property
     def top1(self) -> Number:
@@ -66,6 +67,12 @@ COLUMNS = (
 )
 
 
+def columns_for(summaries: Sequence[Summary]) -> list[Column]:
+    """The columns, with what the runs' accuracies are of in their titles."""
+    words = " or ".join(dict.fromkeys(summary.accuracy for summary in summaries)).capitalize()
+    return [replace(column, title=column.title.replace("Top-1", words)) for column in COLUMNS]
+
+
 def summarise(run: RunRecord) -> Summary:
     """The figures of a run as it stands: the last evaluation, the median speed, the largest memory."""
     speeds = run.series("train", "images_per_s").values
@@ -88,8 +95,9 @@ def summarise(run: RunRecord) -> Summary:
         images_per_s=float(np.median(speeds)) if len(speeds) else None,
         images_seen=run.images_seen,
         time_s=run.time_s,
-        top1_raw=run.last("eval", "top1", weights="raw", split=split),
-        top1_ema=run.last("eval", "top1", weights="ema", split=split),
+        top1_raw=run.last("eval", run.accuracy[0], weights="raw", split=split),
+        top1_ema=run.last("eval", run.accuracy[0], weights="ema", split=split),
+        accuracy=run.accuracy[1],
     )
 
 

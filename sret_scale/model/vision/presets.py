@@ -50,6 +50,21 @@ PUBLISHED_ACCURACY: dict[str, tuple[float | None, float | None]] = {
 }
 
 
+# One tied block that settles (docs/depth.md): its loops are the most that a step of training runs.
+_REACH = StageConfig(
+    width=16,
+    num_heads=4,
+    num_blocks=1,
+    num_loops=256,
+    mlp_ratio=2.0,
+    slices="windows",
+    projections="none",
+    norm_placement="outer",
+    conditioning="input_tied",
+)
+_PIXELS: dict[str, Any] = {"stem": "pixels", "stem_strides": (1, 1, 1), "positions": "none", "head": "tokens"}
+
+
 def _published(size: str, slicing: str, loops: tuple[int, ...] = (2, 2, 2), **stage_options: Any) -> SReTConfig:
     widths, heads, mlp_ratio, projection_ratio, drop_path = SIZES[size]
     stages = tuple(
@@ -102,6 +117,7 @@ def _presets() -> dict[str, SReTConfig]:
     for name, (size, loops, projections, conditioning) in DEEP.items():
         table[name] = _published(size, "", loops, projections=projections, conditioning=conditioning)
     demo_groups = ((7, 1), (4, 2), (1,))
+    table["reach"] = SReTConfig(stages=(_REACH,), num_classes=2, image_size=15, **_PIXELS)
     table["demo_student_108"] = _demo((32, 64, 128), (12, 12, 8), demo_groups)
     table["demo_control_20"] = _demo((32, 64, 128), (2, 2, 2), demo_groups)
     table["demo_teacher"] = _demo((64, 128, 256), (1, 1, 1), ((1,), (1,), (1,)), projections="none")
