@@ -8,6 +8,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_pipelines.checked_files import read_bounded
+
 # Letters, digits, dots, hyphens, underscores; the first is a letter or digit, so that no name looks like an option.
 _HOST_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,252}")
 _LINE = re.compile(r"(\S+)\s+(?:slots=([0-9]{1,4})|devices=([0-9]{1,4}(?:,[0-9]{1,4})*))")
@@ -42,10 +44,10 @@ def read_hostfile(path: Path) -> tuple[Host, ...]:
 
     Raises FileNotFoundError when there is no such file: deepspeed would go on with this machine alone.
     """
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"hostfile {path} does not exist; expected a file with lines like: node-1 slots=8")
     hosts: list[Host] = []
-    lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+    lines = read_bounded(path).decode("utf-8-sig", errors="replace").splitlines()
     for number, raw in enumerate(lines, start=1):
         line = raw.partition("#")[0].strip()
         if not line:

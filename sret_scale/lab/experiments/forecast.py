@@ -14,7 +14,7 @@ import psutil
 import torch
 import torch.nn.functional as F
 
-from data_pipelines.checked_files import open_regular
+from data_pipelines.checked_files import read_bounded
 from sret_scale.config.ds_config import load_ds_config, precision_of
 from sret_scale.config.precision import autocast
 from sret_scale.config.run_config import RunConfig
@@ -63,19 +63,19 @@ def read_speed(file: Path) -> Speed:
 
     Raises ValueError naming what is missing, FileNotFoundError.
     """
-    with open_regular(file) as raw, io.TextIOWrapper(raw, encoding="utf-8", newline="") as stream:
-        reader = csv.DictReader(stream)
+    # A spreadsheet's file may begin with a byte order mark.
+    reader = csv.DictReader(io.StringIO(read_bounded(file).decode("utf-8-sig", errors="replace"), newline=""))
+    points = []
+    try:
         missing = [name for name in ("macs", "images_per_s") if name not in (reader.fieldnames or [])]
         if missing:
-            raise ValueError(f"{file} has no column {missing[0]!r}: expected a CSV with macs and images_per_s")
-        points = []
+            raise ValueError(f"no column {missing[0]!r}: expected a CSV with macs and images_per_s")
         for row in reader:
-            try:
-                macs, images_per_s = float(row["macs"]), float(row["images_per_s"] or "nan")
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"{file} line {reader.line_num}: {error}") from error
+            macs, images_per_s = float(row["macs"]), float(row["images_per_s"] or "nan")
             if macs > 0 and 0 < images_per_s < math.inf:
                 points.append((macs, 1 / images_per_s))
+    except (TypeError, ValueError, csv.Error) as error:
+        raise ValueError(f"{file} line {reader.line_num}: {error}") from error
     if not points:
         raise ValueError(f"{file} has no row with macs and images_per_s above 0: nothing was measured")
     return fit_speed(points)
