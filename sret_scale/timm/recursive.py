@@ -106,6 +106,7 @@ def make_recursive(
         own = _projections(tied[0], kept, loops, projection_ratio) if projections == "per_application" else ()
         chain = RecursiveBlocks(tied, loops, order=order, step_size=step_size, projections=own, memory=memory)
         setattr(model.get_submodule(parent), last, chain)
+    _tell_features(model)
     return model
 
 
@@ -121,6 +122,14 @@ def set_loops(model: nn.Module, num_loops: int) -> None:
             wanted = "no other, since each application has its projection" if chain.projections else "at least 1"
             raise ValueError(f"num_loops: expected {wanted}, got {num_loops}")
         chain.num_loops = num_loops
+    _tell_features(model)
+
+
+def _tell_features(model: nn.Module) -> None:
+    """timm looks up a feature of every application where the model has one chain."""
+    chains, known = recursions(model), getattr(model, "feature_info", None)
+    if len(chains) == 1 and isinstance(known, list) and known:
+        model.feature_info = [{**known[0], "module": f"blocks.{index}"} for index in range(len(chains[0]))]  # type: ignore[assignment]
 
 
 def register_recursive() -> None:
@@ -137,7 +146,9 @@ def recursive(pretrained: bool = False, pretrained_cfg: Any = None, **kwargs: An
         raise ValueError(f"recursive: expected the name of a model of timm behind the dot, got {pretrained_cfg}")
     known = inspect.signature(make_recursive).parameters
     own = {name: kwargs.pop(name) for name in list(kwargs) if name in known}
-    return make_recursive(timm.create_model(pretrained_cfg, pretrained=pretrained, **kwargs), **own)
+    is_features, indices = kwargs.pop("features_only", False), kwargs.pop("out_indices", 3)
+    model = make_recursive(timm.create_model(pretrained_cfg, pretrained=pretrained, **kwargs), **own)
+    return timm.models._features.FeatureGetterNet(model, out_indices=indices) if is_features else model
 
 
 def _paths(at: str | None) -> Sequence[str]:

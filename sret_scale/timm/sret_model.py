@@ -52,7 +52,7 @@ class TimmSReT(SReT):
             for index, (stage, stride) in enumerate(zip(config.stages, strides, strict=True))
         ]
         self.grad_checkpointing = False
-        self.num_classes = num_classes
+        self.num_classes, self.global_pool = num_classes, "avg"
         self.reset_classifier(num_classes, global_pool)
 
     def forward(
@@ -93,14 +93,25 @@ class TimmSReT(SReT):
         return cast(nn.Module, self.head)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new head for this many classes, or none for 0."""
-        if global_pool not in (None, "", "avg"):
-            raise ValueError(f"SReT pools by average, got global_pool {global_pool!r}")
+        """A new head for this many classes, or none for 0; then global_pool "" gives tokens (B, D, H, W) for scores.
+
+        None leaves the pooling as it is. ValueError for another pooling, or for classes without one.
+        """
+        pool = self.global_pool if global_pool is None else global_pool
+        if pool not in ("", "avg") or (num_classes and not pool):
+            raise ValueError(f"SReT pools by average, got global_pool {pool!r} for {num_classes} classes")
+        self.global_pool = pool
         if num_classes != self.num_classes or num_classes == 0:
             device, dtype = self.norm.weight.device, self.norm.weight.dtype
             head = nn.Linear(self.num_features, num_classes, device=device, dtype=dtype) if num_classes else None
             self.head = head or nn.Identity()  # type: ignore[assignment]
             self.num_classes = num_classes
+
+    def forward_head(self, x_BDHW: Tensor, pre_logits: bool = False) -> Tensor:
+        """As of SReT; without pooling the tokens with their norm, (B, D, H, W)."""
+        if self.global_pool:
+            return super().forward_head(x_BDHW, pre_logits)
+        return self.norm(x_BDHW.movedim(1, -1)).movedim(-1, 1)
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that do not decay."""

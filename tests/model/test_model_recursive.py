@@ -145,6 +145,8 @@ def test_a_name_of_timm_makes_one() -> None:
     model = timm.create_model("recursive.deit_tiny_patch16_224", num_blocks=3, num_loops=2, img_size=32, num_classes=7)
     chain = recursions(model)[0]
     assert (len(chain), len(chain.blocks)) == (6, 3) and model(torch.zeros(1, 3, 32, 32)).shape == (1, 7)
+    features = timm.create_model("recursive.deit_tiny_patch16_224", num_blocks=1, num_loops=20, features_only=True)
+    assert [one.shape for one in features(torch.zeros(1, 3, 224, 224))] == [(1, 192, 14, 14)] * 3
     with pytest.raises(ValueError, match="recursive: expected the name of a model of timm behind the dot"):
         timm.create_model("recursive")
 

@@ -33,6 +33,13 @@ def test_features_and_head_make_the_scores() -> None:
     assert model(IMAGES_BCHW).shape == (2, 3)
     model.reset_classifier(0)
     assert model(IMAGES_BCHW).shape == (2, 128)
+    model.reset_classifier(0, "")
+    tokens = model(IMAGES_BCHW)
+    assert tokens.shape == (2, 128, 2, 2)
+    assert torch.allclose(tokens.movedim(1, -1).mean(dim=-1), torch.zeros(()), atol=1e-5)  # each token has its norm
+    assert timm.create_model("demo_control_20", num_classes=0, global_pool="")(IMAGES_BCHW).shape == (2, 128, 2, 2)
+    with pytest.raises(ValueError, match="SReT pools by average, got global_pool '' for 3 classes"):
+        model.reset_classifier(3)
 
 
 def test_intermediates_and_features_only() -> None:
