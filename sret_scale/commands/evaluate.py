@@ -178,6 +178,7 @@ def _write_answers(args: argparse.Namespace, answers: Any) -> None:
 def _early_exit(args: argparse.Namespace) -> int:
     """Print and draw accuracy over multiply-adds for each threshold."""
     from sret_scale.lab import early_exit
+    from sret_scale.lab.analysis.exit_figure import exit_table, write_curve
     from sret_scale.lab.early_exit_main import exit_points
 
     thresholds = early_exit.THRESHOLDS[args.early_exit]
@@ -195,11 +196,11 @@ def _early_exit(args: argparse.Namespace) -> int:
         points = [early_exit.ExitPoint(**point) for point in result]
     else:
         points = exit_points({**_request(args), **asked})
-    files = early_exit.write_curve(args.run / "early_exit", args.run.name, args.early_exit, points)
+    files = write_curve(args.run / "early_exit", args.run.name, args.early_exit, points)
     if args.json:
         print(json.dumps([vars(point) for point in points], indent=1))
     else:
-        print(early_exit.exit_table(points))
+        print(exit_table(points))
         print(f"written: {', '.join(map(str, files))}")
     return 0
 

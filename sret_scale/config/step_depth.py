@@ -15,6 +15,7 @@ from torch import Tensor
 from sret_scale.model import SReTConfig
 from sret_scale.model.applications import post_norm
 from sret_scale.model.depth_plan import DepthPlan, StageDepth
+from sret_scale.model.noise import seed_sequence
 
 Draw = Literal["all", "fixed", "uniform", "poisson", "lognormal_poisson", "log_uniform", "growing"]
 
@@ -186,7 +187,7 @@ def share_of(count: int, num_loops: int, most: int) -> int:
 
 
 def _generator(purpose: str, *numbers: int) -> np.random.Generator:
-    return np.random.default_rng(np.random.SeedSequence([int.from_bytes(purpose.encode(), "little"), *numbers]))
+    return np.random.default_rng(seed_sequence(purpose, *numbers))
 
 
 def check_depth(config: DepthConfig, model: SReTConfig, *, schedule: str, zero_stage: int, has_features: bool) -> None:

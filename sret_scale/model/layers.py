@@ -3,8 +3,8 @@
 Shape letters: B batch, N tokens, D width, H heads, K head width, G groups, L tokens per group, F hidden channels.
 """
 
-import types
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +33,41 @@ Affine = tuple[Tensor, Tensor]
 Draw = Callable[[Sequence[int]], Tensor]
 
 
-def operations() -> types.ModuleType:
+class Operations(Protocol):
+    """What the layers compute with; the modules `fused` and `unfused` are two of it."""
+
+    def norm_linear(
+        self, x_BND: Tensor, norm_D: Tensor, norm_bias_D: Tensor, weight_FD: Tensor, bias_F: Tensor, /
+    ) -> Tensor: ...
+
+    def project_residual(
+        self,
+        x_BND: Tensor,
+        a_BNF: Tensor,
+        weight_DF: Tensor,
+        bias_D: Tensor,
+        /,
+        *,
+        alpha: Tensor | None,
+        gain_R: Tensor | None,
+        mask: Tensor | None,
+    ) -> Tensor: ...
+
+    def feed_forward_residual(
+        self,
+        x_BND: Tensor,
+        norm: Affine,
+        fc1: Affine,
+        fc2: Affine,
+        /,
+        *,
+        alpha: Tensor | None,
+        gain_R: Tensor | None,
+        mask: Tensor | None,
+    ) -> Tensor: ...
+
+
+def operations() -> Operations:
     """`fused`, which stores less for the backward pass, unless a compiler or exporter looks at the operations."""
     return plain if torch.compiler.is_compiling() else fused
 

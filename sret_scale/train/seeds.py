@@ -3,12 +3,12 @@
 import numpy as np
 
 from sret_scale.model import Noise
+from sret_scale.model.noise import seed_sequence
 
 
 def derived_seed(purpose: str, *numbers: int) -> int:
     """A 63-bit seed that is a function of its arguments."""
-    entropy = [int.from_bytes(purpose.encode(), "little"), *numbers]
-    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)
+    return int(seed_sequence(purpose, *numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
 def noise_at(seed: int, step: int, micro_step: int, rank: int) -> Noise:

@@ -1,5 +1,7 @@
 """Early exit: rows stop where the rule says, the rest is the model's own computation, and work is counted as done."""
 
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -12,7 +14,8 @@ from torch import Tensor
 
 from data_pipelines.stream.loader import Batch
 from sret_scale.lab import early_exit
-from sret_scale.lab.early_exit import EarlyExit, ExitPoint, application_macs, exit_chart, exit_curve, exit_table
+from sret_scale.lab.analysis.exit_figure import exit_chart, exit_table, write_curve
+from sret_scale.lab.early_exit import EarlyExit, ExitPoint, application_macs, exit_curve
 from sret_scale.model import SReT, SReTConfig, StageConfig, describe
 from sret_scale.model import config as spec
 from sret_scale.model.depth_plan import DepthPlan, StageDepth
@@ -144,7 +147,7 @@ def test_the_curve_begins_with_all_loops(tmp_path: Path) -> None:
     assert points[2].top1 == points[0].top1 and points[2].macs == points[0].macs
     assert points[1].macs < points[0].macs and points[1].applications == 4
     assert "all loops" in exit_table(points).splitlines()[1]
-    files = early_exit.write_curve(tmp_path / "curve", "run", "convergence", points)
+    files = write_curve(tmp_path / "curve", "run", "convergence", points)
     assert [file.name for file in files] == [f"early_exit_convergence.{kind}" for kind in ("svg", "png", "csv")]
     header, first, *_ = (tmp_path / "curve" / "early_exit_convergence.csv").read_text().splitlines()
     assert header == "threshold,top1,loss,macs,applications" and first.startswith(",")
@@ -159,3 +162,11 @@ def test_a_curve_of_one_point_is_drawn() -> None:
 def test_a_useless_threshold_is_refused(kind: early_exit.ExitKind, threshold: float) -> None:
     with pytest.raises(ValueError, match=f"--thresholds of {kind}: expected numbers above 0"):
         early_exit.check_thresholds(kind, [threshold])
+
+
+def test_inference_draws_nothing() -> None:
+    code = (
+        "import sys, sret_scale.lab.early_exit, sret_scale.lab.trained_model;"
+        "print(sorted({'matplotlib', 'deepspeed'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
