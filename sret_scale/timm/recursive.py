@@ -147,8 +147,13 @@ def recursive(pretrained: bool = False, pretrained_cfg: Any = None, **kwargs: An
     known = inspect.signature(make_recursive).parameters
     own = {name: kwargs.pop(name) for name in list(kwargs) if name in known}
     is_features, indices = kwargs.pop("features_only", False), kwargs.pop("out_indices", 3)
+    kwargs.pop("feature_cls", None)  # There is one way to get features of a chain.
     model = make_recursive(timm.create_model(pretrained_cfg, pretrained=pretrained, **kwargs), **own)
-    return timm.models._features.FeatureGetterNet(model, out_indices=indices) if is_features else model
+    if not is_features:
+        return model
+    features = timm.models._features.FeatureGetterNet(model, out_indices=indices)
+    features.pretrained_cfg = features.default_cfg = model.pretrained_cfg
+    return features
 
 
 def _paths(at: str | None) -> Sequence[str]:

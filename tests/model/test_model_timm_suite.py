@@ -22,7 +22,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("names, least", [("sret and not 1000 and not 300 and not 512", 60), ("recursive", 20)])
+@pytest.mark.parametrize("names, least", [("sret and not 1000 and not 300 and not 512", 45), ("recursive", 20)])
 def test_timms_tests_pass(names: str, least: int, tmp_path: Path) -> None:
     command = [
         sys.executable,
@@ -36,11 +36,9 @@ def test_timms_tests_pass(names: str, least: int, tmp_path: Path) -> None:
         "-W",
         "ignore",
     ]
-    # Weights come from a network; without a name behind the dot `recursive` is refused.
+    # Weights come from a network.
     words = f"({names}) and not fx and not torchscript and not load_pretrained"
     file = str(Path(TESTS or "") / "test_models.py")
-    for name in ("forward", "default_cfgs", "forward_features"):
-        command += ["--deselect", f"{file}::test_model_{name}[1-recursive]"]
     result = subprocess.run(
         [*command, "-o", "addopts=", file, "-k", words],
         cwd=tmp_path,
