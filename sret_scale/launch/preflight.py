@@ -28,7 +28,7 @@ from sret_scale.tasks import task_of
 from sret_scale.train.load_run import check_teacher_classes, initial_state, load_class_names, open_test_data
 from sret_scale.train.optim import check_optimizer, learning_rate
 from sret_scale.train.recomputation import set_up_recomputation
-from sret_scale.train.trackers import tracker_of
+from sret_scale.train.telemetry.trackers import tracker_of
 
 
 def start_run(

@@ -38,7 +38,7 @@ from sret_scale.train.optim import WeightAverage, build_optimizer
 from sret_scale.train.progress import RunProgress
 from sret_scale.train.recomputation import set_up_recomputation
 from sret_scale.train.telemetry import Telemetry, telemetry_of
-from sret_scale.train.trackers import MetricsLog, open_metrics
+from sret_scale.train.telemetry.trackers import MetricsLog, open_metrics
 from sret_scale.train.watchdog import Phase, Watchdog
 
 

@@ -86,3 +86,38 @@ def test_the_page_opens_from_disk_fits_every_medium_and_asks_for_nothing_else(tm
     assert "CONSOLE" not in ran.stderr, [line for line in ran.stderr.splitlines() if "CONSOLE" in line]
     with Image.open(picture) as image:
         assert image.size == (1400, 1900) and len(image.convert("RGB").getcolors(1 << 24) or []) > 200
+
+
+SORTED = """<!doctype html><body style="margin:0"><iframe src="report.html" style="width:WIDTHpx;height:1700px;border:0"
+onload="
+  const page = this.contentDocument;
+  const rows = () => [...page.querySelectorAll('.settings tbody tr')]
+    .sort((a, b) => a.getBoundingClientRect().top - b.getBoundingClientRect().top)
+    .map(row => row.querySelector('[data-title=num_loops]').textContent);
+  const found = {first: page.querySelector('figure svg').getBoundingClientRect().bottom, asis: rows()};
+  page.querySelector('#up-0').click(); found.up = rows();
+  page.querySelector('#down-0').click(); found.down = rows();
+  page.querySelectorAll('details').forEach(one => one.open = true);
+  const names = [...page.querySelectorAll('.summary .name')].map(name => name.getBoundingClientRect().height);
+  found.names = Math.max(...names);
+  document.body.insertAdjacentHTML('beforeend', '<pre id=found>' + JSON.stringify(found) + '</pre>');
+"></iframe></body>"""
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_settings_are_sorted_by_a_click_and_the_first_figure_is_near(tmp_path: Path, width: int) -> None:
+    for loops, top1 in ((2, 0.7), (12, 0.8), (4, 0.6)):
+        for seed in range(2):
+            name = f"an_experiment_with_a_long_name_num_loops-{loops}_seed-{seed}"
+            write_run(tmp_path / "runs" / name, num_loops=loops, seed=seed, images=1280, final_top1=top1)
+    write_report([tmp_path / "runs"], tmp_path / "report.html")
+    (tmp_path / "probe.html").write_text(SORTED.replace("WIDTH", str(width)))
+    flags = ["--allow-file-access-from-files", "--virtual-time-budget=10000", "--dump-dom", "--window-size=1400,1900"]
+    command = [str(CHROMIUM), *QUIET, *flags, f"--user-data-dir={tmp_path}/profile", (tmp_path / "probe.html").as_uri()]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True)
+    match = re.search(r'<pre id="found">(.*?)</pre>', ran.stdout)
+    assert match, ran.stdout[-500:] + ran.stderr[-2000:]
+    found = json.loads(match[1])
+    assert (found["asis"], found["up"], found["down"]) == (["12", "2", "4"], ["2", "4", "12"], ["12", "4", "2"])
+    # Two screens of a phone, and two lines of a name.
+    assert found["first"] < 2 * 844 and 0 < found["names"] <= 50

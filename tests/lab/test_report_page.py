@@ -5,6 +5,7 @@ import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -52,7 +53,7 @@ def trio(tmp_path_factory: pytest.TempPathFactory) -> Report:
 
 def test_the_page_is_self_contained_and_its_files_are_written(trio: Report) -> None:
     report, page = trio, _Page(trio.page)
-    assert "script" not in page.tags and "img" not in page.tags and page.tags.count("svg") == 12
+    assert "script" not in page.tags and "img" not in page.tags and page.tags.count("svg") == 14
     assert not re.search(r"@import|url\((?!#)", report.page.read_text())
     for address in page.addresses:
         assert address.startswith(("#", "data:")) or (trio.page.parent / address).is_file(), address
@@ -125,6 +126,67 @@ def test_seeds_of_one_configuration_are_one_point_of_the_depth_curves(tmp_path: 
     assert [len(group) for group in seed_groups(runs)] == [1, 2, 3, 3]
 
 
+def _sweep(folder: Path) -> Path:
+    """Two schemes at three depths by three seeds; one lucky seed is above all others, the mean of its kind is not."""
+    for scheme, loops, top1 in (
+        ("one", 2, 0.7),
+        ("one", 4, 0.72),
+        ("one", 8, 0.74),
+        ("two", 2, 0.69),
+        ("two", 8, 0.72),
+    ):
+        for seed, noise in enumerate((0.0, 0.01, -0.01)):
+            lucky = 0.04 * ((scheme, loops, seed) == ("two", 8, 1))
+            run = write_run(
+                folder / f"branch_scheme-{scheme}_num_loops-{loops}_seed-{seed}",
+                num_loops=loops,
+                seed=seed,
+                images=1280,
+                final_top1=top1 + noise + lucky,
+                has_telemetry=seed == 0,
+                edit=lambda lines: [line for line in lines if line["kind"] != "telemetry" or line["step"] < 4],
+            )
+            text = (run / "config.yaml").read_text()
+            (run / "config.yaml").write_text(text.replace("branch_scheme: published", f"branch_scheme: {scheme}"))
+    return folder
+
+
+def test_the_page_of_a_sweep_answers_by_settings(tmp_path: Path) -> None:
+    assert cli.main(["report", str(_sweep(tmp_path / "depth")), "-o", str(tmp_path / "page.html")]) == 0
+    html, page = (tmp_path / "page.html").read_text(), _Page(tmp_path / "page.html")
+    runs = load_runs([tmp_path / "depth"])[0]
+    best = [run.last("eval", "top1", weights="ema") for run in runs if "one_num_loops-8" in run.name]
+    top1 = 100 * np.array(best, dtype=np.float64)
+    answer = f"{top1.mean():.1f} \N{PLUS-MINUS SIGN} {top1.std(ddof=1) / 3**0.5:.1f} % top-1 (3 seeds"
+    assert f"Of 5 settings num_loops 8, branch_scheme one has the best mean: {answer}" in page.text
+    rows = re.findall(r'<td data-title="(num_loops|branch_scheme|Seeds|Lowest|Highest)">(.*?)</td>', html)
+    assert [text for name, text in rows if name == "num_loops"] == ["8", "8", "4", "2", "2"]
+    assert [text for name, text in rows if name == "branch_scheme"] == ["one", "two", "one", "one", "two"]
+    assert {text for name, text in rows if name == "Seeds"} == {"3"}
+    # The lucky seed is the highest of the second setting, and leads nothing.
+    highest = [float(text) for name, text in rows if name == "Highest"]
+    assert max(highest) == highest[1] > top1.max()
+    # One legend names the depths, a colour each; no curve has a name of its own.
+    (legend,) = re.findall(r'<p class="note legend">(.*?)</p>', html, re.DOTALL)
+    assert re.findall(r"</span>(\d+)</span>", legend) == ["20", "40", "80"]
+    assert len(set(re.findall(r"--colour: (#\w+)", legend))) == 3
+    # The first figure comes before the table; telemetry of one probe is no heat map.
+    assert html.index("<figure>") < html.index('<table class="settings"') < html.index("All runs (15)")
+    assert "Depth health" not in page.text
+    for title in ("Training loss", "Learning rate", "Gradient norm"):
+        assert f"<h3>{title}</h3>" in html
+
+
+def test_a_card_without_a_course_is_left_out(tmp_path: Path) -> None:
+    """A run that was evaluated once has no curve of accuracy."""
+
+    def last(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [line for line in lines if line["kind"] != "eval" or line["step"] == lines[-1]["step"]]
+
+    page = _Page(write_report([write_run(tmp_path / "run", images=1280, edit=last)], tmp_path / "page.html").page)
+    assert "Training loss" in page.text and "Evaluation loss" not in page.text
+
+
 def test_the_command_says_what_it_wrote_and_refuses_what_is_not_there(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -169,7 +231,7 @@ def test_a_gap_is_never_averaged_away() -> None:
 def test_figures_follow_the_page_s_colours_and_stand_alone_as_files() -> None:
     series = Series(images=np.arange(1.0, 9.0), values=np.arange(8.0))
     caption = Caption(name="x", title='A "title"', text="", x_label="images seen", y_label="loss")
-    chart = line_chart([Curve(label="run", colour=PALETTE[0], series=series)], caption, decimals=1)
+    chart = line_chart([Curve(label="run", colour=PALETTE[0], series=series)], caption, form=".1f")
     assert (
         "var(--run-0)" in chart.inline_svg and INK not in chart.inline_svg and "&quot;title&quot;" in chart.inline_svg
     )

@@ -170,5 +170,5 @@ def test_modules_are_imported_by_names_that_are_no_constants_in_known_places_onl
         "data_pipelines/user_functions.py",
         "sret_scale/distill/networks.py",
         "data_pipelines/stream/samples.py",
-        "sret_scale/train/trackers.py",
+        "sret_scale/train/telemetry/trackers.py",
     }

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from sret_scale.train.trackers import numbers_of
+from sret_scale.train.telemetry.trackers import numbers_of
 from tests.forked import sret_scale_forked
 from tests.runs import complete_lines, rank_processes, wait_for_images
 from tests.tiny import CANARY, NUM_IMAGES, sret_scale, tiny_config, tiny_shards, write_config

@@ -7,6 +7,7 @@ and light or dark scheme. The files beside the page (SVG, PNG, CSV) stand alone,
 import csv
 import io
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -90,6 +91,13 @@ def run_colours(count: int) -> list[str]:
         return list(PALETTE[:count])
     scale = mpl.colormaps["viridis"](np.linspace(0.15, 0.85, count))
     return [mpl.colors.to_hex(rgba) for rgba in scale]
+
+
+def depth_colours(depths: Sequence[float]) -> list[str]:
+    """One colour for each different depth, from dark to bright as it grows."""
+    order = sorted(set(depths))
+    scale = mpl.colormaps["viridis"](np.linspace(0.1, 0.88, len(order)))
+    return [mpl.colors.to_hex(scale[order.index(depth)]) for depth in depths]
 
 
 def css_colour(colour: str) -> str:

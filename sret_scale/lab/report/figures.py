@@ -12,22 +12,31 @@ from sret_scale.lab.report.run_record import RunRecord
 from sret_scale.lab.report.summary import Summary, evaluation_split
 from sret_scale.runs.metrics_log import Series
 
+Drawn = tuple[list[Curve], Caption]
 MOST_BARS = 16  # A chart with more is longer than the table that has the same figures.
 
 
-def basic_figures(runs: Sequence[RunRecord], summaries: Sequence[Summary], colours: Sequence[str]) -> list[Chart]:
-    """Accuracy, losses, speed and memory of the runs; a figure for which no run has a value is left out."""
-    charts = [
+def basic_figures(
+    runs: Sequence[RunRecord], summaries: Sequence[Summary], colours: Sequence[str], *, named: bool = True
+) -> list[Chart]:
+    """Accuracy, losses, rate, gradient, speed and memory of the runs; a figure without values is left out.
+
+    named: whether curves have their run's name; where they do not, the page has a legend of their colours.
+    """
+    curves = [
         _accuracy(runs, colours),
         _training_loss(runs, colours),
+        _trained(runs, colours, "lr", "learning_rate", "Learning rate", "learning rate"),
+        _trained(runs, colours, "grad_norm", "gradient_norm", "Gradient norm", "L2 norm before clipping"),
         _evaluation_loss(runs, colours),
-        _speed(summaries, colours),
-        _memory(summaries, colours),
     ]
+    forms = (".1f", ".2f", ".2g", ".2g", ".2f")
+    charts = [_lines(*drawn, form=form, named=named) for drawn, form in zip(curves, forms, strict=True)]
+    charts += [_speed(summaries, colours), _memory(summaries, colours)]
     return [chart for chart in charts if chart is not None]
 
 
-def _accuracy(runs: Sequence[RunRecord], colours: Sequence[str]) -> Chart | None:
+def _accuracy(runs: Sequence[RunRecord], colours: Sequence[str]) -> Drawn:
     curves = [
         Curve(label=run.name, colour=colour, series=main, faint=faint, kinds=("ema" if faint else "raw", "raw"))
         for run, colour in zip(runs, colours, strict=True)
@@ -40,33 +49,34 @@ def _accuracy(runs: Sequence[RunRecord], colours: Sequence[str]) -> Chart | None
     )
     words = " or ".join(dict.fromkeys(run.accuracy[1] for run in runs))
     caption = Caption(name="accuracy", title="Accuracy", text=text, x_label="images seen", y_label=f"{words}, %")
-    return _lines(curves, caption, decimals=1)
+    return curves, caption
 
 
-def _training_loss(runs: Sequence[RunRecord], colours: Sequence[str]) -> Chart | None:
-    curves = []
-    for run, colour in zip(runs, colours, strict=True):
-        measured = run.series("train", "loss")
-        long = len(measured.images) >= SMOOTH_FROM
-        curves.append(
-            Curve(
-                label=run.name,
-                colour=colour,
-                series=smoothed(measured),
-                faint=measured if long else None,
-                kinds=("mean" if long else "measured", "measured"),
-            )
-        )
+def _training_loss(runs: Sequence[RunRecord], colours: Sequence[str]) -> Drawn:
+    curves = [_trained_curve(run, colour, "loss") for run, colour in zip(runs, colours, strict=True)]
     text = "Strong lines are averages over neighbouring steps." if any(curve.faint for curve in curves) else ""
     if len({teacher_of(run) is None for run in runs}) > 1:
         text += " A distilled run's loss measures the distance to its teacher: compare its course, not its height."
     caption = Caption(
         name="training_loss", title="Training loss", text=text.strip(), x_label="images seen", y_label="loss, nats"
     )
-    return _lines(curves, caption, decimals=2)
+    return curves, caption
 
 
-def _evaluation_loss(runs: Sequence[RunRecord], colours: Sequence[str]) -> Chart | None:
+def _trained_curve(run: RunRecord, colour: str, field: str) -> Curve:
+    """A number of every training line, averaged over neighbours where it is long."""
+    measured = run.series("train", field)
+    long = len(measured.images) >= SMOOTH_FROM
+    faint, kind = (measured, "mean") if long else (None, "measured")
+    return Curve(label=run.name, colour=colour, series=smoothed(measured), faint=faint, kinds=(kind, "measured"))
+
+
+def _trained(runs: Sequence[RunRecord], colours: Sequence[str], field: str, name: str, title: str, label: str) -> Drawn:
+    curves = [_trained_curve(run, colour, field) for run, colour in zip(runs, colours, strict=True)]
+    return curves, Caption(name=name, title=title, text="", x_label="images seen", y_label=label)
+
+
+def _evaluation_loss(runs: Sequence[RunRecord], colours: Sequence[str]) -> Drawn:
     curves = [
         Curve(label=run.name, colour=colour, series=_by_weights(run, "loss", 1.0)[0])
         for run, colour in zip(runs, colours, strict=True)
@@ -78,7 +88,7 @@ def _evaluation_loss(runs: Sequence[RunRecord], colours: Sequence[str]) -> Chart
         x_label="images seen",
         y_label="cross-entropy, nats",
     )
-    return _lines(curves, caption, decimals=2)
+    return curves, caption
 
 
 def _by_weights(run: RunRecord, field: str, factor: float) -> tuple[Series, Series | None]:
@@ -91,15 +101,15 @@ def _by_weights(run: RunRecord, field: str, factor: float) -> tuple[Series, Seri
     return (averaged, raw) if len(averaged.images) else (raw, None)
 
 
-def _lines(curves: list[Curve], caption: Caption, *, decimals: int) -> Chart | None:
-    """The chart of the curves that have a finite value."""
+def _lines(curves: list[Curve], caption: Caption, *, form: str, named: bool) -> Chart | None:
+    """The chart of the curves that have a finite value; None where none has a course."""
     drawn = [curve for curve in curves if np.isfinite(curve.series.values).any()]
-    if not drawn:
+    if not any(np.isfinite(curve.series.values).sum() > 1 for curve in drawn):
         return None
-    if len(drawn) > MOST_LABELS:
-        more = "One line per run, in the colours of the table."
+    if not named or len(drawn) > MOST_LABELS:
+        more = "One line per run, in the colours of the table." if named else "One line per run, coloured by depth."
         caption = Caption(**{**vars(caption), "text": f"{caption.text} {more}".strip()})
-    return line_chart(drawn, caption, decimals=decimals)
+    return line_chart(drawn, caption, form=form, named=named)
 
 
 def _speed(summaries: Sequence[Summary], colours: Sequence[str]) -> Chart | None:

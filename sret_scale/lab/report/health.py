@@ -18,6 +18,7 @@ from sret_scale.lab.report.run_record import RunRecord
 from sret_scale.runs.metrics_log import Floats, number
 
 MOST_RUNS = 6
+MOST_TITLE = 44
 MOST_PROBES = 60
 """Probes drawn and written, spread evenly; more are thinner than a pixel."""
 PANEL_INCHES = 1.75
@@ -36,8 +37,11 @@ PANELS: dict[str, tuple[str, bool]] = {
 
 
 def health_figures(runs: Sequence[RunRecord]) -> list[Chart]:
-    """One figure for each run with telemetry, of the first MOST_RUNS."""
-    measured = [run for run in runs if _probes(run)][:MOST_RUNS]
+    """One figure for each run with two probes or more: MOST_RUNS of them, each depth's first before others."""
+    measured = [run for run in runs if len(_probes(run)) > 1]
+    depths = [run.model["applications"] for run in measured]
+    order = sorted(range(len(measured)), key=lambda place: depths[:place].count(depths[place]))[:MOST_RUNS]
+    measured = [measured[place] for place in sorted(order)]
     return [_figure(run, index) for index, run in enumerate(measured)]
 
 
@@ -82,7 +86,7 @@ def _figure(run: RunRecord, index: int) -> Chart:
     images = [float(line["images"]) for line in lines]
     caption = Caption(
         name=f"health_{index}",
-        title=f"Depth health of {run.name}",
+        title=f"Depth health of {printable(run.name, MOST_TITLE)}",
         text=f"Rows: the {len(uses)} probed block applications, first to last; lines separate the stages. Columns: "
         f"images seen, {compact(images[0])} to {compact(images[-1])}. Grey: not a number.",
         x_label="images seen",

@@ -10,7 +10,7 @@ import jinja2
 
 from data_pipelines.atomic_files import write_whole
 from sret_scale.lab.readable_numbers import compact, duration, grouped, percent
-from sret_scale.lab.report.chart import Chart, css_colour, run_colours
+from sret_scale.lab.report.chart import Chart, css_colour, depth_colours, run_colours
 from sret_scale.lab.report.compare import differing_fields, flatten
 from sret_scale.lab.report.depth_curves import depth_figures
 from sret_scale.lab.report.evaluation_depth import curves_of, evaluation_depth_figures
@@ -18,10 +18,12 @@ from sret_scale.lab.report.figures import basic_figures
 from sret_scale.lab.report.health import alarms, health_figures
 from sret_scale.lab.report.memory_figures import memory_figures
 from sret_scale.lab.report.run_record import RunRecord, load_runs
+from sret_scale.lab.report.settings import headline, settings_of, settings_table
 from sret_scale.lab.report.summary import COLUMNS, Summary, best_rows, columns_for, summarise, summary_table
 
 MOST_TILES = 4
-MOST_ROWS_ABOVE = 12
+FIRST_FIGURES = 3
+"""So many stand before the table of a sweep's settings."""
 MOST_RUNS_ACROSS = 6  # With more runs than this, a table of differences has the runs as its rows.
 
 
@@ -46,14 +48,17 @@ def write_report(paths: Sequence[Path], page: Path, *, note: str = "") -> Report
         raise IsADirectoryError(f"{page} is a folder: expected a file to write, such as -o {page / 'report.html'}")
     runs, left_out = load_runs(paths)
     summaries = [summarise(run) for run in runs]
-    colours = run_colours(len(runs))
-    basic, depth = basic_figures(runs, summaries, colours), depth_figures(runs, summaries)
+    depths = [summary.applications for summary in summaries]
+    by_depth = len(runs) > MOST_TILES and len(set(depths)) > 1
+    colours = depth_colours(depths) if by_depth else run_colours(len(runs))
+    basic, depth = basic_figures(runs, summaries, colours, named=not by_depth), depth_figures(runs, summaries)
     basic += health_figures(runs) + memory_figures(runs, summaries, colours)
     basic = evaluation_depth_figures([curve for run in runs for curve in curves_of(run)]) + basic
     # Of many runs the depth curves are the answer; of a few the courses are.
     charts = depth + basic if len(runs) > MOST_TILES else basic + depth
+    legend = dict(sorted(zip(depths, map(css_colour, colours), strict=True))) if by_depth else {}
     folder = page.with_name(f"{page.stem}_files")
-    text = render(runs, summaries, charts, colours, files=folder.name, left_out=left_out, note=note)
+    text = render(runs, summaries, charts, colours, files=folder.name, left_out=left_out, note=note, legend=legend)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -77,7 +82,8 @@ def render(
     *,
     files: str,
     left_out: Sequence[str],
-    note: str = "",
+    note: str,
+    legend: Mapping[float, str],
 ) -> str:
     """The page's HTML. Everything that comes from a run is escaped; only our own SVG is not."""
     environment = jinja2.Environment(
@@ -87,25 +93,28 @@ def render(
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    settings = settings_of(runs, summaries)
+    accuracy = " or ".join(dict.fromkeys(summary.accuracy for summary in summaries))
     rows = list(zip(summaries, map(css_colour, colours), strict=True))
     remarks = [f"{run.name}: {remark}" for run in runs for remark in [*run.remarks, *alarms(run)]]
     remarks += [f"{run.name}: no metrics yet." for run in runs if not run.lines]
     remarks += [f"Left out: {reason}" for reason in left_out]
     return environment.get_template("report.html").render(
         title=_title(runs),
-        lead=lead(summaries),
+        lead=headline(settings, accuracy) if len(settings) < len(rows) and settings else lead(summaries),
         page_note=note,
         rows=rows,
         tiles=rows if 1 < len(rows) <= MOST_TILES and any(s.top1 is not None for s in summaries) else [],
         columns=columns_for(summaries),
         best=[best_rows(column, list(summaries)) for column in COLUMNS],
         charts=charts,
-        # A table longer than a screen would hide the answer.
-        figures_first=len(rows) > MOST_ROWS_ABOVE,
+        settings=settings_table(settings, accuracy) if len(rows) > MOST_TILES else [],
+        num_settings=len(settings),
+        legend=legend,
+        first=FIRST_FIGURES if len(rows) > MOST_TILES else len(charts),
         files=files,
         remarks=remarks,
         difference=_difference_table(runs),
-        difference_first=len(runs) == 2,
         shared_config=_shared([flatten(run.config) for run in runs]),
         shared_environment=_shared([_facts(run) for run in runs]),
         repeats=[(run.name, run.environment.get("command", "not recorded")) for run in runs],

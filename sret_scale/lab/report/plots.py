@@ -45,11 +45,11 @@ class Bar:
     tick: float | None = None
 
 
-def line_chart(curves: Sequence[Curve], caption: Caption, *, decimals: int) -> Chart:
-    """Curves over images seen; up to MOST_LABELS of them are named at their end, with their last value."""
+def line_chart(curves: Sequence[Curve], caption: Caption, *, form: str, named: bool = True) -> Chart:
+    """Curves over images seen; up to MOST_LABELS of them are named at their end, with their last value as `form`."""
     with mpl.rc_context(STYLE):
         figure, axes = canvas(caption)
-        named = len(curves) <= MOST_LABELS
+        named = named and len(curves) <= MOST_LABELS
         figure.subplots_adjust(left=0.1, right=0.7 if named else 0.96, bottom=0.14, top=0.89)
         for curve in curves:
             _draw(axes, curve, strong=named)
@@ -57,8 +57,9 @@ def line_chart(curves: Sequence[Curve], caption: Caption, *, decimals: int) -> C
         axes.margins(y=0.06)
         count_axis(axes.xaxis)
         axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         if named:
-            _name_ends(axes, curves, decimals)
+            _name_ends(axes, curves, form)
         return finish(figure, caption, _table(curves, caption))
 
 
@@ -147,7 +148,7 @@ def _draw(axes: Axes, curve: Curve, *, strong: bool) -> None:
     axes.plot(lost, np.zeros_like(lost), "x", color=curve.colour, markersize=4, **floor)
 
 
-def _name_ends(axes: Axes, curves: Sequence[Curve], decimals: int) -> None:
+def _name_ends(axes: Axes, curves: Sequence[Curve], form: str) -> None:
     """Each curve's name and last value right of the plot, at its height as far as the others leave room."""
     ends = []
     for curve in curves:
@@ -161,7 +162,7 @@ def _name_ends(axes: Axes, curves: Sequence[Curve], decimals: int) -> None:
     for place, (value, images, curve) in zip(spread(wanted, 0.075), ends, strict=True):
         axes.plot(images, value, "o", color=curve.colour, markersize=4, clip_on=False)
         axes.annotate(
-            f"{printable(curve.label, LABEL_LENGTH)} {value:.{decimals}f}",
+            f"{printable(curve.label, LABEL_LENGTH)} {value:{form}}",
             (1, place),
             xycoords="axes fraction",
             xytext=(8, 0),

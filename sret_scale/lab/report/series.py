@@ -143,6 +143,11 @@ def _key(point: Point, *left_out: re.Pattern[str]) -> Key:
     )
 
 
+def follows(key: str) -> bool:
+    """Whether a field moves with the images or the depth by a matching rule, such as the warm-up: others tell."""
+    return bool(_MATCHED.fullmatch(key)) and key != "train.total_images" and not key.startswith("memory.")
+
+
 def _labels(groups: Sequence[Sequence[Point]]) -> list[str]:
     """What is special about each group: fields that are equal inside it and not in all groups, stages taken together.
 
@@ -158,9 +163,7 @@ def _labels(groups: Sequence[Sequence[Point]]) -> list[str]:
     for group, shared in zip(groups, common, strict=True):
         parts: dict[str, None] = {}
         for key, value in shared.items():
-            # Warm-up and averaging follow the images: these alone tell.
-            follows = _MATCHED.fullmatch(key) and key != "train.total_images" and not key.startswith("memory.")
-            is_own = not _DEPTH.fullmatch(key) and key != "train.seed" and not follows
+            is_own = not _DEPTH.fullmatch(key) and key != "train.seed" and not follows(key)
             others = [other for other in common if other is not shared]
             if is_own and any(key in other and other[key] != value for other in others):
                 parts[f"{_STAGE.sub('', key).rpartition('.')[2]} {value}"] = None
