@@ -201,6 +201,8 @@ def _problem(name: str, run_folder: Path) -> str | None:
         )
     except subprocess.TimeoutExpired:
         return f"host {name} did not answer within 30 s; check that it is up and that ssh needs no password"
+    except FileNotFoundError:
+        answer = subprocess.CompletedProcess((), 127, "", "there is no ssh here: install it, such as openssh-client")
     reasons = {
         3: f"host {name} has no {sys.executable}; put the project on a folder that all hosts share",
         4: f"host {name} does not see the run folder {run_folder}; use a folder that all hosts share",

@@ -135,6 +135,15 @@ def test_unreachable_host_is_named_before_anything_starts(tmp_path: Path) -> Non
     assert not (tmp_path / "run" / "logs").exists()
 
 
+@pytest.mark.usefixtures("outside_slurm")
+def test_a_machine_without_ssh_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.yaml").write_text("{}")
+    path = hostfile(tmp_path, "127.0.0.2 slots=1\n127.0.0.3 slots=1\n")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(OSError, match=r"host 127\.0\.0\.2 was not reached by ssh \(there is no ssh here: install it"):
+        launch(tmp_path / "run", tmp_path / "config.yaml", hosts=read_hostfile(path))
+
+
 def test_job_survives_its_line() -> None:
     job = Job(
         run_folder="/r\n$(x)",

@@ -2,6 +2,9 @@
 
 import os
 import pwd
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import NoReturn
 
@@ -11,10 +14,11 @@ from data_pipelines.config import DataConfig
 from data_pipelines.home_folder import with_home
 from data_pipelines.remote.shard_sets import _cache_root
 from sret_scale.cli import main
-from sret_scale.config.run_config import RunConfig, from_yaml, override
+from sret_scale.config.run_config import RunConfig, from_yaml, override, to_yaml
 from sret_scale.lab.experiments.declared import load_experiment
 from sret_scale.train.distributed import ranks_from_environment
 from tests.data.shard_sources import make_tree
+from tests.tiny import environment, tiny_config, tiny_shards, write_config
 
 
 @pytest.fixture
@@ -81,6 +85,40 @@ def test_without_a_home_a_message_says_what_to_set(tmp_path: Path, capsys: pytes
     assert capsys.readouterr().err.startswith("error: ~ stands for a home folder that is not known here: set HOME")
     with pytest.raises(ValueError, match="set HOME"):
         override(RunConfig(), ["data.train_folder=~/x"])
+
+
+# A user id that nothing on the machine knows, as of `docker run --user 54321`.
+WITHOUT_A_NAME = ("unshare", "--user", "--map-user=54321", "--map-group=54321")
+
+
+@pytest.mark.multi_process
+def test_a_user_without_a_name_or_a_home_trains_and_evaluates(tmp_path: Path) -> None:
+    if shutil.which("unshare") is None or subprocess.run([*WITHOUT_A_NAME, "true"], check=False).returncode:
+        pytest.skip("user namespaces are not allowed here")
+    variables = {name: value for name, value in environment().items() if name not in ("USER", "LOGNAME", "HOME")}
+    variables |= {"HOME": "/nonexistent"}
+    config = tiny_config(tiny_shards(tmp_path / "shards"))
+    file = write_config(tmp_path / "run.yaml", config, total_images=32, global_batch_size=16, micro_batch_size=16)
+    commands = (
+        ["train", file, "optim.warmup_images=0", "--run", "run", "--ranks", "1"],
+        ["evaluate", "run"],
+        ["report", "run", "-o", "page.html"],
+    )
+    for command in commands:
+        started = [*WITHOUT_A_NAME, sys.executable, "-P", "-m", "sret_scale.cli", *map(str, command)]
+        done = subprocess.run(started, cwd=tmp_path, env=variables, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, (command, done.stderr)
+    assert (tmp_path / "page.html").exists()
+
+
+def test_configurations_saved_on_windows_are_read(tmp_path: Path) -> None:
+    def saved(name: str, text: str) -> Path:
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
+        return tmp_path / name
+
+    assert from_yaml(saved("run.yaml", to_yaml(RunConfig()))) == RunConfig()
+    _, planned = load_experiment(saved("sweep.yaml", "base: run.yaml\ngrid:\n  train.seed: [0, 1]\n"), [1])
+    assert [run.config.train.seed for run in planned] == [0, 1]
 
 
 def test_variables_of_another_launcher_do_not_make_a_command_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
