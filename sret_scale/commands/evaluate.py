@@ -139,8 +139,6 @@ def _counts(text: str) -> list[int]:
 def _depth_curve(args: argparse.Namespace) -> int:
     """Print and draw accuracy over applications, and add it to the run's metrics."""
     from sret_scale.lab.depth_curve import curve_table, depth_curve, keep_curve
-    from sret_scale.lab.report.evaluation_depth import curves_of, evaluation_depth_figures
-    from sret_scale.lab.report.run_record import load_run
     from sret_scale.train.distributed import ranks_from_environment
 
     if args.ranks or args.hostfile:
@@ -149,13 +147,7 @@ def _depth_curve(args: argparse.Namespace) -> int:
             return status
     else:
         line = depth_curve(_request(args), ranks_from_environment())
-    keep_curve(args.run, line)
-    folder = args.run / "depth_curve"
-    folder.mkdir(exist_ok=True)
-    charts = evaluation_depth_figures(
-        [curve for curve in curves_of(load_run(args.run)) if curve.split == line["split"]]
-    )
-    files = [file for chart in charts for file in chart.write(folder)]
+    files = keep_curve(args.run, line, args.run / "depth_curve")
     print(json.dumps(line, indent=1) if args.json else curve_table(line))
     if not args.json:
         print(f"written: {', '.join(map(str, files))}")

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from data_pipelines.stream.loader import Batch
+from sret_scale.lab.report.evaluation_depth import curves_of, evaluation_depth_figures
+from sret_scale.lab.report.run_record import load_run
 from sret_scale.model import SReT, SReTConfig
 from sret_scale.model.read_out import ReadOut, read_outs
 from sret_scale.runs.checkpoint import list_checkpoints, read_state
@@ -161,10 +163,13 @@ def _of_all(rows: list[Tensor]) -> list[list[list[float]]]:
     return from_all_ranks(torch.cat(rows).tolist())
 
 
-def keep_curve(run: Path, line: dict[str, Any]) -> None:
-    """Append a curve to the run's metrics."""
+def keep_curve(run: Path, line: dict[str, Any], folder: Path) -> list[Path]:
+    """Append a curve to the run's metrics, and draw it into the folder, which is made: the figures' files."""
     with contextlib.ExitStack() as stack:
         open_metrics(RunFolder(run).metrics, (), stack).write("depth", line)
+    folder.mkdir(exist_ok=True)
+    curves = [curve for curve in curves_of(load_run(run)) if curve.split == line["split"]]
+    return [file for chart in evaluation_depth_figures(curves) for file in chart.write(folder)]
 
 
 def curve_table(line: dict[str, Any]) -> str:

@@ -37,10 +37,10 @@ class Report:
     left_out: tuple[str, ...]
 
 
-def write_report(paths: Sequence[Path], page: Path, *, note: str = "") -> Report:
+def write_report(paths: Sequence[Path], page: Path, *, note: str = "", first: Sequence[Chart] = ()) -> Report:
     """Report on the runs in `paths`: `page`, and SVG, PNG and CSV of each figure in the folder PAGE_files.
 
-    `note` stands under the title: what a reader must know before the numbers.
+    `note` stands under the title: what a reader must know before the numbers. `first` are figures before the others.
 
     Raises FileNotFoundError or ValueError for a path that is no run, OSError where the page cannot be written.
     """
@@ -55,7 +55,7 @@ def write_report(paths: Sequence[Path], page: Path, *, note: str = "") -> Report
     basic += health_figures(runs) + memory_figures(runs, summaries, colours)
     basic = evaluation_depth_figures([curve for run in runs for curve in curves_of(run)]) + basic
     # Of many runs the depth curves are the answer; of a few the courses are.
-    charts = depth + basic if len(runs) > MOST_TILES else basic + depth
+    charts = [*first, *(depth + basic if len(runs) > MOST_TILES else basic + depth)]
     legend = dict(sorted(zip(depths, map(css_colour, colours), strict=True))) if by_depth else {}
     folder = page.with_name(f"{page.stem}_files")
     text = render(runs, summaries, charts, colours, files=folder.name, left_out=left_out, note=note, legend=legend)
