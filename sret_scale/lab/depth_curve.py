@@ -23,7 +23,7 @@ from sret_scale.tasks.task import Task
 from sret_scale.train.distributed import Ranks, from_all_ranks
 from sret_scale.train.evaluate import evaluate
 from sret_scale.train.evaluate_main import answer, load_model_of, open_shards
-from sret_scale.train.trackers import open_metrics
+from sret_scale.train.telemetry.trackers import open_metrics
 
 MEAN_OF = 30
 """Loops whose scores a mean is of, and in which flicker and periods are looked for."""
