@@ -133,7 +133,8 @@ def load_model(run: Path, weights: WeightsKind | None, report: Callable[[str], N
             raise FileNotFoundError(f"{folder.best} is not there: no evaluation of {run} has kept its weights yet")
         model = load_native(folder.best)
         check_architecture(config.model, to_plain(model.config), str(folder.best))
-        return model, weights, int(read_metadata(folder.best)["step"])
+        said = read_metadata(folder.best).get("step", "")
+        return model, weights, parse_checked(said.encode(), int, f"{folder.best}: step")
     checkpoint = newest_valid(folder.checkpoints, report)
     if checkpoint is None:
         raise FileNotFoundError(f"{run} has no checkpoint yet: train it first")

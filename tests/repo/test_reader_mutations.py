@@ -30,8 +30,9 @@ from sret_scale.model.vision.weight_files import save_model
 from sret_scale.runs.checkpoint import read_tensors
 from sret_scale.runs.rank_errors import RankError, write_error
 from sret_scale.runs.run_folder import RunFolder
-from sret_scale.train.load_run import load_trained
+from sret_scale.train.load_run import load_facts, load_trained
 from sret_scale.train.watchdog import Watchdog
+from tests.data.shard_sources import encoded, pixels
 from tests.fuzz_reader import MOST_S
 from tests.hand_made import make_labels, make_run
 from tests.tiny import ROOT, environment, tiny_config, tiny_shards
@@ -90,6 +91,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_labels(folder / "store", folder / "shards" / "train", config)
     shutil.copytree(folder / "run", folder / "teacher")
     save_model(load_trained(folder / "run"), folder / "weights.safetensors")
+    save_model(
+        load_trained(folder / "run"), folder / "run" / "best.safetensors", {**load_facts(folder / "run"), "step": 1}
+    )
+    shutil.copy(folder / "run" / "best.safetensors", folder / "exported.safetensors")
+    (folder / "image.png").write_bytes(encoded(pixels(0, 28, 28), "PNG"))
     published = preset("sret_t", image_size=32, num_classes=3, group_fit="nearest")
     # Beside the folder, since every other case copies that.
     torch.save({"model": to_published(published, SReT(published).state_dict())}, folder.with_name("published.pth"))
@@ -178,6 +184,19 @@ def mutate_weights(file: Path, rng: random.Random) -> None:
     save_file(tensors, file, metadata={"sret_config": json.dumps(changed(config, rng))})
 
 
+def mutate_facts(file: Path, rng: random.Random) -> None:
+    with safe_open(file, framework="pt") as opened:
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        facts = opened.metadata()
+    name = rng.choice([name for name in facts if name != "sret_config"])
+    value = json.loads(facts.pop(name)) if name != "format" else "pt"
+    if rng.random() < 0.5 and isinstance(value, dict | list):
+        facts[name] = json.dumps(changed(value, rng))
+    elif rng.random() < 0.5:
+        facts[name] = rng.choice((json.dumps(rng.choice(HOSTILE)), "[" * 100_000, "9" * 5000, "\x1b[31m"))
+    save_file(tensors, file, metadata=facts)
+
+
 def mutate_published(file: Path, rng: random.Random) -> None:
     if rng.random() < 0.3:
         file.write_bytes(damaged(file.read_bytes(), rng))
@@ -203,6 +222,9 @@ CASES: dict[str, tuple[str, Callable[[Path, random.Random], None], tuple[str, ..
         mutate_weights,
         ("export", "weights.safetensors", "o", "--format", "safetensors"),
     ),
+    "best weights": ("run/best.safetensors", mutate_weights, ("evaluate", "run", "--weights", "best")),
+    "best facts": ("run/best.safetensors", mutate_facts, ("evaluate", "run", "--weights", "best")),
+    "predicting facts": ("exported.safetensors", mutate_facts, ("predict", "exported.safetensors", "image.png")),
     "published": ("published.pth", mutate_published, ("weights", "import", "published.pth", "o")),
     **{
         f"teacher {name}": (
@@ -242,9 +264,9 @@ def test_a_mutated_file_ends_no_command_with_a_traceback(made: Path, tmp_path: P
     rng = random.Random(name)
     file, mutate, command = CASES[name]
     names = {"store", "run", "weights.safetensors", "published.pth", "sweep.yaml", "speeds.csv", "o", "o.html"}
-    names |= {"shards/train", "o.png"}
+    names |= {"shards/train", "o.png", "exported.safetensors", "image.png"}
     copy = tmp_path / "made"
-    for number in range(NUM_MUTATIONS if name.split()[0] not in ("report", "teacher", "published") else 12):
+    for number in range(NUM_MUTATIONS if name.split()[0] not in ("report", "teacher", "published", "best") else 12):
         shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(made, copy)
         if name == "published":

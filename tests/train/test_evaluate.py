@@ -14,11 +14,12 @@ from PIL import Image
 from sret_scale.cli import main
 from sret_scale.config.run_config import from_yaml, to_yaml
 from sret_scale.model.vision.weight_files import load_model as load_native
+from sret_scale.model.vision.weight_files import save_model
 from sret_scale.runs.run_folder import RunFolder
 from sret_scale.train.distributed import ranks_from_environment
 from sret_scale.train.evaluate import evaluate
 from sret_scale.train.evaluate_main import open_shards
-from sret_scale.train.load_run import load_facts, load_model
+from sret_scale.train.load_run import load_facts, load_model, load_trained
 from tests.forked import sret_scale_forked
 from tests.runs import complete_lines
 from tests.train.conftest import CLASSES
@@ -152,3 +153,13 @@ def test_best_weights_that_are_not_there_are_named(run: Path, capsys: pytest.Cap
     assert "best.safetensors is not there: no evaluation of" in capsys.readouterr().err
     assert main(["predict", str(run / "checkpoints" / "step-000000002"), "a.png", "--weights", "best"]) == 2
     assert "the best weights are in the folder of its run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("step", [{}, {"step": "1"}, {"step": [1]}])
+def test_best_weights_that_say_no_step_are_named(
+    run: Path, tmp_path: Path, step: dict[str, object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    best = Path(shutil.copytree(run, tmp_path / "run")) / "best.safetensors"
+    save_model(load_trained(run), best, step)
+    assert main(["evaluate", str(best.parent), "--weights", "best"]) == 2
+    assert f"{best}: step: " in capsys.readouterr().err
