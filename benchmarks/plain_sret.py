@@ -15,7 +15,8 @@ from benchmarks.plain_windows import attend_in_windows
 from sret_scale.model import Noise, SReT
 from sret_scale.model.applications import application_slots, post_norm
 from sret_scale.model.conditioning import InputInjection, LowRankPerLoop, NormByDepth, NormPerLoop
-from sret_scale.model.layers import Affine, Attention, Block, FeedForward, LearnableResidual, NonLinearProjection
+from sret_scale.model.layers import Attention, Block, FeedForward, LearnableResidual, NonLinearProjection
+from sret_scale.model.operations import Affine
 from sret_scale.model.stage import Stage
 
 

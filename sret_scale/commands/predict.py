@@ -7,6 +7,10 @@ import sys
 from collections.abc import Iterable, Iterator
 from glob import glob, has_magic
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 EXAMPLE = """examples:
   sret-scale predict runs/sret_t photo.jpg
@@ -30,18 +34,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--csv", action="store_true", help="print CSV: a row an image, its classes from left to right")
     form.add_argument("--json", action="store_true", help="print JSON")
+    form.add_argument(
+        "--features", type=Path, metavar="FILE.npz", help="write what the head sees of each image instead of classes"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the classes of every image; 2 where one could not be read, which is said and passed over."""
     from data_pipelines.checked_files import printable
     from sret_scale.lab.trained_model import load
-    from sret_scale.runs.rank_errors import in_words
 
     if args.top < 1:
         raise ValueError(f"--top: expected at least 1, got {args.top}")
     files = list(image_files(args.images))
     model = load(args.run, args.weights)
+    if args.features:
+        return _write_features(args.features, model.features_of_files(files))
     top = min(args.top, len(model.class_names))
     table = csv.writer(sys.stdout, lineterminator="\n")
     if args.csv:
@@ -50,10 +58,8 @@ def run(args: argparse.Namespace) -> int:
         )
     answers, status = [], 0
     for file, found in model.predict_files(files, top=top):
-        if not isinstance(found, list):
-            reason = in_words(found)
-            print(printable(f"error: {reason if str(file) in reason else f'{file}: {reason}'}"), file=sys.stderr)
-            status = 2
+        if isinstance(found, Exception):
+            status = _say_error(file, found)
         elif args.json:
             ranked = [{"class": name, "probability": round(value, 6)} for name, value in found]
             answers.append({"image": str(file), "classes": ranked})
@@ -64,6 +70,33 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(answers, indent=1))
     return status
+
+
+def _write_features(file: Path, found: "Iterable[tuple[str | Path, Tensor | ValueError | OSError]]") -> int:
+    """(N, D) `features` and (N,) names of `images`, of those that could be read; 2 where one could not."""
+    import numpy as np
+
+    from data_pipelines.atomic_files import replacing
+
+    rows, status = {}, 0
+    for image, features in found:
+        if isinstance(features, Exception):
+            status = _say_error(image, features)
+        else:
+            rows[str(image)] = features.numpy()
+    with replacing(file) as output:
+        np.savez(output, features=np.array(list(rows.values())), images=np.array(list(rows)))
+    print(f"wrote {file}: features of {len(rows)} images")
+    return status
+
+
+def _say_error(file: str | Path, error: Exception) -> int:
+    from data_pipelines.checked_files import printable
+    from sret_scale.runs.rank_errors import in_words
+
+    reason = in_words(error)
+    print(printable(f"error: {reason if str(file) in reason else f'{file}: {reason}'}"), file=sys.stderr)
+    return 2
 
 
 def image_files(words: Iterable[str]) -> Iterator[Path]:

@@ -158,6 +158,8 @@ class TrainConfig:
     loss scale does not count."""
     hang_timeout_s: float = 1200.0
     """A rank that comes no further for so long ends the run; more than the longest evaluation, save or compilation."""
+    profile_steps: int = 0
+    """Steps, from the fourth on, of which torch's profiler writes a trace, `profile.json` in the run's folder."""
     trackers: tuple[str, ...] = ()
     """Who is given every record of metrics.jsonl too: tensorboard and wandb (their extras), or your module:function."""
     image_mean: tuple[float, float, float] = IMAGENET_MEAN
@@ -170,7 +172,7 @@ class TrainConfig:
             *("hang_timeout_s", "max_skipped_steps"),
         ):
             _require(getattr(self, name) > 0, f"train.{name}", "above 0", getattr(self, name))
-        for name in ("seed", "eval_interval_images", "checkpoint_interval_images"):
+        for name in ("seed", "eval_interval_images", "checkpoint_interval_images", "profile_steps"):
             _require(getattr(self, name) >= 0, f"train.{name}", "0 or more", getattr(self, name))
         _require(min(self.image_std) > 0, "train.image_std", "above 0", self.image_std)
 

@@ -1,10 +1,11 @@
 """A trained model that answers for images of its user. B batch, C classes."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from data_pipelines.image.preprocessing import Preprocessing
 from sret_scale.model import SReT
 from sret_scale.train.load_run import WeightsKind, load_facts, load_trained
 
+Answer = TypeVar("Answer")
 Ranked = list[tuple[str, float]]
 """(name of a class, its probability), the most probable first."""
 
@@ -34,26 +36,51 @@ class TrainedModel:
         """The `top` most probable classes of an image: a file, or its bytes. ValueError or OSError for what is none."""
         return self._ranked([self._pixels(image)], top)[0]
 
+    def features(self, image: str | Path | bytes) -> Tensor:
+        """(D,) what the head sees of an image: the mean of the last stage's tokens behind the norm, on the host.
+
+        Raises ValueError or OSError for what is none.
+        """
+        return self._features([self._pixels(image)])[0]
+
+    def features_of_files(
+        self, files: Iterable[str | Path]
+    ) -> Iterator[tuple[str | Path, Tensor | ValueError | OSError]]:
+        """The same of many files, in their order, as `predict_files` has it."""
+        return self._answers(files, self._features)
+
     def predict_files(
         self, files: Iterable[str | Path], *, top: int = 5
     ) -> Iterator[tuple[str | Path, Ranked | ValueError | OSError]]:
         """The same of many files, in their order: each with its classes, or with why it could not be read."""
+        return self._answers(files, lambda images: self._ranked(images, top))
+
+    def _answers(
+        self, files: Iterable[str | Path], answer: Callable[[list[Tensor]], Iterable[Answer]]
+    ) -> Iterator[tuple[str | Path, Answer | ValueError | OSError]]:
         waiting = iter(files)
         with ThreadPoolExecutor() as threads:
             while batch := list(islice(waiting, _BATCH_SIZE)):
                 read = list(threads.map(self._pixels_or_error, batch))
                 good = [pixels for pixels in read if isinstance(pixels, Tensor)]
-                answers = iter(self._ranked(good, top) if good else ())
+                answers = iter(answer(good) if good else ())
                 for file, found in zip(batch, read, strict=True):
                     yield file, next(answers) if isinstance(found, Tensor) else found
 
     @torch.inference_mode()
     def probabilities(self, images_BCHW: Tensor) -> Tensor:
         """(B, C) of uint8 pixels (B, 3, crop, crop), such as `preprocessing.pixels` gives."""
-        device = next(self.model.parameters()).device
-        normalise = Normaliser(self.preprocessing.mean, self.preprocessing.std)
-        scores_BC: Tensor = self.model(normalise(images_BCHW.to(device)))
+        scores_BC: Tensor = self.model(self._input(images_BCHW))
         return scores_BC.softmax(dim=1)
+
+    def _input(self, images_BCHW: Tensor) -> Tensor:
+        device = next(self.model.parameters()).device
+        return Normaliser(self.preprocessing.mean, self.preprocessing.std)(images_BCHW.to(device))
+
+    @torch.inference_mode()
+    def _features(self, images: list[Tensor]) -> Tensor:
+        tokens_BDHW = self.model.forward_features(self._input(torch.stack(images)))
+        return self.model.forward_head(tokens_BDHW, pre_logits=True).cpu()
 
     def _ranked(self, images: list[Tensor], top: int) -> list[Ranked]:
         best = self.probabilities(torch.stack(images)).topk(min(top, len(self.class_names)), dim=1)

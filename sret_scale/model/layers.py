@@ -4,14 +4,12 @@ Shape letters: B batch, N tokens, D width, H heads, K head width, G groups, L to
 """
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from sret_scale.model import fused
 from sret_scale.model import unfused as plain
 from sret_scale.model.applications import (
     BranchScale,
@@ -25,51 +23,12 @@ from sret_scale.model.applications import (
 from sret_scale.model.conditioning import LoopDeltas, conditioning
 from sret_scale.model.config import StageConfig
 from sret_scale.model.fused import NORM_EPS
+from sret_scale.model.operations import Affine, operations
 from sret_scale.model.stored_sizes import Sizes
 from sret_scale.model.windows import place_pairs
 
-Affine = tuple[Tensor, Tensor]
 # From a shape to the next dropout mask of a call (`noise.Dropout`).
 Draw = Callable[[Sequence[int]], Tensor]
-
-
-class Operations(Protocol):
-    """What the layers compute with; the modules `fused` and `unfused` are two of it."""
-
-    def norm_linear(
-        self, x_BND: Tensor, norm_D: Tensor, norm_bias_D: Tensor, weight_FD: Tensor, bias_F: Tensor, /
-    ) -> Tensor: ...
-
-    def project_residual(
-        self,
-        x_BND: Tensor,
-        a_BNF: Tensor,
-        weight_DF: Tensor,
-        bias_D: Tensor,
-        /,
-        *,
-        alpha: Tensor | None,
-        gain_R: Tensor | None,
-        mask: Tensor | None,
-    ) -> Tensor: ...
-
-    def feed_forward_residual(
-        self,
-        x_BND: Tensor,
-        norm: Affine,
-        fc1: Affine,
-        fc2: Affine,
-        /,
-        *,
-        alpha: Tensor | None,
-        gain_R: Tensor | None,
-        mask: Tensor | None,
-    ) -> Tensor: ...
-
-
-def operations() -> Operations:
-    """`fused`, which stores less for the backward pass, unless a compiler or exporter looks at the operations."""
-    return plain if torch.compiler.is_compiling() else fused
 
 
 class LearnableResidual(nn.Module):

@@ -24,8 +24,21 @@ class Noise:
 
 
 def seed_sequence(purpose: str, *numbers: int) -> np.random.SeedSequence:
-    """The one derivation of seeds from a purpose and numbers, for what is drawn once a step or a run."""
+    """The one derivation of seeds from a purpose and a place in the run: nothing draws from a global generator."""
     return np.random.SeedSequence([int.from_bytes(purpose.encode(), "little"), *numbers])
+
+
+def derived_seed(purpose: str, *numbers: int) -> int:
+    """A 63-bit seed that is a function of its arguments."""
+    return int(seed_sequence(purpose, *numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+def noise_at(seed: int, step: int, micro_step: int, rank: int) -> Noise:
+    """The seeds of one micro-batch of a rank: token orders are those of all ranks, masks of samples are its own."""
+    return Noise(
+        permutation_seed=derived_seed("permutation", seed, step),
+        sample_seed=derived_seed("sample", seed, step, micro_step, rank),
+    )
 
 
 def seeded_generator(device: torch.device, purpose: str, *numbers: int) -> torch.Generator:

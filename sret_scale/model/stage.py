@@ -273,7 +273,7 @@ def _start_of_its_own(applications: Sequence[Application], x_BND: Tensor, y_BND:
 
 def with_value(x: Tensor, value: Tensor) -> Tensor:
     """Another tensor's value, with the gradient of x."""
-    return _WithValue.apply(x, value)  # type: ignore[no-untyped-call,no-any-return]
+    return _WithValue.apply(x, value)  # type: ignore[no-untyped-call]
 
 
 class _WithValue(torch.autograd.Function):

@@ -27,6 +27,7 @@ from sret_scale.train.optim import WeightAverage
 from sret_scale.train.resume import keep_best, restore, save
 from sret_scale.train.step import optimizer_step
 from sret_scale.train.stop import StopFlag
+from sret_scale.train.telemetry.profile import step_profiler
 
 
 def train(config: RunConfig, folder: RunFolder, ranks: Ranks) -> bool:
@@ -41,6 +42,8 @@ def train(config: RunConfig, folder: RunFolder, ranks: Ranks) -> bool:
             clock = dataclasses.replace(clock, is_evaluated=True)
         started = time.monotonic() - clock.time_s
         steps = stack.enter_context(contextlib.closing(run.loader.steps(clock.loader)))
+        trace, num_profiled = folder.path / "profile.json", settings.profile_steps if ranks.is_main else 0
+        step_is_done = stack.enter_context(step_profiler(trace, num_profiled, run.progress.say))
         logged = clock
         while clock.images < total:
             # ---- one step
@@ -48,6 +51,7 @@ def train(config: RunConfig, folder: RunFolder, ranks: Ranks) -> bool:
                 batches = next(steps)
             before, result = clock, optimizer_step(run, batches, clock, must_stop=lambda: stop.is_set)
             is_stopping = result.is_stopping
+            step_is_done()
             log_telemetry(run, before)
             clock = Clock(
                 step=before.step + 1,

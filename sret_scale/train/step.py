@@ -16,6 +16,7 @@ from sret_scale.config.run_config import RunConfig
 from sret_scale.config.step_depth import depth_plans, weighted_loss
 from sret_scale.model import Noise
 from sret_scale.model.depth_plan import DepthPlan
+from sret_scale.model.noise import derived_seed, noise_at
 from sret_scale.tasks.task import Inputs, Task
 from sret_scale.train.assemble import Clock, Run
 from sret_scale.train.distributed import Ranks, average_buffers, sum_over_ranks
@@ -23,7 +24,6 @@ from sret_scale.train.divergence import LeftOut, left_out
 from sret_scale.train.engine.engine import Engine
 from sret_scale.train.optim import WeightAverage, learning_rate, set_rates
 from sret_scale.train.resume import pieces_of
-from sret_scale.train.seeds import derived_seed, noise_at
 from sret_scale.train.telemetry import Telemetry
 
 

@@ -12,10 +12,9 @@ from sret_scale.memory.planning.instrument import LiveBytes
 from sret_scale.model import Application, Noise, SReT, SReTConfig, StageConfig
 from sret_scale.model.applications import drop_path_rates
 from sret_scale.model.config import StemNorm
-from sret_scale.model.noise import PermutationSource, drop_path_masks
+from sret_scale.model.noise import PermutationSource, drop_path_masks, noise_at
 from sret_scale.model.permutation import TokenOrder, reorder_tokens
 from sret_scale.model.vision.stem import Stem, SyncBatchNorm, stem_norm
-from sret_scale.train.seeds import noise_at
 from tests.model.typed_stages import stages_of
 
 STAGE = StageConfig(width=8, num_heads=2, num_blocks=2, num_loops=3, groups=(4, 2), mlp_ratio=1.5)

@@ -16,6 +16,7 @@ import torch
 
 from sret_scale.config.run_config import RunConfig, from_yaml
 from sret_scale.distill import student_batch
+from sret_scale.model.noise import derived_seed
 from sret_scale.runs.run_folder import RunFolder
 from sret_scale.tasks import classification
 from sret_scale.train import loop, step
@@ -23,7 +24,6 @@ from sret_scale.train.batch_norm import measured_statistics
 from sret_scale.train.distributed import Ranks, leave, ranks_from_environment
 from sret_scale.train.divergence import DivergedError
 from sret_scale.train.engine.engine import start_communication
-from sret_scale.train.seeds import derived_seed
 
 BAD_STEPS = (3, 4)
 LIMIT = 3

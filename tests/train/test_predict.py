@@ -50,6 +50,22 @@ def test_predict_is_right_as_often_as_evaluate_says(
         assert list(classes.values()) == sorted(classes.values(), reverse=True)
 
 
+def test_features_are_what_the_head_sees(
+    run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bad.jpg").write_bytes(b"none")
+    file = tmp_path / "features.npz"
+    assert main(["predict", str(run), str(photos), str(tmp_path / "bad.jpg"), "--features", str(file)]) == 2
+    assert "bad.jpg: " in capsys.readouterr().err
+    found, model = np.load(file, allow_pickle=False), sret_scale.load(run)
+    expected = model.predict(found["images"][5], top=3)
+    assert found["features"].shape == (24, model.model.config.stages[-1].width)
+    scores_NC = model.model.head(torch.from_numpy(found["features"]))
+    value, index = scores_NC.softmax(dim=1)[5].max(dim=0)
+    assert model.class_names[int(index)] == expected[0][0] and value.item() == pytest.approx(expected[0][1], abs=1e-6)
+    assert torch.allclose(model.features(found["images"][5]), torch.from_numpy(found["features"][5]), atol=1e-6)
+
+
 def test_what_an_answer_needs_travels_with_the_checkpoint_and_every_export(
     run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
