@@ -12,6 +12,7 @@ _NAMES = {
     "data_pipelines.image.normalise": ("Normaliser",),
     "data_pipelines.shards.index": ("open_shards",),
     "data_pipelines.stream.loader": ("DataConfig", "LoaderState", "TrainLoader"),
+    "data_pipelines.stream.webdataset_door": ("to_webdataset",),
     "sret_scale.config.run_config": ("RunConfig",),
     "sret_scale.memory": ("MemoryConfig", "prepare_memory"),
     "sret_scale.memory.recursion": ("Recursion",),

@@ -28,6 +28,11 @@ class RemoteFolder:
     """The files of one URL. `stall_s` is how long a read may stand still, `attempts` how often it is tried."""
 
     def __init__(self, url: str, *, stall_s: float, attempts: int) -> None:
+        if url.startswith("pipe:"):
+            raise ValueError(
+                f"{url}: a pipe would start whatever program a text names, and cannot be read from the middle, as an "
+                "exact order and restart need: give the address that the program reads, or copy the tars"
+            )
         scheme = url.partition("://")[0]
         if scheme not in SCHEMES or "::" in url:
             raise ValueError(f"{url}: expected a folder or a URL of {', '.join(SCHEMES)}")
@@ -76,6 +81,17 @@ class RemoteFolder:
         if len(data) > max_bytes:
             raise ValueError(f"{self.url}/{name}: more than the {max_bytes:,} bytes that it may have")
         return data
+
+    def download_unknown(self, name: str, target: Path) -> None:
+        """Writes file `name` to `target`, whatever its size and content."""
+        size, num_new = 0, _CHUNK_BYTES
+        with target.open("wb") as file:
+            while num_new == _CHUNK_BYTES:
+                # Again from the last byte that is here: to ask behind the end would be an error.
+                known = min(size, 1)
+                data = self.read(name, size - known, size + _CHUNK_BYTES, may_be_shorter=True)[known:]
+                num_new = file.write(data)
+                size += num_new
 
     def download(self, name: str, target: Path, *, num_bytes: int, file_hash: str) -> None:
         """Writes file `name` to `target`, which must exist with `num_bytes`, and waits until it is on the disk.

@@ -15,6 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from data_pipelines.atomic_files import write_whole
 from data_pipelines.checked_files import MAX_JSON_BYTES, read_bounded
@@ -25,6 +26,9 @@ from data_pipelines.remote.cache import ShardCache
 from data_pipelines.shards.index import ShardSet, open_shards, parse_set
 from data_pipelines.shards.manifest import INDEX_NAME, MANIFEST_NAME, Manifest, parse_manifest
 from data_pipelines.shards.mixture import MixedShardSet, mix_shards
+
+if TYPE_CHECKING:
+    from data_pipelines.remote.fetch import RemoteFolder
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -43,17 +47,17 @@ def open_data(location: str | Path, config: DataConfig) -> ShardSet:
     """The shard set at a folder or a URL. Raises ValueError or OSError with what to do."""
     location = str(location)
     if ":" not in location.partition("/")[0]:
-        return open_shards(location)
-    try:
-        from data_pipelines.remote.fetch import RemoteFolder
-    except ModuleNotFoundError as error:
-        raise ValueError(f"{location}: needs {error.name}; {install_extra('remote')}") from error
-    remote = RemoteFolder(location, stall_s=config.stall_s, attempts=config.fetch_attempts)
+        shards = open_shards(location)
+        # Indexed here by `shards index`, with tars on a server.
+        url = str(shards.manifest.writer.get("location", ""))
+        if "://" not in url:
+            return shards
+        data = read_bounded(Path(location) / MANIFEST_NAME, MAX_JSON_BYTES)
+        return _streamed(shards, _own_folder(_folders(data, config)), remote_folder(url, config), config)
+    remote = remote_folder(location, config)
     data = remote.read_whole(MANIFEST_NAME, MAX_JSON_BYTES)
     manifest = parse_manifest(data, f"{remote.url}/{MANIFEST_NAME}")
-    # Content decides the folder: jobs that read the same shards from anywhere share it, others cannot meet in it.
-    name = hashlib.sha256(data).hexdigest()[:16]
-    folders = [_cache_root(config) / name, _cache_root(config) / f"{name}-{os.geteuid()}"]
+    folders = _folders(data, config)
     kept = _kept_index(folders, manifest)
     index = remote.read_whole(INDEX_NAME, manifest.index_bytes) if kept is None else kept
     # Before anything of it is kept: what a server says names files in the cache.
@@ -62,6 +66,26 @@ def open_data(location: str | Path, config: DataConfig) -> ShardSet:
     if kept is None:
         for name, content in ((INDEX_NAME, index), (MANIFEST_NAME, data)):
             write_whole(folder / name, content)
+    return _streamed(shards, folder, remote, config)
+
+
+def remote_folder(url: str, config: DataConfig) -> "RemoteFolder":
+    """The files at a URL; ValueError where it is none, or where a package is missing."""
+    try:
+        from data_pipelines.remote.fetch import RemoteFolder
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{url}: needs {error.name}; {install_extra('remote')}") from error
+    return RemoteFolder(url, stall_s=config.stall_s, attempts=config.fetch_attempts)
+
+
+def _folders(manifest: bytes, config: DataConfig) -> list[Path]:
+    """Where its shards may be kept: jobs that read the same ones from anywhere share it, others cannot meet in it."""
+    name = hashlib.sha256(manifest).hexdigest()[:16]
+    return [_cache_root(config) / name, _cache_root(config) / f"{name}-{os.geteuid()}"]
+
+
+def _streamed(shards: ShardSet, folder: Path, remote: "RemoteFolder", config: DataConfig) -> RemoteShardSet:
+    """The set with its tars on a server, kept in `folder` or read by ranges."""
     cache = None
     if config.remote_reads == "shards":
         cache = ShardCache(remote.download, folder, shards.manifest, max_bytes=int(config.cache_gib * 2**30))

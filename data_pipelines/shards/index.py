@@ -127,9 +127,12 @@ def open_shards(folder: str | Path, *, check_tars: bool = True) -> ShardSet:
         index = read_bounded(path, manifest.max_index_bytes)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: missing; copy it again, or write the shards again") from None
-    shards = parse_set(folder, manifest, index, path)
-    if check_tars:
-        _check_sizes(folder, manifest.shards)
+    # Tars that someone else wrote may lie elsewhere.
+    location = str(manifest.writer.get("location", folder))
+    is_remote = "://" in location
+    shards = parse_set(folder if is_remote else Path(location), manifest, index, path)
+    if check_tars and not is_remote:
+        _check_sizes(shards.folder, manifest.shards)
     return shards
 
 

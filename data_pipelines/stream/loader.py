@@ -118,7 +118,7 @@ class TrainLoader:
         self._rank, self._world_size = rank, world_size
         self._micro_batch_size, self._grad_accum_steps = micro_batch_size, grad_accum_steps
         self._identity = LoaderState(fingerprint=shards.fingerprint[:32], seed=seed, order=self.order.name)
-        self._quarantine = Quarantine(
+        self.quarantine = Quarantine(
             config.quarantine_file,
             max_bad_rate=config.max_bad_rate,
             samples_per_epoch=-(-epoch_length // world_size),
@@ -129,7 +129,7 @@ class TrainLoader:
     @property
     def num_bad_samples(self) -> int:
         """Different bad samples that this rank has met and replaced, earlier starts of the run included."""
-        return self._quarantine.count
+        return self.quarantine.count
 
     def __iter__(self) -> Iterator[Batch]:
         return (batch for step in self.steps() for batch in step.micro_batches)
@@ -137,20 +137,20 @@ class TrainLoader:
     def steps(self, state: LoaderState | None = None) -> Generator[Step]:
         """Endless. Threads work ahead until the iterator is closed or collected; what fails in one is raised here."""
         state = state or LoaderState()
-        self._check(state)
+        self.check(state)
         check_views(self._shards, self._config, self._image_size)
         return self._steps(state)
 
     def _steps(self, state: LoaderState) -> Generator[Step]:
         with ExitStack() as stack:
-            tasks = self._tasks(state, self._fetch_ahead(state, stack))
+            tasks = self.tasks(state, stack)
             source = TrainingSource(self._shards, self._config, self.order.seed)
             if self._config.worker_kind == "processes":
                 yield from self._of_processes(tasks, source)
                 return
             reader = stack.enter_context(ShardReader(self._shards))
             filler = BatchFiller(
-                source.over(reader, self._quarantine.add),
+                source.over(reader, self.quarantine.add),
                 image_size=self._image_size,
                 num_threads=self._config.workers,
                 stall_s=self._config.stall_s,
@@ -166,8 +166,9 @@ class TrainLoader:
                 pending, next_state = upcoming.popleft()
                 yield Step(micro_batches=[batch.result() for batch in pending], next_state=next_state)
 
-    def _tasks(self, state: LoaderState, fetch_ahead: Iterator[None]) -> Iterator[tuple[list[Task], LoaderState]]:
-        """The micro batches of each step, and the state after it, without end."""
+    def tasks(self, state: LoaderState, stack: ExitStack) -> Iterator[tuple[list[Task], LoaderState]]:
+        """The micro batches of each step, and the state after it, endless; shards are fetched until `stack` ends."""
+        fetch_ahead = self._fetch_ahead(state, stack)
         while True:
             epoch, positions, state = self._next_positions(state)
             next(fetch_ahead, None)
@@ -191,7 +192,7 @@ class TrainLoader:
             num_workers=self._config.workers,
             prefetch_batches=self._config.prefetch_batches,
             stall_s=self._config.stall_s,
-            on_bad_sample=self._quarantine.add,
+            on_bad_sample=self.quarantine.add,
             name_of=partial(sample_name, self._shards),
         )
         with closing(batches):
@@ -254,7 +255,8 @@ class TrainLoader:
         after = replace(self._identity, epoch=epoch, position=position + self.global_batch_size)
         return epoch, positions, after
 
-    def _check(self, state: LoaderState) -> None:
+    def check(self, state: LoaderState) -> None:
+        """Raises ValueError where a state belongs to other shards, another seed or another order."""
         for name, what in (("fingerprint", "shards"), ("seed", "seed"), ("order", "order")):
             got, expected = getattr(state, name), getattr(self._identity, name)
             if got is not None and got != expected:

@@ -390,7 +390,7 @@ def test_a_full_disk_is_named_and_leaves_no_part(
     "location", ["pipe:cat x", "pipe://cat", "zip::http://x/y", "file://a::memory://b", "ftp://x/y"]
 )
 def test_locations_that_run_or_wrap_something_are_refused(location: str, config: DataConfig) -> None:
-    with pytest.raises(ValueError, match="expected a folder or a URL of"):
+    with pytest.raises(ValueError, match=r"a pipe would start|expected a folder or a URL of"):
         open_data(location, config)
 
 
