@@ -32,7 +32,7 @@ class DataConfig:
     prefetch_batches: micro batches that workers may be ahead.
     crop: the training view: `resized` (RandomResizedCrop, antialiased), `padded` (padded with zeros, cut at a
         random place: for small images), `centre` (the view of evaluation) or `none` (in evaluation too: the image as
-        it is, in the top left corner of black pixels: for images with label maps).
+        it is, in the top left corner of black pixels, never flipped: for images with label maps).
     crop_scale, crop_ratio: share of the area, and width to height, of `resized`.
     crop_padding: pixels of zeros on each side, of `padded`.
     flip_rate: share of training views that are mirrored.

@@ -47,9 +47,3 @@ class KeyedDraws:
     def choice(self, values: Sequence[Value]) -> Value:
         """One of the values."""
         return values[self.below(len(values))]
-
-    def shuffle(self, values: list[Value]) -> None:
-        """Fisher and Yates."""
-        for last in range(len(values) - 1, 0, -1):
-            other = self.below(last + 1)
-            values[last], values[other] = values[other], values[last]

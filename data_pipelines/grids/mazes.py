@@ -6,6 +6,7 @@ marks what is free, green the source, blue the target.
 """
 
 from collections.abc import Callable
+from functools import cache
 from itertools import product
 
 import numpy as np
@@ -15,32 +16,31 @@ from data_pipelines.image.map_png import IGNORED
 from data_pipelines.keyed_random import KeyedDraws
 
 UNREACHED = 65535
-"""The distance of what the source does not reach."""
+"""The distance of walls, and of what the source does not reach."""
 MARGIN = 3
-"""Pixels that are the same in both twins around the target, by the larger of rows and columns."""
+"""Twins are the same within so many rows and columns of the target."""
 _MOST_MAZES = 1000
-# Image, label map and attributes of a puzzle by member, without their ending.
+# Image (""), label map and attributes of a sample.
 Pixels = dict[str, NDArray[np.generic]]
 
 
 def reach(side: int, braid: float, draws: KeyedDraws) -> list[Pixels]:
     """A maze with one passage closed. Label 1 is reached from the source, 0 is cut off."""
-    free, source = _maze(side, braid, draws), _cell(side, draws)
+    free, source = _maze(side, braid, draws), draws.choice(_cells(side))
     before = _spread(free, side, source)[1]
     free[draws.choice([place for place in range(side * side) if free[place] and _is_passage(place, side)])] = 0
     after = _spread(free, side, source)[1]
     labels = [IGNORED if place == source or not free[place] else far < UNREACHED for place, far in enumerate(after)]
-    return [_pixels(side, free, source, None, labels, distance=after, before=before)]
+    return [_pixels(side, free, source, labels, distance=after, before=before)]
 
 
 def path(side: int, braid: float, draws: KeyedDraws) -> list[Pixels]:
     """Label 1 is on a shortest way from the source to the target, 0 is not."""
-    free, source = _maze(side, braid, draws), _cell(side, draws)
-    order, far, _ = _spread(free, side, source)
-    target = draws.choice([place for place in order[1:] if not _is_passage(place, side)])
-    back = _spread(free, side, target)[1]
+    free, source = _maze(side, braid, draws), draws.choice(_cells(side))
+    target = draws.choice([place for place in _cells(side) if place != source])
+    far, back = (_spread(free, side, place)[1] for place in (source, target))
     labels = [far[place] + back[place] == far[target] if free[place] else IGNORED for place in range(side * side)]
-    return [_pixels(side, free, source, target, labels, distance=far)]
+    return [_pixels(side, free, source, labels, target, distance=far)]
 
 
 def twins(side: int, braid: float, draws: KeyedDraws) -> list[Pixels]:
@@ -48,66 +48,55 @@ def twins(side: int, braid: float, draws: KeyedDraws) -> list[Pixels]:
 
     The first has a passage closed on the way to the target, the second one off it. Both lie further than `MARGIN` from
     the target, and their distances from it and the numbers of places that they cut off differ by a quarter at most. So
-    what tells the twins apart is not near the target, and the closed passage alone does not tell which twin it is.
+    nothing near the target tells the twins apart, nor does the closed passage by itself.
     """
     for _ in range(_MOST_MAZES):
-        free, source = _maze(side, braid, draws), _cell(side, draws)
+        free, source = _maze(side, braid, draws), draws.choice(_cells(side))
         order, far, before = _spread(free, side, source)
-        cells = [place for place in order[1:] if not _is_passage(place, side)]
-        wanted = draws.choice(sorted({far[place] for place in cells}))
-        target = draws.choice([place for place in cells if far[place] == wanted])
-        cuts = _cuts(free, side, order, before)
-        closed = _alike(
-            [p for p in order if cuts[p] and _is_passage(p, side)], cuts, before, side, source, target, draws
-        )
-        pair = []
-        for label, passage in enumerate(closed):
-            free[passage] = 0
-            labels = [label if place == target else IGNORED for place in range(side * side)]
-            after = _spread(free, side, source)[1]
-            pair.append(_pixels(side, free, source, target, labels, distance=after, before=far))
-            free[passage] = 1
-        if pair:
-            return pair
-    raise ValueError(
-        f"no twins in {_MOST_MAZES:,} mazes of {side} pixels with braid {braid:g}: use a larger size or a smaller braid"
-    )
+        wanted = draws.choice(sorted({far[place] for place in _cells(side)} - {0}))
+        target = draws.choice([place for place in _cells(side) if far[place] == wanted])
+        if closed := _alike(side, _cuts(free, side, order, before), before, source, target, draws):
+            break
+    else:
+        raise ValueError(f"no twins in {_MOST_MAZES:,} mazes of {side} pixels, braid {braid:g}: make larger ones")
+    pair = []
+    for label, passage in enumerate(closed):
+        free[passage] = 0
+        labels = [label if place == target else IGNORED for place in range(side * side)]
+        after = _spread(free, side, source)[1]
+        pair.append(_pixels(side, free, source, labels, target, distance=after, before=far))
+        free[passage] = 1
+    return pair
 
 
 PUZZLES: dict[str, Callable[[int, float, KeyedDraws], list[Pixels]]] = {"reach": reach, "twins": twins, "path": path}
 
 
 def _maze(side: int, braid: float, draws: KeyedDraws) -> bytearray:
-    """1 for each free place of a maze, 0 for walls. A share of `braid` of the dead ends gets a second way out.
-
-    There is a row of walls more than the maze has, so that two steps from a cell never lead out of the array: beyond a
-    border lies another one, and before its beginning its end.
-    """
-    free, entered = bytearray(side * (side + 1)), bytearray(side * (side + 1))
-    for place in range(side):
-        entered[place] = entered[place * side] = entered[place * side + side - 1] = 1
-    entered[(side - 1) * side :] = bytes([1]) * (2 * side)
-    steps = (-side, side, -1, 1)
-    stack = [_cell(side, draws)]
-    free[stack[0]] = entered[stack[0]] = 1
+    """1 for each free place of a maze, 0 for walls. A share of `braid` of the dead ends gets a second way out."""
+    free, left, steps = bytearray(side * side), set(_cells(side)), (-side, side, -1, 1)
+    stack = [draws.choice(_cells(side))]
     while stack:
         place = stack[-1]
-        ways = [step for step in steps if not entered[place + 2 * step]]
-        if not ways:
+        free[place] = 1
+        left.discard(place)
+        if ways := [step for step in steps if place + 2 * step in left]:
+            step = draws.choice(ways)
+            free[place + step] = 1
+            stack.append(place + 2 * step)
+        else:
             stack.pop()
-            continue
-        step = draws.choice(ways)
-        free[place + step] = free[place + 2 * step] = entered[place + 2 * step] = 1
-        stack.append(place + 2 * step)
-    for place in [row * side + column for row in range(1, side, 2) for column in range(1, side, 2)] if braid else ():
+    inside = set(_cells(side))
+    for place in _cells(side) if braid else ():
         walls = [step for step in steps if not free[place + step]]
         if len(walls) == 3 and draws.below(1 << 30) < braid * (1 << 30):
-            free[place + draws.choice([step for step in walls if free[place + 2 * step]])] = 1
+            free[place + draws.choice([step for step in walls if place + 2 * step in inside])] = 1
     return free
 
 
-def _cell(side: int, draws: KeyedDraws) -> int:
-    return (2 * draws.below(side // 2) + 1) * side + 2 * draws.below(side // 2) + 1
+@cache
+def _cells(side: int) -> list[int]:
+    return [row * side + column for row in range(1, side, 2) for column in range(1, side, 2)]
 
 
 def _is_passage(place: int, side: int) -> bool:
@@ -127,10 +116,10 @@ def _spread(free: bytearray, side: int, source: int) -> tuple[list[int], list[in
     return order, far, before
 
 
-def _cuts(free: bytearray, side: int, order: list[int], before: list[int]) -> list[int]:
-    """How many places closing each place cuts off from the source, if it is a passage; 0 where there is a way round.
+def _cuts(free: bytearray, side: int, order: list[int], before: list[int]) -> dict[int, int]:
+    """Passage -> how many places closing it cuts off from the source, of those to which there is no way round.
 
-    A place is the only way to all that was reached over it unless an edge between two places, neither of them reached
+    A passage is the only way to all that was reached over it unless an edge between two places, neither of them reached
     over the other, leads out of these. Such an edge is a bit of both its ends, and those of inner ones cancel.
     """
     sizes, loops, number = [0] * len(before), [0] * len(before), 0
@@ -143,11 +132,11 @@ def _cuts(free: bytearray, side: int, order: list[int], before: list[int]) -> li
     for place in reversed(order[1:]):
         sizes[before[place]] += sizes[place] + 1
         loops[before[place]] ^= loops[place]
-    return [0 if loop else size for size, loop in zip(sizes, loops, strict=True)]
+    return {place: sizes[place] for place in order if not loops[place] and _is_passage(place, side)}
 
 
 def _alike(
-    passages: list[int], cuts: list[int], before: list[int], side: int, source: int, target: int, draws: KeyedDraws
+    side: int, cuts: dict[int, int], before: list[int], source: int, target: int, draws: KeyedDraws
 ) -> tuple[int, ...]:
     """A passage on the way to the target and one off it, which are to be closed in twins; nothing if none fit."""
 
@@ -158,9 +147,9 @@ def _alike(
     while place != source:
         way.add(place)
         place = before[place]
-    fit = [place for place in passages if apart(place, target) > MARGIN and apart(place, source) > 1]
-    draws.shuffle(fit)
-    for on, off in product([p for p in fit if p in way], [p for p in fit if p not in way]):
+    fit = [place for place in cuts if apart(place, target) > MARGIN and apart(place, source) > 1]
+    fit.sort(key=lambda place: draws.below(1 << 62))
+    for on, off in product([place for place in fit if place in way], [place for place in fit if place not in way]):
         numbers = ((cuts[on], cuts[off]), (apart(on, target), apart(off, target)))
         if all(4 * abs(one - other) <= max(one, other) for one, other in numbers):
             return on, off
@@ -168,10 +157,10 @@ def _alike(
 
 
 def _pixels(
-    side: int, free: bytearray, source: int, target: int | None, labels: list[int], **attributes: list[int]
+    side: int, free: bytearray, source: int, labels: list[int], target: int | None = None, **attributes: list[int]
 ) -> Pixels:
     image = np.zeros((side * side, 3), np.uint8)
-    image[:, 0] = np.frombuffer(free, np.uint8, side * side) * 255
+    image[:, 0] = np.frombuffer(free, np.uint8) * 255
     image[source, 1] = 255
     if target is not None:
         image[target, 2] = 255

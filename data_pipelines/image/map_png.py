@@ -17,7 +17,10 @@ MAP_MEMBER = "map.png"
 """The member with the labels of a sample's pixels; further members `NAME.png` are attributes."""
 IGNORED = 255
 """The label of pixels of which nothing is asked."""
-_GREY, _RGB, _PALETTE = 0, 2, 3  # colour types of PNG
+_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+# Bits and colour type, as PNG's header has them: grey (0) or numbers of a palette (3); and what a message calls them.
+_KINDS = ((8, 0), (8, 3)), "8 bits a pixel, grey or with a palette"
+_ATTRIBUTE_KINDS = ((8, 0), (16, 0)), "8 or 16 bits a pixel, grey"
 
 
 def map_names(members: Iterable[str]) -> dict[str, str]:
@@ -31,41 +34,34 @@ def encode_png(pixels: NDArray[Any]) -> bytes:
     little, since tars pad to 512 bytes.
     """
     height, width = pixels.shape[:2]
-    # Filter type 0 before each line; PNG's numbers are big-endian.
-    lines = np.zeros((height, 1 + pixels[0].nbytes), np.uint8)
-    lines[:, 1:] = pixels.astype(pixels.dtype.newbyteorder(">"), copy=False).reshape(height, -1).view(np.uint8)
-    header = struct.pack(">IIBBBBB", width, height, 8 * pixels.itemsize, _GREY if pixels.ndim == 2 else _RGB, 0, 0, 0)
+    lines = np.zeros((height, 1 + pixels[0].nbytes), np.uint8)  # filter type 0 before each line
+    lines[:, 1:] = np.ascontiguousarray(pixels, pixels.dtype.newbyteorder(">")).reshape(height, -1).view(np.uint8)
+    header = struct.pack(">IIBBBBB", width, height, 8 * pixels.itemsize, 2 if pixels.ndim == 3 else 0, 0, 0, 0)
     chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(lines.tobytes(), 0)), (b"IEND", b""))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
+    return _SIGNATURE + b"".join(
         struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
     )
 
 
-def decode_map(data: bytes, member: str, height: int, width: int, num_classes: int | None = None) -> NDArray[Any]:
+def decode_map(data: bytes, member: str, height: int, width: int, num_classes: int) -> NDArray[Any]:
     """The numbers (height, width) of a member: uint8 labels of the map, uint16 or uint8 of an attribute.
 
-    Raises BadImageError, with the member's name, for what is none, has another size than its image, or, where
-    `num_classes` says what labels there are, has a label that is neither one of these nor `IGNORED`.
+    Raises BadImageError, with the member's name, for what is none, has another size than its image, or a label that is
+    neither a class nor `IGNORED`.
     """
-    if not data:
-        raise BadImageError(f"{member}: missing, and other samples have one")
-    bits, colour = data[24:26] if data.startswith(b"\x89PNG\r\n\x1a\n") and len(data) > 26 else (0, 0)
-    kinds = ((8, _GREY), (8, _PALETTE)) if member == MAP_MEMBER else ((8, _GREY), (16, _GREY))
-    if (bits, colour) not in kinds:
-        expected = "8 bits a pixel, grey or with a palette" if member == MAP_MEMBER else "8 or 16 bits a pixel, grey"
-        raise BadImageError(f"{member}: expected a PNG of {expected}")
-    with opened(data) as image:
-        if image.size != (width, height):
-            raise BadImageError(
-                f"{member}: {image.width} x {image.height} pixels, expected those of its image, {width} x {height}"
-            )
-        numbers: NDArray[Any] = np.asarray(image)
-    if member == MAP_MEMBER and num_classes is not None:
-        outside = (numbers >= num_classes) & (numbers != IGNORED)
-        if outside.any():
-            row, column = np.argwhere(outside)[0].tolist()
-            raise BadImageError(
-                f"{member}: label {numbers[row, column]} in row {row}, column {column}, expected 0 to"
-                f" {num_classes - 1}, or {IGNORED} where nothing is asked"
-            )
+    try:
+        if not data:
+            raise BadImageError("missing or empty, and other samples have one")
+        kinds, in_words = _KINDS if member == MAP_MEMBER else _ATTRIBUTE_KINDS
+        if not data.startswith(_SIGNATURE) or tuple(data[24:26]) not in kinds:
+            raise BadImageError(f"expected a PNG of {in_words}")
+        with opened(data) as image:
+            if (size := image.size) != (width, height):
+                raise BadImageError(f"{size[0]} x {size[1]} pixels, expected those of its image, {width} x {height}")
+            numbers: NDArray[Any] = np.asarray(image)
+        outside = numbers[(numbers >= num_classes) & (numbers != IGNORED)]
+        if member == MAP_MEMBER and len(outside):
+            raise BadImageError(f"label {outside[0]}, expected 0 to {num_classes - 1}, or {IGNORED} for nothing asked")
+    except BadImageError as error:
+        raise BadImageError(f"{member}: {error}") from error
     return numbers

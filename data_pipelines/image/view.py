@@ -43,7 +43,7 @@ def draw_view(config: DataConfig, height: int, width: int, *, seed: int, number:
     elif config.crop == "padded":
         box = (height, width)
     elif config.crop == "none":
-        return 0, 0, height, width, int(flip < config.flip_rate)
+        return 0, 0, height, width, 0
     else:
         side = min(height, width)
         return (height - side) // 2, (width - side) // 2, side, side, int(flip < config.flip_rate)
@@ -102,21 +102,11 @@ def training_pixels(image_CHW: Tensor, view: View, config: DataConfig, image_siz
     top, left, height, width, flip = view
     if config.crop == "padded" and config.crop_padding:
         image_CHW = F.pad(image_CHW, [config.crop_padding] * 4)
-    if config.crop == "none":
-        return placed_pixels(image_CHW.flip(2) if flip else image_CHW, image_size)
-    if config.crop == "centre":
+    if config.crop in ("centre", "none"):
         pixels_CHW = centre_pixels(image_CHW, config, image_size)
     else:
         return box_pixels(image_CHW[:, top : top + height, left : left + width], flip, config, image_size)
     return pixels_CHW.flip(2) if flip else pixels_CHW
-
-
-def placed_pixels(image_CHW: Tensor, image_size: int) -> Tensor:
-    """The image as it is, in the top left corner of black pixels (3, image_size, image_size)."""
-    height, width = image_CHW.shape[1:]
-    if max(height, width) > image_size:
-        raise BadImageError(f"{width} x {height} pixels, more than {image_size} x {image_size} (data.crop=none)")
-    return F.pad(image_CHW, [0, image_size - width, 0, image_size - height])
 
 
 def box_pixels(box_CHW: Tensor, flip: int, config: DataConfig, image_size: int) -> Tensor:
@@ -128,11 +118,13 @@ def box_pixels(box_CHW: Tensor, flip: int, config: DataConfig, image_size: int) 
 def centre_pixels(image_CHW: Tensor, config: DataConfig, image_size: int) -> Tensor:
     """uint8 pixels (3, image_size, image_size) as torchvision's Resize (short side) and CenterCrop give them.
 
-    With crop `none` they are those of the image as it is.
+    With crop `none` they are the image as it is, in the top left corner of black ones.
     """
-    if config.crop == "none":
-        return placed_pixels(image_CHW, image_size)
     height, width = image_CHW.shape[1:]
+    if config.crop == "none":
+        if max(height, width) > image_size:
+            raise BadImageError(f"{width} x {height} pixels, more than {image_size} x {image_size} (data.crop=none)")
+        return F.pad(image_CHW, [0, image_size - width, 0, image_size - height])
     short_side = round(image_size / config.eval_crop_rate)
     if height <= width:
         size = short_side, int(short_side * width / height)

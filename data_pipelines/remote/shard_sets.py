@@ -24,7 +24,7 @@ from data_pipelines.extras import install_extra
 from data_pipelines.home_folder import with_home
 from data_pipelines.remote.cache import ShardCache
 from data_pipelines.shards.index import ShardSet, open_shards, parse_set
-from data_pipelines.shards.manifest import INDEX_NAME, MANIFEST_NAME, Manifest, parse_manifest
+from data_pipelines.shards.manifest import INDEX_NAME, MANIFEST_NAME, Manifest, max_index_bytes, parse_manifest
 from data_pipelines.shards.mixture import MixedShardSet, mix_shards
 
 if TYPE_CHECKING:
@@ -191,7 +191,7 @@ def _kept_index(folders: Iterable[Path], manifest: Manifest) -> bytes | None:
     for folder in folders:
         with contextlib.suppress(PermissionError, ValueError):
             if (folder / INDEX_NAME).is_file():
-                data = read_bounded(folder / INDEX_NAME, manifest.max_index_bytes)
+                data = read_bounded(folder / INDEX_NAME, max_index_bytes(manifest.num_samples))
                 if hashlib.sha256(data).hexdigest() == manifest.index_sha256:
                     return data
     return None

@@ -22,6 +22,7 @@ from data_pipelines.shards.manifest import (
     MANIFEST_NAME,
     Manifest,
     ShardEntry,
+    max_index_bytes,
     read_manifest,
 )
 from data_pipelines.shards.npz_columns import Columns, parse_columns, render_columns
@@ -124,7 +125,7 @@ def open_shards(folder: str | Path, *, check_tars: bool = True) -> ShardSet:
     manifest = read_manifest(folder)
     path = folder / INDEX_NAME
     try:
-        index = read_bounded(path, manifest.max_index_bytes)
+        index = read_bounded(path, max_index_bytes(manifest.num_samples))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: missing; copy it again, or write the shards again") from None
     # Tars that someone else wrote may lie elsewhere.
@@ -151,14 +152,9 @@ def column_types(members: Iterable[str]) -> dict[str, str]:
     return COLUMNS | {f"{of}.{name}": COLUMNS[of] for name in members for of in _OF_MEMBERS}
 
 
-def members_in(columns: Iterable[str]) -> list[str]:
-    """The members that an index of these columns has."""
-    return [name.removeprefix("offset.") for name in columns if name.startswith("offset.")]
-
-
-def render_index(columns: Columns) -> bytes:
+def render_index(columns: Columns, members: Iterable[str] = ()) -> bytes:
     """The bytes of index.npz: an uncompressed .npz, the same for the same columns."""
-    types = column_types(members_in(columns))
+    types = column_types(members)
     assert set(columns) == set(types), set(columns) ^ set(types)
     return render_columns({name: columns[name].astype(kind, copy=False) for name, kind in types.items()})
 

@@ -21,9 +21,8 @@ from pydantic import AfterValidator, AliasChoices, BeforeValidator, FailFast, Fi
 from data_pipelines.checked_files import MAX_JSON_BYTES, parse_checked, plain_name, read_bounded
 
 FORMAT = "sret_scale shards"
-VERSION = 2
-_MEMBERS_VERSION = 3
-_READABLE = (1, VERSION, _MEMBERS_VERSION)
+VERSION, _MEMBERS_VERSION = 2, 3
+_READABLE = (1, 2, 3)
 MANIFEST_NAME = "manifest.json"
 INDEX_NAME = "index.npz"
 _NO_HASH = "0" * 64
@@ -51,17 +50,16 @@ _Hash = Annotated[
 
 
 # The ending of a member beside image, label and metadata; it is part of the names of columns in the index.
-MemberName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9_]{1,32}(\.[a-z0-9_]{1,8})?$")]
+_MemberName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9_]{1,32}(\.[a-z0-9_]{1,8})?$")]
 INDEX_BYTES_A_SAMPLE = 56
-INDEX_BYTES_A_MEMBER = 20
 
 
-def max_index_bytes(num_samples: int, num_members: int = 0) -> int:
+def max_index_bytes(num_samples: int) -> int:
     """The size of the largest index that is read or written, keys of 72 bytes included.
 
     Columns alone take 56 bytes a sample, and the keys of ImageNet-21k 25: a bound of 64 would refuse it.
     """
-    return 64 * 2**20 + (INDEX_BYTES_A_SAMPLE + 72 + INDEX_BYTES_A_MEMBER * num_members) * num_samples
+    return 64 * 2**20 + (INDEX_BYTES_A_SAMPLE + 72) * num_samples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,15 +91,11 @@ class Manifest:
     shards: Annotated[list[ShardEntry], FailFast()]
     num_rejected: _Count
     writer: Mapping[str, Any]
-    members: Annotated[list[MemberName], Field(max_length=16), FailFast()] = field(default_factory=list)
+    members: Annotated[list[_MemberName], Field(max_length=16), FailFast()] = field(default_factory=list)
 
     @property
     def num_samples(self) -> int:
         return sum(shard.num_samples for shard in self.shards)
-
-    @property
-    def max_index_bytes(self) -> int:
-        return max_index_bytes(self.num_samples, len(self.members))
 
 
 def format_version(members: Sequence[str]) -> int:
@@ -186,8 +180,8 @@ def _check_sizes(manifest: Manifest, source: str | Path) -> None:
             )
     if len({shard.file for shard in manifest.shards}) < len(manifest.shards):
         raise ValueError(f"{source}: lists a shard twice; write it again")
-    if manifest.index_bytes > manifest.max_index_bytes:
+    if manifest.index_bytes > max_index_bytes(manifest.num_samples):
         raise ValueError(
             f"{source}: an index of {manifest.index_bytes:,} bytes for {manifest.num_samples:,} samples, expected at"
-            f" most {manifest.max_index_bytes:,}; write it again"
+            f" most {max_index_bytes(manifest.num_samples):,}; write it again"
         )

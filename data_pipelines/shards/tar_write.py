@@ -34,8 +34,8 @@ _SAFE_KEY = re.compile(r"[A-Za-z0-9_/+=,@%-]+")
 class Record:
     """A sample as it stands in a tar, in three parts: what comes before the image, the image, what comes after it.
 
-    The frame is the record without the image: headers, padding, label, metadata and further members, which begin at
-    `member_offsets`, counted from where the record begins.
+    The frame is the record without the image: headers, padding, label, metadata and further members. `members`: where
+    in the record each of these begins, its bytes and its checksum.
     """
 
     before: bytes
@@ -43,7 +43,7 @@ class Record:
     after: bytes
     image_crc: int
     frame_crc: int
-    member_offsets: Mapping[str, int]
+    members: Mapping[str, tuple[int, int, int]]
 
     @property
     def num_bytes(self) -> int:
@@ -70,34 +70,20 @@ def member(name: str, data: bytes) -> bytes:
 
 
 def make_record(
-    key: str,
-    extension: str,
-    image: bytes,
-    label: int,
-    metadata: bytes | None,
-    members: Mapping[str, bytes] | None = None,
+    key: str, extension: str, image: bytes, label: int, metadata: bytes | None, members: Mapping[str, bytes]
 ) -> Record:
-    """The record of one sample. `metadata` is the text of the .json member; None leaves it out.
-
-    `members`, by ending, stand behind the image.
-    """
+    """The record of one sample. `members`: by ending; `metadata`: the text of the .json member, None leaves it out."""
     before = _header(f"{key}.{extension}", len(image))
-    after, member_offsets = _padding(len(image)), {}
-    for name, data in (members or {}).items():
+    after, places = _padding(len(image)), {}
+    for name, data in members.items():
         header = _header(f"{key}.{name}", len(data))
-        member_offsets[name] = len(before) + len(image) + len(after) + len(header)
+        places[name] = len(before) + len(image) + len(after) + len(header), len(data), zlib.crc32(data)
         after += header + data + _padding(len(data))
     after += member(f"{key}.cls", str(label).encode())
     if metadata is not None:
         after += member(f"{key}.json", metadata)
-    return Record(
-        before=before,
-        image=image,
-        after=after,
-        image_crc=zlib.crc32(image),
-        frame_crc=frame_crc(before, after),
-        member_offsets=member_offsets,
-    )
+    crcs = {"image_crc": zlib.crc32(image), "frame_crc": frame_crc(before, after)}
+    return Record(before=before, image=image, after=after, members=places, **crcs)
 
 
 def frame_crc(before: bytes | memoryview, after: bytes | memoryview) -> int:

@@ -1,5 +1,7 @@
 """A tree of image files with one folder a class, as torchvision's ImageFolder reads it: ROOT/CLASS/.../IMAGE.
 
+With label maps beside the images (a.png, a.map.png) the folders are no classes: ROOT/classes.txt names the labels.
+
 Labels number the sorted class names. Every file is taken for an image, whatever its name: what is none is a bad image
 and falls under the policy for these, so that nothing is left out in silence. Links are followed. What is hidden, or
 what systems leave beside images, is passed over and named.
@@ -15,10 +17,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipelines.image.map_png import MAP_MEMBER
 from data_pipelines.keyed_random import keyed_permutation
 from data_pipelines.shards.packed_strings import pack_strings
 from data_pipelines.shards.tar_write import safe_key
-from data_pipelines.sources.listing import Listing
+from data_pipelines.sources.listing import CLASSES_FILE, Listing, member_path, read_class_names
 
 logger = logging.getLogger(__name__)
 
@@ -71,12 +74,18 @@ def list_samples(root: Path, split: str | None) -> Listing:
         shown = ", ".join(map(repr, passed_over[:3])) + (", ..." if len(passed_over) > 3 else "")
         logger.warning("%s: passed over %d hidden or system entries: %s", root, len(passed_over), shown)
     class_names = [folder.name for folder in class_folders]
+    rows = _with_maps(root, names)
+    has_maps = len(rows) < len(names)
     if part is not None:
-        kept = np.flatnonzero(_in_validation(label, class_names, float(part[2]), int(part[3])) == (part[1] == "val"))
-        names, sizes = [names[row] for row in kept], [sizes[row] for row in kept]
-        label = [label[row] for row in kept]
-        if not names:
+        chosen = _in_validation([label[row] for row in rows], class_names, float(part[2]), int(part[3]))
+        rows = [row for row, is_val in zip(rows, chosen, strict=True) if is_val == (part[1] == "val")]
+        if not rows:
             raise ValueError(f"{root}: no images for validation at a share of {part[2]}; give a larger one")
+    names, sizes, label = [names[row] for row in rows], [sizes[row] for row in rows], [label[row] for row in rows]
+    if has_maps:
+        if not (file := root / CLASSES_FILE).exists():
+            raise FileNotFoundError(f"{file}: missing; name the labels of the maps in it, one a line, 0 first")
+        class_names, label = read_class_names(file), [0] * len(label)
     return Listing(
         class_names=class_names,
         paths=pack_strings(os.path.join(os.path.abspath(root), name) for name in names),  # noqa: PTH100, PTH118 (fast)
@@ -86,7 +95,18 @@ def list_samples(root: Path, split: str | None) -> Listing:
         label=np.array(label, np.int32),
         keys=pack_strings(safe_key(os.path.splitext(name)[0]) for name in names),  # noqa: PTH122 (fast)
         names=pack_strings(names),
+        members=[MAP_MEMBER] if has_maps else [],
     )
+
+
+def _with_maps(root: Path, names: Sequence[str]) -> list[int]:
+    """The rows that are images and no label maps. Raises ValueError for a map of no image."""
+    rows = [row for row, name in enumerate(names) if not name.endswith(f".{MAP_MEMBER}")]
+    if len(rows) < len(names):
+        orphans = set(names) - {names[row] for row in rows} - {member_path(names[row], MAP_MEMBER) for row in rows}
+        if orphans:
+            raise ValueError(f"{root / min(orphans)}: a map without an image; remove it, or add the image")
+    return rows
 
 
 def split_name(part: str, share: str, seed: int) -> str:

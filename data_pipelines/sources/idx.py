@@ -15,10 +15,9 @@ from numpy.typing import NDArray
 from data_pipelines.checked_files import open_regular
 from data_pipelines.image.map_png import encode_png
 from data_pipelines.shards.packed_strings import pack_strings
-from data_pipelines.sources.listing import Listing, check_labels, numbered_class_names, read_class_names
+from data_pipelines.sources.listing import CLASSES_FILE, Listing, check_labels, numbered_class_names, read_class_names
 
 PREFIXES = {"train": "train", "test": "t10k"}
-CLASSES_FILE = "classes.txt"
 _HEADS = [bytes([0, 0, 8, ndim]) for ndim in (1, 2, 3)]
 _MOST_BYTES = 1 << 30  # twice the largest set of the family
 

@@ -12,10 +12,7 @@ from data_pipelines.sources.ranges import FileReader, RangeReader
 
 @dataclass(frozen=True, kw_only=True)
 class SourceKind:
-    """How to list a source (path, split) and how to read its images.
-
-    The source of what is made is its `GridOptions`; it has no splits.
-    """
+    """How to list a source (path, split) and how to read its images. What is made has `GridOptions` for a path."""
 
     description: str
     list_samples: Callable[[Any, str | None], Listing]
@@ -41,23 +38,15 @@ KINDS = {
     "tars": SourceKind(
         description="folder of webdataset tars, to write them again",
         list_samples=tars.list_samples,
-        open_reader=RangeReader,
+        open_reader=tars.TarReader,
     ),
     "idx": SourceKind(
         description="folder with the four IDX files of the MNIST family",
         list_samples=idx.list_samples,
         open_reader=idx.IdxReader,
     ),
-    "mazes": SourceKind(
-        description="mazes that are made: what the source reaches, and by which way",
-        list_samples=list_grids,
-        open_reader=GridReader,
-    ),
-    "products": SourceKind(
-        description="lines of group elements that are made, with the product of all up to each",
-        list_samples=list_grids,
-        open_reader=GridReader,
-    ),
+    "mazes": SourceKind(description="mazes that are made", list_samples=list_grids, open_reader=GridReader),
+    "products": SourceKind(description="products of a group, made", list_samples=list_grids, open_reader=GridReader),
 }
 
 

@@ -4,8 +4,9 @@ A listing is what a plan is made of. It names files and offsets only, so that wo
 the same bytes from it.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -17,18 +18,14 @@ from data_pipelines.shards.manifest import read_manifest
 from data_pipelines.shards.packed_strings import PackedStrings
 
 MAX_UNNAMED_CLASSES = 1 << 16
+CLASSES_FILE = "classes.txt"
+# In place of the bytes of a member, which a listing does not know.
+WHOLE = -1
 
 
-class Places(NamedTuple):
-    """Where one member of each image lies, as the listing's own columns say it of the image; length 0: it has none."""
-
-    path_of: NDArray[np.int32]
-    offset: NDArray[np.int64]
-    length: NDArray[np.int64]
-
-    def at(self, rows: NDArray[np.int64]) -> "Places":
-        """Those of some images."""
-        return Places(self.path_of[rows], self.offset[rows], self.length[rows])
+def member_path(path: str, member: str) -> str:
+    """Where a reader finds what belongs to the image at `path`: b/a.png has b/a.map.png."""
+    return f"{os.path.splitext(path)[0]}.{member}"  # noqa: PTH122 (fast)
 
 
 class ListedImage(NamedTuple):
@@ -42,8 +39,6 @@ class ListedImage(NamedTuple):
     name: str
     metadata_offset: int
     metadata_length: int
-    members: dict[str, tuple[str, int, int]]
-    """Ending -> path, offset, length."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -52,8 +47,8 @@ class Listing:
 
     `keys` are unique and fit for a tar; `names` say where an image comes from, for people. A source that has metadata
     of its own says where in the same file it lies; length 0 is none. `unit_of`, where there is one, numbers what can
-    only be read as a whole: a row group of a Parquet file. `members`, by ending, are what samples have beside image,
-    label and metadata: their label maps.
+    only be read as a whole: a row group of a Parquet file. `members`: the endings of what each sample has beside image,
+    label and metadata (its label map).
     """
 
     class_names: list[str]
@@ -67,7 +62,7 @@ class Listing:
     metadata_offset: NDArray[np.int64] | None = None
     metadata_length: NDArray[np.int64] | None = None
     unit_of: NDArray[np.int32] | None = None
-    members: Mapping[str, Places] = field(default_factory=dict)
+    members: Sequence[str] = ()
 
     def __len__(self) -> int:
         return len(self.offset)
@@ -82,22 +77,15 @@ class Listing:
             self.keys.part(start, stop),
             self.names.part(start, stop),
             *(none if place is None else place.tolist() for place in places),
-            map(self._members_of, range(start, stop)),
         )
         return map(ListedImage, *columns)
-
-    def _members_of(self, row: int) -> dict[str, tuple[str, int, int]]:
-        return {
-            name: (self.paths[int(place.path_of[row])], int(place.offset[row]), int(place.length[row]))
-            for name, place in self.members.items()
-        }
 
 
 class Reader(Protocol):
     """Reads the bytes of images that a listing names."""
 
     def read(self, path: str, offset: int, length: int) -> bytes:
-        """The image file's bytes."""
+        """The image file's bytes; those of a member of it for `member_path` and `WHOLE`, none where it has none."""
 
     def close(self) -> None:
         """Closes what is open."""

@@ -1,25 +1,36 @@
 """Existing webdataset shards, ours or others': a folder of tars, each sample an image member and a `.cls` label.
 
 Images are read where they lie in the tars. Of shards with a manifest the class names are kept; otherwise `classes.txt`
-in the folder, one name a line, gives them, or else the labels are their own names. A `.json` member is kept as it is.
+in the folder, one name a line, gives them, or else the labels are their own names. A `.json` member is kept as it is,
+and where the first sample has a label map (`.map.png`), so are it and attributes (`.NAME.png`).
 """
 
 import logging
+import re
 from collections import Counter
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
+from data_pipelines.image.map_png import MAP_MEMBER
 from data_pipelines.shards.manifest import MANIFEST_NAME, read_manifest
 from data_pipelines.shards.packed_strings import pack_strings
 from data_pipelines.shards.tar_scan import Member, TarError, TarSample, describe_passed_over, mapped, scan_samples
 from data_pipelines.shards.tar_write import is_safe_key, safe_key
-from data_pipelines.sources.listing import Listing, check_labels, numbered_class_names, read_class_names
+from data_pipelines.sources.listing import (
+    CLASSES_FILE,
+    WHOLE,
+    Listing,
+    check_labels,
+    numbered_class_names,
+    read_class_names,
+)
+from data_pipelines.sources.ranges import RangeReader
 
 logger = logging.getLogger(__name__)
 
-CLASSES_FILE = "classes.txt"
 _LONGEST_LABEL = 32  # bytes: digits, with space around them
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm")
 
@@ -34,11 +45,14 @@ def list_samples(folder: Path, split: str | None) -> Listing:
     images: list[Member] = []
     metadata: list[Member | None] = []
     labels: list[int] = []
+    members: list[str] = []
     passed_over: Counter[str] = Counter()
     for number, path in enumerate(paths):
         with mapped(path) as data:
             try:
                 for sample in scan_samples(data, passed_over):
+                    if not keys and MAP_MEMBER in sample.members:
+                        members = [name for name in sample.members if re.fullmatch(r"[a-z0-9_]{1,32}\.png", name)]
                     path_of.append(number)
                     keys.append(sample.key)
                     images.append(image_member(sample))
@@ -62,7 +76,29 @@ def list_samples(folder: Path, split: str | None) -> Listing:
         names=pack_strings(f"{paths[number].name}/{image.name}" for number, image in zip(path_of, images, strict=True)),
         metadata_offset=np.array([part.offset if part else 0 for part in metadata], np.int64),
         metadata_length=np.array([part.size if part else 0 for part in metadata], np.int64),
+        members=members,
     )
+
+
+class TarReader(RangeReader):
+    """Images in tars, and the members beside them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Tar -> where its images begin -> the members of that sample.
+        self._samples = lru_cache(maxsize=2)(_samples_by_image)
+
+    def read(self, path: str, offset: int, length: int) -> bytes:
+        if length != WHOLE:
+            return super().read(path, offset, length)
+        stem, name, ending = path.rsplit(".", 2)
+        place = self._samples(f"{stem}.tar")[offset].get(f"{name}.{ending}")
+        return super().read(f"{stem}.tar", place.offset, place.size) if place else b""
+
+
+def _samples_by_image(path: str) -> dict[int, dict[str, Member]]:
+    with mapped(Path(path)) as data:
+        return {image_member(sample).offset: sample.members for sample in scan_samples(data)}
 
 
 def tar_paths(folder: Path) -> list[Path]:

@@ -288,12 +288,10 @@ def check_node_cache(
 
 def check_views(shards: ShardSet, config: DataConfig, image_size: int) -> None:
     """Raises ValueError unless maps are seen as their images are, and images that are not resized fit."""
-    seen = {"data.crop": config.crop, "data.flip_rate": config.flip_rate, "data.transform": config.transform}
-    wanted = {"data.crop": "none", "data.flip_rate": 0.0, "data.transform": None}
-    if (maps := map_names(shards.members)) and seen != wanted:
+    if map_names(shards.members) and (config.crop != "none" or config.transform):
         raise ValueError(
-            f"{shards.folder}: has {' and '.join(maps.values())} beside its images, which are used as they are stored:"
-            " set data.crop=none data.flip_rate=0 data.transform=null"
+            f"{shards.folder}: images with label maps are used as they are stored: set data.crop=none and no"
+            f" data.transform, got data.crop={config.crop} data.transform={config.transform or 'null'}"
         )
     if config.crop == "none" and shards.num_samples:
         side = np.maximum(shards.width, shards.height)

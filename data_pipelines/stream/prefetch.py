@@ -75,14 +75,12 @@ def empty_batch(
         valid=torch.from_numpy(indices_B != PADDING),
         views=torch.zeros(num_rows, 5, dtype=torch.int32),
         view_numbers=torch.zeros(num_rows, dtype=torch.int32),
-        maps={name: _empty_map((num_rows, image_size, image_size), name, pin_memory) for name in maps},
+        maps={
+            name: torch.full((num_rows, *shape[2:]), fill, dtype=dtype, pin_memory=pin_memory)
+            for name in maps
+            for fill, dtype in [(IGNORED, torch.uint8) if name == "map" else (0, torch.int32)]
+        },
     )
-
-
-def _empty_map(shape: tuple[int, int, int], name: str, pin_memory: bool) -> Tensor:
-    if name == "map":
-        return torch.full(shape, IGNORED, dtype=torch.uint8, pin_memory=pin_memory)
-    return torch.zeros(shape, dtype=torch.int32, pin_memory=pin_memory)
 
 
 def fill_row(columns: Mapping[str, NDArray[Any]], row: int, source: SampleSource, epoch: int, repeat: int) -> None:

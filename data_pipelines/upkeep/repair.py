@@ -130,6 +130,7 @@ def _listing(
         names=pack_strings(keys),
         metadata_offset=places[:, 0],
         metadata_length=places[:, 1],
+        members=list(shards.members),
     )
 
 

@@ -68,10 +68,7 @@ def measure_speed(
     shards = open_shards(folder)
     if not shards.num_samples:
         raise ValueError(f"{folder}: no samples in it")
-    # Label maps are for images as they are.
-    config = DataConfig(workers=num_threads)
-    if shards.members:
-        config = DataConfig(workers=num_threads, crop="none", flip_rate=0.0)
+    config = DataConfig(workers=num_threads, crop="none" if shards.members else "resized")
     stages: dict[str, Callable[[], Pieces]] = {
         "sequential": lambda: _sequential(shards),
         "random": lambda: _samples(shards, lambda data, index: None),

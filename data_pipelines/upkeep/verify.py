@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from data_pipelines.shards.hashes import hash_bytes, hash_name_of
-from data_pipelines.shards.index import ShardSet, open_shards
+from data_pipelines.shards.index import MemberColumns, ShardSet, open_shards
 from data_pipelines.shards.tar_scan import TarError, TarSample, mapped, scan_samples
 from data_pipelines.shards.tar_write import frame_crc
 from data_pipelines.stream.processes import Progress, run_jobs
@@ -143,16 +143,10 @@ class _Checker:
         last = row + 1 == self._rows.stop
         return self._entry.end if last else int(self._shards.record_offset[row + 1])
 
-    def _image(self, row: int) -> memoryview:
-        offset = int(self._shards.offset[row])
-        return self._data[offset : offset + int(self._shards.length[row])]
-
-    def _member(self, row: int, name: str) -> memoryview:
-        place = self._shards.members[name]
-        return self._data[int(place.offset[row]) : int(place.offset[row]) + int(place.length[row])]
-
-    def _is_sound(self, row: int, name: str) -> bool:
-        return zlib.crc32(self._member(row, name)) == int(self._shards.members[name].crc[row])
+    def _part(self, row: int, place: ShardSet | MemberColumns) -> memoryview:
+        """The image, or another member."""
+        offset = int(place.offset[row])
+        return self._data[offset : offset + int(place.length[row])]
 
     def _check_records(self) -> None:
         for row in self._rows:
@@ -160,12 +154,11 @@ class _Checker:
                 continue
             start, image = int(self._shards.record_offset[row]), int(self._shards.offset[row])
             after = self._data[image + int(self._shards.length[row]) : self._record_end(row)]
-            if zlib.crc32(self._image(row)) != int(self._shards.crc[row]):
-                self._report(row, image, "the image's bytes have changed")
-            elif changed := [name for name in self._shards.members if not self._is_sound(row, name)]:
-                offset = int(self._shards.members[changed[0]].offset[row])
-                self._report(row, offset, f"{changed[0]}: its bytes have changed")
-            elif frame_crc(self._data[start:image], after) != int(self._shards.frame_crc[row]):
+            parts: dict[str, ShardSet | MemberColumns] = {"the image": self._shards, **self._shards.members}
+            for name, place in parts.items():
+                if zlib.crc32(self._part(row, place)) != int(place.crc[row]):
+                    self._report(row, int(place.offset[row]), f"{name}'s bytes have changed")
+            if frame_crc(self._data[start:image], after) != int(self._shards.frame_crc[row]):
                 self._report(row, start, "a header, the label, the metadata or padding has changed")
 
     def _check_structure(self) -> None:
@@ -217,9 +210,10 @@ class _Checker:
                 continue
             offset = int(self._shards.offset[row])
             try:
-                height, width = decode_rgb(bytes(self._image(row))).shape[1:]
-                for member in map_names(self._shards.members).values():
-                    decode_map(bytes(self._member(row, member)), member, height, width, self._shards.num_classes)
+                height, width = decode_rgb(bytes(self._part(row, self._shards))).shape[1:]
+                for name in map_names(self._shards.members).values():
+                    data = bytes(self._part(row, self._shards.members[name]))
+                    decode_map(data, name, height, width, self._shards.num_classes)
             except BadImageError as error:
                 self._report(row, offset, f"does not decode: {error}")
                 continue

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 
 from data_pipelines.atomic_files import write_whole
 from data_pipelines.checked_files import MAX_JSON_BYTES
-from data_pipelines.shards.index import COLUMNS, members_in, render_index
+from data_pipelines.shards.index import COLUMNS, column_types, render_index
 from data_pipelines.shards.manifest import (
     INDEX_NAME,
     MANIFEST_NAME,
@@ -30,17 +29,20 @@ REJECTED_NAME = "rejected.jsonl"
 
 
 def finish_shards(
-    folder: Path, shards: Sequence[DoneShard], *, class_names: Sequence[str], writer: Mapping[str, Any]
+    folder: Path,
+    shards: Sequence[DoneShard],
+    *,
+    class_names: Sequence[str],
+    writer: Mapping[str, Any],
+    members: Sequence[str] = (),
 ) -> Manifest:
     """Writes index and manifest for shards that lie complete in `folder`; the set exists from then on."""
     entries = [_entry(shard, len(class_names)) for shard in shards]
     rejected = [item for shard in shards for item in shard.rejected]
     if rejected:
         write_whole(folder / REJECTED_NAME, b"".join(json.dumps(asdict(item)).encode() + b"\n" for item in rejected))
-    columns = _joined(shards)
-    members = members_in(columns)
-    index = render_index(columns)
-    check_sizes(len(index), max_index_bytes(len(columns["label"]), len(members)), 0)
+    index = render_index(_joined(shards, members), members)
+    check_sizes(len(index), max_index_bytes(sum(shard.num_samples for shard in shards)), 0)
     write_whole(folder / INDEX_NAME, index)
     manifest = Manifest(
         class_names=list(class_names),
@@ -50,7 +52,7 @@ def finish_shards(
         shards=entries,
         num_rejected=len(rejected),
         writer=writer,
-        members=members,
+        members=list(members),
     )
     rendered = render_manifest(manifest)
     check_sizes(0, 0, len(rendered))
@@ -84,15 +86,15 @@ def _entry(shard: DoneShard, num_classes: int) -> ShardEntry:
     )
 
 
-def _joined(shards: Iterable[DoneShard]) -> dict[str, NDArray[Any]]:
+def _joined(shards: Iterable[DoneShard], members: Sequence[str]) -> dict[str, NDArray[Any]]:
     """The columns of the whole set."""
-    parts: dict[str, list[NDArray[Any]]] = defaultdict(list)
+    parts: dict[str, list[NDArray[Any]]] = {name: [] for name in column_types(members)}
     key_bytes = 0
     for number, shard in enumerate(shards):
         columns = dict(shard.columns)
         columns["shard_of"] = np.full(shard.num_samples, number, COLUMNS["shard_of"])
         columns["key_end"] = columns["key_end"] + key_bytes
         key_bytes += len(columns["key_bytes"])
-        for name, column in columns.items():
-            parts[name].append(column)
+        for name, part in parts.items():
+            part.append(columns[name])
     return {name: np.concatenate(part) for name, part in parts.items()}

@@ -22,7 +22,7 @@ from data_pipelines.keyed_random import keyed_permutation, keyed_words
 from data_pipelines.shards.npz_columns import parse_columns, render_columns
 from data_pipelines.shards.packed_strings import PackedStrings, pack_strings
 from data_pipelines.shards.tar_write import BLOCK
-from data_pipelines.sources.listing import Listing, Places
+from data_pipelines.sources.listing import Listing
 
 PLAN_NAME = "plan.npz"
 
@@ -68,27 +68,21 @@ def make_plan(
     inside each shard: so U units in S shards are read at most U + S times, not once for almost every image.
     """
     _check_keys(listing)
-    length = _stored_bytes(listing)
     if seed is None:
-        starts = _cut(length, shard_bytes, shard_samples)
+        starts = _cut(listing.length, shard_bytes, shard_samples)
         return Plan(listing=listing, starts=starts, arguments=dict(arguments))
     # By the content of the listing, so that two splits of one length are not shuffled alike.
     key = ("write", seed, listing_digest(listing))
     if listing.unit_of is None:
         order = keyed_permutation(len(listing), *key)
-        starts = _cut(length[order], shard_bytes, shard_samples)
+        starts = _cut(listing.length[order], shard_bytes, shard_samples)
     else:
         rank = keyed_permutation(int(listing.unit_of.max()) + 1, *key, "units")
         order = np.argsort(rank[listing.unit_of], kind="stable")
-        starts = _cut(length[order], shard_bytes, shard_samples)
+        starts = _cut(listing.length[order], shard_bytes, shard_samples)
         shard_of = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
         order = order[np.lexsort((keyed_words(len(order), *key), shard_of))]
     return Plan(listing=_reordered(listing, order), starts=starts, arguments=dict(arguments))
-
-
-def _stored_bytes(listing: Listing) -> NDArray[np.int64]:
-    """Bytes of each image, and of its members with their headers."""
-    return sum((BLOCK + -(-place.length // BLOCK) * BLOCK for place in listing.members.values()), listing.length)
 
 
 def _cut(length: NDArray[np.int64], shard_bytes: int, shard_samples: int | None) -> NDArray[np.int64]:
@@ -129,8 +123,6 @@ def save_plan(plan: Plan, work_folder: Path) -> None:
     for name in ("paths", "keys", "names"):
         packed: PackedStrings = getattr(listing, name)
         columns[f"{name}_ends"], columns[f"{name}_blob"] = packed.ends, packed.blob
-    for name, place in listing.members.items():
-        columns |= {f"{of}.{name}": array for of, array in place._asdict().items()}
     write_whole(work_folder / PLAN_NAME, render_columns(columns))
 
 
@@ -142,8 +134,7 @@ def load_plan(work_folder: Path) -> Plan:
         name: PackedStrings(columns[f"{name}_ends"], columns[f"{name}_blob"]) for name in ("paths", "keys", "names")
     }
     parts |= {name: columns.get(name) for name in _ARRAYS}
-    parts["members"] = {name: Places(*(columns[f"{of}.{name}"] for of in Places._fields)) for name in head.members}
-    listing = Listing(class_names=head.class_names, **parts)
+    listing = Listing(class_names=head.class_names, members=head.members, **parts)
     return Plan(listing=listing, starts=columns["starts"], arguments=head.arguments)
 
 
@@ -167,5 +158,4 @@ def _reordered(listing: Listing, order: NDArray[np.int64]) -> Listing:
     for name in ("keys", "names"):
         texts = list(getattr(listing, name))
         parts[name] = pack_strings(texts[index] for index in order.tolist())
-    parts["members"] = {name: place.at(order) for name, place in listing.members.items()}
     return replace(listing, **parts)

@@ -7,8 +7,7 @@ The same plan gives the same bytes, so that it does not matter who writes a shar
 
 import hashlib
 import json
-import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
@@ -17,8 +16,8 @@ from data_pipelines.atomic_files import PartsWriter, replacing, write_whole
 from data_pipelines.image.pillow_door import BadImageError
 from data_pipelines.shards.hashes import FileHash
 from data_pipelines.shards.index import WORK_FOLDER
-from data_pipelines.shards.tar_write import END_OF_ARCHIVE, make_record
-from data_pipelines.sources.listing import ListedImage, Reader
+from data_pipelines.shards.tar_write import END_OF_ARCHIVE, Record, make_record
+from data_pipelines.sources.listing import WHOLE, ListedImage, Reader, member_path
 from data_pipelines.writing.image_header import ImageHeader, orientation
 from data_pipelines.writing.prepare import ImageOptions, check_members, prepare_image
 from data_pipelines.writing.rows import DoneShard, Rejected, RowTable, done_path, save_done
@@ -49,8 +48,9 @@ def write_shard(plan: Plan, index: int, folder: Path, *, options: ImageOptions, 
     with replacing(folder / shard_file(index), folder / WORK_FOLDER) as file:
         writer = _Writer(file, FileHash(plan.arguments["hash_name"]), plan.listing.members)
         for listed in plan.listing.images(int(plan.starts[index]), int(plan.starts[index + 1])):
-            image = _read(reader, listed.path, listed.offset, listed.length)
-            members = {name: _read(reader, *place) for name, place in listed.members.items()}
+            image = reader.read(listed.path, listed.offset, listed.length)
+            paths = {name: member_path(listed.path, name) for name in plan.listing.members}
+            members = {name: reader.read(path, listed.offset, WHOLE) for name, path in paths.items()}
             try:
                 stored, header = prepare_image(image, options)
                 check_members(members, header, len(class_names))
@@ -59,16 +59,12 @@ def write_shard(plan: Plan, index: int, folder: Path, *, options: ImageOptions, 
                 _apply_policy(rejected[-1], image, options, folder)
                 continue
             metadata = _metadata(listed, class_names, reader) if options.metadata else None
-            writer.add(listed, stored, header, metadata, members)
+            record = make_record(listed.key, header.extension, stored, listed.label, metadata, members)
+            writer.add(listed, header, record)
             num_turned += orientation(stored) != 1
         done = replace(writer.finish(shard_file(index), rejected), num_turned=num_turned)
     save_done(folder, index, done)
     return done
-
-
-def _read(reader: Reader, path: str, offset: int, length: int) -> bytes:
-    """What a listing names; nothing where it says that there is none."""
-    return reader.read(path, offset, length) if path else b""
 
 
 def _metadata(listed: ListedImage, class_names: Sequence[str], reader: Reader) -> bytes:
@@ -102,23 +98,14 @@ class _Writer:
         self._rows = RowTable(members)
         self._hash = file_hash
 
-    def add(
-        self,
-        listed: ListedImage,
-        image: bytes,
-        header: ImageHeader,
-        metadata: bytes | None,
-        members: Mapping[str, bytes],
-    ) -> None:
-        record = make_record(listed.key, header.extension, image, listed.label, metadata, members)
-        position = self._file.position
-        of_members = {f"offset.{name}": position + offset for name, offset in record.member_offsets.items()}
-        for name, data in members.items():
-            of_members |= {f"length.{name}": len(data), f"crc.{name}": zlib.crc32(data)}
+    def add(self, listed: ListedImage, header: ImageHeader, record: Record) -> None:
+        position, of_members = self._file.position, dict[str, int]()
+        for name, (offset, length, crc) in record.members.items():
+            of_members |= {f"offset.{name}": position + offset, f"length.{name}": length, f"crc.{name}": crc}
         self._rows.add(
             listed.key,
             offset=position + len(record.before),
-            length=len(image),
+            length=len(record.image),
             label=listed.label,
             crc=record.image_crc,
             width=header.width,

@@ -23,14 +23,7 @@ from data_pipelines.grids.made import GridOptions
 from data_pipelines.shards.classes import check_same_classes, numbers_of
 from data_pipelines.shards.hashes import DEFAULT_HASH, HASH_NAMES, hash_name_of
 from data_pipelines.shards.index import WORK_FOLDER
-from data_pipelines.shards.manifest import (
-    INDEX_BYTES_A_MEMBER,
-    INDEX_BYTES_A_SAMPLE,
-    MANIFEST_NAME,
-    Manifest,
-    max_index_bytes,
-    read_manifest,
-)
+from data_pipelines.shards.manifest import INDEX_BYTES_A_SAMPLE, MANIFEST_NAME, Manifest, max_index_bytes, read_manifest
 from data_pipelines.sources.kinds import source_kind
 from data_pipelines.sources.listing import Listing
 from data_pipelines.stream.processes import Progress
@@ -69,8 +62,6 @@ class WriteConfig:
 
     def __post_init__(self) -> None:
         source_kind(self.kind)
-        if isinstance(self.source, GridOptions) and self.seed is not None:
-            raise ValueError(f"seed {self.seed}: made samples keep their order: expected none, and that of the options")
         for name, value in (("shard_bytes", self.shard_bytes), ("shard_samples", self.shard_samples)):
             if value is not None and value < 1:
                 raise ValueError(f"{name}: expected 1 or more, got {value}")
@@ -165,7 +156,8 @@ def _write(
                     "--resize turns them",
                     *(target, f"{num_turned:,}"),
                 )
-            finish_shards(target, shards, class_names=plan.listing.class_names, writer=config.record())
+            names, members = plan.listing.class_names, plan.listing.members
+            finish_shards(target, shards, class_names=names, writer=config.record(), members=members)
 
 
 def _load_complete(target: Path, index: int) -> DoneShard:
@@ -220,16 +212,16 @@ def _new_plan(config: WriteConfig, target: Path, list_samples: Callable[[], List
     plan = make_plan(
         listing,
         _plan_arguments(config),
-        seed=config.seed,
+        # What is made has an order of its own: twins stand together.
+        seed=config.seed if isinstance(config.source, Path) else None,
         shard_bytes=config.shard_bytes,
         shard_samples=config.shard_samples,
     )
     # What would be refused after hours of writing is refused now: columns and keys; for each shard 256 bytes and a
     # number for each class, and the classes' names.
-    num_members = len(listing.members)
-    index_bytes = (INDEX_BYTES_A_SAMPLE + INDEX_BYTES_A_MEMBER * num_members) * len(listing) + len(listing.keys.blob)
+    index_bytes = (INDEX_BYTES_A_SAMPLE + 20 * len(listing.members)) * len(listing) + len(listing.keys.blob)
     manifest_bytes = plan.num_shards * (256 + 4 * len(listing.class_names)) + len(json.dumps(listing.class_names))
-    check_sizes(index_bytes, max_index_bytes(len(listing), num_members), manifest_bytes)
+    check_sizes(index_bytes, max_index_bytes(len(listing)), manifest_bytes)
     return plan
 
 

@@ -1,6 +1,10 @@
 """Samples with label maps and attributes: written, checked, streamed, mixed, resumed; refused where they are bad."""
 
-from collections.abc import Sequence
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -9,19 +13,31 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
+from PIL import Image
 
 from data_pipelines.grids.made import GridOptions
 from data_pipelines.image.map_png import decode_map
 from data_pipelines.shards.classes import renumbered
 from data_pipelines.shards.index import ShardSet, open_shards
+from data_pipelines.shards.manifest import render_manifest
 from data_pipelines.shards.mixture import mix_shards
+from data_pipelines.shards.npz_columns import parse_columns, render_columns
+from data_pipelines.sources.folder import split_name
 from data_pipelines.stream.loader import Batch, DataConfig, LoaderState, TrainLoader, evaluation_batches
 from data_pipelines.stream.reader import BadSampleError
+from data_pipelines.upkeep.contact_sheet import draw_contact_sheet
+from data_pipelines.upkeep.repair import repair_shards
 from data_pipelines.upkeep.verify import verify_shards
+from data_pipelines.writing.prepare import ImageOptions
 from data_pipelines.writing.write import WriteConfig, write_shards
-from tests.data.shard_sources import members_of
+from sret_scale.cli import main
+from tests.data.shard_sources import members_of, pixels
 
-AS_STORED = DataConfig(crop="none", flip_rate=0.0)
+Array = NDArray[Any]
+
+# The flip of the default is for other crops.
+AS_STORED = DataConfig(crop="none")
 MEMBERS = ("map.png", "distance.png", "before.png")
 
 
@@ -65,7 +81,7 @@ def test_rows_have_what_the_tars_have_and_nothing_is_asked_around_it(shards: Sha
             for name, around in (("map", 255), ("distance", 0), ("before", 0)):
                 map_HW = batch.maps[name][row].clone()
                 data = stored[f"{name}.png"][shards.key(index)]
-                assert np.array_equal(map_HW[:side, :side], decode_map(data, f"{name}.png", side, side))
+                assert np.array_equal(map_HW[:side, :side], decode_map(data, f"{name}.png", side, side, 2))
                 map_HW[:side, :side] = around
                 assert (map_HW == around).all()
             assert (batch.images[row, :, side:] == 0).all() and (batch.images[row, :, :, side:] == 0).all()
@@ -121,7 +137,7 @@ def damage(shards: ShardSet, target: Path, index: int, member: str) -> ShardSet:
 def test_a_damaged_map_makes_its_sample_bad_by_name(shards: ShardSet, tmp_path: Path, member: str) -> None:
     broken = damage(shards, tmp_path / "set", 9, member)
     [finding] = verify_shards(broken.folder)
-    assert (finding.key, finding.reason) == ("reach-000009", f"{member}: its bytes have changed")
+    assert (finding.key, finding.reason) == ("reach-000009", f"{member}'s bytes have changed")
     with pytest.raises(BadSampleError, match=rf"'reach-000009' at offset \d+: {member}: checksum .* have changed"):
         evaluated(broken)
     quarantine = tmp_path / "bad.jsonl"
@@ -132,12 +148,178 @@ def test_a_damaged_map_makes_its_sample_bad_by_name(shards: ShardSet, tmp_path: 
 
 
 def test_views_that_would_part_image_and_map_are_refused(shards: ShardSet) -> None:
-    for fields in ({"crop": "centre"}, {"flip_rate": 0.5}, {"transform": "a:b"}):
+    for fields in ({"crop": "centre"}, {"transform": "a:b"}):
         with pytest.raises(
-            ValueError, match=r"map\.png and .*: set data\.crop=none data\.flip_rate=0 data\.transform=null"
+            ValueError, match=r"used as they are stored: set data\.crop=none and no data\.transform, got"
         ):
             loader(shards, **fields).steps()
     with pytest.raises(ValueError, match=r"set data\.crop=none"):
         next(evaluation_batches(shards, DataConfig(), image_size=12, batch_size=4, rank=0, world_size=1))
     with pytest.raises(ValueError, match=r"11 x 11 pixels do not fit into 9 x 9 .*: set model\.image_size=11"):
         next(evaluation_batches(shards, AS_STORED, image_size=9, batch_size=4, rank=0, world_size=1))
+
+
+def test_an_image_of_another_size_than_the_index_says_is_a_bad_sample(shards: ShardSet) -> None:
+    smaller = replace(shards, width=shards.width * 0 + 7, height=shards.height * 0 + 7)
+    with pytest.raises(BadSampleError, match=r"x \d+ pixels, more than 7 x 7 \(data\.crop=none\)"):
+        list(evaluation_batches(smaller, AS_STORED, image_size=7, batch_size=20, rank=0, world_size=1))
+
+
+LABELS = ("ground", "road", "house")
+
+
+def make_tree(root: Path) -> Path:
+    """Five images of 6 x 5 pixels in two folders, with label maps, one of them with a palette, and their names."""
+    (root / "town").mkdir(parents=True)
+    (root / "village").mkdir()
+    (root / "classes.txt").write_text("\n".join(LABELS))
+    generator = np.random.default_rng(0)
+    for number in range(5):
+        folder, labels = root / ("town" if number < 3 else "village"), generator.integers(0, 3, (5, 6), np.uint8)
+        labels[0, number] = 255
+        pixels(number, 6, 5).save(folder / f"{number}.png")
+        image = Image.fromarray(labels)
+        if number == 1:
+            image.putpalette(generator.integers(0, 256, 768, np.uint8).tobytes())
+        image.save(folder / f"{number}.map.png")
+    return root
+
+
+def write_tree(root: Path, target: Path, **options: Any) -> ShardSet:
+    config = WriteConfig(kind="folder", source=root, options=ImageOptions(**options))
+    write_shards(config, target, max_bad_rate=0.5)
+    return open_shards(target)
+
+
+def labels_of(folder: Path) -> dict[str, Array]:
+    """The stored maps by key."""
+    return {key: decode_map(data, "map.png", 5, 6, 3) for key, data in members_of(folder, "map.png").items()}
+
+
+def test_a_folder_with_maps_keeps_their_numbers_and_names_their_labels(tmp_path: Path) -> None:
+    root = make_tree(tmp_path / "tree")
+    made = write_tree(root, tmp_path / "set")
+    assert made.class_names == list(LABELS) and made.label.tolist() == [0] * 5
+    stored = labels_of(made.folder)
+    assert stored.keys() == {"town/0", "town/1", "town/2", "village/3", "village/4"}
+    for key, labels in stored.items():
+        assert np.array_equal(labels, np.asarray(Image.open(root / f"{key}.map.png")))
+    assert verify_shards(made.folder) == []
+    [batch] = evaluation_batches(made, AS_STORED, image_size=6, batch_size=5, rank=0, world_size=1)
+    for row, index in enumerate(batch.indices.tolist()):
+        assert np.array_equal(batch.maps["map"][row, :5], stored[made.key(index)])
+        assert (batch.maps["map"][row, 5:] == 255).all()
+    # In two splits, of which none has the other's maps.
+    for part, count in (("train", 3), ("val", 2)):
+        config = WriteConfig(kind="folder", source=root, split=split_name(part, "0.4", 0))
+        assert len(write_shards(config, tmp_path / part).shards) == 1
+        assert len(labels_of(tmp_path / part)) == count
+
+
+def shrink(root: Path) -> None:
+    Image.new("L", (5, 5)).save(root / "town" / "1.map.png")
+
+
+def colour(root: Path) -> None:
+    Image.new("RGB", (6, 5)).save(root / "town" / "1.map.png")
+
+
+def mislabel(root: Path) -> None:
+    Image.new("L", (6, 5), 3).save(root / "town" / "1.map.png")
+
+
+def empty(root: Path) -> None:
+    (root / "town" / "1.map.png").write_bytes(b"")
+
+
+def cut(root: Path) -> None:
+    path = root / "town" / "1.map.png"
+    path.write_bytes(path.read_bytes()[:60])
+
+
+def lose(root: Path) -> None:
+    (root / "town" / "1.map.png").unlink()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (shrink, "map.png: 5 x 5 pixels, expected those of its image, 6 x 5"),
+        (colour, "map.png: expected a PNG of 8 bits a pixel, grey or with a palette"),
+        (mislabel, "map.png: label 3, expected 0 to 2, or 255 for nothing asked"),
+        (empty, "map.png: missing or empty, and other samples have one"),
+        (lose, "map.png: missing or empty, and other samples have one"),
+        (cut, "map.png: not a readable image"),
+    ],
+)
+def test_a_bad_map_makes_a_bad_image(tmp_path: Path, spoil: Callable[[Path], None], reason: str) -> None:
+    root = make_tree(tmp_path / "tree")
+    spoil(root)
+    with pytest.raises(ValueError, match=f"'town/1.png': .*{re.escape(reason)}.*--on-bad skip"):
+        write_tree(root, tmp_path / "set")
+    made = write_tree(root, tmp_path / "set", on_bad="quarantine")
+    assert made.num_samples == 4 and made.manifest.num_rejected == 1
+    assert (made.folder / "quarantine" / "town%2F1").read_bytes() == (root / "town" / "1.png").read_bytes()
+    [line] = (made.folder / "rejected.jsonl").read_text().splitlines()
+    assert reason in json.loads(line)["reason"]
+
+
+def test_what_makes_labels_doubtful_is_always_an_error(tmp_path: Path) -> None:
+    root = make_tree(tmp_path / "tree")
+    (root / "town" / "1.png").rename(tmp_path / "1.png")
+    with pytest.raises(ValueError, match=r"town/1\.map\.png: a map without an image; remove it, or add the image"):
+        write_tree(root, tmp_path / "set", on_bad="skip")
+    (tmp_path / "1.png").rename(root / "town" / "1.png")
+    with pytest.raises(ValueError, match="other classes than those given: class 0: expected 'road', got 'ground'"):
+        write_shards(WriteConfig(kind="folder", source=root, class_names=LABELS[1:]), tmp_path / "set")
+    with pytest.raises(ValueError, match="images with label maps are not resized; leave out --resize"):
+        write_tree(root, tmp_path / "set", resize=3)
+    (root / "classes.txt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"classes\.txt: missing; name the labels of the maps in it"):
+        write_tree(root, tmp_path / "set")
+    assert not (tmp_path / "set").exists()
+
+
+def test_tars_are_written_again_and_repaired_with_their_maps(shards: ShardSet, tmp_path: Path) -> None:
+    write_shards(WriteConfig(kind="tars", source=shards.folder), tmp_path / "again")
+    for name in MEMBERS:
+        assert members_of(tmp_path / "again", name) == members_of(shards.folder, name)
+    assert verify_shards(tmp_path / "again") == []
+    broken = damage(shards, tmp_path / "set", 9, "distance.png")
+    assert repair_shards(broken.folder, tmp_path / "less").num_dropped == 1
+    assert repair_shards(broken.folder, tmp_path / "whole", copy=shards.folder).num_replaced == 1
+    for name in MEMBERS:
+        whole = members_of(shards.folder, name)
+        assert members_of(tmp_path / "whole", name) == whole
+        assert members_of(tmp_path / "less", name) == {key: whole[key] for key in whole if key != "reach-000009"}
+    assert verify_shards(tmp_path / "less") == verify_shards(tmp_path / "whole") == []
+
+
+def test_info_names_the_members_and_the_sheet_shows_them(
+    shards: ShardSet, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["shards", "info", str(shards.folder)]) == 0
+    assert re.search(r"\n  members +image map\.png distance\.png before\.png\n", capsys.readouterr().out)
+    sheet = draw_contact_sheet(shards.folder, num_images=2)
+    # Two rows of four cells of 112 pixels: image, labels, distance, distance before.
+    assert sheet.size == (4 * 112 + 2 * 6, 2 * (112 + 14 + 6) + 6)
+    cells = [np.asarray(sheet)[6 : 6 + 112, 6 + 112 * number : 6 + 112 * (number + 1)] for number in range(4)]
+    assert all(len(np.unique(cell.reshape(-1, 3), axis=0)) > 2 for cell in cells)
+
+
+def test_an_index_that_places_a_member_outside_its_sample_is_refused(shards: ShardSet, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(shards.folder, tmp_path / "set"))
+    columns = parse_columns((folder / "index.npz").read_bytes())
+    for name, value in (("offset.map.png", 1 << 40), ("length.map.png", 1 << 40), ("length.before.png", -1)):
+        changed = {**columns, name: columns[name].copy()}
+        changed[name][3] = value
+        index = render_columns(changed)
+        (folder / "index.npz").write_bytes(index)
+        sealed = replace(shards.manifest, index_bytes=len(index), index_sha256=hashlib.sha256(index).hexdigest())
+        (folder / "manifest.json").write_bytes(render_manifest(sealed))
+        with pytest.raises(ValueError, match="rows that lie outside their shard"):
+            open_shards(folder)
+    hostile = replace(shards.manifest, members=["../map.png"])
+    (folder / "manifest.json").write_bytes(render_manifest(hostile))
+    with pytest.raises(ValueError, match=r"manifest\.json: members\.0: "):
+        open_shards(folder)

@@ -154,7 +154,7 @@ def test_what_readers_would_refuse_is_not_written(tmp_path: Path, monkeypatch: p
     with pytest.raises(ValueError, match=r"a manifest of .* make larger shards"):
         write_shards(config, tmp_path / "a")
     monkeypatch.undo()
-    monkeypatch.setattr("data_pipelines.writing.write.max_index_bytes", lambda num_samples, num_members: 1000)
+    monkeypatch.setattr("data_pipelines.writing.write.max_index_bytes", lambda num_samples: 1000)
     with pytest.raises(ValueError, match=r"an index of .* at most 1,000"):
         write_shards(config, tmp_path / "b")
     assert not list(tmp_path.iterdir())

@@ -176,9 +176,11 @@ def test_members_are_as_tarfile_writes_them(name: str, num_bytes: int) -> None:
 @given(NAMES, st.binary(min_size=1, max_size=2000), st.integers(0, 999))
 def test_records_are_tar_and_point_at_their_image(name: str, image: bytes, label: int) -> None:
     key = safe_key(name)
-    record = make_record(key, "jpg", image, label, b"{}")
+    record = make_record(key, "jpg", image, label, b"{}", {"map.png": b"labels"})
     data = record.before + record.image + record.after
     assert (record.image, record.image_crc, record.num_bytes) == (image, zlib.crc32(image), len(data))
     [sample] = scan_samples(memoryview(data + END_OF_ARCHIVE))
-    assert sample.key == key and set(sample.members) == {"jpg", "cls", "json"}
+    assert sample.key == key and set(sample.members) == {"jpg", "map.png", "cls", "json"}
+    part = sample.members["map.png"]
+    assert record.members == {"map.png": (part.offset, part.size, zlib.crc32(b"labels"))}
     assert sample.members["jpg"].offset == len(record.before)

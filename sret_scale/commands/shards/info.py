@@ -30,9 +30,8 @@ def run(args: argparse.Namespace) -> None:
 
 def lines(facts: dict[str, Any]) -> str:
     """The facts as aligned lines, with a bar for each class (the first 20)."""
-    names = ("samples", "classes", "shards", "left_out", "image_bytes", "tar_bytes", "width", "height", "fingerprint")
     text = [f"{facts['folder']}"]
-    for name in names:
+    for name in (name for name in facts if name not in ("folder", "class_counts", "writer")):
         value = facts[name]
         shown = f"{value:,}" if isinstance(value, int) else _spread(value) if isinstance(value, dict) else value
         text.append(f"  {name.replace('_', ' '):<12} {shown}")

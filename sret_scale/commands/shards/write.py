@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -48,9 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--count", type=int, help="samples to make (mazes, products)")
     parser.add_argument("--size", default="15", help="their pixels a side, or a range such as 7-15 (default: 15)")
     parser.add_argument(
-        "--puzzle",
-        help="of mazes, what the source reaches (reach), pairs that differ in one passage (twins), or the way to the"
-        " target (path); of products, the group (z2, s3, a5)",
+        "--puzzle", help="what is asked: reach, twins or path (mazes), or in which group: z2, s3 or a5 (products)"
     )
     parser.add_argument("--braid", type=float, default=0.0, help="share of a maze's dead ends to open (default: 0)")
     parser.add_argument("--snake", action="store_true", help="products go back in every second row")
@@ -104,32 +103,21 @@ def run(args: argparse.Namespace) -> None:
         hash_name=args.hash,
         class_names=class_names_from(Path(args.classes)) if args.classes else None,
     )
-    if made:
-        _write(config, args.source, args)
-        return
-    for split, target in _sets(args).items():
+    for split, target in {None: args.source}.items() if made else _sets(args).items():
         _write(replace(config, split=split), target, args)
 
 
 def _made(args: argparse.Namespace) -> "GridOptions":
     from data_pipelines.grids.made import GridOptions
 
-    puzzles = PUZZLES[args.kind]
-    if args.puzzle not in puzzles or args.count is None:
+    if args.puzzle not in (puzzles := PUZZLES[args.kind]) or args.count is None:
         raise ValueError(f"shards write {args.kind}: expected --count and --puzzle, one of {', '.join(puzzles)}")
-    try:
-        smallest, largest = map(int, args.size.split("-") if "-" in args.size else (args.size, args.size))
-    except ValueError:
-        raise ValueError(f"--size {args.size}: expected a number of pixels, or two as in 7-15") from None
-    return GridOptions(
-        puzzle=args.puzzle,
-        count=args.count,
-        smallest=smallest,
-        largest=largest,
-        seed=args.seed,
-        braid=args.braid,
-        snake=args.snake,
-    )
+    sizes = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", args.size)
+    if sizes is None:
+        raise ValueError(f"--size {args.size}: expected a number of pixels, or two as in 7-15")
+    smallest, largest = int(sizes[1]), int(sizes[2] or sizes[1])
+    options = {name: getattr(args, name) for name in ("puzzle", "count", "seed", "braid", "snake")}
+    return GridOptions(smallest=smallest, largest=largest, **options)
 
 
 def _sets(args: argparse.Namespace) -> dict[str | None, Path]:
