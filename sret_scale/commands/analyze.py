@@ -1,4 +1,4 @@
-"""`sret-scale analyze`: looks into trained runs - the loss around them, their loops' likeness, each loop's worth."""
+"""`sret-scale analyze`: looks into trained runs - the loss around them, their loops, how deep gradients must go."""
 
 import argparse
 from pathlib import Path
@@ -6,18 +6,20 @@ from pathlib import Path
 EXAMPLE = """examples:
   sret-scale analyze loops runs/depth/num_loops-12
   sret-scale analyze similarity runs/depth/num_loops-12 --images 1000
+  sret-scale analyze horizon runs/depth/num_loops-12 --images 64
   sret-scale analyze landscape runs/depth/num_loops-2 runs/depth/num_loops-12 --points 15
 
 landscape   loss along two filter-normalised random directions (arXiv 1712.09913), runs side by side
 similarity  linear CKA (arXiv 1905.00414) between the streams after a model's loops
 loops       accuracy when a loop is left out, run twice, or swapped with the next
+horizon     how alike gradients through the last k loops and through all are, what a step along them gains, their memory
 
 Figures (SVG, PNG, CSV) are written to RUN/analysis; with several runs, to that of the first."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Which look, at which runs, how closely."""
-    parser.add_argument("kind", choices=("landscape", "similarity", "loops"), help="which analysis")
+    parser.add_argument("kind", choices=("landscape", "similarity", "loops", "horizon"), help="which analysis")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of trained runs")
     parser.add_argument("--images", type=int, default=512, help="number of test images to use (default: 512)")
     parser.add_argument("-o", "--output", type=Path, help="folder for the figures (default: RUN/analysis)")
@@ -35,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Analyse, say the result in a line a run, write the figures."""
     from sret_scale.lab.analysis.analysis_figures import landscape_figures, loop_figure, similarity_figure
+    from sret_scale.lab.analysis.horizon import horizon, horizon_figure, in_words
     from sret_scale.lab.analysis.landscape import landscape
     from sret_scale.lab.analysis.loop_worth import study_loops
     from sret_scale.lab.analysis.similarity import similarity
@@ -43,6 +46,12 @@ def run(args: argparse.Namespace) -> None:
     charts, surfaces = [], []
     output = args.output or args.runs[0] / "analysis"
     for index, folder in enumerate(args.runs):
+        if args.kind == "horizon":
+            points = horizon(folder, args.images)
+            output.mkdir(parents=True, exist_ok=True)
+            charts.append(horizon_figure(folder.resolve().name, points, index))
+            print(f"{folder.resolve().name}: {in_words(points)}")
+            continue
         subject = open_subject(folder, args.images, print)
         # Before minutes are spent; not before it is known that the first run is one.
         output.mkdir(parents=True, exist_ok=True)

@@ -63,7 +63,9 @@ def test_ranks_share_a_curve_and_find_the_same(run: Path, tmp_path: Path, capsys
     assert one["split"] == "test at 32 px"
     for ours, theirs in zip(one["points"], two["points"], strict=True):
         assert ours.pop("read_out") == theirs.pop("read_out")
-        assert ours == pytest.approx(theirs, rel=1e-5)
+        # What has no period, or no loop before it, is null.
+        known = [{name: value for name, value in point.items() if value is not None} for point in (ours, theirs)]
+        assert known[0] == pytest.approx(known[1], rel=1e-5)
 
 
 def test_the_table_says_what_was_found(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,18 +25,23 @@ def gradient_cosines(
     """
     whole = DepthPlan(tuple(replace(stage, num_detached=0) for stage in plan.stages))
     cut = replace(plan, supervised=())
+    ours, theirs = (gradients(model, images_BCHW, loss_of, noise, one)[1] for one in (cut, whole))
+    return {kind: cosine(*([one[name] for name in own] for one in (ours, theirs))) for kind, own in kinds.items()}
+
+
+def gradients(
+    model: SReT, images_BCHW: Tensor, loss_of: Callable[[Tensor], Tensor], noise: Noise | None, plan: DepthPlan
+) -> tuple[float, dict[str, Tensor]]:
+    """(loss at the plan's full depth, its gradient by parameter; zeros where there is none)."""
     names, parameters = zip(*model.named_parameters(), strict=True)
-    gradients = []
-    for one in (cut, whole):
-        loss = loss_of(model(images_BCHW, noise, [one])[0])
-        found = torch.autograd.grad(loss, parameters, allow_unused=True)
-        gradients.append(
-            {n: torch.zeros_like(p) if g is None else g for n, p, g in zip(names, parameters, found, strict=True)}
-        )
-    return {kind: _cosine(*([one[name] for name in own] for one in gradients)) for kind, own in kinds.items()}
+    loss = loss_of(model(images_BCHW, noise, [plan])[0])
+    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    filled = (torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True))
+    return loss.item(), dict(zip(names, filled, strict=True))
 
 
-def _cosine(ours: list[Tensor], theirs: list[Tensor]) -> float:
+def cosine(ours: list[Tensor], theirs: list[Tensor]) -> float:
+    """Between two lists of tensors, each taken as one vector; NaN where one is zero."""
     product = sum(float((a * b).sum()) for a, b in zip(ours, theirs, strict=True))
     norms = [math.sqrt(sum(float(value.square().sum()) for value in side)) for side in (ours, theirs)]
     return product / (norms[0] * norms[1]) if all(norms) else math.nan
