@@ -18,6 +18,7 @@ from PIL import Image
 
 from data_pipelines.grids.made import GridOptions
 from data_pipelines.image.map_png import decode_map
+from data_pipelines.remote.shard_sets import open_data
 from data_pipelines.shards.classes import renumbered
 from data_pipelines.shards.index import ShardSet, open_shards
 from data_pipelines.shards.manifest import render_manifest
@@ -33,6 +34,7 @@ from data_pipelines.writing.prepare import ImageOptions
 from data_pipelines.writing.write import WriteConfig, write_shards
 from sret_scale.cli import main
 from tests.data.shard_sources import members_of, pixels
+from tests.reference import shard_set
 
 Array = NDArray[Any]
 
@@ -157,6 +159,19 @@ def test_views_that_would_part_image_and_map_are_refused(shards: ShardSet) -> No
         next(evaluation_batches(shards, DataConfig(), image_size=12, batch_size=4, rank=0, world_size=1))
     with pytest.raises(ValueError, match=r"11 x 11 pixels do not fit into 9 x 9 .*: set model\.image_size=11"):
         next(evaluation_batches(shards, AS_STORED, image_size=9, batch_size=4, rank=0, world_size=1))
+
+
+def test_a_reader_from_the_page_alone_finds_the_members_too(shards: ShardSet) -> None:
+    stored = {name: members_of(shards.folder, name) for name in MEMBERS}
+    found = list(shard_set.read_samples(shards.folder))
+    assert len(found) == 20
+    assert all(sample.members == {name: stored[name][sample.key] for name in MEMBERS} for sample in found)
+
+
+@pytest.mark.parametrize("reads", ["shards", "ranges"])
+def test_a_set_at_a_url_gives_the_same_rows(shards: ShardSet, tmp_path: Path, reads: str) -> None:
+    config = DataConfig(remote_reads=reads, cache_folder=str(tmp_path / "cache"))  # type: ignore[arg-type]
+    same(evaluated(open_data(f"file://{shards.folder}", config)), evaluated(shards))
 
 
 def test_an_image_of_another_size_than_the_index_says_is_a_bad_sample(shards: ShardSet) -> None:

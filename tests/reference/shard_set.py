@@ -24,18 +24,19 @@ class Sample:
     size: tuple[int, int]
     label: int
     metadata: Any
+    members: dict[str, bytes]
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest, its seal, fingerprint and the index checked."""
     data = (folder / "manifest.json").read_bytes()
     manifest: dict[str, Any] = json.loads(data)
-    assert (manifest["format"], manifest["version"]) == ("sret_scale shards", 2)
+    assert manifest["format"] == "sret_scale shards" and manifest["version"] == (3 if "members" in manifest else 2)
     digits = manifest["sha256"].encode()
     assert data.splitlines()[-2] == b'"sha256": "%s"' % digits
     start = data.rindex(digits)
     assert hashlib.sha256(data[:start] + b"0" * 64 + data[start + 64 :]).hexdigest().encode() == digits
-    lines = ["sret_scale shards 2\n"]
+    lines = [f"sret_scale shards {manifest['version']}\n"]
     lines += [f"{shard['hash']} {shard['bytes']} {shard['num_samples']}\n" for shard in manifest["shards"]]
     names = json.dumps(manifest["class_names"])
     assert hashlib.sha256(("".join(lines) + names).encode()).hexdigest() == manifest["fingerprint"]
@@ -49,7 +50,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def read_samples(folder: Path) -> Iterator[Sample]:
     """All samples in order, every byte of the tars checked."""
     manifest = read_manifest(folder)
-    index = {name: _column(folder / "index.npz", name) for name in _TYPES}
+    others = manifest.get("members", [])
+    names = [*_TYPES, *(f"{of}.{name}" for name in others for of in ("offset", "length", "crc"))]
+    index = {name: _column(folder / "index.npz", name) for name in names}
     for number, shard in enumerate(manifest["shards"]):
         tar = (folder / shard["file"]).read_bytes()
         method, _, digest = shard["hash"].partition(":")
@@ -61,10 +64,10 @@ def read_samples(folder: Path) -> Iterator[Sample]:
         assert [labels.count(label) for label in range(manifest["num_classes"])] == shard["class_counts"]
         assert tar[shard["end"] :] == bytes(1024)
         for row, end in zip(rows, ends, strict=True):
-            yield _sample(index, row, tar, end)
+            yield _sample(index, row, tar, end, others)
 
 
-def _sample(index: dict[str, Any], row: int, tar: bytes, end: int) -> Sample:
+def _sample(index: dict[str, Any], row: int, tar: bytes, end: int, others: list[str]) -> Sample:
     start, offset, length = (int(index[name][row]) for name in ("record_offset", "offset", "length"))
     image = tar[offset : offset + length]
     assert zlib.crc32(image) == index["crc"][row]
@@ -72,7 +75,11 @@ def _sample(index: dict[str, Any], row: int, tar: bytes, end: int) -> Sample:
     key_start = int(index["key_end"][row - 1]) if row else 0
     key = index["key_bytes"][key_start : index["key_end"][row]].tobytes().decode()
     members = dict(_members(tar[start:end]))
-    extension = next(name for name in members if name not in ("cls", "json"))
+    extension = next(name for name in members if name not in ("cls", "json", *others))
+    for name in others:
+        start, length = int(index[f"offset.{name}"][row]), int(index[f"length.{name}"][row])
+        assert members[name] == (key, tar[start : start + length])
+        assert zlib.crc32(members[name][1]) == index[f"crc.{name}"][row]
     assert members[extension] == (key, image) and int(members["cls"][1]) == index["label"][row]
     return Sample(
         key=key,
@@ -81,6 +88,7 @@ def _sample(index: dict[str, Any], row: int, tar: bytes, end: int) -> Sample:
         size=(int(index["width"][row]), int(index["height"][row])),
         label=int(index["label"][row]),
         metadata=json.loads(members["json"][1]) if "json" in members else None,
+        members={name: members[name][1] for name in others},
     )
 
 
@@ -95,7 +103,7 @@ def _members(record: bytes) -> Iterator[tuple[str, tuple[str, bytes]]]:
             [long_name] = (line.partition("path=")[2] for line in content.decode().splitlines())
             continue
         name, long_name = long_name or header[:100].rstrip(b"\0").decode(), ""
-        key, _, ending = name.rpartition(".")
+        key, _, ending = name.partition(".")
         yield ending, (key, content)
 
 
@@ -104,7 +112,7 @@ def _column(path: Path, name: str) -> Any:
         info = archive.getinfo(f"{name}.npy")
         assert info.compress_type == zipfile.ZIP_STORED
         column = np.load(io.BytesIO(archive.read(info)), allow_pickle=False)
-    assert column.dtype == np.dtype(_TYPES[name]) and column.ndim == 1
+    assert column.dtype == np.dtype(_TYPES[name.partition(".")[0]]) and column.ndim == 1
     return column
 
 
