@@ -147,6 +147,11 @@ class TrainConfig:
     global_batch_size: int = 128
     micro_batch_size: int = 64
     """Images per rank in one forward pass; the rest of the global batch is accumulated."""
+    compile: Literal["none", "blocks", "auto"] = "auto"
+    """Whether blocks and projections run through torch.compile, once for all loops. `auto`: on GPUs; on CPUs where the
+    products of the whole run are above 1.5e14 FLOPs, 50 times what a core does (50 GFLOP/s) in the minute that
+    compiling takes; never with dropout or memory.is_checked. Equal to eager up to rounding (docs/numerics.md).
+    Evaluation stays eager. Code is kept in TORCHINDUCTOR_CACHE_DIR, or in the user's cache folder."""
     eval_interval_images: int = 0
     """0 evaluates at the end only."""
     checkpoint_interval_images: int = 0
@@ -496,7 +501,7 @@ def whole_paths(config: RunConfig) -> RunConfig:
 # Fields that an interrupted run may take up again with another value: they decide how, not what is computed.
 # `train.micro_batch_size` is what another number of ranks needs; it changes BatchNorm's batches, and so the bits.
 CHANGEABLE = (
-    *("train.micro_batch_size", "train.eval_interval_images", "train.checkpoint_interval_images"),
+    *("train.micro_batch_size", "train.compile", "train.eval_interval_images", "train.checkpoint_interval_images"),
     *("train.keep_checkpoints", "train.log_interval_steps", "train.hang_timeout_s", "train.trackers"),
     "train.max_skipped_steps",
     # Where data is; that they are the same is known by class names, and by the fingerprint in the data position.

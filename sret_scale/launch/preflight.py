@@ -25,6 +25,7 @@ from sret_scale.model import SReT, describe
 from sret_scale.runs.checkpoint import list_checkpoints, read_state
 from sret_scale.runs.run_folder import EXIT_FINISHED, RunFolder, environment, read_status, write_json
 from sret_scale.tasks import task_of
+from sret_scale.train.engine.compilation import check_compile
 from sret_scale.train.load_run import check_teacher_classes, initial_state, load_class_names, open_test_data
 from sret_scale.train.optim import check_optimizer, learning_rate
 from sret_scale.train.recomputation import set_up_recomputation
@@ -115,6 +116,7 @@ def check_run(config: RunConfig, world_size: int) -> None:
         has_features=config.distill.matches_features,
     )
     task_of(config)
+    check_compile(config)
     check_data(config, world_size)
     if train.total_images < train.global_batch_size:
         raise ValueError(

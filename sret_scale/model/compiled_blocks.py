@@ -5,12 +5,17 @@ so only a block and a projection are traced: one graph for each stage and number
 """
 
 import functools
+import importlib.util
 import shutil
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from sret_scale.model.layers import Block, NonLinearProjection
+from sret_scale.model.conditioning import LoopDeltas
+from sret_scale.model.layers import Block, Constants, Draw, NonLinearProjection
 from sret_scale.model.vision.sret import SReT
 
 # A graph per stage, number of groups, autocast and training mode; torch's default of 8 is too few for three stages.
@@ -19,20 +24,65 @@ GRAPHS_PER_FUNCTION = 64
 
 def compile_blocks(model: SReT, *, backend: str | Any = "inductor") -> str | None:
     """Compile the model's blocks and projections in place. None, or the one line that says why it was left as it is."""
-    if (
-        backend == "inductor"
-        and model.position.device.type == "cpu"
-        and not (shutil.which("g++") or shutil.which("clang++"))
-    ):
-        return "not compiled: no C++ compiler (g++ or clang++) on the PATH"
+    if reason := why_not_compiled(model, backend):
+        return f"not compiled: {reason}"
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS_PER_FUNCTION)
+    # Between a forward and its backward pass the graphs keep what the fused operations keep, or less, as the planner
+    # counts it: everything but products is computed again. By default it is 1.5 to 1.8 times that.
+    torch._functorch.config.aggressive_recomputation = True
+    # Tracing looks at the .grad of every tensor that it meets, the stream included, which is no leaf.
+    warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
     # Compiled as functions of the module, so that modules of one shape share a graph. What a loop owns is worked out
     # outside of `Block.transform`: inside, the loop's number would be a constant of the graph, and every loop get one.
     block_transform = torch.compile(Block.transform, backend=backend, dynamic=False)
-    projection_forward = torch.compile(NonLinearProjection.forward, backend=backend, dynamic=False)
+    projection_transform = torch.compile(NonLinearProjection.transform, backend=backend, dynamic=False)
     for module in model.modules():
         if isinstance(module, Block):
-            module.transform = functools.partial(block_transform, module)  # type: ignore[method-assign]
+            module.transform = functools.partial(_block, block_transform, module)  # type: ignore[method-assign]
         elif isinstance(module, NonLinearProjection):
-            module.forward = functools.partial(projection_forward, module)  # type: ignore[method-assign]
+            compiled = functools.partial(_projection, projection_transform, module)
+            module.transform = compiled  # type: ignore[method-assign]
     return None
+
+
+def why_not_compiled(model: SReT, backend: str | Any = "inductor") -> str | None:
+    """What this process lacks to compile the model, or the model does not allow."""
+    if model.config.dropout:
+        return "dropout draws its masks inside the blocks"
+    if backend != "inductor":
+        return None
+    if model.position.device.type != "cpu":
+        return None if importlib.util.find_spec("triton") else "triton is not installed"
+    return None if shutil.which("g++") or shutil.which("clang++") else "no C++ compiler (g++ or clang++) on the PATH"
+
+
+def _block(
+    compiled: Callable[..., Tensor],
+    block: Block,
+    x_BND: Tensor,
+    deltas: LoopDeltas,
+    groups: int,
+    masks: Tensor | None,
+    draw: Draw | None,
+    constants: Constants | None,
+    hidden: Tensor | None = None,
+) -> Tensor:
+    return compiled(block, x_BND, deltas, groups, masks, draw, _of_any_depth(constants, x_BND), hidden)
+
+
+def _projection(
+    compiled: Callable[..., Tensor],
+    projection: NonLinearProjection,
+    x_BND: Tensor,
+    draw: Draw | None,
+    constants: Constants | None,
+) -> Tensor:
+    return compiled(projection, x_BND, draw, _of_any_depth(constants, x_BND))
+
+
+def _of_any_depth(constants: Constants | None, x_BND: Tensor) -> Constants | None:
+    """Numbers would be constants of a graph, and every depth that a step can have would get its own."""
+    if constants is None:
+        return None
+    multiplier, stream = (value if value == 1.0 else x_BND.new_full((1,), float(value)) for value in constants)
+    return multiplier, stream

@@ -29,6 +29,8 @@ from sret_scale.model.windows import place_pairs
 
 # From a shape to the next dropout mask of a call (`noise.Dropout`).
 Draw = Callable[[Sequence[int]], Tensor]
+Constants = tuple[float | Tensor, float | Tensor]
+"""Values of `ResidualConstants`, or tensors of one value, which a compiled graph takes for any depth."""
 
 
 class LearnableResidual(nn.Module):
@@ -45,7 +47,7 @@ class LearnableResidual(nn.Module):
         self.beta: nn.Parameter | None = nn.Parameter(torch.full((width if scale.per_channel else 1,), scale.init))
 
     def coefficients(
-        self, x_BND: Tensor, mask: Tensor | None, draw: Draw | None, constants: ResidualConstants | None = None
+        self, x_BND: Tensor, mask: Tensor | None, draw: Draw | None, constants: Constants | None = None
     ) -> dict[str, Tensor | None]:
         """Keyword arguments of the operations: alpha, gain_R, and the masks of stochastic depth and dropout in one.
 
@@ -53,14 +55,14 @@ class LearnableResidual(nn.Module):
         """
         alpha: Tensor | None = self.alpha
         multiplier, stream = constants or (self.multiplier, self.stream_constant)
-        if stream != 1.0:
-            constant = x_BND.new_full((1,), stream)
+        if isinstance(stream, Tensor) or stream != 1.0:
+            constant = stream if isinstance(stream, Tensor) else x_BND.new_full((1,), stream)
             alpha = constant if alpha is None else alpha * constant
         if draw is not None:
             mask = draw(x_BND.shape) if mask is None else mask * draw(x_BND.shape)
         gain_R: Tensor | None = self.beta
         # In the published scheme the multiplier is 1, and 60 products of two scalars a step cost what they cost.
-        if gain_R is not None and multiplier != 1.0:
+        if gain_R is not None and (isinstance(multiplier, Tensor) or multiplier != 1.0):
             gain_R = gain_R * multiplier
         return {"alpha": alpha, "gain_R": gain_R, "mask": mask}
 
@@ -194,7 +196,7 @@ class Block(nn.Module):
         groups: int,
         masks: Tensor | None,
         draw: Draw | None,
-        constants: ResidualConstants | None,
+        constants: Constants | None,
         hidden: Tensor | None = None,
     ) -> Tensor:
         """The stream after one use with what its loop adds; nothing else tells loops apart, so a graph serves them all.
@@ -259,7 +261,10 @@ class NonLinearProjection(nn.Module):
         self.residual = LearnableResidual(stage, sizes.width, scale, constants)
 
     def forward(self, x_BND: Tensor, draw: Draw | None = None, place: LoopPosition | None = None) -> Tensor:
-        constants = None if place is None else place.projection
+        return self.transform(x_BND, draw, None if place is None else place.projection)
+
+    def transform(self, x_BND: Tensor, draw: Draw | None, constants: Constants | None) -> Tensor:
+        """See `Block.transform`."""
         fc1 = (self.feed_forward.fc1.weight, self.feed_forward.fc1.bias)
         before = None if self.norms_after else (self.norm.weight, self.norm.bias)
         coefficients = self.residual.coefficients(x_BND, None, draw, constants)

@@ -33,9 +33,10 @@ def project_residual(
     mask: Tensor | None,
 ) -> Tensor:
     """See `fused.project_residual`."""
-    branch_BND = F.linear(a_BNF, weight_DF, bias_D)
     if gain_R is not None:
-        branch_BND = branch_BND * gain_R
+        # As in `fused`: the branch's output would be stored for the coefficient's gradient alone.
+        weight_DF, bias_D = gain_R[:, None] * weight_DF, gain_R * bias_D
+    branch_BND = F.linear(a_BNF, weight_DF, bias_D)
     if mask is not None:
         branch_BND = branch_BND * mask
     return (x_BND if alpha is None else x_BND * alpha) + branch_BND

@@ -32,6 +32,7 @@ from sret_scale.tasks.task import Task
 from sret_scale.train.checkpoint_writer import CheckpointWriter
 from sret_scale.train.distributed import Ranks, differentiable_sum
 from sret_scale.train.engine.apex_door import choose_kernels
+from sret_scale.train.engine.compilation import Compiled, compile_model
 from sret_scale.train.engine.engine import Engine, shard_frozen
 from sret_scale.train.load_run import load_teacher_run, open_test_data
 from sret_scale.train.optim import WeightAverage, build_optimizer
@@ -68,6 +69,7 @@ class Run:
     test_shards: ShardSet
     task: Task
     engine: Engine
+    compiled: Compiled | None
     average: WeightAverage | None
     teacher_identity: dict[str, Any] | None
     memory: Prepared
@@ -117,6 +119,7 @@ def set_up(config: RunConfig, folder: RunFolder, ranks: Ranks, stack: contextlib
         test_shards=open_test_data(config, shards),
         task=task_of(config, teacher=teacher, features=match_features(config, engine.model, teacher)),
         engine=engine,
+        compiled=compile_model(engine.model, config, ranks, folder.path),
         average=WeightAverage(engine.local_weights(), horizon) if horizon else None,
         teacher_identity=identity_of(teacher, config),
         memory=memory,

@@ -29,6 +29,12 @@ def log_start(run: Run, clock: Clock) -> None:
         log(run, clock, "plan", run.memory.plan.to_json())
 
 
+def log_compilation(run: Run) -> None:
+    """What the step before compiled: the first step all; another one says so, since it waited for it."""
+    if run.compiled and (news := run.compiled.news()):
+        run.progress.say(f"{run.folder.path.name}: {news}")
+
+
 def log_step(run: Run, clock: Clock, logged: Clock, numbers: dict[str, float]) -> None:
     """The numbers of a step, with the speed since `logged`."""
     rate = (clock.images - logged.images) / (clock.time_s - logged.time_s)

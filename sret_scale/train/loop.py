@@ -16,6 +16,7 @@ from sret_scale.train.batch_norm import measured_statistics
 from sret_scale.train.distributed import Ranks
 from sret_scale.train.evaluate import evaluate
 from sret_scale.train.journal import (
+    log_compilation,
     log_evaluation,
     log_left_out,
     log_memory,
@@ -53,6 +54,7 @@ def train(config: RunConfig, folder: RunFolder, ranks: Ranks) -> bool:
             is_stopping = result.is_stopping
             step_is_done()
             log_telemetry(run, before)
+            log_compilation(run)
             clock = Clock(
                 step=before.step + 1,
                 images=before.images + run.loader.global_batch_size,

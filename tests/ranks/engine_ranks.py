@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from sret_scale.config.ds_config import load_ds_config
 from sret_scale.config.run_config import OptimConfig
-from sret_scale.model import Noise, SReT, Stage, Stem
+from sret_scale.model import Noise, SReT, SReTConfig, Stage, Stem
 from sret_scale.model.vision.stem import SyncBatchNorm
 from sret_scale.train.checkpoint_writer import CheckpointWriter
 from sret_scale.train.distributed import (
@@ -50,9 +50,9 @@ def batch(step: int, micro_step: int, rank: int, world_size: int) -> tuple[torch
     return images[mine], labels[mine]
 
 
-def make_engine(name: str) -> Engine:
+def make_engine(name: str, config: SReTConfig = TINY_MODEL) -> Engine:
     torch.manual_seed(0)
-    model = SReT(TINY_MODEL)
+    model = SReT(config)
     ds_config = load_ds_config(name)
     if name == "zero3":
         # The shipped threshold keeps parameters of this size whole; here they must really be partitioned.

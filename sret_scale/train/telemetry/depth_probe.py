@@ -60,7 +60,9 @@ def undisturbed(model: SReT, device: torch.device, precision: Precision) -> Iter
         model.head._forward_pre_hooks.clear()
         forked = torch.random.fork_rng([device] if device.type == "cuda" else [])
         # An fp16 run is looked at in bf16, whose range tells by how much fp16's is missed and needs no loss scale.
-        with forked, torch.enable_grad(), autocast(device.type, "bf16" if precision == "fp16" else precision):
+        # Eager, since other modes and shapes than the training's would be compiled for this alone.
+        eager = torch.compiler.set_stance("force_eager")
+        with forked, eager, torch.enable_grad(), autocast(device.type, "bf16" if precision == "fp16" else precision):
             yield
     finally:
         for module, was_training in modes.items():
