@@ -21,8 +21,8 @@ from data_pipelines.shards.index import WORK_FOLDER
 from data_pipelines.shards.manifest import MANIFEST_NAME, Manifest, tar_name
 from data_pipelines.shards.tar_scan import TarError, TarSample, describe_passed_over, mapped, scan_samples
 from data_pipelines.shards.tar_write import frame_crc
-from data_pipelines.sources.listing import check_labels
-from data_pipelines.sources.tars import CLASSES_FILE, class_names_of, image_member, label_of, tar_paths
+from data_pipelines.sources.listing import CLASSES_FILE, check_labels
+from data_pipelines.sources.tars import class_names_of, image_member, label_of, tar_paths
 from data_pipelines.stream.processes import Progress, run_jobs
 from data_pipelines.writing.finish import finish_shards
 from data_pipelines.writing.image_header import read_header
