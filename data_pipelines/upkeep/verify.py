@@ -64,7 +64,7 @@ def judge_shards(
     """The verdict on each shard, in order."""
     verdicts: dict[int, Verdict] = {}
     num_samples = num_bytes = 0
-    for number, verdict in run_jobs(_Worker, (shards.folder, decode), range(shards.num_shards), num_workers):
+    for number, verdict in run_jobs(_Worker, (shards, decode), range(shards.num_shards), num_workers):
         verdicts[number] = verdict
         entry = shards.manifest.shards[number]
         num_samples, num_bytes = num_samples + entry.num_samples, num_bytes + entry.bytes
@@ -75,9 +75,8 @@ def judge_shards(
 class _Worker:
     """Verifies the shards of one set."""
 
-    def __init__(self, folder: Path, decode: bool) -> None:
-        self._shards = open_shards(folder, check_tars=False)
-        self._decode = decode
+    def __init__(self, shards: ShardSet, decode: bool) -> None:
+        self._shards, self._decode = shards, decode
 
     def __call__(self, number: int) -> Verdict:
         return verify_shard(self._shards, number, decode=self._decode)

@@ -2,7 +2,7 @@
 
 import argparse
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 
 def add_actions(parser: argparse.ArgumentParser, package: str, actions: Mapping[str, str]) -> None:
@@ -25,3 +25,15 @@ def run_action(args: argparse.Namespace) -> int | None:
     """Run the action that was asked for."""
     status: int | None = args.run_action(args)
     return status
+
+
+def parsed(command: str, words: Sequence[str]) -> argparse.Namespace:
+    """The arguments of a command of `sret_scale.commands`; where they are wrong the process ends with its usage."""
+    parser = argparse.ArgumentParser(prog=f"sret-scale {command}")
+    parser.add_argument("--debug", action="store_true")
+    importlib.import_module(f"sret_scale.commands.{command}").add_arguments(parser)
+    try:
+        return parser.parse_intermixed_args(words)
+    except TypeError:
+        # Commands with actions of their own, as in `sret_scale.cli`.
+        return parser.parse_args(words)

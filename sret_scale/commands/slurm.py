@@ -2,12 +2,16 @@
 
 import argparse
 import pkgutil
+import sys
+from pathlib import Path
 
 import sret_scale.commands
+from sret_scale.runs.rank_errors import in_words
 
 EXAMPLE = """example:
   sret-scale slurm --nodes 4 --gpus 8 --cpus 96 --time 1-00:00:00 -- train sret_t_1000 data.train_folder=shards > job.sh
   sbatch job.sh
+  sret-scale slurm --nodes 1 --cpus 48 --time 12:00:00 --sbatch=--constraint=a100 --setup env.sh -- sweep depth.yaml
 
 The job saves and requeues itself before its time limit, and continues after a preemption."""
 
@@ -23,20 +27,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--partition", default="", help="partition (default: the cluster's)")
     parser.add_argument("--account", default="", help="account to charge (default: yours)")
     parser.add_argument("--name", default="sret-scale", help="name of the job (default: %(default)s)")
+    parser.add_argument("--mem", default="", help="memory per node, such as 200G (default: the cluster's)")
+    parser.add_argument("--exclusive", action="store_true", help="take whole nodes")
+    parser.add_argument(
+        "--output", default="", help="file of what the job prints, such as logs/%%j.out (default: Slurm's)"
+    )
+    parser.add_argument(
+        "--sbatch", action="append", default=[], metavar="LINE", help="one more #SBATCH line, such as --qos=long"
+    )
+    parser.add_argument(
+        "--setup", type=Path, metavar="FILE", help="shell file to source before the command: modules, NCCL's variables"
+    )
     parser.add_argument(
         "--warning", type=int, default=300, help="how many seconds before the limit to save and requeue (default: 300)"
     )
     parser.add_argument(
-        "arguments", nargs="+", metavar="COMMAND", help="a sret-scale command with its arguments, after --"
+        "arguments",
+        # All that follows, options too.
+        nargs=argparse.REMAINDER,
+        metavar="COMMAND",
+        help="a sret-scale command with its arguments, after --",
     )
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print the file; nothing is submitted."""
+    """Print the file, once the command is one that would start; nothing is submitted."""
     from sret_scale.launch.sbatch import BatchOptions, batch_file
 
-    if args.arguments[0] not in (module.name for module in pkgutil.iter_modules(sret_scale.commands.__path__)):
-        raise ValueError(f"expected a command of sret-scale after --, such as train, got {args.arguments[0]!r}")
+    args.arguments = args.arguments[args.arguments[:1] == ["--"] :]
+    if not args.arguments or args.arguments[0] not in (
+        module.name for module in pkgutil.iter_modules(sret_scale.commands.__path__)
+    ):
+        raise ValueError(f"expected a command of sret-scale after --, such as train, got {args.arguments[:1]}")
+    check_command(args)
     options = BatchOptions(
         nodes=args.nodes,
         gpus_per_node=args.gpus,
@@ -46,5 +69,32 @@ def run(args: argparse.Namespace) -> None:
         account=args.account,
         job_name=args.name,
         warning_s=args.warning,
+        memory=args.mem,
+        output=args.output,
+        is_exclusive=args.exclusive,
+        more_lines=tuple(args.sbatch),
+        setup_file=args.setup,
     )
     print(batch_file(options, args.arguments), end="")
+
+
+def check_command(args: argparse.Namespace) -> None:
+    """Raise ValueError for a run that its start would refuse; say on stderr what is missing here.
+
+    The nodes may have folders that this machine has not.
+    """
+    from sret_scale.commands.actions import parsed
+    from sret_scale.commands.train import folder_of
+    from sret_scale.config.recipes import configuration
+    from sret_scale.config.run_config import whole_paths
+    from sret_scale.launch.preflight import check_start
+
+    name, *words = args.arguments
+    given = parsed(name, words)
+    if name != "train":
+        return
+    config = whole_paths(configuration(given.recipe, given.overrides))
+    try:
+        check_start(config, folder_of(given), [given.ranks or args.gpus or 1] * args.nodes, is_fresh=given.fresh)
+    except OSError as error:
+        print(f"warning: not all of the command could be checked here: {in_words(error)}", file=sys.stderr)

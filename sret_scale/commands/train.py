@@ -48,10 +48,8 @@ def run(args: argparse.Namespace) -> int:
     from sret_scale.launch.hostfile import hosts_of
     from sret_scale.launch.preflight import start_run
 
-    file = Path(args.recipe)
     config = configuration(args.recipe, args.overrides)
-    is_of_run = file.name == "config.yaml" and (file.parent / "environment.json").exists()
-    folder = args.run or (file.parent if is_of_run else Path("runs") / file.stem)
+    folder = folder_of(args)
     if args.dry_run and not is_file_name(args.recipe):
         print(f"recipe: {recipe(args.recipe).about}")
     hosts = hosts_of(args.hostfile)
@@ -65,3 +63,11 @@ def run(args: argparse.Namespace) -> int:
             # What was refused is easier to mend where it can be read.
             print(to_yaml(config))
         raise
+
+
+def folder_of(args: argparse.Namespace) -> Path:
+    """The folder of the run: the one asked for, that of a run's own configuration, or one called like the recipe."""
+    file = Path(args.recipe)
+    is_of_run = file.name == "config.yaml" and (file.parent / "environment.json").exists()
+    folder: Path = args.run or (file.parent if is_of_run else Path("runs") / file.stem)
+    return folder

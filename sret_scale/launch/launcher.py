@@ -50,7 +50,7 @@ def launch(
     Raises ValueError or OSError for what can be said before anything is started.
     """
     run_folder, config_path = run_folder.resolve(), config_path.resolve()
-    place = choose_nodes(num_ranks=num_ranks, hosts=hosts, master_port=master_port)
+    place = choose_nodes(num_ranks=num_ranks, hosts=hosts, master_port=master_port, is_preview=dry_run)
     job = Job(
         run_folder=str(run_folder),
         working_folder=str(Path.cwd()),

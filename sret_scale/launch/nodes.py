@@ -69,14 +69,23 @@ class Place:
             return {name: problem for name, problem in zip(remote, found, strict=True) if problem}
 
 
-def choose_nodes(*, num_ranks: int | None = None, hosts: Sequence[Host] = (), master_port: int | None = None) -> Place:
-    """The hosts of a hostfile if any are given, else the Slurm allocation if there is one, else this machine."""
+def choose_nodes(
+    *,
+    num_ranks: int | None = None,
+    hosts: Sequence[Host] = (),
+    master_port: int | None = None,
+    is_preview: bool = False,
+) -> Place:
+    """The hosts of a hostfile if any are given, else the Slurm allocation if there is one, else this machine.
+
+    is_preview: nothing is started, and the hosts need no address here.
+    """
     if num_ranks is not None and num_ranks < 1:
         raise ValueError(f"number of ranks: expected at least 1, got {num_ranks}")
     if hosts:
         if num_ranks is not None:
             raise ValueError("give a hostfile or a number of ranks, not both: the hostfile's slots are the ranks")
-        return _from_hosts(tuple(hosts), master_port)
+        return _from_hosts(tuple(hosts), master_port, is_preview)
     if is_reached_by_srun():
         return _from_slurm(num_ranks, master_port)
     return _this_machine(num_ranks, master_port)
@@ -118,7 +127,7 @@ def _this_machine(num_ranks: int | None, master_port: int | None) -> Place:
     )
 
 
-def _from_hosts(hosts: tuple[Host, ...], master_port: int | None) -> Place:
+def _from_hosts(hosts: tuple[Host, ...], master_port: int | None, is_preview: bool) -> Place:
     here = {*_LOCAL_NAMES, socket.gethostname()}
     if len(hosts) > 1 and any(host.name in _LOCAL_NAMES for host in hosts):
         raise ValueError("the hostfile mixes localhost with other hosts; name this machine as the others know it")
@@ -137,7 +146,7 @@ def _from_hosts(hosts: tuple[Host, ...], master_port: int | None) -> Place:
     return Place(
         hosts=hosts,
         starts=starts,
-        master_addr=_chosen_address() or _master_address([host.name for host in hosts]),
+        master_addr=_chosen_address() or _master_address([host.name for host in hosts], is_preview),
         master_port=master_port or random.SystemRandom().choice(_PORTS),
         environment=passed,
     )
@@ -180,9 +189,14 @@ def _chosen_address() -> str:
     return check_host_name(chosen, "MASTER_ADDR") if chosen else ""
 
 
-def _master_address(names: list[str]) -> str:
+def _master_address(names: list[str], is_preview: bool) -> str:
     """The first host's address, as the others know it: Debian gives a machine's own name the address 127.0.1.1."""
-    address = _address_of(names[0])
+    try:
+        address = _address_of(names[0])
+    except OSError:
+        if not is_preview:
+            raise
+        return names[0]
     if address.startswith("127.") and len(names) > 1 and names[0] == socket.gethostname():
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             # No packet is sent: connecting a datagram socket only chooses the route, and with it the own address.

@@ -46,7 +46,7 @@ def start_run(
     Raises ValueError or OSError, before anything is started or written, for what can be known to be wrong.
     """
     config = whole_paths(config)
-    place = choose_nodes(num_ranks=num_ranks, hosts=hosts)
+    place = choose_nodes(num_ranks=num_ranks, hosts=hosts, is_preview=dry_run)
     ranks_of_nodes = [len(host.devices) for host in place.hosts]
     check_start(config, path, ranks_of_nodes, is_fresh=is_fresh)
     folder = RunFolder(path)

@@ -13,6 +13,8 @@ from sret_scale.launch.allocation import scontrol
 # What a value of an #SBATCH line may hold: no blank, no quote, no line break, so that it stays one value.
 _PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.,:@%/&|+=-]*")
 
+_LINE = re.compile(r"-(-[a-z][a-z-]*(=\S[^\n\r\0]*)?|[a-zA-Z]( [^\n\r\0]+)?)")
+
 # Minutes, minutes:seconds, hours:minutes:seconds, and days-hours with minutes and seconds or without.
 _TIME = re.compile(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}|(?i:unlimited|infinite)")
 
@@ -31,6 +33,14 @@ class BatchOptions:
     job_name: str = "sret-scale"
     warning_s: int = 300
     """Seconds before the time limit at which the ranks save and the job requeues itself."""
+    memory: str = ""
+    """Per node, in Slurm's format."""
+    output: str = ""
+    is_exclusive: bool = False
+    more_lines: tuple[str, ...] = ()
+    """Options of sbatch as they are written, such as `--constraint=a100`."""
+    setup_file: Path | None = None
+    """Shell file that the job sources before the command."""
 
 
 def batch_file(options: BatchOptions, arguments: Sequence[str]) -> str:
@@ -47,6 +57,8 @@ def batch_file(options: BatchOptions, arguments: Sequence[str]) -> str:
         "time": options.time,
         "partition": options.partition,
         "account": options.account,
+        "mem": options.memory,
+        "output": options.output,
         # To the batch step alone: its launcher passes one request to stop on to all ranks.
         "signal": f"B:USR1@{options.warning_s}",
         "open-mode": "append",
@@ -58,16 +70,25 @@ def batch_file(options: BatchOptions, arguments: Sequence[str]) -> str:
             )
     if not _TIME.fullmatch(options.time):
         raise ValueError(f"--time: expected Slurm's format, such as 12:00:00 or 1-00:00:00, got {options.time!r}")
+    for line in options.more_lines:
+        if not _LINE.fullmatch(line):
+            raise ValueError(f"--sbatch: expected one option of sbatch, such as --qos=long, got {line!r}")
+    if options.setup_file and not options.setup_file.is_file():
+        raise FileNotFoundError(f"--setup {options.setup_file}: there is no such file")
+    setup = options.setup_file and shlex.quote(str(options.setup_file.absolute()))
     command = [sys.executable, "-P", "-m", "sret_scale.cli", *arguments]
     search_path = os.environ.get("PYTHONPATH")
     return "\n".join(
         [
             "#!/bin/bash",
             *(f"#SBATCH --{name}={value}" for name, value in lines.items() if value),
+            *(["#SBATCH --exclusive"] if options.is_exclusive else []),
+            *(f"#SBATCH {line}" for line in options.more_lines),
             "#SBATCH --requeue",
             "",
             "# The same command continues the run: after a requeue, a preemption, or by sbatch once more.",
             f"cd -- {shlex.quote(str(Path.cwd()))} || exit 2",
+            *([f". {setup} || exit 2"] if setup else []),
             *([f"export PYTHONPATH={shlex.quote(search_path)}"] if search_path else []),
             f"exec {shlex.join(command)}",
             "",

@@ -31,6 +31,7 @@ from sret_scale.launch.doctor.inputs import check_teacher
 from sret_scale.launch.doctor.measured import Probe, judge
 from sret_scale.launch.sbatch import BatchOptions, batch_file
 from sret_scale.train.distributed import Ranks, join_ranks
+from tests.tiny import tiny_config, tiny_shards, write_config
 
 
 def two_classes() -> tuple[nn.Module, tuple[float, ...], tuple[float, ...], int]:
@@ -180,6 +181,67 @@ def test_the_time_limit_is_slurms(time: str, is_valid: bool, capsys: pytest.Capt
     assert cli.main([*words, "train", "sret_t"]) == (0 if is_valid else 2)
     assert cli.main([*words, "trian", "sret_t"]) == 2
     assert "expected a command of sret-scale after --" in capsys.readouterr().err
+
+
+SLURM = ["slurm", "--nodes", "2", "--cpus", "2", "--time", "60"]
+
+
+def test_the_batch_file_has_what_a_cluster_asks_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    setup = tmp_path / "the env.sh"
+    setup.write_text("module load cuda\nexport NCCL_DEBUG=INFO\n")
+    more = [
+        "--mem",
+        "200G",
+        "--exclusive",
+        "--output",
+        "logs/%j.out",
+        "--sbatch=--constraint=a100",
+        "--sbatch=--qos=long",
+    ]
+    assert cli.main([*SLURM, *more, "--setup", str(setup), "--", "describe", "sret_t"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for line in ("--mem=200G", "--exclusive", "--output=logs/%j.out", "--constraint=a100", "--qos=long"):
+        assert f"#SBATCH {line}" in lines
+    assert lines.index(f". '{setup}' || exit 2") == len(lines) - 1 - (1 + ("PYTHONPATH" in os.environ))
+    for bad in (["--sbatch=x\n#SBATCH --uid=0"], ["--sbatch=--a=b\nrm"], ["--setup", "absent.sh"], ["--mem", "1 G"]):
+        assert cli.main([*SLURM, *bad, "--", "describe", "sret_t"]) == 2, bad
+        assert capsys.readouterr().out == ""
+
+
+def test_a_command_that_its_start_would_refuse_gives_no_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards = tiny_shards(tmp_path / "shards")
+    file = write_config(tmp_path / "tiny.yaml", tiny_config(shards))
+    assert cli.main([*SLURM, "--", "train", str(file)]) == 0
+    capsys.readouterr()
+    for bad, message in (
+        (["optim.lr=3"], "optim.lr"),
+        (["train.micro_batch_size=7"], "not a multiple of train.micro_batch_size=7 x 2 ranks"),
+        (["optim.warmup_images=9999"], "leaves nothing of train.total_images"),
+    ):
+        assert cli.main([*SLURM, "--", "train", str(file), *bad]) == 2
+        shown = capsys.readouterr()
+        assert message in shown.err and shown.out == ""
+    with pytest.raises(SystemExit):
+        cli.main([*SLURM, "--", "train", str(file), "--rangs", "2"])
+    assert "sret-scale train: error: unrecognized arguments: --rangs 2" in capsys.readouterr().err
+    assert cli.main([*SLURM, "--", "train", str(file), "--run", "runs/x"]) == 0
+    assert capsys.readouterr().out.rstrip().endswith("--run runs/x")
+    # What only the nodes see is said, and prevents nothing.
+    assert cli.main([*SLURM, "--", "train", str(file), f"data.train_folder={tmp_path}/elsewhere"]) == 0
+    shown = capsys.readouterr()
+    assert shown.err.startswith("warning: not all of the command could be checked here") and "exec " in shown.out
+
+
+def test_a_preview_of_a_hostfile_needs_no_addresses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write_config(tmp_path / "tiny.yaml", tiny_config(tiny_shards(tmp_path / "shards")))
+    (tmp_path / "hosts").write_text("node-1.of.no.domain.invalid slots=1\nnode-2.of.no.domain.invalid slots=1\n")
+    words = ["train", str(file), "--hostfile", str(tmp_path / "hosts"), "--run", str(tmp_path / "run")]
+    assert cli.main([*words, "--dry-run"]) == 0
+    assert "2 ranks on 2 nodes, rendezvous at node-1.of.no.domain.invalid:" in capsys.readouterr().out
+    assert cli.main(words) == 2
+    assert "has no address here" in capsys.readouterr().err
 
 
 def test_torchvision_of_another_torch_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
