@@ -51,8 +51,8 @@ def evaluate_run(
     """
     opened, config = open_shards(run, shards, image_size)
     model, kind, step = load_model_of(run, weights, loops, image_size)
-    if has_answers and config.task != "classification":
-        raise ValueError(f"--predictions and --details are of classes, and {run} has task={config.task}")
+    if has_answers:
+        require_classes(config, run)
     rows: list[Tensor] = []
 
     def collect(batch: Batch, scores_BC: Tensor) -> None:
@@ -85,6 +85,7 @@ def evaluator_of(run: Path, shards: str | None, weights: Any, loops: int | None)
     """(the run's model, what measures a model on the run's test shards or `shards`); for every rank that there is."""
     ranks = ranks_from_environment()
     opened, config = open_shards(run, shards)
+    require_classes(config, run)
     model, _, _ = load_model_of(run, weights, loops)
 
     def measure(one: nn.Module, after_batch: AfterBatch = lambda batch, scores: None) -> Evaluation:
@@ -114,6 +115,12 @@ def open_shards(run: Path, shards: str | None, image_size: int | None = None) ->
             "give --shards of these classes"
         )
     return opened, config
+
+
+def require_classes(config: RunConfig, run: Path) -> None:
+    """ValueError for the run of another task, where something is asked of classes."""
+    if config.task != "classification":
+        raise ValueError(f"{run} has task={config.task}, and this is asked of classes of images")
 
 
 def load_model_of(run: Path, weights: Any, loops: int | None, image_size: int | None = None) -> tuple[SReT, str, int]:

@@ -132,5 +132,7 @@ def test_grids_are_evaluated_at_many_depths_and_other_sizes(
     assert rows[0]["split"] == f"{tmp_path / 'larger'} at 11 px" and 0 <= float(rows[0]["before_2_3"]) <= 1
     assert main(["evaluate", str(mazes), "--json"]) == 0
     assert '"exact"' in capsys.readouterr().out
-    assert main(["evaluate", str(mazes), "--predictions", str(tmp_path / "x.csv")]) == 2
-    assert "are of classes, and" in capsys.readouterr().err
+    refused = ["--predictions", str(tmp_path / "x.csv")], ["--early-exit", "entropy"]
+    for words in (*(["evaluate", str(mazes), *one] for one in refused), ["analyze", "loops", str(mazes)]):
+        assert main(words) == 2
+        assert f"{mazes} has task=grid, and this is asked of classes of images" in capsys.readouterr().err

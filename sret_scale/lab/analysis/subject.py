@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from data_pipelines.image.augment import normalise
 from data_pipelines.stream.loader import evaluation_batches
 from sret_scale.model import SReT
-from sret_scale.train.evaluate_main import open_shards
+from sret_scale.train.evaluate_main import open_shards, require_classes
 from sret_scale.train.load_run import load_model
 
 
@@ -37,6 +37,7 @@ def open_subject(run: Path, num_images: int, report: Callable[[str], None]) -> S
     if num_images < 1:
         raise ValueError(f"--images: expected at least 1, got {num_images}")
     shards, config = open_shards(run, None)
+    require_classes(config, run)
     model, weights, step = load_model(run, None, report)
     report(f"{run}: {weights} weights of step {step}, {config.model.num_applications} applications")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
