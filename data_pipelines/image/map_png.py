@@ -5,7 +5,7 @@ Pillow's conversions are for pictures; here 7 must stay 7. Imports no torch, as 
 
 import struct
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,16 @@ def encode_png(pixels: NDArray[Any]) -> bytes:
     return _SIGNATURE + b"".join(
         struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
     )
+
+
+def decode_maps(
+    members: Iterable[str], read: Callable[[str], bytes], height: int, width: int, num_classes: int
+) -> dict[str, NDArray[Any]]:
+    """Label map and attributes of a sample by name, as `decode_map` gives them; `read`: the bytes of a member."""
+    return {
+        name: decode_map(read(member), member, height, width, num_classes)
+        for name, member in map_names(members).items()
+    }
 
 
 def decode_map(data: bytes, member: str, height: int, width: int, num_classes: int) -> NDArray[Any]:

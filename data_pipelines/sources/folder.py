@@ -21,7 +21,8 @@ from data_pipelines.image.map_png import MAP_MEMBER
 from data_pipelines.keyed_random import keyed_permutation
 from data_pipelines.shards.packed_strings import pack_strings
 from data_pipelines.shards.tar_write import safe_key
-from data_pipelines.sources.listing import CLASSES_FILE, Listing, member_path, read_class_names
+from data_pipelines.sources.listing import CLASSES_FILE, Listing, read_class_names
+from data_pipelines.sources.ranges import member_path
 
 logger = logging.getLogger(__name__)
 

@@ -4,7 +4,6 @@ A listing is what a plan is made of. It names files and offsets only, so that wo
 the same bytes from it.
 """
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +18,6 @@ from data_pipelines.shards.packed_strings import PackedStrings
 
 MAX_UNNAMED_CLASSES = 1 << 16
 CLASSES_FILE = "classes.txt"
-# In place of the bytes of a member, which a listing does not know.
-WHOLE = -1
-
-
-def member_path(path: str, member: str) -> str:
-    """Where a reader finds what belongs to the image at `path`: b/a.png has b/a.map.png."""
-    return f"{os.path.splitext(path)[0]}.{member}"  # noqa: PTH122 (fast)
 
 
 class ListedImage(NamedTuple):

@@ -4,7 +4,14 @@ import os
 from collections import OrderedDict
 
 from data_pipelines.checked_files import read_bounded, regular_descriptor
-from data_pipelines.sources.listing import WHOLE
+
+# In place of the bytes of a member, which a listing does not know.
+WHOLE = -1
+
+
+def member_path(path: str, member: str) -> str:
+    """Where a reader finds what belongs to the image at `path`: b/a.png has b/a.map.png."""
+    return f"{os.path.splitext(path)[0]}.{member}"  # noqa: PTH122 (fast)
 
 
 class FileReader:

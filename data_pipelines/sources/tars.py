@@ -19,15 +19,8 @@ from data_pipelines.shards.manifest import MANIFEST_NAME, read_manifest
 from data_pipelines.shards.packed_strings import pack_strings
 from data_pipelines.shards.tar_scan import Member, TarError, TarSample, describe_passed_over, mapped, scan_samples
 from data_pipelines.shards.tar_write import is_safe_key, safe_key
-from data_pipelines.sources.listing import (
-    CLASSES_FILE,
-    WHOLE,
-    Listing,
-    check_labels,
-    numbered_class_names,
-    read_class_names,
-)
-from data_pipelines.sources.ranges import RangeReader
+from data_pipelines.sources.listing import CLASSES_FILE, Listing, check_labels, numbered_class_names, read_class_names
+from data_pipelines.sources.ranges import WHOLE, RangeReader
 
 logger = logging.getLogger(__name__)
 

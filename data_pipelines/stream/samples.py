@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -9,7 +10,7 @@ from numpy.typing import NDArray
 
 from data_pipelines.config import DataConfig
 from data_pipelines.image.decode import decode_rgb, decode_view
-from data_pipelines.image.map_png import decode_map, map_names
+from data_pipelines.image.map_png import decode_maps
 from data_pipelines.image.pillow_door import BadImageError
 from data_pipelines.image.user_transform import Transform, apply_transform
 from data_pipelines.image.view import View, centre_pixels, draw_view, training_pixels, view_number
@@ -42,14 +43,6 @@ class SampleSource(Protocol):
     def __call__(self, epoch: int, index: int, repeat: int, out_CHW: NDArray[np.uint8]) -> Sample: ...
 
 
-def read_maps(reader: ShardReader, shards: ShardSet, index: int, height: int, width: int) -> dict[str, NDArray[Any]]:
-    """Label map and attributes of a sample whose image has this size. Raises BadImageError."""
-    return {
-        name: decode_map(reader.read(index, member), member, height, width, shards.num_classes)
-        for name, member in map_names(shards.members).items()
-    }
-
-
 class EvaluationSamples:
     """The centre of each image. A bad sample is an error, because evaluation counts every sample once."""
 
@@ -61,7 +54,8 @@ class EvaluationSamples:
             image_CHW = decode_rgb(self._reader.read(index), max_pixels=self._config.max_pixels)
             out_CHW[...] = centre_pixels(image_CHW, self._config, out_CHW.shape[1]).numpy()
             height, width = image_CHW.shape[1:]
-            maps = read_maps(self._reader, self._shards, index, height, width)
+            read, num_classes = partial(self._reader.read, index), self._shards.num_classes
+            maps = decode_maps(self._shards.members, read, height, width, num_classes)
         except BadImageError as error:
             raise BadSampleError(self._shards, index, str(error)) from error
         return Sample(int(self._shards.label[index]), index, (0, 0, height, width, 0), 0, maps)
@@ -120,7 +114,8 @@ class TrainingSamples:
                 image_CHW = decode_rgb(data, max_pixels=config.max_pixels)
                 view = draw(*image_CHW.shape[1:])
                 out_CHW[...] = training_pixels(image_CHW, view, config, out_CHW.shape[1]).numpy()
-            maps = read_maps(self._reader, self._shards, index, *view[2:4])
+            read, num_classes = partial(self._reader.read, index), self._shards.num_classes
+            maps = decode_maps(self._shards.members, read, *view[2:4], num_classes)
         except BadImageError as error:
             raise BadSampleError(self._shards, index, str(error)) from error
         if config.transform and self._transform:

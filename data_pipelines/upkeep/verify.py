@@ -201,7 +201,7 @@ class _Checker:
     def _check_images(self) -> None:
         # Here, not above: torch takes more than a second to import, which --no-decode saves.
         from data_pipelines.image.decode import decode_rgb
-        from data_pipelines.image.map_png import decode_map, map_names
+        from data_pipelines.image.map_png import decode_maps
         from data_pipelines.image.pillow_door import BadImageError
 
         for row in self._rows:
@@ -210,9 +210,8 @@ class _Checker:
             offset = int(self._shards.offset[row])
             try:
                 height, width = decode_rgb(bytes(self._part(row, self._shards))).shape[1:]
-                for name in map_names(self._shards.members).values():
-                    data = bytes(self._part(row, self._shards.members[name]))
-                    decode_map(data, name, height, width, self._shards.num_classes)
+                parts = {name: bytes(self._part(row, place)) for name, place in self._shards.members.items()}
+                decode_maps(parts, parts.__getitem__, height, width, self._shards.num_classes)
             except BadImageError as error:
                 self._report(row, offset, f"does not decode: {error}")
                 continue

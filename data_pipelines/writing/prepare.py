@@ -1,13 +1,11 @@
 """An image file to the bytes that go into the shard: kept as they are, or smaller and encoded again."""
 
 import io
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from PIL import Image, ImageOps
 
-from data_pipelines.image.map_png import decode_map, map_names
 from data_pipelines.image.pillow_door import converted, opened
 from data_pipelines.writing.image_header import ImageHeader, orientation, read_header
 
@@ -52,12 +50,6 @@ def prepare_image(data: bytes, options: ImageOptions) -> tuple[bytes, ImageHeade
     if options.resize is None or (is_small and orientation(data) == 1):
         return data, header
     return _reduced(data, options.resize, options.quality)
-
-
-def check_members(members: Mapping[str, bytes], header: ImageHeader, num_classes: int) -> None:
-    """Raises BadImageError unless label map and attributes have the size of their image, and labels name classes."""
-    for member in map_names(members).values():
-        decode_map(members[member], member, header.height, header.width, num_classes)
 
 
 def _check_pixels(data: bytes) -> None:

@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import BinaryIO
 
 from data_pipelines.atomic_files import PartsWriter, replacing, write_whole
+from data_pipelines.image.map_png import decode_maps
 from data_pipelines.image.pillow_door import BadImageError
 from data_pipelines.shards.hashes import FileHash
 from data_pipelines.shards.index import WORK_FOLDER
 from data_pipelines.shards.tar_write import END_OF_ARCHIVE, Record, make_record
-from data_pipelines.sources.listing import WHOLE, ListedImage, Reader, member_path
+from data_pipelines.sources.listing import ListedImage, Reader
+from data_pipelines.sources.ranges import WHOLE, member_path
 from data_pipelines.writing.image_header import ImageHeader, orientation
-from data_pipelines.writing.prepare import ImageOptions, check_members, prepare_image
+from data_pipelines.writing.prepare import ImageOptions, prepare_image
 from data_pipelines.writing.rows import DoneShard, Rejected, RowTable, done_path, save_done
 from data_pipelines.writing.shard_plan import Plan
 
@@ -53,7 +55,7 @@ def write_shard(plan: Plan, index: int, folder: Path, *, options: ImageOptions, 
             members = {name: reader.read(path, listed.offset, WHOLE) for name, path in paths.items()}
             try:
                 stored, header = prepare_image(image, options)
-                check_members(members, header, len(class_names))
+                decode_maps(members, members.__getitem__, header.height, header.width, len(class_names))
             except BadImageError as error:
                 rejected.append(Rejected(key=listed.key, name=listed.name, reason=str(error)))
                 _apply_policy(rejected[-1], image, options, folder)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import webdataset as wds
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -338,3 +339,13 @@ def test_an_index_that_places_a_member_outside_its_sample_is_refused(shards: Sha
     (folder / "manifest.json").write_bytes(render_manifest(hostile))
     with pytest.raises(ValueError, match=r"manifest\.json: members\.0: "):
         open_shards(folder)
+
+
+# webdataset leaves the closing of its files to the garbage collector.
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_webdataset_opens_the_maps(shards: ShardSet) -> None:
+    urls = [str(path) for path in sorted(shards.folder.glob("*.tar"))]
+    found = {sample["__key__"]: sample for sample in wds.WebDataset(urls, shardshuffle=False)}
+    assert len(found) == 20
+    for name in MEMBERS:
+        assert {key: sample[name] for key, sample in found.items()} == members_of(shards.folder, name)
