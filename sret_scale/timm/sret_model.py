@@ -135,10 +135,10 @@ class TimmSReT(SReT):
 
 
 def register_presets() -> None:
-    """Put every preset into timm's registry; a name that is there already is left."""
+    """Put every preset that classifies images into timm's registry; a name that is there already is left."""
     timm = import_timm()
-    for name in PRESETS:
-        if not timm.is_model(name):
+    for name, config in PRESETS.items():
+        if config.head == "classes" and not timm.is_model(name):
             timm.models.register_model(_entrypoint(name))
 
 

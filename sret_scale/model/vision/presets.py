@@ -62,7 +62,6 @@ _REACH = StageConfig(
     norm_placement="outer",
     conditioning="input_tied",
 )
-_PIXELS: dict[str, Any] = {"stem": "pixels", "stem_strides": (1, 1, 1), "positions": "none", "head": "tokens"}
 
 
 def _published(size: str, slicing: str, loops: tuple[int, ...] = (2, 2, 2), **stage_options: Any) -> SReTConfig:
@@ -117,10 +116,11 @@ def _presets() -> dict[str, SReTConfig]:
     for name, (size, loops, projections, conditioning) in DEEP.items():
         table[name] = _published(size, "", loops, projections=projections, conditioning=conditioning)
     demo_groups = ((7, 1), (4, 2), (1,))
-    table["reach"] = SReTConfig(stages=(_REACH,), num_classes=2, image_size=15, **_PIXELS)
     table["demo_student_108"] = _demo((32, 64, 128), (12, 12, 8), demo_groups)
     table["demo_control_20"] = _demo((32, 64, 128), (2, 2, 2), demo_groups)
     table["demo_teacher"] = _demo((64, 128, 256), (1, 1, 1), ((1,), (1,), (1,)), projections="none")
+    pixels: dict[str, Any] = {"stem": "pixels", "stem_strides": (1, 1, 1), "positions": "none", "head": "tokens"}
+    table["reach"] = SReTConfig(stages=(_REACH,), num_classes=2, image_size=15, **pixels)
     return table
 
 
