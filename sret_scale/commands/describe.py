@@ -6,12 +6,13 @@ from typing import Any
 
 EXAMPLE = """examples:
   sret-scale describe sret_t_1000 --image-size 384 --json
-  sret-scale describe sret_t model.num_loops=8"""
+  sret-scale describe sret_t model.num_loops=8
+  sret-scale describe runs/demo/student"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The preset and how to print it."""
-    parser.add_argument("preset", nargs="?", help="a preset such as sret_t, recipe or YAML file (default: list all)")
+    parser.add_argument("preset", nargs="?", help="a preset such as sret_t, recipe, YAML file or run (default: all)")
     parser.add_argument("overrides", nargs="*", metavar="model.field=value", help="fields of the model to change")
     parser.add_argument("--image-size", type=int, help="side of the square input in pixels (default: the preset's)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -19,14 +20,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the counts of one preset, or a line for each."""
-    from sret_scale.config.recipes import configuration
+    from sret_scale.config.recipes import configuration, of_run_too
     from sret_scale.model import PRESETS, describe
 
     if args.preset is None:
         every = {name: describe(config, args.image_size) for name, config in PRESETS.items()}
         print(json.dumps(every, indent=2) if args.json else overview(every))
         return
-    model = configuration(args.preset, args.overrides).model
+    model = configuration(of_run_too(args.preset), args.overrides).model
     # What was published of a preset says nothing of a changed one.
     counts = {"preset": " ".join([args.preset, *args.overrides])} | describe(model, args.image_size)
     print(json.dumps(counts, indent=2) if args.json else table(counts))

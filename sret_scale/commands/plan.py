@@ -20,7 +20,7 @@ TEACHER_MICRO_BATCH = 64
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The model and the machine."""
-    parser.add_argument("preset", help="a model preset such as sret_t_108 (`describe` lists all), recipe or YAML file")
+    parser.add_argument("preset", help="a preset such as sret_t_108 (`describe` lists all), recipe, YAML file or run")
     parser.add_argument("overrides", nargs="*", metavar="model.field=value", help="fields of the model to change")
     parser.add_argument(
         "--memory",
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the fastest plan that fits."""
-    from sret_scale.config.recipes import configuration
+    from sret_scale.config.recipes import configuration, of_run_too
     from sret_scale.memory import plan_for
     from sret_scale.memory.planning.draw import draw_schedules
     from sret_scale.memory.planning.micro_batch import BatchSearch
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
     size = [] if args.image_size is None else [f"model.image_size={args.image_size}"]
     budget_bytes = free_bytes(args.device) if args.memory == "auto" else parse_bytes(args.memory, "--memory")
     micro_batch_size = None if args.micro_batch == "auto" else _positive(args.micro_batch)
-    config = configuration(args.preset, [*args.overrides, *size]).model
+    config = configuration(of_run_too(args.preset), [*args.overrides, *size]).model
     # As in a run with a budget: `stem_repeats_norms`.
     batches = BatchSearch(config, args.precision, DEVICES[args.device], repeats_norms=args.zero_stage < 3)
     beside = teacher_of(args, config.num_classes, micro_batch_size or TEACHER_MICRO_BATCH)

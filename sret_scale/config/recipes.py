@@ -61,6 +61,12 @@ def configuration(name: str, assignments: Sequence[str] = ()) -> RunConfig:
     return override(chosen.config, [*chosen.texts, *assignments])
 
 
+def of_run_too(name: str) -> str:
+    """`name`, or the configuration of a run, where it is the run's folder."""
+    file = Path(name) / "config.yaml"
+    return str(file) if file.is_file() else name
+
+
 def is_file_name(name: str) -> bool:
     """True for what is read as a file and not looked up among the recipes."""
     return name.endswith((".yaml", ".yml"))

@@ -46,7 +46,8 @@ def teacher_bytes(
         module, image_size = _architecture(part, num_classes, untrained_run)
         freeze(module, torch.device("meta"), precision)
         weights += sum(size_bytes(tensor) for tensor in (*module.parameters(), *module.buffers()))
-        passes = max(passes, _forward_bytes(module, (micro_batch_size, 3, image_size, image_size), precision))
+        (size,) = part.numbers("size", (image_size,))
+        passes = max(passes, _forward_bytes(module, (micro_batch_size, part.channels, int(size), int(size)), precision))
     return TeacherBytes(weights=weights, forward=passes)
 
 
@@ -55,7 +56,9 @@ def _architecture(part: TeacherSpec, num_classes: int, untrained_run: Untrained)
         # Importing timm takes seconds, which only this kind of teacher should cost.
         from sret_scale.timm import create_architecture, preprocessing
 
-        module = create_architecture(part.value, num_classes=num_classes if part.options else None)
+        module = create_architecture(
+            part.value, num_classes=num_classes if "checkpoint" in part.options else None, channels=part.channels
+        )
         return module, preprocessing(module)[2]
     if part.kind == "run":
         return untrained_run(Path(part.value))

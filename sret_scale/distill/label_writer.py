@@ -41,6 +41,7 @@ from data_pipelines.labels.store import (
 )
 from data_pipelines.shards.index import ShardSet
 from data_pipelines.stream.prefetch import Batch, BatchFiller, PendingBatch
+from data_pipelines.stream.processes import Progress
 from data_pipelines.stream.quarantine import Quarantine, TooManyBadSamplesError
 from data_pipelines.stream.reader import ShardReader
 from data_pipelines.stream.samples import TrainingSamples
@@ -92,13 +93,29 @@ def plan_labels(
     )
 
 
-def write_labels(job: LabelJob, *, rank: int, world_size: int, report: Callable[[str], None]) -> bool:
+def write_labels(
+    job: LabelJob,
+    *,
+    rank: int,
+    world_size: int,
+    report: Callable[[str], None],
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+) -> bool:
     """Write this rank's missing units. True when the store is finished, False when other ranks have units to write."""
     job.folder.mkdir(parents=True, exist_ok=True)
     save_plan(job.folder, job.plan)
     mine = list(job.plan.units())[rank::world_size]
     missing = [unit for unit in mine if not is_written(job, unit)]
     report(f"{job.folder}: {len(missing)} of {len(mine)} files to write")
+    total = sum((unit.last_view - unit.first_view + 1) * job.plan.shards[unit.shard][1] for unit in missing)
+    done = 0
+
+    def count(num_records: int) -> None:
+        nonlocal done
+        done += num_records
+        record_bytes = record_dtype(job.plan.top_k).itemsize
+        on_progress(Progress(samples=done, bytes=done * record_bytes, total_samples=total))
+
     # The number of an epoch is the number of a view here.
     data = dataclasses.replace(job.data, num_views=None, num_repeats=1, view_seed=job.plan.view["seed"])
     size = job.plan.image_size
@@ -110,7 +127,7 @@ def write_labels(job: LabelJob, *, rank: int, world_size: int, report: Callable[
             source, image_size=size, num_threads=data.workers, stall_s=data.stall_s, in_progress=reader.in_progress
         ) as filler:
             for number, unit in enumerate(missing, 1):
-                sums = write_unit(job, unit, filler)
+                sums = write_unit(job, unit, filler, count)
                 report(f"{number}/{len(missing)} {job.plan.file_name(unit)}: {describe_coverage(mean_coverage(sums))}")
     return finish(job.folder, job.plan)
 
@@ -144,7 +161,7 @@ def is_written(job: LabelJob, unit: Unit) -> bool:
     return True
 
 
-def write_unit(job: LabelJob, unit: Unit, filler: BatchFiller) -> Counter[str]:
+def write_unit(job: LabelJob, unit: Unit, filler: BatchFiller, count: Callable[[int], None]) -> Counter[str]:
     """Ask the teacher about a unit and write its file; the sums of its coverage."""
     num_samples = job.plan.shards[unit.shard][1]
     records_VN = np.empty((unit.last_view - unit.first_view + 1, num_samples), record_dtype(job.plan.top_k))
@@ -152,6 +169,7 @@ def write_unit(job: LabelJob, unit: Unit, filler: BatchFiller) -> Counter[str]:
     for view, start, (records, batch_sums) in unit_answers(job, unit, filler):
         records_VN[view - unit.first_view, start : start + len(records)] = records
         sums.update(batch_sums)
+        count(len(records))
     header = {**dataclasses.asdict(unit), "plan_sha256": job.plan.sha256, "coverage_sums": dict(sums)}
     write_whole(job.folder / job.plan.file_name(unit), render_file(header, records_VN))
     return sums

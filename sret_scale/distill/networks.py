@@ -26,6 +26,20 @@ class Network:
 
 def load_network(spec: TeacherSpec, *, num_classes: int, load_run: LoadRun) -> Network:
     """The network that a spec names. ValueError or OSError with what to do when there is none."""
+    network = _loaded(spec, num_classes=num_classes, load_run=load_run)
+    mean, std = spec.numbers("mean", network.mean), spec.numbers("std", network.std)
+    # One number is that of all channels.
+    mean, std = (numbers * (len(network.mean) if len(numbers) == 1 else 1) for numbers in (mean, std))
+    if not len(mean) == len(std) == len(network.mean) or min(std) <= 0 or len(mean) not in (1, 3):
+        raise ValueError(
+            f"teacher {spec.text!r}: expected mean and std, above 0, of {len(network.mean)} channels (1 or 3), got "
+            f"{mean} and {std}"
+        )
+    (size,) = spec.numbers("size", (network.image_size,))
+    return dataclasses.replace(network, mean=mean, std=std, image_size=int(size))
+
+
+def _loaded(spec: TeacherSpec, *, num_classes: int, load_run: LoadRun) -> Network:
     match spec.kind:
         case "run":
             return _from_parts(spec, load_run(Path(spec.value)))
@@ -47,8 +61,12 @@ def _from_timm(spec: TeacherSpec, num_classes: int) -> Network:
     from sret_scale.timm import create_model, preprocessing
 
     file = spec.options.get("checkpoint")
-    module = create_model(spec.value, num_classes=num_classes, checkpoint=Path(file) if file else None)
+    module = create_model(
+        spec.value, num_classes=num_classes, checkpoint=Path(file) if file else None, channels=spec.channels
+    )
     mean, std, image_size, interpolation = preprocessing(module)
+    if spec.channels == 1:
+        mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)
     # "random" means that the training drew one of both.
     interpolation = "bilinear" if interpolation == "bilinear" else "bicubic"
     return Network(module=module, mean=mean, std=std, image_size=image_size, interpolation=interpolation)

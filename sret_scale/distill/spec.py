@@ -10,13 +10,15 @@ from types import MappingProxyType
 FORMS = {
     "run": "run:FOLDER",
     "labels": "labels:FOLDER",
-    "timm": "timm:NAME[?checkpoint=FILE]",
+    "timm": "timm:NAME[?checkpoint=FILE&size=288&mean=0.5&std=0.5&channels=1]",
     "module": "module:pkg.mod:function",
     "efficientnet-lite0": "efficientnet-lite0",
     "efficientnet-lite1": "efficientnet-lite1",
     "efficientnet-lite2": "efficientnet-lite2",
 }
-OPTIONS = {"timm": ("checkpoint",)}
+# What the images of a network are, where that is not as it says itself: all kinds of networks take these.
+_INPUT = ("size", "mean", "std")
+OPTIONS = {kind: _INPUT for kind in FORMS if kind != "labels"} | {"timm": ("checkpoint", "channels", *_INPUT)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,6 +29,29 @@ class TeacherSpec:
     kind: str
     value: str
     options: Mapping[str, str]
+
+    def numbers(self, name: str, otherwise: tuple[float, ...]) -> tuple[float, ...]:
+        """The numbers of an option, such as `mean=0.5,0.5,0.5`; ValueError for what is none or no such size."""
+        text = self.options.get(name)
+        if text is None:
+            return otherwise
+        try:
+            found = tuple(map(float, text.split(",")))
+        except ValueError:
+            found = ()
+        is_count = name in ("size", "channels")
+        if not found or (is_count and not (len(found) == 1 and found[0] >= 1 and found[0].is_integer())):
+            expected = "a whole number" if is_count else "numbers with commas"
+            raise ValueError(f"teacher {self.text!r}: {name}: expected {expected}, got {text!r}")
+        return found
+
+    @property
+    def channels(self) -> int:
+        """Of the images that the network takes: 3, or 1 for grey."""
+        (count,) = self.numbers("channels", (3,))
+        if count not in (1, 3):
+            raise ValueError(f"teacher {self.text!r}: channels: expected 1 or 3, got {count:g}")
+        return int(count)
 
 
 def parse_teacher(text: str) -> tuple[TeacherSpec, ...]:
@@ -50,10 +75,10 @@ def stored_labels(text: str | None) -> Path | None:
 
 
 def _parse_one(text: str) -> TeacherSpec:
-    kind, colon, rest = text.partition(":")
+    named, _, query = text.partition("?")
+    kind, colon, value = named.partition(":")
     if kind not in FORMS:
         raise ValueError(f"teacher {text!r}: unknown kind {kind!r}{nearest(kind, FORMS)}; forms: {_forms()}")
-    value, _, query = rest.partition("?")
     if bool(colon) != (":" in FORMS[kind]) or (colon and not value):
         raise ValueError(f"teacher {text!r}: expected {FORMS[kind]}")
     options = {}

@@ -117,6 +117,9 @@ class OnlineTeacher:
         if tuple(unit_BCHW.shape[-2:]) != size:
             mode = self.network.interpolation
             unit_BCHW = F.interpolate(unit_BCHW, size, mode=mode, align_corners=False, antialias=True).clamp(0, 1)
+        if len(self.network.mean) == 1:
+            # Luma, as Pillow's conversion to grey.
+            unit_BCHW = (unit_BCHW * unit_BCHW.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
         return (unit_BCHW - self._mean) / self._std
 
 

@@ -23,7 +23,7 @@ def import_timm() -> ModuleType:
         raise ValueError(f"timm is not installed: {install_extra('timm')}") from error
 
 
-def create_model(name: str, *, num_classes: int, checkpoint: Path | None) -> nn.Module:
+def create_model(name: str, *, num_classes: int, checkpoint: Path | None, channels: int = 3) -> nn.Module:
     """A timm classifier with trained weights: those of a file, or else the published ones of its name.
 
     With a file the head gets `num_classes`; published weights keep their own head, because a new one would be random.
@@ -32,8 +32,8 @@ def create_model(name: str, *, num_classes: int, checkpoint: Path | None) -> nn.
     timm = import_timm()
     _check_name(timm, name)
     if checkpoint is None:
-        return _published_model(timm, name)
-    model: nn.Module = timm.create_model(name, num_classes=num_classes)
+        return _published_model(timm, name, channels)
+    model: nn.Module = timm.create_model(name, num_classes=num_classes, in_chans=channels)
     state = _read_weights(timm, checkpoint)
     try:
         model.load_state_dict(state)
@@ -43,7 +43,7 @@ def create_model(name: str, *, num_classes: int, checkpoint: Path | None) -> nn.
     return model
 
 
-def create_architecture(name: str, *, num_classes: int | None = None) -> nn.Module:
+def create_architecture(name: str, *, num_classes: int | None = None, channels: int = 3) -> nn.Module:
     """A timm classifier on the meta device, without weights; `None` keeps the number of classes of its published ones.
 
     ValueError for an unknown name.
@@ -52,7 +52,7 @@ def create_architecture(name: str, *, num_classes: int | None = None) -> nn.Modu
     _check_name(timm, name)
     classes = {} if num_classes is None else {"num_classes": num_classes}
     with torch.device("meta"):
-        model: nn.Module = timm.create_model(name, pretrained=False, **classes)
+        model: nn.Module = timm.create_model(name, pretrained=False, in_chans=channels, **classes)
     return model
 
 
@@ -80,9 +80,9 @@ def preprocessing(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...
     return tuple(config["mean"]), tuple(config["std"]), int(config["input_size"][-1]), str(config["interpolation"])
 
 
-def _published_model(timm: ModuleType, name: str) -> nn.Module:
+def _published_model(timm: ModuleType, name: str, channels: int) -> nn.Module:
     try:
-        model: nn.Module = timm.create_model(name, pretrained=True)
+        model: nn.Module = timm.create_model(name, pretrained=True, in_chans=channels)
     except (OSError, RuntimeError) as error:
         raise ValueError(
             f"cannot get the published weights of timm:{name}: {type(error).__name__}; without a network give them as "

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sret_scale.distill import OnlineTeacher, Teacher, build_teacher
+from sret_scale.distill.footprint import teacher_bytes
 from sret_scale.model import SReT, SReTConfig, StageConfig
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
@@ -25,6 +26,11 @@ def tiny_network(classes: int = 4, seed: int = 0) -> nn.Module:
 
 def twelve_pixels() -> tuple[nn.Module, tuple[float, ...], tuple[float, ...], int]:
     return tiny_network(seed=1), MEAN, STD, 12
+
+
+def one_channel() -> tuple[nn.Module, tuple[float, ...], tuple[float, ...], int]:
+    torch.manual_seed(4)
+    return nn.Sequential(nn.Conv2d(1, 3, 8), nn.Flatten(), nn.Linear(3, 4)), (0.4,), (0.2,), 8
 
 
 def eight_pixels() -> tuple[nn.Module, tuple[float, ...], tuple[float, ...], int]:
@@ -87,6 +93,40 @@ def test_teacher_resizes_and_normalises_as_it_was_trained() -> None:
     logits = build(here("twelve_pixels"))(unit)
     assert logits.shape == (5, 4) and logits.dtype == torch.float32 and not logits.requires_grad
     torch.testing.assert_close(logits, expected_logits(twelve_pixels(), unit), atol=1e-5, rtol=1e-5)
+
+
+def test_a_spec_may_say_what_its_images_are() -> None:
+    unit, (module, *_) = unit_batch(), twelve_pixels()
+    teacher = build(here("twelve_pixels") + "?size=8&mean=0.5&std=0.2,0.3,0.4")
+    expected = expected_logits((module, (0.5,) * 3, (0.2, 0.3, 0.4), 8), unit)
+    torch.testing.assert_close(teacher(unit), expected, atol=1e-5, rtol=1e-5)
+    assert teacher.describe()["image_size"] == 8 and teacher.describe()["std"] == [0.2, 0.3, 0.4]
+
+
+def test_a_teacher_of_grey_images_gets_grey_ones() -> None:
+    unit = unit_batch(size=8)
+    grey = (0.299 * unit[:, 0] + 0.587 * unit[:, 1] + 0.114 * unit[:, 2])[:, None]
+    with torch.no_grad():
+        expected = one_channel()[0].eval()((grey - 0.4) / 0.2)
+    torch.testing.assert_close(build(here("one_channel"))(unit), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_timm_network_may_have_one_channel_and_another_size(tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(5)
+    network = timm.create_model("test_resnet", in_chans=1, num_classes=4)
+    torch.save(network.state_dict(), tmp_path / "grey.pt")
+    spec = f"timm:test_resnet?checkpoint={tmp_path / 'grey.pt'}&channels=1&size=32&mean=0.5&std=0.25"
+    unit = unit_batch(size=32)
+    grey = (0.299 * unit[:, 0] + 0.587 * unit[:, 1] + 0.114 * unit[:, 2])[:, None]
+    with torch.no_grad():
+        expected = network.eval()((grey - 0.5) / 0.25)
+    torch.testing.assert_close(build(spec)(unit), expected, atol=1e-4, rtol=1e-4)
+    bytes_of = functools.partial(
+        teacher_bytes, num_classes=4, micro_batch_size=2, precision="fp32", untrained_run=no_runs
+    )
+    assert bytes_of(spec).weights == sum(tensor.nbytes for tensor in network.state_dict().values())
+    assert bytes_of(spec.replace("size=32", "size=64")).forward > 3 * bytes_of(spec).forward
 
 
 def test_micro_batches_give_the_same_logits() -> None:
@@ -193,7 +233,11 @@ def test_compiled_teacher_gives_the_same_logits(monkeypatch: pytest.MonkeyPatch)
         ("rum:x", "did you mean run"),
         ("", "unknown kind"),
         ("run:", "expected run:FOLDER"),
-        ("run:x?size=3", "unknown or empty option 'size=3'"),
+        ("run:x?sise=3", "unknown or empty option 'sise=3'; did you mean size"),
+        (here("twelve_pixels") + "?size=2.5", "size: expected a whole number, got '2.5'"),
+        (here("twelve_pixels") + "?mean=a", "mean: expected numbers with commas, got 'a'"),
+        (here("twelve_pixels") + "?std=1,2", "expected mean and std, above 0, of 3 channels"),
+        (here("twelve_pixels") + "?std=0", "expected mean and std, above 0, of 3 channels"),
         ("module:tests.distill.test_distill_teacher", "expected module:function, got"),
         ("module:no.such.package:f", "cannot import no.such.package"),
         (here("twelve_pixel"), "did you mean twelve_pixels"),

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sret_scale.cli import main
+from tests.tiny import tiny_config, write_config
 
 PAGE = Path(__file__).parents[2] / "docs" / "memory.md"
 SNIPPETS = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
@@ -60,3 +61,19 @@ def test_plan_names_what_is_wrong(arguments: list[str], message: str, capsys: py
     assert main([*SMALL, *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
+
+
+def test_describe_and_plan_take_a_run_its_file_and_changes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    write_config(run / "config.yaml", tiny_config(tmp_path))
+    plan = ["--memory", "1G", "--reserve", "0", "--micro-batch", "4", "--precision", "fp32", "--json"]
+    for place in (run, run / "config.yaml"):
+        assert main(["describe", str(place), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["applications"] == 5
+        assert main(["describe", str(place), "model.num_loops=4", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["applications"] == 8
+        assert main(["plan", str(place), "model.num_loops=4", *plan]) == 0
+        assert json.loads(capsys.readouterr().out)["budget_bytes"] == 2**30
+    assert main(["describe", str(tmp_path)]) == 2
+    assert "is a folder: expected its configuration" in capsys.readouterr().err

@@ -55,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from data_pipelines.shards.index import open_shards
+    from sret_scale.commands.shards.progress import progress_bar
     from sret_scale.config.recipes import configuration
     from sret_scale.config.run_config import RunConfig, override
     from sret_scale.distill import build_teacher
@@ -96,7 +97,11 @@ def run(args: argparse.Namespace) -> int:
     def report(text: str) -> None:
         print(f"[{time.monotonic() - started:7.1f} s] {text}", flush=True)
 
-    if write_labels(job, rank=args.rank, world_size=args.world_size, report=report):
+    with progress_bar("labels, counting views") as on_progress:
+        is_finished = write_labels(
+            job, rank=args.rank, world_size=args.world_size, report=report, on_progress=on_progress
+        )
+    if is_finished:
         views = f"data.num_views={args.views} data.view_seed={data.view_seed}"
         report(f"finished; train with distill.teacher=labels:{args.folder} distill.teacher_input=view {views}")
     else:
