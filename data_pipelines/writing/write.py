@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines.grids.made import GridOptions
+from data_pipelines.grids.made import GridOptions, GridReader
 from data_pipelines.shards.classes import check_same_classes, numbers_of
 from data_pipelines.shards.hashes import DEFAULT_HASH, HASH_NAMES, hash_name_of
 from data_pipelines.shards.index import WORK_FOLDER
@@ -61,7 +61,10 @@ class WriteConfig:
     class_names: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        source_kind(self.kind)
+        if (source_kind(self.kind).open_reader is GridReader) != isinstance(self.source, GridOptions):
+            raise ValueError(
+                f"source {self.source}: expected GridOptions for mazes and products, a path for other kinds"
+            )
         for name, value in (("shard_bytes", self.shard_bytes), ("shard_samples", self.shard_samples)):
             if value is not None and value < 1:
                 raise ValueError(f"{name}: expected 1 or more, got {value}")

@@ -17,6 +17,7 @@ from data_pipelines.image.decode import decode_rgb
 from data_pipelines.image.map_png import decode_map
 from data_pipelines.shards.index import open_shards
 from data_pipelines.upkeep.verify import verify_shards
+from data_pipelines.writing.write import WriteConfig
 from sret_scale.cli import main
 from tests.data.shard_sources import members_of
 from tests.reference import mazes as slow
@@ -134,6 +135,13 @@ def test_options_that_make_nothing_are_refused(changes: dict[str, Any], expected
         GridOptions(**{"puzzle": "reach", "count": 2, "smallest": 7, "largest": 15, **changes})
 
 
+def test_a_kind_and_what_it_is_made_of_belong_together() -> None:
+    made = GridOptions(puzzle="reach", count=2, smallest=7, largest=7)
+    for kind, source in (("folder", made), ("mazes", Path("here"))):
+        with pytest.raises(ValueError, match="expected GridOptions for mazes and products, a path for other kinds"):
+            WriteConfig(kind=kind, source=source)
+
+
 def digest(folder: Path) -> str:
     """Of all files of a set."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -171,6 +179,8 @@ def test_the_command_makes_the_same_bytes_with_any_number_of_workers_and_of_samp
         ("mazes T --puzzle reach --count 2 --size wide", "--size wide: expected a number of pixels, or two as in 7-15"),
         ("mazes S T --puzzle reach --count 2", "shards write mazes: expected one folder, TARGET"),
         ("folder S", "shards write folder: expected SOURCE and TARGET"),
+        ("mazes T --puzzle reach --count 2 --split val", "shards write mazes: has no use for --split; leave that out"),
+        ("folder S T --count 5 --snake", "shards write folder: has no use for --count --snake; leave that out"),
         ("mazes T --puzzle reach --count 2 --resize 5", "images with label maps are not resized; leave out --resize"),
     ],
 )

@@ -85,6 +85,9 @@ def run(args: argparse.Namespace) -> None:
     from data_pipelines.writing.write import WriteConfig
 
     made = _made(args) if args.kind in PUZZLES else None
+    idle = ("split", "classes") if made else ("count", "puzzle", "braid", "snake")
+    if unused := [f"--{name}" for name in idle if getattr(args, name)]:
+        raise ValueError(f"shards write {args.kind}: has no use for {' '.join(unused)}; leave that out")
     if (args.target is None) != (made is not None):
         raise ValueError(f"shards write {args.kind}: expected {'one folder, TARGET' if made else 'SOURCE and TARGET'}")
     config = WriteConfig(
