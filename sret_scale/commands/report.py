@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=Path("report.html"),
         metavar="PAGE",
-        help="page to write (default: report.html)",
+        help="page to write, its figures beside it in PAGE_files (default: report.html)",
     )
 
 

@@ -43,12 +43,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Returns the run's exit status."""
     from sret_scale.config.recipes import configuration, is_file_name, recipe
-    from sret_scale.config.run_config import to_yaml
+    from sret_scale.config.run_config import RefusedError, to_yaml
     from sret_scale.launch.elastic import Elastic, start_elastic
     from sret_scale.launch.hostfile import hosts_of
     from sret_scale.launch.preflight import start_run
 
-    config = configuration(args.recipe, args.overrides)
+    try:
+        config = configuration(args.recipe, args.overrides)
+    except RefusedError as error:
+        if args.dry_run:
+            print(error.text)
+        raise
     folder = folder_of(args)
     if args.dry_run and not is_file_name(args.recipe):
         print(f"recipe: {recipe(args.recipe).about}")

@@ -401,6 +401,14 @@ def to_plain(config: Any) -> Any:
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 
+class RefusedError(ValueError):
+    """A configuration that cannot be. `text` is its YAML as far as it was read: what was refused is mended there."""
+
+    def __init__(self, message: str, tree: Any) -> None:
+        super().__init__(message)
+        self.text = yaml.safe_dump(tree, sort_keys=False, width=120)
+
+
 def to_yaml(config: Any) -> str:
     """The configuration as YAML that `from_yaml` reads back to an equal one."""
     return yaml.safe_dump(to_plain(config), sort_keys=False, width=120)
@@ -420,7 +428,7 @@ def from_yaml(file: Path, assignments: Sequence[str] = ()) -> RunConfig:
         texts = take_texts(tree)
         config: RunConfig = build(RunConfig, tree)
     except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
+        raise RefusedError(f"{file}: {error}", tree) from error
     return override(config, [*texts, *assignments]) if texts or assignments else config
 
 
@@ -432,6 +440,13 @@ def override(config: RunConfig, assignments: Sequence[str]) -> RunConfig:
     (`image_counts`), and model.num_classes `auto`, for which the training set is opened.
     """
     tree = to_plain(config)
+    try:
+        return _overridden(tree, assignments)
+    except ValueError as error:
+        raise RefusedError(str(error), tree) from error
+
+
+def _overridden(tree: dict[str, Any], assignments: Sequence[str]) -> RunConfig:
     for assignment in assignments:
         key, separator, text = assignment.partition("=")
         if not separator or not key:

@@ -193,6 +193,10 @@ def test_the_command_says_what_it_wrote_and_refuses_what_is_not_there(
     write_run(tmp_path / "run", images=1280)
     assert cli.main(["report", str(tmp_path / "run"), "-o", str(tmp_path / "page.html")]) == 0
     assert "page.html (1 run)" in capsys.readouterr().out
+    # The folder of its figures, as docs/lab.md says.
+    assert cli.main(["report", str(tmp_path / "run"), "-o", str(tmp_path / "photos.html")]) == 0
+    assert f"figure files in {tmp_path / 'photos_files'}/" in capsys.readouterr().out
+    assert (tmp_path / "photos_files" / "summary.csv").is_file() and not (tmp_path / "report_files").exists()
     assert cli.main(["report", str(tmp_path / "absent")]) == 2
     assert capsys.readouterr().err.startswith("error: no run folder")
 

@@ -117,6 +117,29 @@ def _of_mlflow(folder: Path) -> list[tuple[float, int]]:
     return [(metric.value, metric.step) for metric in client.get_metric_history(run.info.run_id, "train/loss")]
 
 
+def test_a_dry_run_prints_the_configuration_that_it_refuses_to_build(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny = write_config(tmp_path / "tiny.yaml", tiny_config(shards))
+    for change, message in (
+        ("optim.learning_rate=-1", "optim.learning_rate"),
+        ("train.seed=many", "train.seed"),
+        ("optim.lr=1e-3", "did you mean optim.learning_rate=0.001?"),
+    ):
+        assert main(["train", str(tiny), change, "--dry-run"]) == 2
+        shown = capsys.readouterr()
+        assert message in shown.err and shown.err.count("\n") == 1
+        assert "total_images: 512" in shown.out
+        # What has no place is left out.
+        assert ("optim.lr" in change) or f"{change.partition('.')[2].replace('=', ': ')}" in shown.out
+        assert main(["train", str(tiny), change]) == 2
+        assert capsys.readouterr().out == ""
+    tiny.write_text(tiny.read_text().replace("learning_rate: 0.", "learning_rate: -0."))
+    assert main(["train", str(tiny), "--dry-run"]) == 2
+    shown = capsys.readouterr()
+    assert "learning_rate: -0." in shown.out and "learning_rate" in shown.err
+
+
 def test_a_run_at_its_end_goes_on_with_the_schedule_of_the_new_length(shards: Path, tmp_path: Path) -> None:
     tiny = write_config(tmp_path / "tiny.yaml", tiny_config(shards), total_images=128)
     command = ("train", tiny, "--run", tmp_path / "run", "--ranks", "1")
