@@ -87,9 +87,6 @@ class GridReader:
         text, _, member = path.removesuffix(".png").rpartition("}")
         return encode_png(_two(f"{text}}}", offset // 2)[offset % 2][member.removeprefix(".")])
 
-    def close(self) -> None:
-        """Nothing is open."""
-
 
 @lru_cache(maxsize=1)
 def _two(text: str, number: int) -> list[Pixels]:

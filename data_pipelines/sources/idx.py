@@ -96,9 +96,6 @@ class IdxReader:
         images_NHW = self._images[path]
         return encode_png(images_NHW[offset // length])
 
-    def close(self) -> None:
-        self._images.clear()
-
 
 def _find(folder: Path, name: str) -> Path:
     for path in (folder / name, folder / f"{name}.gz"):

@@ -79,9 +79,6 @@ class Reader(Protocol):
     def read(self, path: str, offset: int, length: int) -> bytes:
         """The image file's bytes; those of a member of it for `member_path` and `WHOLE`, none where it has none."""
 
-    def close(self) -> None:
-        """Closes what is open."""
-
 
 def check_labels(label: NDArray[np.int32], class_names: Sequence[str], where: Path) -> None:
     """Raises ValueError when a label is not an index into the classes."""

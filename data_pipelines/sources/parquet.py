@@ -114,13 +114,6 @@ class ParquetReader:
         self._groups.move_to_end(place)
         return self._groups[place]
 
-    def close(self) -> None:
-        self._groups.clear()
-        self._kept_bytes = 0
-        for file in self._files.values():
-            file.close()
-        self._files.clear()
-
 
 def _open(path: Path) -> Any:
     # Closed again: pyarrow reads a path faster than a file of Python's.

@@ -28,9 +28,6 @@ class FileReader:
             os.close(descriptor)
         return _checked(data, path, 0, length)
 
-    def close(self) -> None:
-        """Nothing is open between reads."""
-
 
 class RangeReader:
     """Ranges of files; keeps at most `max_open` of them open."""
@@ -46,10 +43,6 @@ class RangeReader:
             self._open[path] = regular_descriptor(path)
         self._open.move_to_end(path)
         return _checked(os.pread(self._open[path], length, offset), path, offset, length)
-
-    def close(self) -> None:
-        while self._open:
-            os.close(self._open.popitem()[1])
 
 
 def _checked(data: bytes, path: str, offset: int, length: int) -> bytes:
