@@ -9,7 +9,7 @@ in any order and again after a crash, and the bytes are the same.
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ class _Head:
 
     class_names: list[str]
     arguments: dict[str, Any]
-    members: list[str]
+    members: list[str] = field(default_factory=list)
 
 
 def make_plan(
