@@ -246,6 +246,7 @@ def _reach() -> RunConfig:
             total_images=40_000,
             global_batch_size=16,
             micro_batch_size=8,
+            compile="blocks",
             checkpoint_interval_images=8_000,
             log_interval_steps=50,
             image_mean=(0.0, 0.0, 0.0),
