@@ -272,6 +272,7 @@ usage: ./launch.sh [--no-venv] [COMMAND [ARGUMENT ...]]
 
 Sets the project up in .venv when needed (once), then:
   ./launch.sh                    the demo on the data that ships with the project, into runs/demo
+  ./launch.sh demo reach         what depth is for: mazes, in minutes, into runs/reach
   ./launch.sh test [...]         every check and test; arguments go to pytest
   ./launch.sh test --fast [...]  only the tests that start no processes
   ./launch.sh setup [EXTRA ...]  only the set-up, and the packages of optional parts

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from data_pipelines.image.map_png import IGNORED
 from data_pipelines.stream.loader import Batch
 from sret_scale.lab.report.evaluation_depth import curves_of, evaluation_depth_figures
 from sret_scale.lab.report.run_record import load_run
@@ -62,7 +63,7 @@ def flicker(read: ReadOut, batch: Batch) -> Tensor:
     """(B,) the share of an image's answers that are others in one of the recent loops than in the last one."""
     answers = [scores.argmax(dim=1).flatten(1) if scores.ndim > 2 else scores.argmax(1, True) for scores in read.recent]
     changes_BN = torch.stack([one != answers[-1] for one in answers]).any(dim=0).cpu()
-    is_asked_BN = batch.maps["map"].flatten(1) != 255 if "map" in batch.maps else torch.ones_like(changes_BN)
+    is_asked_BN = batch.maps["map"].flatten(1) != IGNORED if "map" in batch.maps else torch.ones_like(changes_BN)
     return (changes_BN & is_asked_BN).sum(dim=1) / is_asked_BN.sum(dim=1).clamp(min=1)
 
 

@@ -26,7 +26,7 @@ from sret_scale.lab.report.depth_curves import canvas_above_legend, legend
 from sret_scale.memory import MemoryConfig, apply_recomputation, predict_activations
 from sret_scale.memory.planning.micro_batch import BatchSearch
 from sret_scale.memory.planning.step_cost import DEVICES
-from sret_scale.model import SReT
+from sret_scale.model import SReT, SReTConfig, StageConfig
 from sret_scale.model.depth_plan import DepthPlan, StageDepth
 from sret_scale.tasks import task_of
 from sret_scale.train.evaluate_main import load_model_of, open_shards
@@ -37,7 +37,7 @@ STEP = 1e-3
 """Length of the step that is tried, relative to that of all weights."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class HorizonPoint:
     """Gradient through the last `loops` loops of the stage with most, and their share of the others.
 
@@ -87,35 +87,33 @@ def horizon(run: Path, num_images: int) -> list[HorizonPoint]:
                 total[name] += value / len(inputs)
         return loss, total
 
-    def plan_of(count: int) -> DepthPlan:
-        return DepthPlan(
-            tuple(
-                StageDepth(tuple(range(one.num_loops)), one.num_loops - share_of(count, one.num_loops, most))
-                for one in stages
-            )
-        )
-
     kinds: dict[str, list[str]] = {"all": [name for name, _ in model.named_parameters()]}
     for name, tag in model.parameter_tags().items():
         kinds.setdefault(tag.kind, []).append(name)
-    (before, whole), points = measured(plan_of(most)), []
+    (before, whole), points = measured(through_last(stages, most)), []
     for count in [*(2**power for power in range(most.bit_length()) if 2**power < most), most]:
-        gradient = measured(plan_of(count))[1]
+        plan = through_last(stages, count)
+        gradient = measured(plan)[1]
         with stepped(model, gradient):
-            loss = measured(plan_of(1))[0]
-        plan = {"micro_batch_size": micro, "depth": plan_of(count)}
-        points.append(
-            HorizonPoint(
-                loops=count,
-                gain=before - loss,
-                cosines={k: cosine([gradient[n] for n in own], [whole[n] for n in own]) for k, own in kinds.items()},
-                none_bytes=predict_activations(config.model, MemoryConfig(schedule="none"), **plan),  # type: ignore[arg-type]
-                planned_bytes=BatchSearch(config.model, "fp32", DEVICES["cpu"], depth=plan_of(count))
-                .search(micro)
-                .smallest_bytes(),
-            )
-        )
+            gain = before - measured(through_last(stages, 1))[0]
+        cosines = {k: cosine([gradient[n] for n in own], [whole[n] for n in own]) for k, own in kinds.items()}
+        points.append(HorizonPoint(count, gain, cosines, *activation_bytes(config.model, micro, plan)))
     return points
+
+
+def through_last(stages: Sequence[StageConfig], count: int) -> DepthPlan:
+    """All loops, with gradient through the last `count` of the stage with most, and that share of the others."""
+    most = max(stage.num_loops for stage in stages)
+    depths = ((one.num_loops, one.num_loops - share_of(count, one.num_loops, most)) for one in stages)
+    return DepthPlan(tuple(StageDepth(tuple(range(loops)), detached) for loops, detached in depths))
+
+
+def activation_bytes(config: SReTConfig, micro_batch_size: int, plan: DepthPlan) -> tuple[int, int]:
+    """Predicted for a micro-batch: without recomputation, and at the least that a plan needs."""
+    none = MemoryConfig(schedule="none")
+    search = BatchSearch(config, "fp32", DEVICES["cpu"], depth=plan).search(micro_batch_size)
+    taken = predict_activations(config, none, micro_batch_size=micro_batch_size, depth=plan)
+    return taken, search.smallest_bytes()
 
 
 @contextlib.contextmanager
