@@ -3,11 +3,28 @@
 import argparse
 import importlib
 from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+class _Intermixed(argparse.ArgumentParser):
+    """Takes options also between a command's folders. Before Python 3.12.7 one that may be left out has to stand
+    together with those before it otherwise."""
+
+    _is_parsing = False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if self._is_parsing:
+            return super().parse_known_args(args, namespace)
+        self._is_parsing = True
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._is_parsing = False
 
 
 def add_actions(parser: argparse.ArgumentParser, package: str, actions: Mapping[str, str]) -> None:
     """One sub-command for each action: name -> what it does. Its arguments and its work are in `package.NAME`."""
-    sub_parsers = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
+    sub_parsers = parser.add_subparsers(title="actions", metavar="ACTION", required=True, parser_class=_Intermixed)
     for name, text in actions.items():
         module = importlib.import_module(f"{package}.{name}")
         action = sub_parsers.add_parser(

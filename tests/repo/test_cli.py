@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from sret_scale.cli import main
+from sret_scale.commands.actions import parsed
 from sret_scale.config.fields import fields_of
 from sret_scale.config.run_config import RunConfig
 from sret_scale.runs.rank_errors import in_words
@@ -112,3 +113,9 @@ def test_shards_write_says_which_option_is_wrong(
     words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     assert main(["shards", "write", "folder", str(tmp_path), str(tmp_path / "file"), *words]) == 2
     assert expected in capsys.readouterr().err
+
+
+def test_options_may_stand_between_a_commands_folders() -> None:
+    for words in (["folder", "a", "--split", "0.1", "b"], ["--split", "0.1", "folder", "a", "b"]):
+        found = parsed("shards", ["write", *words])
+        assert (found.kind, found.source, found.target, found.split) == ("folder", Path("a"), Path("b"), "0.1")

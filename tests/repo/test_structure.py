@@ -10,11 +10,11 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = ("sret_scale", "data_pipelines")
 # Product lines (*.py, *.c, *.h, *.html) that a room may have. Raising one is a decision: say why in docs/log.md.
 LINE_BUDGETS = {
-    "data_pipelines": 8_850,
-    "sret_scale/commands": 2_400,
-    "sret_scale/config": 1_550,
-    "sret_scale/distill": 1_250,
-    "sret_scale/lab": 4_800,
+    "data_pipelines": 8_950,
+    "sret_scale/commands": 2_480,
+    "sret_scale/config": 1_580,
+    "sret_scale/distill": 1_300,
+    "sret_scale/lab": 5_320,
     "sret_scale/launch": 2_000,
     "sret_scale/memory": 2_620,
     "sret_scale/model": 3_850,
@@ -23,7 +23,7 @@ LINE_BUDGETS = {
     "sret_scale/timm": 560,
     "sret_scale/train": 4_200,
 }
-TOTAL_BUDGET = 32_500
+TOTAL_BUDGET = 33_700
 MOST_FILES = 20
 
 
