@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from data_pipelines.checked_files import read_bounded
 from sret_scale.config.ds_config import load_ds_config, precision_of
 from sret_scale.config.precision import autocast
-from sret_scale.config.run_config import RunConfig
+from sret_scale.config.run_config import EngineConfig, RunConfig, TrainConfig
 from sret_scale.lab.experiments.declared import PlannedRun
 from sret_scale.lab.experiments.matching import memory_of
 from sret_scale.lab.readable_numbers import binary_size, compact, duration, grouped
@@ -141,7 +141,9 @@ def sweep_table(
         images = run.config.train.total_images
         row = [run.name, grouped(run.applications), compact(run.parameters), compact(run.macs), grouped(images)]
         row.append(compact(_flops(run)))
-        row.append(binary_size(_memory(run.config.model, _MemoryKey.of(run.config, sum(ranks_of_nodes)))))
+        config, ranks = run.config, sum(ranks_of_nodes)
+        needed = _memory(config.model, config.memory, config.train.micro_batch_size, config.engine, ranks)
+        row.append(binary_size(needed))
         run_s = [speed.run_s(run) for speed in speeds]
         total_s = [before + own for before, own in zip(total_s, run_s, strict=True)]
         row += _times(run_s, price_per_hour)
@@ -162,35 +164,11 @@ def _flops(run: PlannedRun) -> int:
     return FLOPS_PER_MAC_OF_TRAINING * run.macs * run.config.train.total_images
 
 
-@dataclass(frozen=True, kw_only=True)
-class _MemoryKey:
-    """What a rank's bytes depend on besides the model."""
-
-    memory: MemoryConfig
-    micro_batch_size: int
-    ds_config: str
-    world_size: int
-
-    @classmethod
-    def of(cls, config: RunConfig, world_size: int) -> "_MemoryKey":
-        return cls(
-            memory=config.memory,
-            micro_batch_size=config.train.micro_batch_size,
-            ds_config=config.engine.ds_config,
-            world_size=world_size,
-        )
-
-
 @functools.cache
-def _memory(model: SReTConfig, key: _MemoryKey) -> int:
+def _memory(model: SReTConfig, memory: MemoryConfig, micro_batch_size: int, engine: EngineConfig, ranks: int) -> int:
     """Bytes of a rank, once for all seeds and rates of a depth."""
-    base = RunConfig(model=model, memory=key.memory)
-    train = {**vars(base.train), "micro_batch_size": key.micro_batch_size}
-    engine = {**vars(base.engine), "ds_config": key.ds_config}
-    config = RunConfig(
-        model=model, memory=key.memory, train=type(base.train)(**train), engine=type(base.engine)(**engine)
-    )
-    return memory_of(config, key.world_size)
+    train = TrainConfig(micro_batch_size=micro_batch_size)
+    return memory_of(RunConfig(model=model, memory=memory, train=train, engine=engine), ranks)
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> str:

@@ -4,22 +4,18 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sret_scale.lab.readable_numbers import binary_size, compact
 from sret_scale.lab.report.chart import Caption, Chart
 from sret_scale.lab.report.compare import teacher_of
-from sret_scale.lab.report.plots import MOST_LABELS, SMOOTH_FROM, Bar, Curve, bar_chart, line_chart, smoothed
+from sret_scale.lab.report.plots import MOST_LABELS, SMOOTH_FROM, Curve, line_chart, smoothed
 from sret_scale.lab.report.run_record import RunRecord
-from sret_scale.lab.report.summary import Summary, evaluation_split
+from sret_scale.lab.report.summary import evaluation_split
 from sret_scale.runs.metrics_log import Series
 
 Drawn = tuple[list[Curve], Caption]
-MOST_BARS = 16  # A chart with more is longer than the table that has the same figures.
 
 
-def basic_figures(
-    runs: Sequence[RunRecord], summaries: Sequence[Summary], colours: Sequence[str], *, named: bool = True
-) -> list[Chart]:
-    """Accuracy, losses, rate, gradient, speed and memory of the runs; a figure without values is left out.
+def basic_figures(runs: Sequence[RunRecord], colours: Sequence[str], *, named: bool = True) -> list[Chart]:
+    """Accuracy, losses, rate and gradient of the runs; a figure without values is left out.
 
     named: whether curves have their run's name; where they do not, the page has a legend of their colours.
     """
@@ -32,7 +28,6 @@ def basic_figures(
     ]
     forms = (".1f", ".2f", ".2g", ".2g", ".2f")
     charts = [_lines(*drawn, form=form, named=named) for drawn, form in zip(curves, forms, strict=True)]
-    charts += [_speed(summaries, colours), _memory(summaries, colours)]
     return [chart for chart in charts if chart is not None]
 
 
@@ -110,39 +105,3 @@ def _lines(curves: list[Curve], caption: Caption, *, form: str, named: bool) -> 
         more = "One line per run, in the colours of the table." if named else "One line per run, coloured by depth."
         caption = Caption(**{**vars(caption), "text": f"{caption.text} {more}".strip()})
     return line_chart(drawn, caption, form=form, named=named)
-
-
-def _speed(summaries: Sequence[Summary], colours: Sequence[str]) -> Chart | None:
-    bars = [
-        Bar(label=s.run, colour=colour, value=s.images_per_s, text=f"{compact(s.images_per_s)} images/s")
-        for s, colour in zip(summaries, colours, strict=True)
-        if s.images_per_s is not None
-    ]
-    caption = Caption(
-        name="speed",
-        title="Training speed",
-        text="Median over the run, all ranks together; with distillation the teacher is included.",
-        x_label="images/s",
-    )
-    return bar_chart(bars, caption) if 0 < len(bars) <= MOST_BARS else None
-
-
-def _memory(summaries: Sequence[Summary], colours: Sequence[str]) -> Chart | None:
-    bars = [
-        Bar(
-            label=s.run,
-            colour=colour,
-            value=s.peak_bytes,
-            text=binary_size(s.peak_bytes),
-            tick=s.predicted_activation_bytes,
-        )
-        for s, colour in zip(summaries, colours, strict=True)
-        if s.peak_bytes is not None
-    ]
-    device = any(s.peak_is_device for s in summaries)
-    text = "Peak of the device's allocator" if device else "Peak of the process (RSS, which includes code and data)"
-    text += ", on the rank that needs most."
-    if any(bar.tick is not None for bar in bars):
-        text += " The tick marks the prediction, for activations alone."
-    caption = Caption(name="memory", title="Peak memory", text=text, x_label="bytes")
-    return bar_chart(bars, caption) if 0 < len(bars) <= MOST_BARS else None

@@ -1,4 +1,4 @@
-"""The two basic figures: curves over images seen, and one bar per run. Direct labels instead of legends."""
+"""Curves over images seen, with direct labels instead of legends."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from matplotlib.axis import Axis
 from matplotlib.ticker import FuncFormatter, MaxNLocator, MultipleLocator
 
 from sret_scale.lab.readable_numbers import binary_size, compact
-from sret_scale.lab.report.chart import INK, MUTED, STYLE, Caption, Chart, canvas, finish, printable
+from sret_scale.lab.report.chart import STYLE, Caption, Chart, canvas, finish, printable
 from sret_scale.runs.metrics_log import Series
 
 MOST_LABELS = 8  # More direct labels than this cannot be read; the table's colour marks then tell the runs.
@@ -32,17 +32,6 @@ class Curve:
     series: Series
     faint: Series | None = None
     kinds: tuple[str, str] = ("", "")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Bar:
-    """One value of a run and its text; `tick` is a second value to compare it with, such as a prediction."""
-
-    label: str
-    colour: str
-    value: float
-    text: str
-    tick: float | None = None
 
 
 def line_chart(curves: Sequence[Curve], caption: Caption, *, form: str, named: bool = True) -> Chart:
@@ -84,35 +73,6 @@ def byte_axis(axis: Axis) -> None:
     low, high = axis.get_view_interval()
     axis.set_major_locator(MultipleLocator(2.0 ** np.ceil(np.log2(max(4.0, high - low) / 4))))
     axis.set_major_formatter(FuncFormatter(lambda value, _: binary_size(value)))
-
-
-def bar_chart(bars: Sequence[Bar], caption: Caption) -> Chart:
-    """Horizontal bars from zero; the run's name stands above its bar, its value at the right."""
-    height_inches = 0.2 + 0.5 * len(bars)
-    with mpl.rc_context(STYLE):
-        figure, axes = canvas(caption, height_inches)
-        figure.subplots_adjust(left=0.02, right=0.98, bottom=0.06 / height_inches, top=1 - 0.06 / height_inches)
-        axes.set_xlabel("")
-        right = max(max(bar.value, bar.tick or 0.0) for bar in bars) or 1.0
-        for row, bar in enumerate(bars):
-            axes.barh(row, bar.value, height=0.26, color=bar.colour)
-            if bar.tick is not None:
-                axes.plot(
-                    [bar.tick, bar.tick], [row - 0.13, row + 0.13], color=INK, linewidth=2.2, solid_capstyle="butt"
-                )
-            above: dict[str, Any] = {"xytext": (0, 3), "textcoords": "offset points", "va": "bottom"}
-            axes.annotate(printable(bar.label, 40), (0, row - 0.13), **above)
-            axes.annotate(bar.text, (right, row - 0.13), ha="right", color=MUTED, **above)
-        axes.set_ylim(len(bars) - 0.7, -0.75)
-        axes.set_xlim(0, right)
-        axes.grid(False)
-        axes.set_xticks([])
-        axes.set_yticks([])
-        axes.spines["bottom"].set_visible(False)
-        has_ticks = any(bar.tick is not None for bar in bars)
-        table: list[tuple[object, ...]] = [("run", caption.x_label, "tick")[: 2 + has_ticks]]
-        table += [(bar.label, bar.value, "" if bar.tick is None else bar.tick)[: 2 + has_ticks] for bar in bars]
-        return finish(figure, caption, table)
 
 
 def spread(wanted: npt.NDArray[np.float64], gap: float) -> npt.NDArray[np.float64]:
