@@ -49,6 +49,13 @@ _Hash = Annotated[
 ]
 
 
+def _with_sound_location(writer: Mapping[str, Any]) -> Mapping[str, Any]:
+    place = writer.get("location", "/")
+    if not isinstance(place, str) or "\0" in place or not (place.startswith("/") or "://" in place):
+        raise ValueError("location: expected a folder from the root or a URL")
+    return writer
+
+
 # The ending of a member beside image, label and metadata; it is part of the names of columns in the index.
 _MemberName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9_]{1,32}(\.[a-z0-9_]{1,8})?$")]
 INDEX_BYTES_A_SAMPLE = 56
@@ -90,7 +97,7 @@ class Manifest:
     index_sha256: _Sha256
     shards: Annotated[list[ShardEntry], FailFast()]
     num_rejected: _Count
-    writer: Mapping[str, Any]
+    writer: Annotated[Mapping[str, Any], AfterValidator(_with_sound_location)]
     members: Annotated[list[_MemberName], Field(max_length=16), FailFast()] = field(default_factory=list)
 
     @property

@@ -16,8 +16,16 @@ from data_pipelines.shards.tar_scan import mapped, scan_samples
 
 
 def write_sidecars(folder: str | Path, *, split: str) -> list[Path]:
-    """Writes the files for all four readers into the shard folder; `split` is the name that timm will know it by."""
+    """Writes the files for all four readers into the shard folder; `split` is the name that timm will know it by.
+
+    ValueError where the tars lie elsewhere: a manifest says where to read, and never where to write.
+    """
     shards = open_shards(folder)
+    if "location" in shards.manifest.writer:
+        raise ValueError(
+            f"{folder}: its tars lie in {shards.manifest.writer['location']}, and other readers look for these files "
+            "beside them: index the tars in their own folder (`sret-scale shards index` without an output)"
+        )
     counts = {shard.file: shard.num_samples for shard in shards.manifest.shards}
     written = [_write_json(shards.folder / "sizes.json", counts)]
     info = {

@@ -19,6 +19,7 @@ from data_pipelines.shards.index import COLUMNS, open_shards
 from data_pipelines.shards.manifest import max_index_bytes
 from data_pipelines.shards.npz_columns import parse_columns, render_columns
 from data_pipelines.sources.tars import class_names_of
+from data_pipelines.upkeep.sidecars import write_sidecars
 from data_pipelines.writing.write import WriteConfig, write_shards
 from sret_scale.cli import main
 from tests.servers.stream_server import serve
@@ -233,6 +234,31 @@ def test_rows_whose_sums_run_over_are_refused(folder: Path, name: str, values: i
     _seal(folder, render_columns({key: columns[key] for key in COLUMNS}))
     with pytest.raises(ValueError, match="rows that lie outside"):
         open_shards(folder)
+
+
+def test_a_manifest_that_names_another_folder_makes_no_file_there(folder: Path, tmp_path: Path) -> None:
+    manifest = json.loads((folder / "manifest.json").read_bytes())
+    elsewhere = Path(shutil.copytree(folder, tmp_path / "elsewhere"))
+    before = sorted(elsewhere.rglob("*"))
+    _seal(folder, writer={**manifest["writer"], "location": str(elsewhere)})
+    for command in (["sidecars", folder], ["repair", folder, tmp_path / "out"], ["verify", folder], ["info", folder]):
+        main(["shards", *map(str, command)])
+    assert sorted(elsewhere.rglob("*")) == before
+    with pytest.raises(ValueError, match="its tars lie in"):
+        write_sidecars(folder, split="x")
+
+
+@pytest.mark.parametrize(
+    "location", ["relative", "..", 5, ["/tmp"], "", None, "pipe:touch x", "file:/etc", "\0", "/a\0b"]
+)
+def test_a_location_that_is_no_folder_and_no_url_is_refused(folder: Path, tmp_path: Path, location: object) -> None:
+    manifest = json.loads((folder / "manifest.json").read_bytes())
+    _seal(folder, writer={**manifest["writer"], "location": location})
+    for opener in (_open_locally, lambda at, _: open_data(at, DataConfig(cache_folder=str(tmp_path / "cache")))):
+        with pytest.raises(
+            ValueError, match=r"manifest\.json: writer: location: expected a folder from the root or a URL"
+        ):
+            opener(folder, tmp_path)
 
 
 def test_columns_come_back_as_they_were() -> None:

@@ -2,8 +2,10 @@
 
 import argparse
 import pickle
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -98,6 +100,22 @@ def test_checkpoints_of_training_codes_are_imported(
     assert f"from {key!r}" in capsys.readouterr().out
     imported = load_model(native).state_dict()
     assert all(torch.equal(imported[name], value) for name, value in expected.items()), what
+
+
+@pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])
+@pytest.mark.parametrize("name", ["PosixPath", "WindowsPath"])
+def test_paths_that_any_python_wrote_are_passed_over(
+    published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, name: str
+) -> None:
+    """Python 3.13 pickles paths as of `pathlib._local`, the others as of `pathlib`, and Windows has its own."""
+    theirs = type(name, (), {"__module__": module, "__reduce__": lambda path: (type(path), ("out",))})
+    fake = ModuleType(module)
+    setattr(fake, name, theirs)
+    state, _ = load_published(published)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, module, fake)
+        torch.save({"model": state, "args": argparse.Namespace(output_dir=theirs())}, tmp_path / "theirs.pth")
+    assert load_published(tmp_path / "theirs.pth")[0].keys() == state.keys()
 
 
 def test_what_stands_beside_the_weights_runs_nothing(

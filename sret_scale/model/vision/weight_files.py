@@ -96,8 +96,8 @@ _BESIDE_WEIGHTS: list[Any] = [
     (_Inert, name)
     for name in (
         "argparse.Namespace",
-        "pathlib.Path",
-        "pathlib.PosixPath",
+        # Python 3.13 calls the module of its paths so.
+        *(f"pathlib{where}.{name}" for where in ("", "._local") for name in ("Path", "PosixPath", "WindowsPath")),
         "numpy.dtype",
         "numpy.core.multiarray.scalar",
         "numpy._core.multiarray.scalar",
