@@ -97,6 +97,10 @@ onload="
   const found = {first: page.querySelector('figure svg').getBoundingClientRect().bottom, asis: rows()};
   page.querySelector('#up-0').click(); found.up = rows();
   page.querySelector('#down-0').click(); found.down = rows();
+  const cells = [...page.querySelectorAll('.settings td')];
+  found.clipped = cells.filter(one => one.scrollWidth > one.clientWidth + 1).length;
+  const box = one => one.getBoundingClientRect(), figures = [...page.querySelectorAll('figure')];
+  found.empty = Math.max(...figures.map(one => box(one).bottom - box(one.querySelector('nav')).bottom));
   page.querySelectorAll('details').forEach(one => one.open = true);
   const names = [...page.querySelectorAll('.summary .name')].map(name => name.getBoundingClientRect().height);
   found.names = Math.max(...names);
@@ -109,7 +113,13 @@ def test_settings_are_sorted_by_a_click_and_the_first_figure_is_near(tmp_path: P
     for loops, top1 in ((2, 0.7), (12, 0.8), (4, 0.6)):
         for seed in range(2):
             name = f"an_experiment_with_a_long_name_num_loops-{loops}_seed-{seed}"
-            write_run(tmp_path / "runs" / name, num_loops=loops, seed=seed, images=1280, final_top1=top1)
+            run = write_run(
+                tmp_path / "runs" / name, num_loops=loops, seed=seed, images=1280, final_top1=top1, has_telemetry=True
+            )
+            text = (run / "config.yaml").read_text()
+            (run / "config.yaml").write_text(
+                text.replace("branch_scheme: published", f"branch_scheme: scheme_of_{loops}")
+            )
     write_report([tmp_path / "runs"], tmp_path / "report.html")
     (tmp_path / "probe.html").write_text(SORTED.replace("WIDTH", str(width)))
     flags = ["--allow-file-access-from-files", "--virtual-time-budget=10000", "--dump-dom", "--window-size=1400,1900"]
@@ -119,5 +129,6 @@ def test_settings_are_sorted_by_a_click_and_the_first_figure_is_near(tmp_path: P
     assert match, ran.stdout[-500:] + ran.stderr[-2000:]
     found = json.loads(match[1])
     assert (found["asis"], found["up"], found["down"]) == (["12", "2", "4"], ["2", "4", "12"], ["12", "4", "2"])
-    # Two screens of a phone, and two lines of a name.
+    # Two screens of a phone, and two lines of a name; nothing is cut off, no card has an empty half.
     assert found["first"] < 2 * 844 and 0 < found["names"] <= 50
+    assert found["clipped"] == 0 and found["empty"] < 20
