@@ -13,7 +13,7 @@ reach   one block that learns on small mazes, and reads larger ones the farther 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Which, where from and where to."""
-    parser.add_argument("which", nargs="?", choices=("path", "reach"), default="path", help="(default: %(default)s)")
+    parser.add_argument("which", nargs="?", choices=("path", "reach"), default="path", help="(default: path)")
     parser.add_argument("--output", type=Path, help="folder to write into (default: runs/demo, runs/reach)")
     parser.add_argument(
         "--source",

@@ -74,11 +74,10 @@ def train(config: RunConfig, folder: RunFolder, ranks: Ranks) -> bool:
                 clock = dataclasses.replace(clock, is_evaluated=is_evaluated)
                 is_stopping |= not is_evaluated
                 logged = dataclasses.replace(clock, time_s=time.monotonic() - started)
-            # ---- save
+            # ---- save; at the end what is exported: the last average, with its own statistics
             if is_due(before, clock, settings.checkpoint_interval_images) or is_last or is_stopping:
                 with run.phase("saving", clock):
                     if is_last and run.average:
-                        # What is exported is the last average, with its own statistics.
                         load_average(run, run.average)
                     save(run, clock)
                 logged = dataclasses.replace(clock, time_s=time.monotonic() - started)
