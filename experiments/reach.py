@@ -19,6 +19,7 @@ are told apart less than three times in four after 300 applications.
 """
 
 import argparse
+import csv
 import json
 import math
 import time
@@ -233,10 +234,53 @@ def test(folder: Path, side: int, pairs: int, mean_of: int) -> None:
                     {"pair": first + number, "distance": distance, "applications": read.loops, "margins": values}
                 )
         (folder / f"test_{side}.json").write_text(json.dumps(lines))
-        for count in COUNTS:
-            ours = [line["margins"] for line in lines if line["applications"] == count]
-            told = np.mean([(a < b) + (a == b) / 2 for a, b, _, _ in ours])
-            print(f"{side} px, {count} applications: {100 * told:.1f} % of {len(ours)} pairs", flush=True)
+    write_table(folder / f"reach_{side}.csv", lines)
+
+
+def write_table(file: Path, lines: list[dict]) -> None:
+    """What the records of a test say, by number of applications, also printed."""
+    random, rows = np.random.default_rng(0), []
+    for count in COUNTS:
+        ours = sorted((line["distance"], *told(line["margins"])) for line in lines if line["applications"] == count)
+        far = [last for distance, last, _ in ours if 96 <= distance <= 200]
+        drawn = [reach(sorted(ours[i] for i in random.integers(len(ours), size=len(ours)))) for _ in range(1000)]
+        low, high = map(float, np.quantile(drawn, (0.025, 0.975)))
+        rows.append(
+            {
+                "applications": count,
+                "pairs": len(ours),
+                "told_apart": round(float(np.mean([last for _, last, _ in ours])), 4),
+                "told_apart_mean_read_out": round(float(np.mean([mean for *_, mean in ours])), 4),
+                "told_apart_96_to_200": round(float(np.mean(far)), 4) if far else "",
+                "reach": reach(ours),
+                "reach_low": low,
+                "reach_high": high,
+            }
+        )
+        print(rows[-1], flush=True)
+    with file.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def told(margins: list[float]) -> tuple[float, float]:
+    """Whether a pair is told apart, by the last scores and by their mean; half where both are the same."""
+    closed, kept, closed_mean, kept_mean = margins
+    return (closed < kept) + (closed == kept) / 2, (closed_mean < kept_mean) + (closed_mean == kept_mean) / 2
+
+
+def reach(pairs: list[tuple[float, float, float]]) -> float:
+    """The distance up to which three pairs in four are told apart, by the falling fit of least squares; 0 for none."""
+    levels: list[list[float]] = []
+    for _, is_told, _ in pairs:
+        levels.append([is_told, 1])
+        while len(levels) > 1 and levels[-2][0] < levels[-1][0]:
+            (late, many), (early, few) = levels.pop(), levels.pop()
+            levels.append([(late * many + early * few) / (many + few), many + few])
+    fit = np.repeat([level for level, _ in levels], [int(number) for _, number in levels])
+    within = np.flatnonzero(fit >= 0.75)
+    return float(pairs[within[-1]][0]) if len(within) else 0.0
 
 
 def main() -> None:
