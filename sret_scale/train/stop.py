@@ -9,6 +9,7 @@ from sret_scale.runs.stop_signals import stop_signals
 class StopFlag:
     """Inside the `with`, a stop signal sets `is_set`; a second Ctrl-C has its usual effect.
 
+    Behind an orderly end they are ignored.
     Slurm sends SIGTERM to every process of a node, and the launcher's agent passes its own on: a second one is normal.
     """
 
@@ -23,8 +24,9 @@ class StopFlag:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         for number, handler in self._previous.items():
-            # A second signal may still be on its way: it must not turn the orderly end into a death by signal.
-            signal.signal(number, signal.SIG_IGN if self.is_set else handler)
+            # A signal may still be on its way, the second, or this rank's first after another's has stopped the run: it
+            # must not turn the orderly end into a death by signal.
+            signal.signal(number, signal.SIG_IGN if self.is_set or error is None else handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.is_set = True

@@ -1,5 +1,6 @@
 """A terminal that goes: hang-ups save the run or are ignored under nohup, and lost output ends no run."""
 
+import contextlib
 import os
 import pty
 import signal
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from sret_scale.launch.child_processes import caught_signals
+from sret_scale.runs.stop_signals import STOP_SIGNALS
 from sret_scale.train.stop import StopFlag
 from tests.data.shard_sources import make_tree
 from tests.launch.test_launch_run import ROOT, START, left_over, rank_pids, start
@@ -36,19 +38,36 @@ def test_a_hangup_asks_to_save_and_is_never_the_second_urgent_request() -> None:
     assert requests == [signal.SIGHUP, signal.SIGTERM]
 
 
+@pytest.fixture
+def own_signals() -> Iterator[None]:
+    """What a rank leaves ignored is put back."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("own_signals")
 def test_a_hangup_sets_the_stop_flag_of_a_rank() -> None:
-    before = signal.getsignal(signal.SIGHUP)
-    try:
-        with StopFlag() as stop:
-            signal.raise_signal(signal.SIGHUP)
-        assert stop.is_set
-    finally:
-        for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, before)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    with StopFlag() as stop:
+        signal.raise_signal(signal.SIGHUP)
+    assert stop.is_set
 
 
-@pytest.mark.usefixtures("under_nohup")
+@pytest.mark.usefixtures("own_signals")
+def test_a_signal_that_reaches_a_rank_after_its_orderly_end_changes_nothing() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with contextlib.suppress(ValueError), StopFlag():
+        raise ValueError("of the run")
+    assert signal.getsignal(signal.SIGTERM) == before
+    with StopFlag() as stop:
+        pass  # Another rank's signal ends the loop.
+    for number in STOP_SIGNALS:
+        signal.raise_signal(number)
+    assert not stop.is_set
+
+
+@pytest.mark.usefixtures("own_signals", "under_nohup")
 def test_under_nohup_hangups_stay_ignored() -> None:
     with StopFlag() as stop, caught_signals() as requests:
         signal.raise_signal(signal.SIGHUP)
