@@ -41,8 +41,8 @@ def commands() -> list[list[str]]:
     return [shlex.split(line, comments=True) for line in re.findall(r"^    \./launch\.sh(.*)$", text, re.MULTILINE)]
 
 
-def test_the_readme_starts_with_the_two_commands() -> None:
-    assert commands()[:2] == [[], ["test"]]
+def test_the_readme_starts_with_the_demos_and_the_tests() -> None:
+    assert commands()[:3] == [[], ["test"], ["demo", "reach"]]
     assert len(commands()) >= 9
 
 
@@ -62,7 +62,7 @@ def test_the_commands_of_a_run_work_one_after_another(
     (tmp_path / "photos").symlink_to(tmp_path / "imagenet" / "train")
     # In this process: each start of Python would import torch again. The ranks are processes all the same, and those of
     # the second run forks.
-    for words in commands()[2:]:
+    for words in commands()[3:]:
         is_shallow = words[0] == "train" and "runs/shallow" in words
         with pytest.MonkeyPatch.context() as patch:
             if is_shallow:
