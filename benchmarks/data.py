@@ -1,9 +1,10 @@
 """Speed of the training pipeline beside its peers, on the same photos: `python -m benchmarks.data`.
 
-Every pipeline goes from stored JPEGs to a normalised float batch of RandomResizedCrop(224) and flips, bilinear and
-antialiased, on one core, to which all processes are bound. Figures are images per second of processor time of the whole
-process (threads included), because the machine may be shared; pipelines take turns in rounds of seconds, and the median
-of the rounds counts for each.
+Three tables answer three questions: from stored JPEGs to uint8 views (RandomResizedCrop(224) and flips, bilinear and
+antialiased), to normalised float batches, and to batches as the recipe trains on them (two operations of RandAugment,
+erasing at 0.25, mixup 0.8 or cutmix 1.0). All run on one core, to which all processes are bound. Figures are images per
+second of processor time of the whole process (threads included), because the machine may be shared; pipelines take
+turns in rounds of seconds, and the median of the rounds counts for each.
 """
 
 import argparse
@@ -32,15 +33,18 @@ from PIL import Image
 from skimage import data as photos
 from sklearn.datasets import load_sample_images
 
-from benchmarks.data_peers import BATCH, MEAN, PEERS, STD, Peer, PeerError, cpu_rate, pillow_transform
+from benchmarks.data_peers import BATCH, MEAN, PEERS, RECIPE_PEER, STD, Peer, PeerError, cpu_rate, pillow_transform
 from data_pipelines.config import DataConfig
+from data_pipelines.image.augment import AugmentConfig
 from data_pipelines.image.native import library as roi
 from data_pipelines.image.normalise import Normaliser
 from data_pipelines.keyed_random import keyed_permutation
 from data_pipelines.shards.index import ShardSet, open_shards
-from data_pipelines.stream.loader import LoaderState, TrainLoader
+from data_pipelines.stream.loader import Batch, LoaderState, TrainLoader
 from data_pipelines.stream.reader import ShardReader
 from data_pipelines.writing.write import WriteConfig, write_shards
+from sret_scale.config.run_config import RunConfig
+from sret_scale.tasks.classification import Classification
 
 
 def write_photos(folder: Path, num_images: int) -> None:
@@ -60,14 +64,31 @@ def write_photos(folder: Path, num_images: int) -> None:
         path.write_bytes(simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), 90, "RGB", "420"))
 
 
-def ours(shards: ShardSet) -> Generator[int]:
-    """This project's loader, and its normalisation."""
+def views(shards: ShardSet) -> Generator[Batch]:
+    """This project's loader: uint8 views."""
     config = DataConfig(workers=1, prefetch_batches=1, interpolation="bilinear")
     sizes = {"micro_batch_size": BATCH, "grad_accum_steps": 1}
     loader = TrainLoader(shards, config, image_size=224, seed=0, rank=0, world_size=1, **sizes)
-    normalise = Normaliser(MEAN, STD)
     for step in loader.steps(LoaderState()):
-        yield len(normalise(step.micro_batches[0].images))
+        yield step.micro_batches[0]
+
+
+def ours(shards: ShardSet) -> Generator[int]:
+    """Its views, normalised."""
+    normalise = Normaliser(MEAN, STD)
+    for batch in views(shards):
+        yield len(normalise(batch.images))
+
+
+def recipe_rate(shards: ShardSet, policy: Any, seconds: float) -> float:
+    return cpu_rate(lambda: ours_as_trained(shards, policy), seconds)
+
+
+def ours_as_trained(shards: ShardSet, policy: Any) -> Generator[int]:
+    """What `train` does between loader and model with the recipe's augmentation (`Classification.inputs`)."""
+    task = Classification(RunConfig(augment=AugmentConfig(policy=policy)))
+    for number, batch in enumerate(views(shards)):
+        yield len(task.inputs(batch, seed=number, device=torch.device("cpu")).model_input)
 
 
 def webdataset_pillow(shards: ShardSet) -> Generator[int]:
@@ -155,9 +176,17 @@ def measure(
         training: dict[str, Callable[[], float]] = {
             "webdataset + Pillow + torchvision": lambda: cpu_rate(lambda: webdataset_pillow(shards), seconds),
             "sret_scale": lambda: cpu_rate(lambda: ours(shards), seconds),
-            **{name: partial(peer.rate, seconds) for name, peer in running.items()},
+            **{name: partial(peer.rate, seconds) for name, peer in running.items() if name != RECIPE_PEER},
         }
         rates = median_rates(training, rounds)
+        as_trained: dict[str, Callable[[], float]] = {
+            **{name: partial(peer.rate, seconds) for name, peer in running.items() if name == RECIPE_PEER},
+            "sret_scale, torchvision's policy": lambda: cpu_rate(
+                lambda: ours_as_trained(shards, "torchvision"), seconds
+            ),
+            "sret_scale, timm's policy": lambda: cpu_rate(lambda: ours_as_trained(shards, "timm"), seconds),
+        }
+        trained = median_rates(as_trained, rounds)
     finally:
         for peer in running.values():
             peer.close()
@@ -168,7 +197,11 @@ def measure(
     return {
         "peer_versions": versions,
         "photos": {"num_images": shards.num_samples, "mean_bytes": int(shards.length.mean())},
+        "views": median_rates(
+            {"sret_scale": lambda: cpu_rate(lambda: (len(batch.images) for batch in views(shards)), seconds)}, rounds
+        ),
         "training": rates,
+        "as_trained": trained,
         "missing": missing,
         "reading": median_rates(reading, rounds),
         "memory_bytes": memory_growth_bytes(few, 50),
@@ -187,7 +220,7 @@ def _arguments() -> argparse.Namespace:
         action="append",
         default=[],
         metavar=("NAME", "FOLDER"),
-        help=f"another loader to compare with ({', '.join(PEERS)}), and the folders that hold it",
+        help=f"another loader to compare with ({', '.join(PEERS)}), and the folders that hold it, if any",
     )
     args = parser.parse_args()
     for name, *_ in args.peer:
@@ -223,12 +256,12 @@ def main() -> None:
         "times_webdataset": round(figures["training"]["sret_scale"]["median"] / base, 2),
         **figures,
     }
-    for table in ("training", "reading"):
+    for table in ("views", "training", "as_trained", "reading"):
         base = next(iter(figures[table].values()))["median"]
         for name, rate in sorted(figures[table].items(), key=lambda item: item[1]["median"]):
             low, high = min(rate["rounds"]), max(rate["rounds"])
             spread = f"({low:,.0f} to {high:,.0f})"
-            print(f"{table:<9} {name:<36} {rate['median']:>9,.0f} images/s {spread:<20} {rate['median'] / base:5.2f}x")
+            print(f"{table:<10} {name:<36} {rate['median']:>9,.0f} images/s {spread:<20} {rate['median'] / base:5.2f}x")
     for name, reason in figures["missing"].items():
         print(f"missing   {name}: {reason}")
     memory = figures["memory_bytes"]

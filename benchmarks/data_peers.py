@@ -19,6 +19,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Generator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +52,13 @@ def _decoded(data: bytes) -> Image.Image:
     return Image.open(io.BytesIO(data)).convert("RGB")
 
 
-def timm_loader(images: Path, _work: Path) -> Pipeline:
-    """timm's loader over the image folder, without workers."""
+def timm_loader(images: Path, _work: Path, *, is_recipe: bool = False) -> Pipeline:
+    """timm's loader over the image folder, without workers; `is_recipe`: its RandAugment, erasing and mixing too."""
     # timm's own types take None for nothing.
     timm_data: Any = importlib.import_module("timm.data")
+    # Levels end at 9: at 10 timm posterises to 0 bits, which Pillow 13 refuses.
+    recipe = {"auto_augment": "rand-m9-mstd0.5-mmax9-inc1", "re_prob": 0.25, "re_mode": "pixel"} if is_recipe else {}
+    mixup = timm_data.Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, num_classes=1000) if is_recipe else None
 
     def run() -> Generator[int]:
         loader = timm_data.create_loader(
@@ -68,10 +72,11 @@ def timm_loader(images: Path, _work: Path) -> Pipeline:
             interpolation="bilinear",
             pin_memory=False,
             persistent_workers=False,
+            **recipe,
         )
         while True:
-            for batch in loader:
-                yield len(batch[0])
+            for pixels, labels in loader:
+                yield len(mixup(pixels, labels)[0] if mixup else pixels)
 
     return run
 
@@ -176,9 +181,11 @@ def dali_cpu(images: Path, _work: Path) -> Pipeline:
     return run
 
 
+RECIPE_PEER = "timm's loader, RandAugment, erasing, Mixup"
 # Name on the command line: name in the table, package whose version is filed, pipeline.
 PEERS: dict[str, tuple[str, str, Callable[[Path, Path], Pipeline]]] = {
     "timm": ("timm's loader", "timm", timm_loader),
+    "timm-recipe": (RECIPE_PEER, "timm", partial(timm_loader, is_recipe=True)),
     "litdata": ("litdata", "litdata", litdata_loader),
     "mosaicml-streaming": ("mosaicml-streaming", "mosaicml-streaming", mosaic_streaming),
     "spdl": ("spdl", "spdl_io", spdl_threads),

@@ -32,7 +32,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.tiny_run import tiny_config, tiny_shards
-from data_pipelines.image.augment import BatchAugment, normalise
+from data_pipelines.image.augment import BatchAugment
+from data_pipelines.image.normalise import Normaliser
 from data_pipelines.stream.loader import LoaderState, Step
 from sret_scale.config.run_config import EngineConfig, RunConfig
 from sret_scale.distill import student_batch
@@ -129,6 +130,7 @@ def bare_loop(run: Run, ranks: Ranks) -> Callable[[], None]:
     parallel = DistributedDataParallel(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=run.config.optim.learning_rate)
     augment = BatchAugment(run.config.augment, run.config.model.num_classes)
+    normalise = Normaliser(run.config.train.image_mean, run.config.train.image_std)
     steps = run.loader.steps(LoaderState())
     count = 0
 
@@ -139,7 +141,7 @@ def bare_loop(run: Run, ranks: Ranks) -> Callable[[], None]:
             batch, augment, None, seed=count, device=ranks.device, teacher_input=run.config.distill.teacher_input
         )
         noise = Noise(permutation_seed=count, sample_seed=2 * count + ranks.rank)
-        logits = parallel(normalise(images, run.config.train.image_mean, run.config.train.image_std), noise)
+        logits = parallel(normalise(images), noise)
         loss = nn.functional.cross_entropy(logits, target)
         optimizer.zero_grad()
         loss.backward()

@@ -22,7 +22,9 @@ class Normaliser:
         self._recycler = Recycler()
 
     def __call__(self, images_BCHW: Tensor) -> Tensor:
-        """float32 of the shape of the uint8 `images_BCHW`."""
+        """float32 of the shape of the uint8 `images_BCHW`; pixels in [0, 1] are normalised in their own memory."""
+        if images_BCHW.is_floating_point():
+            return normalise_(images_BCHW, self._mean, self._std)
         assert images_BCHW.dtype == torch.uint8 and images_BCHW.shape[1] == len(self._mean)
         if images_BCHW.device.type != "cpu":
             return normalise_(images_BCHW.float().div_(255), self._mean, self._std)

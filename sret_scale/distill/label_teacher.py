@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from data_pipelines.config import DataConfig
-from data_pipelines.image.augment import AugmentConfig, BatchAugment
+from data_pipelines.image.augment import AugmentConfig, BatchAugment, as_unit
 from data_pipelines.labels.records import decode_records, record_views
 from data_pipelines.labels.store import LabelStore, check_files, check_labels, open_labels
 from data_pipelines.shards.index import ShardSet
@@ -95,19 +95,27 @@ def student_batch(
     seed: int,
     device: torch.device,
     teacher_input: str,
+    sample_seed: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(unit_BCHW, target_BC, teacher_log_probs_BC or None) of a batch after augmentation, on the device."""
+    """(pixels_BCHW, target_BC, teacher_log_probs_BC or None) of a batch after augmentation, on the device.
+
+    Pixels are float32 in [0, 1], or uint8 (`BatchAugment.pixels`). seed: of mixing; sample_seed, with sample and view:
+    of all else.
+    """
     images_BCHW = batch.images.to(device, non_blocking=True)
     labels_B = batch.labels.to(device, non_blocking=True)
+    places = zip(batch.view_numbers.tolist(), batch.indices.tolist(), strict=True)
+    keys = [(sample_seed, *place) for place in places]
     if teacher is None or (teacher_input == "augmented" and not isinstance(teacher, StoredTeacher)):
-        unit_BCHW, target_BC = augment(images_BCHW, labels_B, seed=seed)
-        return unit_BCHW, target_BC, None if teacher is None else teacher(unit_BCHW)
+        pixels_BCHW, target_BC = augment.pixels(images_BCHW, labels_B, seed=seed, keys=keys)
+        return pixels_BCHW, target_BC, None if teacher is None else teacher(as_unit(pixels_BCHW))
     if isinstance(teacher, StoredTeacher):
         probs_BC = teacher.probabilities(batch, device)
     else:
         probs_BC = teacher(images_BCHW.float() / 255).softmax(dim=-1)
     # Side by side, so that one call mixes the images, the hard labels and the teacher's in the same way.
     one_hot_BC = torch.nn.functional.one_hot(labels_B, augment.num_classes).float()
-    unit_BCHW, both = augment(images_BCHW, torch.cat([one_hot_BC, probs_BC], dim=1), seed=seed)
+    both = torch.cat([one_hot_BC, probs_BC], dim=1)
+    pixels_BCHW, both = augment.pixels(images_BCHW, both, seed=seed, keys=keys)
     target_BC, probs_BC = both[:, : augment.num_classes], both[:, augment.num_classes :]
-    return unit_BCHW, target_BC, probs_BC.log()
+    return pixels_BCHW, target_BC, probs_BC.log()

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sret_scale.model.conditioning import LoopDeltas
-from sret_scale.model.layers import Block, Constants, Draw, NonLinearProjection
+from sret_scale.model.layers import Block, NonLinearProjection
 from sret_scale.model.vision.sret import SReT
 
 # A graph per stage, number of groups, autocast and training mode; torch's default of 8 is too few for three stages.
@@ -38,10 +37,11 @@ def compile_blocks(model: SReT, *, backend: str | Any = "inductor") -> str | Non
     projection_transform = torch.compile(NonLinearProjection.transform, backend=backend, dynamic=False)
     for module in model.modules():
         if isinstance(module, Block):
-            module.transform = functools.partial(_block, block_transform, module)  # type: ignore[method-assign]
+            module.transform = functools.partial(_with_constants_at, 6, block_transform, module)  # type: ignore[method-assign]
         elif isinstance(module, NonLinearProjection):
-            compiled = functools.partial(_projection, projection_transform, module)
-            module.transform = compiled  # type: ignore[method-assign]
+            module.transform = functools.partial(  # type: ignore[method-assign]
+                _with_constants_at, 3, projection_transform, module
+            )
     return None
 
 
@@ -51,38 +51,15 @@ def why_not_compiled(model: SReT, backend: str | Any = "inductor") -> str | None
         return "dropout draws its masks inside the blocks"
     if backend != "inductor":
         return None
-    if model.position.device.type != "cpu":
+    if next(model.parameters()).device.type != "cpu":
         return None if importlib.util.find_spec("triton") else "triton is not installed"
     return None if shutil.which("g++") or shutil.which("clang++") else "no C++ compiler (g++ or clang++) on the PATH"
 
 
-def _block(
-    compiled: Callable[..., Tensor],
-    block: Block,
-    x_BND: Tensor,
-    deltas: LoopDeltas,
-    groups: int,
-    masks: Tensor | None,
-    draw: Draw | None,
-    constants: Constants | None,
-    hidden: Tensor | None = None,
-) -> Tensor:
-    return compiled(block, x_BND, deltas, groups, masks, draw, _of_any_depth(constants, x_BND), hidden)
-
-
-def _projection(
-    compiled: Callable[..., Tensor],
-    projection: NonLinearProjection,
-    x_BND: Tensor,
-    draw: Draw | None,
-    constants: Constants | None,
-) -> Tensor:
-    return compiled(projection, x_BND, draw, _of_any_depth(constants, x_BND))
-
-
-def _of_any_depth(constants: Constants | None, x_BND: Tensor) -> Constants | None:
-    """Numbers would be constants of a graph, and every depth that a step can have would get its own."""
-    if constants is None:
-        return None
-    multiplier, stream = (value if value == 1.0 else x_BND.new_full((1,), float(value)) for value in constants)
-    return multiplier, stream
+def _with_constants_at(place: int, compiled: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """Calls `compiled(module, x, ...)`. Numbers of residual constants would be constants of a graph, and every depth
+    that a step can have would get its own: they enter as tensors."""
+    given = list(arguments)
+    if given[place] is not None:
+        given[place] = tuple(v if v == 1.0 else given[1].new_full((1,), float(v)) for v in given[place])
+    return compiled(*given)

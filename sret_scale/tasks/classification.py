@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data_pipelines.image.augment import BatchAugment, normalise_
+from data_pipelines.image.augment import BatchAugment
 from data_pipelines.image.normalise import Normaliser
 from data_pipelines.stream.loader import Batch
 from sret_scale.config.run_config import RunConfig
@@ -28,16 +28,18 @@ class Classification:
         self._normalise = Normaliser(config.train.image_mean, config.train.image_std)
 
     def inputs(self, batch: Batch, *, seed: int, device: torch.device) -> Inputs:
-        unit_BCHW, target_BC, teacher_log_probs_BC = student_batch(
+        pixels_BCHW, target_BC, teacher_log_probs_BC = student_batch(
             batch,
             self._augment,
             self.teacher,
             seed=seed,
+            sample_seed=self.config.train.seed,
             device=device,
             teacher_input=self.config.distill.teacher_input,
         )
-        images_BCHW = normalise_(unit_BCHW, self.config.train.image_mean, self.config.train.image_std)
-        return Inputs(model_input=images_BCHW, target=target_BC, teacher_log_probs=teacher_log_probs_BC)
+        return Inputs(
+            model_input=self._normalise(pixels_BCHW), target=target_BC, teacher_log_probs=teacher_log_probs_BC
+        )
 
     def loss(self, scores: Tensor, inputs: Inputs, *, progress: float, loops: int, part: slice = slice(None)) -> Tensor:
         """The loss of scores (B, C); see `distillation_loss`."""

@@ -2,7 +2,9 @@
 
 import gc
 import threading
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,6 +12,10 @@ from data_pipelines.image.augment import normalise
 from data_pipelines.image.batch_memory import Recycler
 from data_pipelines.image.native import library as roi
 from data_pipelines.image.normalise import Normaliser
+from data_pipelines.stream.prefetch import empty_batch
+from sret_scale.config.recipes import NO_AUGMENTATION
+from sret_scale.config.run_config import RunConfig
+from sret_scale.tasks.classification import Classification
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -22,6 +28,16 @@ def test_the_bits_are_those_of_torch(is_built: bool, monkeypatch: pytest.MonkeyP
     normaliser = Normaliser(MEAN, STD)
     for part_BCHW in (images_BCHW, images_BCHW[:, :, ::2], images_BCHW[:0], images_BCHW[1:2, :, :1, :1]):
         assert torch.equal(normaliser(part_BCHW), normalise(part_BCHW.float() / 255, MEAN, STD))
+
+
+def test_training_and_evaluation_have_one_way_from_pixels_to_inputs() -> None:
+    """Without augmentation both are the bits of one normaliser; with it, floats take torch's arithmetic."""
+    images_BCHW = torch.randint(0, 256, (5, 3, 17, 23), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    batch = replace(empty_batch(np.arange(5), 8, Recycler(), pin_memory=False), images=images_BCHW)
+    plain, cpu = Classification(replace(RunConfig(), augment=NO_AUGMENTATION)), torch.device("cpu")
+    assert torch.equal(plain.inputs(batch, seed=0, device=cpu).model_input, plain.evaluation_input(batch, cpu))
+    unit_BCHW = images_BCHW.float() / 255
+    assert torch.equal(Normaliser(MEAN, STD)(unit_BCHW.clone()), normalise(unit_BCHW, MEAN, STD))
 
 
 def test_memory_comes_back_only_when_nothing_uses_it() -> None:

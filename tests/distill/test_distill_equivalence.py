@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from data_pipelines.image.augment import AugmentConfig, BatchAugment, normalise
+from data_pipelines.image.augment import AugmentConfig, BatchAugment, as_unit, normalise
 from data_pipelines.stream.loader import LoaderState, TrainLoader
 from sret_scale.distill import DistillConfig, StoredTeacher, distillation_loss, open_stored_teacher, student_batch
 from sret_scale.distill.label_writer import write_labels
@@ -51,7 +51,7 @@ def train(shards: Any, source: Any, config: DistillConfig, augment: AugmentConfi
             device=CPU,
             teacher_input=config.teacher_input,
         )
-        loss = distillation_loss(student(normalise(unit, (0.5,) * 3, (0.5,) * 3)), log_probs, target, config)
+        loss = distillation_loss(student(normalise(as_unit(unit), (0.5,) * 3, (0.5,) * 3)), log_probs, target, config)
         parts = torch.autograd.grad(loss, list(student.parameters()))
         for parameter, part in zip(student.parameters(), parts, strict=True):
             parameter.grad = part
@@ -106,7 +106,7 @@ def mean_loss(shards: Any, source: Any, student: nn.Module) -> tuple[float, floa
         unit, target, log_probs = student_batch(
             step.micro_batches[0], augment, source, seed=0, device=CPU, teacher_input="view"
         )
-        logits = student(normalise(unit, (0.5,) * 3, (0.5,) * 3))
+        logits = student(normalise(as_unit(unit), (0.5,) * 3, (0.5,) * 3))
         losses.append(float(distillation_loss(logits, log_probs, target, config)))
         ranges.append(float((logits.amax(1) - logits.amin(1)).max()))
     return sum(losses) / 6, max(ranges)

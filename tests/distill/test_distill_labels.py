@@ -209,7 +209,7 @@ def test_teacher_on_mixed_images_is_refused_and_mixed_labels_are_not(store: Path
 )
 def test_every_augmentation_counts_as_another_image(name: str) -> None:
     assert not changes_views(PLAIN)
-    assert changes_views(replace(PLAIN, **{name: 1}))
+    assert changes_views(replace(PLAIN, **{name: 1}))  # type: ignore[arg-type]
 
 
 def test_every_flipped_bit_and_every_cut_is_noticed_before_training(store: Path, shards: ShardSet) -> None:

@@ -79,9 +79,12 @@ def forward_and_backward(name: str, gpu: WatchedGpu) -> None:
 def mix(gpu: WatchedGpu) -> None:
     """Pixels to what the model sees, with noise in boxes, mixing and stored labels."""
     images_BCHW = torch.empty(4, 3, 16, 16, dtype=torch.uint8, device=CUDA)
-    for options in ({"mixup_alpha": 0.8}, {"cutmix_alpha": 1.0}, {"erase_rate": 1.0}):
-        off = {"randaugment_ops": 0, "erase_rate": 0.0, "mixup_alpha": 0.0, "cutmix_alpha": 0.0, "mix_rate": 1.0}
-        augment = BatchAugment(AugmentConfig(**{**off, **options}), 5)  # type: ignore[arg-type]
+    drawn: Any = ({"randaugment_ops": 40, "policy": policy} for policy in ("torchvision", "timm"))
+    mixed = {"mixup_alpha": 0.8}, {"cutmix_alpha": 1.0}, {"erase_rate": 1.0}
+    options: Any
+    for options in (*drawn, *mixed, {"three_augment_rate": 1.0, "color_jitter": 0.3}):
+        off: Any = {"randaugment_ops": 0, "erase_rate": 0.0, "mixup_alpha": 0.0, "cutmix_alpha": 0.0, "mix_rate": 1.0}
+        augment = BatchAugment(AugmentConfig(**{**off, **options}), 5)
         unit_BCHW, _ = augment(images_BCHW, torch.empty(4, dtype=torch.int64, device=CUDA), seed=3)
         normalise_(unit_BCHW, (0.5, 0.4, 0.3), (0.5, 0.4, 0.3))
     probs_BC = decode_records(np.zeros(4, record_dtype(3)), 5, CUDA)
