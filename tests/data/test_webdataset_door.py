@@ -91,12 +91,17 @@ def test_our_decoding_gives_the_views_of_training(shards: ShardSet) -> None:
     assert torch.equal(torch.as_tensor(images), own.images) and list(labels) == own.labels.tolist()
 
 
-def test_changed_bytes_and_a_foreign_state_are_refused(shards: ShardSet, tars: Path, tmp_path: Path) -> None:
+def test_changed_bytes_and_a_foreign_state_are_refused(
+    shards: ShardSet, tars: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     copy = tmp_path / "copy"
     copy.mkdir()
     for path in tars.iterdir():
         (copy / path.name).write_bytes(path.read_bytes())
     assert main(["shards", "index", str(copy), "--output", str(tmp_path / "index")]) == 0
+    capsys.readouterr()
+    assert main(["shards", "info", str(tmp_path / "index")]) == 0
+    assert f"tars at      {copy}\n" in capsys.readouterr().out
     own = open_shards(tmp_path / "index")
     assert own.fingerprint == shards.fingerprint and own.folder == copy
     target = copy / own.shard_names[int(own.shard_of[7])]

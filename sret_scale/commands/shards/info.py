@@ -31,6 +31,8 @@ def run(args: argparse.Namespace) -> None:
 def lines(facts: dict[str, Any]) -> str:
     """The facts as aligned lines, with a bar for each class (the first 20)."""
     text = [f"{facts['folder']}"]
+    if place := facts["writer"].get("location"):
+        text.append(f"  {'tars at':<12} {place}")
     for name in (name for name in facts if name not in ("folder", "class_counts", "writer")):
         value = facts[name]
         shown = f"{value:,}" if isinstance(value, int) else _spread(value) if isinstance(value, dict) else value
