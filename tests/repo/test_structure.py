@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = ("sret_scale", "data_pipelines")
 # Product lines (*.py, *.c, *.h, *.html) that a room may have. Raising one is a decision: say why in docs/log.md.
 LINE_BUDGETS = {
-    "data_pipelines": 9_270,
+    "data_pipelines": 9_300,
     "sret_scale/commands": 2_480,
     "sret_scale/config": 1_580,
     "sret_scale/distill": 1_300,
@@ -23,7 +23,7 @@ LINE_BUDGETS = {
     "sret_scale/timm": 560,
     "sret_scale/train": 4_200,
 }
-TOTAL_BUDGET = 33_700
+TOTAL_BUDGET = 33_800
 MOST_FILES = 20
 
 
