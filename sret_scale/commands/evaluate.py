@@ -16,6 +16,10 @@ EXAMPLE = """examples:
   sret-scale evaluate runs/elastic --early-exit confidence --thresholds 0.5,0.8,0.95"""
 
 
+MOST_COUNTS = 100
+"""Of --applications: what a line of metrics.jsonl holds with room to spare."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The run, what to evaluate of it, and where."""
     parser.add_argument("run", type=Path, help="folder of the run")
@@ -129,9 +133,11 @@ def _counts(text: str) -> list[int]:
         counts = [int(part) for part in text.split(",")]
     except ValueError:
         counts = []
-    if not counts or counts[0] < 1 or counts[-1] > 1 << 16 or counts != sorted(set(counts)):
+    is_ascending = bool(counts) and counts[0] > 0 and counts[-1] <= 1 << 16 and counts == sorted(set(counts))
+    if not is_ascending or len(counts) > MOST_COUNTS:
         raise ValueError(
-            f"--applications: expected ascending whole numbers of 1 to {1 << 16:,} such as 20,54,108, got {text!r}"
+            f"--applications: expected at most {MOST_COUNTS} ascending whole numbers of 1 to {1 << 16:,} such as "
+            f"20,54,108, got {text[:200]!r}"
         )
     return counts
 

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from data_pipelines.image.map_png import IGNORED
 from data_pipelines.stream.loader import Batch
-from sret_scale.lab.report.evaluation_depth import curves_of, evaluation_depth_figures
-from sret_scale.lab.report.run_record import load_run
+from sret_scale.lab.report.evaluation_depth import curve_of, evaluation_depth_figures
 from sret_scale.model import SReT, SReTConfig
 from sret_scale.model.read_out import ReadOut, read_outs
 from sret_scale.runs.checkpoint import list_checkpoints, read_state
@@ -169,8 +168,8 @@ def keep_curve(run: Path, line: dict[str, Any], folder: Path) -> list[Path]:
     with contextlib.ExitStack() as stack:
         open_metrics(RunFolder(run).metrics, (), stack).write("depth", line)
     folder.mkdir(exist_ok=True)
-    curves = [curve for curve in curves_of(load_run(run)) if curve.split == line["split"]]
-    return [file for chart in evaluation_depth_figures(curves) for file in chart.write(folder)]
+    curve = curve_of(run.name, line)
+    return [file for chart in evaluation_depth_figures([curve] if curve else []) for file in chart.write(folder)]
 
 
 def curve_table(line: dict[str, Any]) -> str:

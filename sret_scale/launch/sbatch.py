@@ -11,7 +11,7 @@ from pathlib import Path
 from sret_scale.launch.allocation import scontrol
 
 # What a value of an #SBATCH line may hold: no blank, no quote, no line break, so that it stays one value.
-_PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.,:@%/&|+=-]*")
+_PLAIN = re.compile(r"[A-Za-z0-9/.%_][A-Za-z0-9_.,:@%/&|+=-]*")
 
 _LINE = re.compile(r"-(-[a-z][a-z-]*(=\S[^\n\r\0]*)?|[a-zA-Z]( [^\n\r\0]+)?)")
 
@@ -48,6 +48,8 @@ def batch_file(options: BatchOptions, arguments: Sequence[str]) -> str:
     for name in ("nodes", "cpus_per_node"):
         if getattr(options, name) < 1:
             raise ValueError(f"{name}: expected at least 1, got {getattr(options, name)}")
+    if options.warning_s < 0:
+        raise ValueError(f"--warning: expected 0 or more seconds, got {options.warning_s}")
     lines = {
         "job-name": options.job_name,
         "nodes": str(options.nodes),

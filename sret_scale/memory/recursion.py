@@ -185,7 +185,11 @@ class Recursion(nn.Module):
         if budget_bytes is None or not torch.is_grad_enabled():
             return run_chain(links, x, schedules.none(count) if budget_bytes else schedule_for(self.memory, count))
         blocks = tuple(link.block for link in links)
-        key = (x.shape, x.dtype, torch.is_autocast_enabled(x.device.type), blocks, num_parts, self.training)
+        kind = x.device.type
+        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        tensors = [value for value in tree_leaves((x, kwargs)) if isinstance(value, Tensor)]
+        shapes = tuple((one.shape, one.dtype, one.requires_grad) for one in tensors)
+        key = (shapes, autocast, blocks, num_parts, self.training)
         if key not in self._planned:
             examples = self._examples(x, kwargs)
             self._planned[key] = plan_chain([examples[block] for block in blocks], x, budget_bytes // num_parts)

@@ -191,12 +191,18 @@ def _shapes(block: nn.Module) -> dict[str, object]:
 
 @torch.no_grad()
 def _merged(name: str, blocks: Sequence[nn.Module], init: Init) -> nn.Module:
-    """The first block, with the weights of all."""
+    """The first block, with the weights of all, and the mean of their drop path rates, which grow with depth."""
     if init == "mean" and len(blocks) > 1:
         states: list[Mapping[str, Tensor]] = [block.state_dict() for block in blocks]
         for key, value in states[0].items():
             if value.is_floating_point():
                 value.copy_(torch.stack([state[key] for state in states]).mean(dim=0))
+    for path in [path for path, _ in blocks[0].named_modules() if "drop_path" in path.rpartition(".")[2]]:
+        rates = [float(getattr(block.get_submodule(path), "drop_prob", 0.0) or 0.0) for block in blocks]
+        if any(rates):
+            parent, _, last = path.rpartition(".")
+            drop_path = import_timm().layers.DropPath(sum(rates) / len(rates))
+            setattr(blocks[0].get_submodule(parent), last, drop_path)
     return blocks[0]
 
 

@@ -119,7 +119,7 @@ def set_up(config: RunConfig, folder: RunFolder, ranks: Ranks, stack: contextlib
         test_shards=open_test_data(config, shards),
         task=task_of(config, teacher=teacher, features=match_features(config, engine.model, teacher)),
         engine=engine,
-        compiled=compile_model(engine.model, config, ranks, folder.path),
+        compiled=compile_model(engine.model, config, ranks),
         average=WeightAverage(engine.local_weights(), horizon) if horizon else None,
         teacher_identity=identity_of(teacher, config),
         memory=memory,

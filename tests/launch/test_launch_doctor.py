@@ -183,6 +183,13 @@ def test_the_time_limit_is_slurms(time: str, is_valid: bool, capsys: pytest.Capt
     assert "expected a command of sret-scale after --" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("output", ["/scratch/me/%j.out", "%j.out", "./logs/%x-%j.out", "../%j"])
+def test_output_goes_where_slurm_may_write(output: str) -> None:
+    assert f"#SBATCH --output={output}" in batch_file(options(output=output), ["train"]).splitlines()
+    with pytest.raises(ValueError, match="--warning: expected 0 or more seconds, got -5"):
+        batch_file(options(warning_s=-5), ["train"])
+
+
 SLURM = ["slurm", "--nodes", "2", "--cpus", "2", "--time", "60"]
 
 

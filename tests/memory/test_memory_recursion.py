@@ -113,6 +113,22 @@ def test_a_budget_is_kept_and_none_would_not_keep_it() -> None:
     assert taken["planned"] <= 1.05 * 40_000 < taken["none"] / 10
 
 
+def test_arguments_of_another_size_are_planned_for_anew() -> None:
+    class Attends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.query = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor, *, context: Tensor) -> Tensor:
+            return x + (self.query(x) @ context.mT).softmax(-1) @ context
+
+    memory = sret_scale.MemoryConfig(schedule="planned", budget_bytes=60_000)
+    recursion, x = Recursion(Attends(), 8, memory=memory), torch.randn(1, 6, WIDTH)
+    recursion(x, context=torch.randn(1, 8, WIDTH)).sum().backward()
+    with pytest.raises(ValueError, match=r"no schedule of this chain of 8 applications fits into 58\.59 KiB"):
+        recursion(x, context=torch.randn(1, 2000, WIDTH))
+
+
 def test_health_tells_a_recursion_that_settles() -> None:
     torch.manual_seed(0)
     linear = nn.Linear(WIDTH, WIDTH)

@@ -108,6 +108,13 @@ def test_mean_and_first_of_the_merged_blocks() -> None:
     assert torch.equal(_weight(first, 1), weights[2])
 
 
+def test_a_tied_block_has_the_mean_of_the_drop_path_rates() -> None:
+    for num_blocks, expected in ((1, [0.15]), (2, [0.05, 0.25])):
+        model = make_recursive(vit(depth=4, drop_path_rate=0.3, **SIZE), num_blocks=num_blocks)
+        rates = [block.get_submodule("drop_path2").drop_prob for block in recursions(model)[0].blocks]
+        assert rates == pytest.approx(expected)
+
+
 def test_projections_and_dropout_train_under_a_budget() -> None:
     torch.manual_seed(0)
     model = make_recursive(

@@ -58,14 +58,20 @@ def test_what_blocks_cannot_have_is_refused_or_left_eager(change: dict[str, Any]
 def test_code_is_kept_where_nobody_else_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # setenv first, so that what the function sets is undone.
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/somewhere")
-    assert use_cache(tmp_path / "run") == Path("/somewhere")
+    assert use_cache() == Path("/somewhere")
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    found = use_cache(tmp_path / "run")
+    found = use_cache()
     assert found == tmp_path / "cache" / "sret_scale" / "compiled" and found.stat().st_mode & 0o777 == 0o700
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/1/nowhere")
-    assert use_cache(tmp_path / "run") == tmp_path / "run" / "compiled"
+    alone = use_cache()
+    assert alone.stat().st_mode & 0o777 == 0o700 and not any(alone.iterdir())
+    # What lies where others may write is nobody's to run.
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    found.chmod(0o777)
+    assert use_cache() not in (found, alone)
 
 
 def test_news_are_what_was_compiled_since(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

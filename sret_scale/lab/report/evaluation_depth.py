@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 import matplotlib as mpl
@@ -14,6 +15,7 @@ from sret_scale.lab.readable_numbers import compact
 from sret_scale.lab.report.chart import STYLE, Caption, Chart, finish, printable, run_colours
 from sret_scale.lab.report.depth_curves import canvas_above_legend, legend
 from sret_scale.lab.report.run_record import RunRecord
+from sret_scale.runs.metrics_log import Line, number
 
 MOST_CURVES = 8
 
@@ -44,18 +46,24 @@ class DepthCurve:
 
 def curves_of(run: RunRecord) -> list[DepthCurve]:
     """A run's curves, the newest of each split; what is none of this version is left out."""
-    found = {}
-    for line in run.of_kind("depth"):
-        try:
-            known = pydantic.TypeAdapter(_Line).validate_python(line)
-        except pydantic.ValidationError:
-            continue
-        needed = ("applications", known["best"], f"{known['best']}_low", f"{known['best']}_high")
-        points = [one for one in known["points"] if all(isinstance(one.get(name), int | float) for name in needed)]
-        points = [one for one in points if one["applications"] > 0 and one.get("read_out") in ("last", "mean")]  # type: ignore[operator]
-        if points:
-            found[known["split"]] = DepthCurve(run=run.name, **{**known, "points": tuple(points)})  # type: ignore[arg-type]
-    return list(found.values())
+    curves = [curve_of(run.name, line) for line in run.of_kind("depth")]
+    return list({curve.split: curve for curve in curves if curve}.values())
+
+
+def curve_of(run: str, line: Line) -> DepthCurve | None:
+    """The curve in a line of metrics.jsonl, without the points and the numbers of them that are none."""
+    try:
+        known = pydantic.TypeAdapter(_Line).validate_python(line)
+    except pydantic.ValidationError:
+        return None
+    needed = ("applications", known["best"], f"{known['best']}_low", f"{known['best']}_high")
+    points = []
+    for point in known["points"]:
+        sound = {name: value for name, value in point.items() if isinstance(value, str) or isfinite(number(value))}
+        if all(number(sound.get(name)) >= 0 for name in needed) and sound.get("read_out") in ("last", "mean"):
+            points.append(sound)
+    points = [point for point in points if point["applications"]]
+    return DepthCurve(run=run, **{**known, "points": tuple(points)}) if points else None  # type: ignore[arg-type]
 
 
 def evaluation_depth_figures(curves: Sequence[DepthCurve]) -> list[Chart]:

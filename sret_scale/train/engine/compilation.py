@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import tempfile
 from pathlib import Path
 
 import torch
@@ -63,7 +64,7 @@ def _hindrance(config: RunConfig) -> str | None:
     return None
 
 
-def compile_model(model: nn.Module, config: RunConfig, ranks: Ranks, run: Path) -> Compiled | None:
+def compile_model(model: nn.Module, config: RunConfig, ranks: Ranks) -> Compiled | None:
     """Compiles the blocks of `model` at their first use, on all ranks or on none; None where they stay eager.
 
     Where they should be compiled and cannot, rank 0 prints the reason.
@@ -75,7 +76,7 @@ def compile_model(model: nn.Module, config: RunConfig, ranks: Ranks, run: Path) 
         if ranks.is_main:
             print(f"blocks are not compiled: {reasons[0]}", flush=True)
         return None
-    cache = use_cache(run)
+    cache = use_cache()
     compile_blocks(model)
     if ranks.device.type == "cpu":
         # A graph has one or two kernels: a pool of processes that compile has nothing to share out.
@@ -83,19 +84,20 @@ def compile_model(model: nn.Module, config: RunConfig, ranks: Ranks, run: Path) 
     return Compiled(cache)
 
 
-def use_cache(run: Path) -> Path:
-    """The folder of compiled code for this process: the environment's, the user's, or in the run's where none is.
+def use_cache() -> Path:
+    """The folder of compiled code for this process: the environment's, the user's, or a new one where neither will do.
 
     torch's default lies in the machine's /tmp, where it is gone with the next start.
     """
     if given := os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
         return Path(given)
     home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))  # noqa: PTH111 (homeless: no error)
-    for folder in (home / "sret_scale" / "compiled", run.absolute() / "compiled"):
-        with contextlib.suppress(OSError):
-            if folder.is_absolute():
-                # Nobody else may put code there.
-                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-                break
+    folder = home / "sret_scale" / "compiled"
+    with contextlib.suppress(OSError):
+        if folder.is_absolute():
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    # What lies there is loaded as code: it must be ours, and nobody else may write there.
+    if not folder.is_dir() or folder.stat().st_uid != os.getuid() or folder.stat().st_mode & 0o022:
+        folder = Path(tempfile.mkdtemp(prefix="sret_scale_compiled_"))
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
     return folder

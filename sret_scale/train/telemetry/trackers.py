@@ -8,6 +8,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import sys
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -55,8 +56,37 @@ def open_metrics(file: Path, trackers: Sequence[str], stack: contextlib.ExitStac
     if was_cut:
         # A line that a kill cut off is ended, so that it cannot swallow the next one.
         stream.write("\n")
-    takers = {name: stack.enter_context(tracker_of(name)(file.parent)) for name in trackers}
-    return MetricsLog(stream=stream, takers=takers, is_continued=is_continued)
+    takers = {name: stack.enter_context(_open(name, file.parent)) for name in trackers}
+    opened = {name: take for name, take in takers.items() if take}
+    return MetricsLog(stream=stream, takers=opened, is_continued=is_continued)
+
+
+@contextlib.contextmanager
+def _open(name: str, folder: Path) -> Iterator[Take | None]:
+    """A tracker from its begin to its end, neither of which may end the run; None where it does not begin.
+
+    ValueError for what is no tracker.
+    """
+    tracker, opened, take = tracker_of(name), contextlib.ExitStack(), None
+    try:
+        context = tracker(folder)
+        if not hasattr(context, "__enter__"):
+            raise ValueError(
+                f"train.trackers: {name} gave a {type(context).__name__}: expected a context manager that gives what "
+                "is called with each record, such as a function under @contextlib.contextmanager makes"
+            )
+        take = opened.enter_context(context)
+    except ValueError:
+        raise
+    except Exception as error:
+        print(f"tracker {name} gets no records: {in_words(error)}", flush=True)
+    try:
+        yield take
+    finally:
+        try:
+            opened.__exit__(*sys.exc_info())
+        except Exception as error:
+            print(f"tracker {name} failed at its end: {in_words(error)}", flush=True)
 
 
 def tracker_of(name: str) -> Tracker:
