@@ -19,8 +19,10 @@ def fails_at_its_begin(_: Path) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def fails_at_its_end(folder: Path) -> Iterator[Any]:
-    yield lambda record: (folder / "taken").write_text(record["kind"])
-    raise RuntimeError("no end")
+    try:
+        yield lambda record: (folder / "taken").write_text(record["kind"])
+    finally:
+        raise RuntimeError("no end")
 
 
 def takes_records(record: dict[str, Any]) -> None:
