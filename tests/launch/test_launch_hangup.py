@@ -20,6 +20,14 @@ from tests.runs import wait_for_images
 from tests.tiny import environment, tiny_config, tiny_shards, write_config
 
 
+@pytest.fixture(autouse=True)
+def at_a_terminal() -> Iterator[None]:
+    """Hang-ups are as at a terminal, though the tests themselves be started by `nohup`."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.fixture
 def under_nohup() -> Iterator[None]:
     """What a process is like that `nohup` started."""
