@@ -115,8 +115,8 @@ def _posterize(images_NCHW: Tensor, bits_N111: Tensor) -> Tensor:
 
 
 def _solarize(images_NCHW: Tensor, threshold_N111: Tensor) -> Tensor:
-    # 255, which is -1, where it is reached: the difference of bits is the inverse.
-    reached_NCHW = images_NCHW >= threshold_N111.ceil().clamp(max=255).to(torch.uint8)
+    # 255, which is -1, where it is reached: the difference of bits is the inverse. A threshold of 256 is beyond uint8.
+    reached_NCHW = images_NCHW >= threshold_N111.ceil().to(torch.int16)
     return images_NCHW ^ reached_NCHW.view(torch.uint8).neg_()
 
 

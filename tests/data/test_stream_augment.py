@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageOps
 
 from data_pipelines.image.augment import AugmentConfig, BatchAugment, normalise, normalise_
 from data_pipelines.image.pixel_operations import apply_operations_
@@ -160,7 +161,7 @@ TWINS: dict[str, tuple[tuple[float, ...], Callable[[torch.Tensor, float], torch.
     "contrast": ((0.3, 1.7), G.adjust_contrast),
     "sharpness": ((0.3, 1.7), G.adjust_sharpness),
     "posterize": ((1, 4, 8), lambda x, s: G.posterize(x, int(s))),
-    "solarize": ((0, 100.5, 255), G.solarize),
+    "solarize": ((0, 100.5, 255, 256), lambda x, s: G.solarize(x, s) if s < 256 else x),
     "autocontrast": ((0,), lambda x, _: G.autocontrast(x)),
     "equalize": ((0,), lambda x, _: G.equalize(x)),
     "grey": ((0,), lambda x, _: G.rgb_to_grayscale(x, 3)),
@@ -176,6 +177,16 @@ def test_operations_on_a_batch_are_torchvisions_on_single_images(name: str) -> N
         found_BCHW = apply_operations(images_BCHW, [name] * len(rows), np.array(rows, dtype=float), (0, 0, 0))
         for found_CHW, image_CHW, strength in zip(found_BCHW, images_BCHW, rows, strict=True):
             assert (found_CHW.int() - twin(image_CHW, float(strength)).int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("threshold", [0, 1, 128, 254, 255, 256])
+def test_solarize_is_pillows_as_timm_calls_it(threshold: int) -> None:
+    """On every grey level; at 256, which timm's weakest is, nothing is inverted."""
+    levels_HW = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    images_BCHW = torch.from_numpy(levels_HW).expand(1, 3, 16, 16)
+    found_BCHW = apply_operations(images_BCHW, ["solarize"], np.array([float(threshold)]), (0, 0, 0))
+    expected_HW = np.asarray(ImageOps.solarize(Image.fromarray(levels_HW), threshold))
+    assert torch.equal(found_BCHW, torch.from_numpy(expected_HW.copy()).expand_as(found_BCHW))
 
 
 def test_solarize_add_is_timms() -> None:
