@@ -47,7 +47,7 @@ def open_data(location: str | Path, config: DataConfig) -> ShardSet:
     """The shard set at a folder or a URL. Raises ValueError or OSError with what to do."""
     location = str(location)
     if ":" not in location.partition("/")[0]:
-        shards = open_shards(location)
+        shards = open_shards(location, allow_remote=True)
         # Indexed here by `shards index`, with tars on a server.
         url = str(shards.manifest.writer.get("location", ""))
         if "://" not in url:
@@ -108,6 +108,13 @@ def part_of(shards: ShardSet, shard: int) -> tuple[ShardSet, int]:
                 return part, shard
             shard -= part.num_shards
     return shards, shard
+
+
+def address_of(shards: ShardSet, shard: int) -> str:
+    """The path of a shard, or its URL where it streams."""
+    part, number = part_of(shards, shard)
+    location = part.url if isinstance(part, RemoteShardSet) else part.folder
+    return f"{location}/{part.shard_names[number]}"
 
 
 def cache_of(shards: ShardSet) -> ShardCache | None:

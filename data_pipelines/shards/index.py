@@ -112,8 +112,10 @@ class ShardSet:
         return self.keys[index]
 
 
-def open_shards(folder: str | Path, *, check_tars: bool = True) -> ShardSet:
+def open_shards(folder: str | Path, *, check_tars: bool = True, allow_remote: bool = False) -> ShardSet:
     """The shard set in `folder`; `check_tars` False leaves the tars' presence and sizes unchecked.
+
+    Tars on a server are refused unless `allow_remote`, for those who need the index alone; `open_data` reads them.
 
     Raises FileNotFoundError or ValueError, with what to do, when a part is missing, cut off, or of other shards.
     """
@@ -131,6 +133,11 @@ def open_shards(folder: str | Path, *, check_tars: bool = True) -> ShardSet:
     # Tars that someone else wrote may lie elsewhere.
     location = str(manifest.writer.get("location", folder))
     is_remote = "://" in location
+    if is_remote and not allow_remote:
+        raise ValueError(
+            f"{folder}: its tars lie in {location}, expected tars in a folder: copy them, and index the copy with"
+            " `sret-scale shards index`; train and evaluate read them where they are (in Python: open_data)"
+        )
     shards = parse_set(folder if is_remote else Path(location), manifest, index, path)
     if check_tars and not is_remote:
         _check_sizes(shards.folder, manifest.shards)

@@ -58,9 +58,10 @@ def list_samples(folder: Path, split: str | None) -> Listing:
     label = np.array(labels, np.int32)
     class_names = class_names_of(folder, labels)
     check_labels(label, class_names, folder)
+    # A linked tar by its own name, by which the members beside an image are read: its target may have any.
     return Listing(
         class_names=class_names,
-        paths=pack_strings(str(path.resolve()) for path in paths),
+        paths=pack_strings(str(path.absolute()) for path in paths),
         path_of=np.array(path_of, np.int32),
         offset=np.array([image.offset for image in images], np.int64),
         length=np.array([image.size for image in images], np.int64),

@@ -7,12 +7,13 @@ import os
 import threading
 import zlib
 from collections import OrderedDict
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from data_pipelines.remote.cache import UnavailableError
-from data_pipelines.remote.shard_sets import RemoteShardSet, part_of
+from data_pipelines.remote.shard_sets import RemoteShardSet, address_of, part_of
 from data_pipelines.shards.index import ShardSet
 from data_pipelines.stream.stalls import InProgress
 
@@ -60,7 +61,7 @@ class ShardReader:
         self._max_open_shards = max_open_shards
         self._lock = threading.Lock()
         # What threads read now.
-        self.in_progress = InProgress(self._name_of)
+        self.in_progress = InProgress(partial(address_of, shards))
         # shard -> [file descriptor, reads in progress], the least recently used first
         self._open: OrderedDict[int, list[int]] = OrderedDict()
 
@@ -120,11 +121,6 @@ class ShardReader:
                 return _read_exactly(descriptor, length, offset)
             finally:
                 os.close(descriptor)
-
-    def _name_of(self, shard: int) -> str:
-        part, number = part_of(self._shards, shard)
-        location = part.url if isinstance(part, RemoteShardSet) else part.folder
-        return f"{location}/{part.shard_names[number]}"
 
     def _read_file(self, shard: int, length: int, offset: int) -> bytes:
         """Reads from a file of a local set, which stays open."""

@@ -18,8 +18,9 @@ import torch
 import webdataset
 
 from data_pipelines.config import DataConfig
+from data_pipelines.remote.shard_sets import address_of
 from data_pipelines.shards.index import ShardSet
-from data_pipelines.stream.loader import LoaderState, TrainingSource, TrainLoader
+from data_pipelines.stream.loader import LoaderState, TrainingSource, TrainLoader, check_views
 from data_pipelines.stream.reader import ShardReader
 from data_pipelines.stream.samples import TrainingSamples
 
@@ -40,12 +41,15 @@ def to_webdataset(
     A sample has `__key__`, `__url__`, `__state__`, `cls`, and the bytes of its image under the ending that fits them,
     for webdataset's own stages to decode; with `image_size`, `cls` is a number and `image` the drawn view, uint8
     (3, size, size). Each sample's checksum is checked: a bad one is BadSampleError, or with `image_size` replaced as in
-    training. `batch_size` is that of `webdataset.batched` behind it. Raises ValueError for a state of another order.
+    training. `batch_size` is that of `webdataset.batched` behind it. Raises ValueError for a state of another order,
+    and for views that would part an image from its label map.
     """
     config = config or DataConfig()
     loader = TrainLoader(shards, config, micro_batch_size=batch_size, seed=seed, rank=rank, world_size=world_size)
     start = LoaderState() if state is None else LoaderState.from_json(state)
     loader.check(start)
+    if image_size is not None:
+        check_views(shards, config, image_size)
     return webdataset.DataPipeline(_Samples(shards, config, loader, start, image_size))
 
 
@@ -81,8 +85,8 @@ class _Samples(torch.utils.data.IterableDataset[dict[str, Any]]):
             pixels_CHW = np.empty((3, self._image_size, self._image_size), np.uint8)
             sample = views(epoch, index, repeat, pixels_CHW)
             index, content = sample.index, {"image": torch.from_numpy(pixels_CHW), "cls": sample.label}
-        shard = self._shards.shard_names[int(self._shards.shard_of[index])]
-        return {"__key__": self._shards.key(index), "__url__": f"{self._shards.folder}/{shard}", **content}
+        url = address_of(self._shards, int(self._shards.shard_of[index]))
+        return {"__key__": self._shards.key(index), "__url__": url, **content}
 
 
 # How a file begins -> the ending by which webdataset knows it.

@@ -43,6 +43,11 @@ def index_shards(
     They are written into `output`, which remembers where the tars are; without it, beside the tars of a folder.
     Raises ValueError for a tar or a sample that training could not read, with its offset and what to do.
     """
+    if output is None and not Path(source).is_dir():
+        raise ValueError(
+            f"{source}: expected an existing folder of tars, to write the index beside them, got a pattern, a URL or no"
+            " folder; say where the index goes: --output FOLDER"
+        )
     folder = Path(source if output is None else output)
     if (folder / MANIFEST_NAME).exists() or (folder / WORK_FOLDER).exists():
         raise ValueError(

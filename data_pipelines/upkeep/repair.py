@@ -108,14 +108,14 @@ def _listing(
     shards: ShardSet, rows: NDArray[np.int64], spare: ShardSet | None, replacements: dict[int, int]
 ) -> Listing:
     """The samples `rows`, those with a replacement at its place in the copy."""
-    paths = [str((shards.folder / name).resolve()) for name in shards.shard_names]
+    paths = [str((shards.folder / name).absolute()) for name in shards.shard_names]
     path_of, offset = shards.shard_of[rows], shards.offset[rows]
     if spare is not None:
         for place in np.flatnonzero(np.isin(rows, list(replacements))).tolist():
             spare_row = replacements[int(rows[place])]
             path_of[place] = len(paths) + int(spare.shard_of[spare_row])
             offset[place] = spare.offset[spare_row]
-        paths += [str((spare.folder / name).resolve()) for name in spare.shard_names]
+        paths += [str((spare.folder / name).absolute()) for name in spare.shard_names]
     keys = [shards.key(row) for row in rows.tolist()]
     sets = [(shards, row) if row not in replacements else (spare, replacements[row]) for row in rows.tolist()]
     places = np.array([_metadata_place(from_set, row) for from_set, row in sets if from_set is not None], np.int64)

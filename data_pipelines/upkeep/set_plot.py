@@ -14,7 +14,7 @@ def plot_shards(folder: str | Path, path: Path) -> None:
     # pyplot would keep the figure alive and choose a window system.
     from matplotlib.figure import Figure
 
-    shards = open_shards(folder)
+    shards = open_shards(folder, allow_remote=True)
     counts = np.bincount(shards.label, minlength=shards.num_classes)
     by_size = np.argsort(-counts, kind="stable")
     num_named = min(len(counts), _MOST_NAMES)

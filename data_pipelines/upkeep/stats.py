@@ -11,7 +11,7 @@ from data_pipelines.shards.index import open_shards
 
 def summarize_shards(folder: str | Path) -> dict[str, Any]:
     """Counts, bytes, pixels and class balance, ready for JSON."""
-    shards = open_shards(folder)
+    shards = open_shards(folder, allow_remote=True)
     counts = np.bincount(shards.label, minlength=shards.num_classes).tolist()
     return {
         "folder": str(folder),

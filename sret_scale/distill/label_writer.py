@@ -40,6 +40,7 @@ from data_pipelines.labels.store import (
     render_header,
 )
 from data_pipelines.shards.index import ShardSet
+from data_pipelines.stream.loader import check_views
 from data_pipelines.stream.prefetch import Batch, BatchFiller, PendingBatch
 from data_pipelines.stream.processes import Progress
 from data_pipelines.stream.quarantine import Quarantine, TooManyBadSamplesError
@@ -77,7 +78,8 @@ def plan_labels(
     views_per_file: int,
     batch_size: int,
 ) -> LabelPlan:
-    """The plan of a store. Raises ValueError for numbers that cannot be."""
+    """The plan of a store. Raises ValueError for numbers or views that cannot be."""
+    check_views(shards, data, image_size)
     counts = np.bincount(shards.shard_of, minlength=shards.num_shards).tolist()
     return LabelPlan(
         fingerprint=shards.fingerprint,

@@ -9,6 +9,7 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -28,12 +29,14 @@ from data_pipelines.shards.npz_columns import parse_columns, render_columns
 from data_pipelines.sources.folder import split_name
 from data_pipelines.stream.loader import Batch, DataConfig, LoaderState, TrainLoader, evaluation_batches
 from data_pipelines.stream.reader import BadSampleError
+from data_pipelines.stream.webdataset_door import to_webdataset
 from data_pipelines.upkeep.contact_sheet import draw_contact_sheet
 from data_pipelines.upkeep.repair import repair_shards
 from data_pipelines.upkeep.verify import verify_shards
 from data_pipelines.writing.prepare import ImageOptions
 from data_pipelines.writing.write import WriteConfig, write_shards
 from sret_scale.cli import main
+from sret_scale.distill.label_writer import plan_labels
 from tests.data.shard_sources import members_of, pixels
 from tests.reference import shard_set
 
@@ -160,6 +163,13 @@ def test_views_that_would_part_image_and_map_are_refused(shards: ShardSet) -> No
         next(evaluation_batches(shards, DataConfig(), image_size=12, batch_size=4, rank=0, world_size=1))
     with pytest.raises(ValueError, match=r"11 x 11 pixels do not fit into 9 x 9 .*: set model\.image_size=11"):
         next(evaluation_batches(shards, AS_STORED, image_size=9, batch_size=4, rank=0, world_size=1))
+    with pytest.raises(ValueError, match=r"set data\.crop=none"):
+        to_webdataset(shards, batch_size=4, image_size=12)
+    numbers = {"image_size": 12, "top_k": 1, "num_views": 1, "views_per_file": 1, "batch_size": 4}
+    with pytest.raises(ValueError, match=r"set data\.crop=none"):
+        plan_labels(shards, Mock(), data=DataConfig(), **numbers)
+    # Without views the images and members are whoever's pipeline it is.
+    assert next(iter(to_webdataset(shards, batch_size=4)))["png"]
 
 
 def test_a_reader_from_the_page_alone_finds_the_members_too(shards: ShardSet) -> None:
@@ -309,6 +319,26 @@ def test_tars_are_written_again_and_repaired_with_their_maps(shards: ShardSet, t
         assert members_of(tmp_path / "whole", name) == whole
         assert members_of(tmp_path / "less", name) == {key: whole[key] for key in whole if key != "reach-000009"}
     assert verify_shards(tmp_path / "less") == verify_shards(tmp_path / "whole") == []
+
+
+def test_links_to_tars_of_other_names_keep_their_maps(shards: ShardSet, tmp_path: Path) -> None:
+    """As a hub's cache has them: `set/shard-000000.tar` is a link to `blobs/abc0`."""
+    broken = damage(shards, tmp_path / "set", 9, "distance.png")
+    (tmp_path / "blobs").mkdir()
+    for number, name in enumerate(shards.shard_names):
+        for folder in (tmp_path / "sound", broken.folder):
+            folder.mkdir(exist_ok=True)
+            blob = tmp_path / "blobs" / f"abc{number}-{folder.name}"
+            shutil.copy((shards if folder.name == "sound" else broken).folder / name, blob)
+            (folder / name).unlink(missing_ok=True)
+            (folder / name).symlink_to(f"../blobs/{blob.name}")
+    shutil.copy(shards.folder / "manifest.json", tmp_path / "sound")
+    write_shards(WriteConfig(kind="tars", source=tmp_path / "sound"), tmp_path / "again")
+    assert repair_shards(broken.folder, tmp_path / "less").num_dropped == 1
+    for name in MEMBERS:
+        whole = members_of(shards.folder, name)
+        assert members_of(tmp_path / "again", name) == whole
+        assert members_of(tmp_path / "less", name) == {key: whole[key] for key in whole if key != "reach-000009"}
 
 
 def test_info_names_the_members_and_the_sheet_shows_them(

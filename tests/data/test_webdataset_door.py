@@ -13,11 +13,13 @@ from PIL import Image
 from data_pipelines.config import DataConfig
 from data_pipelines.remote.shard_sets import open_data
 from data_pipelines.shards.index import ShardSet, open_shards
+from data_pipelines.shards.mixture import mix_shards
 from data_pipelines.stream.loader import TrainLoader
 from data_pipelines.stream.reader import BadSampleError
 from data_pipelines.stream.webdataset_door import to_webdataset
 from sret_scale.cli import main
-from tests.data.shard_sources import jpeg
+from sret_scale.launch.doctor.inputs import check_shards
+from tests.data.shard_sources import jpeg, make_tar
 from tests.forked import sret_scale_forked
 from tests.servers.stream_server import serve
 from tests.tiny import tiny_config, tiny_shards, write_config
@@ -43,6 +45,15 @@ def shards(tars: Path, tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
     output = tmp_path_factory.mktemp("index") / "train"
     assert main(["shards", "index", f"{tars}/train-{{000000..000002}}.tar", "--output", str(output)]) == 0
     return open_shards(output)
+
+
+@pytest.fixture(scope="module")
+def streamed(tars: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The index of a set whose tars are at a URL."""
+    output = tmp_path_factory.mktemp("streamed") / "train"
+    pattern = f"file://{tars}/train-{{000000..000002}}.tar"
+    assert main(["shards", "index", pattern, "--output", str(output), "--workers", "1"]) == 0
+    return output
 
 
 def _keys(batches: Any, count: int) -> list[list[str]]:
@@ -143,6 +154,45 @@ def test_tars_on_a_server_are_read_once_and_streamed_from_there(
             next(iter(TrainLoader(changed, micro_batch_size=4, image_size=16)))
 
 
+def test_a_sample_names_the_tar_or_the_url_it_came_from(shards: ShardSet, streamed: Path, tmp_path: Path) -> None:
+    remote = open_data(streamed, DataConfig(cache_folder=str(tmp_path / "cache")))
+    ours = {f"{shards.folder}/{name}" for name in shards.shard_names}
+    theirs = {f"file://{shards.folder}/{name}" for name in shards.shard_names}
+    for one, expected in ((shards, ours), (remote, theirs), (mix_shards([shards, remote]), ours | theirs)):
+        assert {sample["__url__"] for sample in islice(to_webdataset(one, batch_size=4), one.num_samples)} == expected
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["shards", "verify", "SET"],
+        ["shards", "repair", "SET", "new"],
+        ["shards", "bench", "SET"],
+        ["shards", "head", "SET", "new"],
+        ["shards", "sidecars", "SET"],
+        ["labels", "write", "SET", "new", "--teacher", "run:nowhere", "--views", "1", "--top-k", "1"],
+    ],
+)
+def test_commands_that_need_tars_in_a_folder_say_so_of_those_on_a_server(
+    command: list[str],
+    streamed: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = _digests(streamed)
+    assert main([str(streamed) if word == "SET" else word for word in command]) == 2
+    said = capsys.readouterr()
+    assert "its tars lie in file://" in said.err and "damaged" not in said.out + said.err
+    assert _digests(streamed) == before and not list(tmp_path.iterdir())
+
+
+def test_the_index_of_tars_on_a_server_is_enough_for_info_and_doctor(streamed: Path) -> None:
+    assert main(["shards", "info", str(streamed)]) == 0
+    assert [finding.state for finding in check_shards([streamed])] == ["ok"]
+
+
 @pytest.mark.multi_process
 def test_train_takes_tars_where_they_lie(tmp_path: Path) -> None:
     theirs = tiny_shards(tmp_path / "theirs")
@@ -179,3 +229,18 @@ def test_what_cannot_be_indexed_is_refused_with_its_reason(
     if source.startswith("pipe"):
         with pytest.raises(ValueError, match=message):
             open_data("pipe:cat x", DataConfig())
+
+
+@pytest.mark.parametrize(
+    "source", ["{at}/a-{{0..1}}.tar", "file://{at}/a-{{0..1}}.tar", "{at}/a-0.tar", "{at}/nowhere"]
+)
+def test_only_a_folder_is_indexed_where_it_is(
+    source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for number in range(2):
+        make_tar(tmp_path / f"a-{number}.tar", {f"{number}.jpg": jpeg(number), f"{number}.cls": b"0"})
+    before = _digests(tmp_path)
+    assert main(["shards", "index", source.format(at=tmp_path), "--workers", "1"]) == 2
+    assert "expected an existing folder of tars" in (said := capsys.readouterr().err) and "--output FOLDER" in said
+    assert _digests(tmp_path) == before

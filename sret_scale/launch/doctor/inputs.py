@@ -12,7 +12,7 @@ def check_shards(folders: Sequence[Path]) -> Iterator[Finding]:
 
     for folder in folders:
         try:
-            shards = open_shards(folder)
+            shards = open_shards(folder, allow_remote=True)
         except (ValueError, OSError) as error:
             yield Finding(name="shards", state="fail", text=str(error), advice="sret-scale shards verify says more")
             continue

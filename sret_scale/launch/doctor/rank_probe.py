@@ -58,7 +58,8 @@ def check_node(request: Mapping[str, Any]) -> tuple[Finding, ...]:
     """The checks of this machine, and of what a run on it would read."""
     findings = [*check_machine(Path(request["folder"])), *check_shards([Path(path) for path in request["shards"]])]
     if request["teacher"] and all(finding.state != "fail" for finding in findings):
-        findings.append(check_teacher(request["teacher"], open_shards(Path(request["shards"][0])).class_names))
+        shards = open_shards(Path(request["shards"][0]), allow_remote=True)
+        findings.append(check_teacher(request["teacher"], shards.class_names))
     return tuple(findings)
 
 
