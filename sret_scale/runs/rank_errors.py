@@ -87,16 +87,25 @@ def _read(path: Path) -> RankError:
         return RankError(time_s=math.inf, rank=-1, host="", message=str(error), exit_code=1)
 
 
+MOST_CHARACTERS = 2000
+
+
 def counted(number: int, noun: str) -> str:
     """The number with its noun: `1 rank`, `2 ranks`."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def in_words(error: BaseException) -> str:
-    """What an exception says, an operating system's refusal without its number: `FILE: No such file or directory`."""
+    """What an exception says, an operating system's refusal without its number: `FILE: No such file or directory`.
+
+    A screen of it at most: a file may hold a name of megabytes.
+    """
+    text = str(error)
     if isinstance(error, OSError) and error.strerror:
-        return printable(f"{error.filename}: {error.strerror}" if error.filename else error.strerror)
-    return printable(error)
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if len(text) > MOST_CHARACTERS:
+        text = f"{text[: MOST_CHARACTERS // 2]} [...] {text[-MOST_CHARACTERS // 2 :]}"
+    return printable(text)
 
 
 def now_s() -> float:

@@ -21,6 +21,7 @@ from tests.tiny import ROOT
         (OSError(errno.EACCES, "cannot make the folder b: choose another"), "cannot make the folder b: choose another"),
         (OSError("host c has no address"), "host c has no address"),
         (ValueError("expected 1, got 2"), "expected 1, got 2"),
+        (ValueError(f"a.yaml: {'9' * 9000} is none"), f"a.yaml: {'9' * 992} [...] {'9' * 992} is none"),
     ],
 )
 def test_errors_are_said_without_pythons_numbers(error: Exception, words: str) -> None:
