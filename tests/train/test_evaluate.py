@@ -124,8 +124,9 @@ def test_a_run_is_evaluated_and_moved_on_from_any_folder(
 def test_the_best_weights_by_evaluation_are_kept_and_exported_on_request(run: Path, tmp_path: Path) -> None:
     config = from_yaml(run / "config.yaml")
     steps = replace(config.train, total_images=48, eval_interval_images=8, checkpoint_interval_images=8)
-    optim = replace(config.optim, warmup_images=0, learning_rate=0.02, ema_horizon_images=0)
-    (tmp_path / "recipe.yaml").write_text(to_yaml(replace(config, train=steps, optim=optim)))
+    optim = replace(config.optim, warmup_images=0, learning_rate=0.002, ema_horizon_images=0)
+    augment = replace(config.augment, mixup_alpha=0.0, cutmix_alpha=0.0)
+    (tmp_path / "recipe.yaml").write_text(to_yaml(replace(config, train=steps, optim=optim, augment=augment)))
     ended = sret_scale_forked("train", "recipe.yaml", "--run", "run", "--ranks", "1", cwd=tmp_path)
     assert ended.returncode == 0, ended
     folder = tmp_path / "run"
