@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sret_scale.model import SReT, SReTConfig, StageConfig
+from sret_scale.model import SReT, preset
 from sret_scale.model.compiled_blocks import compile_blocks
 from sret_scale.model.depth_plan import DepthPlan, StageDepth
 from sret_scale.model.read_out import read_outs
@@ -39,26 +39,7 @@ from sret_scale.model.read_out import read_outs
 CANVAS, BATCH, MARGIN, UNREACHED = 15, 16, 3, 1 << 16
 COUNTS = (10, 20, 54, 108, 200, 300, 500, 700, 1000)
 STEPS = ((-1, 0), (1, 0), (0, -1), (0, 1))
-STAGE = StageConfig(
-    width=16,
-    num_heads=4,
-    num_blocks=1,
-    num_loops=256,
-    mlp_ratio=2.0,
-    slices="windows",
-    projections="none",
-    norm_placement="outer",
-    conditioning="input_tied",
-)
-MODEL = SReTConfig(
-    stages=(STAGE,),
-    image_size=CANVAS,
-    num_classes=2,
-    stem="pixels",
-    stem_strides=(1, 1, 1),
-    positions="none",
-    head="tokens",
-)
+MODEL = preset("reach")
 
 
 def tree(side: int, random: np.random.Generator) -> np.ndarray:

@@ -68,7 +68,7 @@ def evaluated(shards: ShardSet, batch_size: int = 6) -> list[Batch]:
     return list(evaluation_batches(shards, AS_STORED, image_size=12, batch_size=batch_size, rank=0, world_size=1))
 
 
-def same(ours: Sequence[Batch], theirs: Sequence[Batch]) -> None:
+def assert_same(ours: Sequence[Batch], theirs: Sequence[Batch]) -> None:
     for one, other in zip(ours, theirs, strict=True):
         assert torch.equal(one.indices, other.indices) and torch.equal(one.images, other.images)
         assert one.maps.keys() == other.maps.keys() == {"map", "distance", "before"}
@@ -101,15 +101,15 @@ def test_rows_have_what_the_tars_have_and_nothing_is_asked_around_it(shards: Sha
 def test_threads_processes_and_a_resumed_run_give_the_same_rows(shards: ShardSet) -> None:
     steps = list(islice(loader(shards).steps(), 7))
     batches = [step.micro_batches[0] for step in steps]
-    same(list(islice(loader(shards, worker_kind="processes", workers=1), 7)), batches)
+    assert_same(list(islice(loader(shards, worker_kind="processes", workers=1), 7)), batches)
     state = LoaderState.from_json(steps[2].next_state.to_json())
-    same([step.micro_batches[0] for step in islice(loader(shards, workers=1).steps(state), 4)], batches[3:])
+    assert_same([step.micro_batches[0] for step in islice(loader(shards, workers=1).steps(state), 4)], batches[3:])
 
 
 def test_sets_are_mixed_where_their_members_are_the_same(shards: ShardSet, tmp_path: Path) -> None:
     other = make(tmp_path / "other", count=6, seed=4)
     mixed = mix_shards([shards, other])
-    same(
+    assert_same(
         evaluated(mixed, 1), [*evaluated(shards, 1), *(replace(b, indices=b.indices + 20) for b in evaluated(other, 1))]
     )
     with pytest.raises(
@@ -182,7 +182,7 @@ def test_a_reader_from_the_page_alone_finds_the_members_too(shards: ShardSet) ->
 @pytest.mark.parametrize("reads", ["shards", "ranges"])
 def test_a_set_at_a_url_gives_the_same_rows(shards: ShardSet, tmp_path: Path, reads: str) -> None:
     config = DataConfig(remote_reads=reads, cache_folder=str(tmp_path / "cache"))  # type: ignore[arg-type]
-    same(evaluated(open_data(f"file://{shards.folder}", config)), evaluated(shards))
+    assert_same(evaluated(open_data(f"file://{shards.folder}", config)), evaluated(shards))
 
 
 def test_an_image_of_another_size_than_the_index_says_is_a_bad_sample(shards: ShardSet) -> None:

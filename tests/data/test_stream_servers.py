@@ -147,7 +147,7 @@ def _config(tmp_path: Path) -> DataConfig:
     )
 
 
-def _same_as_local(url: str, local: ShardSet, config: DataConfig) -> None:
+def _assert_same_as_local(url: str, local: ShardSet, config: DataConfig) -> None:
     shards = open_data(url, config)
     loaders = [
         TrainLoader(part, config, image_size=28, seed=0, rank=0, world_size=1, micro_batch_size=50, grad_accum_steps=1)
@@ -165,7 +165,7 @@ def _same_as_local(url: str, local: ShardSet, config: DataConfig) -> None:
 
 
 def test_nginx_gives_the_batches_of_the_disk(nginx: str, local: ShardSet, tmp_path: Path) -> None:
-    _same_as_local(nginx, local, _config(tmp_path))
+    _assert_same_as_local(nginx, local, _config(tmp_path))
 
 
 def test_faults_before_nginx_are_survived_and_named(
@@ -173,7 +173,7 @@ def test_faults_before_nginx_are_survived_and_named(
 ) -> None:
     url, faults = proxy
     faults += ["error", "reset", "reset", "short", "stall", "error"]
-    _same_as_local(url, local, _config(tmp_path))
+    _assert_same_as_local(url, local, _config(tmp_path))
     assert not faults
     for reason in ("500", "short|Payload|payload", "Timeout"):
         assert re.search(rf"attempt \d of 4: {url}/shard-\d+\.tar: .*({reason})", caplog.text), reason
@@ -202,7 +202,7 @@ def test_an_s3_server_gives_the_batches_of_the_disk(
             for path in local.folder.iterdir():
                 if path.is_file():
                     files.put_file(str(path), f"bucket/set/{path.name}")
-            _same_as_local("s3://bucket/set", local, replace(_config(tmp_path), stall_s=10.0))
+            _assert_same_as_local("s3://bucket/set", local, replace(_config(tmp_path), stall_s=10.0))
             with pytest.raises(FileNotFoundError, match=r"s3://bucket/none/manifest\.json: not found"):
                 open_data("s3://bucket/none", _config(tmp_path))
         finally:
@@ -230,7 +230,7 @@ def test_a_gcs_server_gives_the_batches_of_the_disk(
                     url = f"http://127.0.0.1:{port}/upload/storage/v1/b/bucket/o?{query}"
                     with urllib.request.urlopen(urllib.request.Request(url, path.read_bytes())) as answer:
                         assert answer.status == 200
-            _same_as_local("gs://bucket/set", local, replace(_config(tmp_path), stall_s=10.0))
+            _assert_same_as_local("gs://bucket/set", local, replace(_config(tmp_path), stall_s=10.0))
             with pytest.raises(FileNotFoundError, match=r"gs://bucket/none/manifest\.json: not found"):
                 open_data("gs://bucket/none", _config(tmp_path))
         finally:
@@ -252,7 +252,7 @@ folder, work, what = sys.argv[1:]
 url, config = "hf://datasets/someone/photos/set", _config(Path(work))
 local = open_shards(folder)
 if what == "batches":
-    _same_as_local(url, local, config)
+    _assert_same_as_local(url, local, config)
     with pytest.raises(FileNotFoundError, match=r"hf://datasets/someone/photos/none/manifest\\.json: not found"):
         open_data("hf://datasets/someone/photos/none", config)
     with pytest.raises(FileNotFoundError, match=r"hf://datasets/someone/other/set/manifest\\.json: not found"):

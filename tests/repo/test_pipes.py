@@ -45,7 +45,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _refused(folder: Path, command: tuple[str, ...], pipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def _assert_refused(folder: Path, command: tuple[str, ...], pipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     places = {"PIPE": pipe, "SWEEP": folder / "sweep.yaml", "STORE": folder / "store", "OUT": folder / "out"}
     places["RUN"] = folder / "run"
     words = list(command)
@@ -64,7 +64,7 @@ def test_what_an_argument_names(
 ) -> None:
     pipe = tmp_path / "odd"
     os.mkfifo(pipe) if kind == "pipe" else pipe.symlink_to("/dev/zero")
-    _refused(made, COMMANDS[what], pipe, capsys)
+    _assert_refused(made, COMMANDS[what], pipe, capsys)
 
 
 @pytest.mark.timeout(60)
@@ -73,4 +73,4 @@ def test_what_a_folder_holds(made: Path, tmp_path: Path, name: str, capsys: pyte
     folder = Path(shutil.copytree(made, tmp_path / "made"))
     (folder / name).unlink()
     os.mkfifo(folder / name)
-    _refused(folder, WITHIN[name], folder / name, capsys)
+    _assert_refused(folder, WITHIN[name], folder / name, capsys)
