@@ -30,7 +30,7 @@ COMMANDS = {
     "weights": "convert published weights in both directions; add loops to a trained model or tie its blocks",
     "sweep": "run an experiment over depth or any other setting, and report on it",
     "report": "draw one page from run folders: curves, tables, and how to repeat the runs",
-    "analyze": "analyse trained runs: loss landscape, similarity of loops, contribution of each loop",
+    "analyze": "analyse trained runs: what each loop is worth, through how many loops a gradient must go",
     "doctor": "check this machine, or all nodes together, before a long run",
     "slurm": "print a batch file that runs a command on a Slurm cluster",
     "export": "write a trained model as ONNX or a torch program",

@@ -14,11 +14,11 @@ from PIL import Image
 from data_pipelines.shards.index import open_shards
 from data_pipelines.stream.loader import DataConfig, LoaderState, TrainLoader
 from data_pipelines.stream.order import Order
-from data_pipelines.stream.trace import trace_keys
 from data_pipelines.upkeep.foreign import index_shards
 from sret_scale.cli import main
 from tests.data.shard_sources import make_tar
 from tests.data.stream_shards import TarShards, encoded, grey_level_shards, jpeg, smooth_image
+from tests.reference.order import epoch_batches
 
 PIXELS = smooth_image(20, 24, 0)
 
@@ -130,18 +130,10 @@ def test_more_ranks_and_workers_than_shards_or_rows(tmp_path: Path, order: str) 
     ranks = [_epoch(_loader(shards, rank=rank, world_size=12, micro=1, **options)) for rank in range(12)]
     assert {len(batches) for batches in ranks} == {2}
     batches = [[index for rank in ranks for index in rank[step]] for step in range(2)]
-    expected = list(
-        trace_keys(
-            shards,  # type: ignore[arg-type]
-            Order.of(shards, DataConfig(order=order), seed=1, global_batch_size=12),  # type: ignore[arg-type]
-            last="pad",
-            world_size=1,
-            rank=0,
-            epoch=0,
-        )
-    )
-    assert [shards.key(index) for batch in batches for index in batch] == expected
-    assert set(expected) == {shards.key(index) for index in range(13)}
+    config = DataConfig(order=order)  # type: ignore[arg-type]
+    whole = Order.of(shards.as_set(), config, seed=1, global_batch_size=12)
+    assert batches == epoch_batches(whole.samples(0, np.arange(13)).tolist(), 12, "pad")
+    assert {index for batch in batches for index in batch} == set(range(13))
 
 
 @pytest.mark.slow

@@ -14,9 +14,11 @@ import pytest
 import torch
 
 from data_pipelines.stream.loader import Batch, DataConfig, LoaderState, TrainLoader, evaluation_batches
+from data_pipelines.stream.order import Order
 from data_pipelines.stream.quarantine import TooManyBadSamplesError
 from data_pipelines.stream.reader import BadSampleError, ShardReader
 from tests.data.stream_shards import TarShards, grey_level_shards
+from tests.reference.order import epoch_batches
 
 PLAIN: dict[str, Any] = {"crop": "centre", "flip_rate": 0.0, "eval_crop_rate": 1.0}
 
@@ -81,6 +83,17 @@ def test_the_global_batches_do_not_depend_on_the_topology(
     # 50 samples make four batches of 12 an epoch, and two are dropped.
     for epoch in (whole[:4], whole[4:8]):
         assert len({sample for batch in epoch for sample in batch}) == 48
+
+
+@pytest.mark.parametrize("order", ["full", "block", "sequential"])
+@pytest.mark.parametrize("last", ["drop", "pad"])
+def test_the_loader_reads_what_the_order_says(shards: TarShards, order: str, last: str) -> None:
+    config = DataConfig(order=order)  # type: ignore[arg-type]
+    whole = Order.of(shards.as_set(), config, seed=7, global_batch_size=12).samples(2, np.arange(50)).tolist()
+    batches = epoch_batches(whole, 12, last)
+    state = LoaderState(epoch=2)
+    options: dict[str, Any] = {"order": order, "last": last}
+    assert _global_batches(shards, len(batches), state, world_size=3, micro=2, accum=2, **options) == batches
 
 
 @pytest.mark.parametrize(("order", "stop"), [("full", 1), ("block", 3), ("full", 4), ("sequential", 5)])

@@ -1,8 +1,6 @@
 """Mixtures: every set in proportion to its weight, each of its samples once a round, any position at once."""
 
 import itertools
-import re
-from collections import Counter
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -20,7 +18,6 @@ from data_pipelines.shards.index import ShardSet, open_shards
 from data_pipelines.stream.loader import LoaderState, TrainLoader
 from data_pipelines.stream.order import Order, rank_positions
 from data_pipelines.writing.write import WriteConfig, write_shards
-from sret_scale.cli import main
 from tests.data.stream_shards import jpeg, smooth_image
 
 SIZES = {"a": 12, "b": 30, "c": 5}
@@ -163,15 +160,6 @@ def test_the_state_names_the_weights(folders: list[Path]) -> None:
     assert len(state.to_json()) < 200
     with pytest.raises(ValueError, match="belongs to another order"):
         _loader(shards, replace(config, mixture_weights=(1.0, 1.0, 1.0))).steps(state)
-
-
-def test_trace_takes_a_mixture(folders: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
-    names = list(map(str, folders))
-    assert main(["shards", "trace", *names, "--global-batch", "4", "--last", "pad", "--weights", "1", "1", "3"]) == 0
-    keys = Counter(re.sub(r".*([abc])\d+$", r"\1", key) for key in capsys.readouterr().out.split()[:47])
-    assert keys == {"a": 9, "b": 10, "c": 28}
-    assert main(["shards", "trace", *names, "--global-batch", "4", "--weights", "1"]) == 2
-    assert "data.mixture_weights: expected none, or 3 above 0" in capsys.readouterr().err
 
 
 def test_what_cannot_be_mixed_is_named(folders: list[Path], tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Streaming of shards as the writer makes them, and the `shards trace` command on them."""
+"""Streaming of shards as the writer makes them."""
 
 from collections import Counter
 from itertools import islice
@@ -11,7 +11,6 @@ import torch
 from data_pipelines.shards.index import ShardSet, open_shards
 from data_pipelines.stream.loader import DataConfig, LoaderState, TrainLoader, evaluation_batches
 from data_pipelines.writing.write import WriteConfig, write_shards
-from sret_scale.cli import main
 
 SAMPLE = Path(__file__).parents[2] / "data_pipelines" / "sample" / "fashion_mnist"
 SMALL = DataConfig(crop="padded", crop_padding=2, eval_crop_rate=1.0)
@@ -49,20 +48,3 @@ def test_evaluation_shows_the_stored_pixels(shards: ShardSet) -> None:
     assert np.array_equal(labels.numpy(), shards.label)
     grey = torch.cat([batch.images for batch in batches])
     assert torch.equal(grey[:, 0], grey[:, 2])
-
-
-def test_trace_prints_the_keys_of_a_rank(shards: ShardSet, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["shards", "trace", str(shards.folder), "--global-batch", "96", "--seed", "5", "--epoch", "1"]
-    printed = []
-    for rank in range(3):
-        assert main([*arguments, "--world-size", "3", "--rank", str(rank), "--last", "pad"]) == 0
-        printed.append(capsys.readouterr().out.split())
-    assert {len(keys) for keys in printed} == {21 * 32}
-    assert set().union(*printed) == {shards.key(index) for index in range(2000)}
-    assert main([*arguments, "--world-size", "3", "--rank", "1", "--from", "192", "--count", "40"]) == 0
-    assert capsys.readouterr().out.split() == printed[1][64:104]
-
-
-def test_trace_names_a_wrong_question(shards: ShardSet, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["shards", "trace", str(shards.folder), "--global-batch", "64", "--world-size", "3"]) == 2
-    assert capsys.readouterr().err == "error: global batch 64: 3 ranks cannot share it equally\n"

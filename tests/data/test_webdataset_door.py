@@ -167,7 +167,6 @@ def test_a_sample_names_the_tar_or_the_url_it_came_from(shards: ShardSet, stream
     [
         ["shards", "verify", "SET"],
         ["shards", "repair", "SET", "new"],
-        ["shards", "bench", "SET"],
         ["shards", "head", "SET", "new"],
         ["shards", "sidecars", "SET"],
         ["labels", "write", "SET", "new", "--teacher", "run:nowhere", "--views", "1", "--top-k", "1"],

@@ -1,16 +1,13 @@
-"""The report on depth: lines of one kind, the best rate, fitted laws, health maps, memory and schedules."""
+"""The report on depth: lines of one kind, the best rate, health maps, memory and schedules."""
 
 import csv
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pytest
 import yaml
 
 from sret_scale.lab.readable_numbers import evenly
 from sret_scale.lab.report.health import alarms, health_figures
-from sret_scale.lab.report.laws import fit_law
 from sret_scale.lab.report.page import write_report
 from sret_scale.lab.report.run_record import load_run
 from tests.lab.report_runs import write_run
@@ -68,21 +65,6 @@ def test_of_a_sweep_over_rates_each_depth_keeps_its_best(tmp_path: Path) -> None
         ("branch_scheme loop_aware", "40"): 0.002,
     }
     assert len(_rows(tmp_path / "page_files" / "depth_applications.csv")) == 4
-
-
-def test_a_law_is_found_where_there_is_one_and_doubted_where_not() -> None:
-    depths = np.array([10.0, 20.0, 50.0, 100.0, 500.0])
-    law = fit_law(list(depths), list(0.1 + 0.4 * depths**-0.6))
-    assert law is not None and law.r2 > 0.999 and law.warning == ""
-    assert law.floor == pytest.approx(0.1, abs=0.01) and law.exponent == pytest.approx(0.6, rel=0.1)
-    assert law.residuals == pytest.approx([0.0] * 5, abs=1e-3)
-    worse = fit_law(list(depths), [0.1, 0.11, 0.12, 0.14, 0.2])
-    assert worse is not None and "No power law" in worse.warning and str(worse) == worse.warning
-    noise = fit_law(list(depths), list(0.1 + 0.004 * depths**-0.6), spread=0.01)
-    assert noise is not None and "less than their seeds" in noise.warning
-    assert fit_law([10.0, 20.0, 50.0], [0.3, 0.2, 0.1]) is None
-    few = fit_law([10.0, 20.0, 50.0, 100.0], list(0.1 + 0.4 * depths[:4] ** -0.6))
-    assert few is not None and "do not extend" in few.warning
 
 
 def test_the_health_of_depth_is_a_map_and_alarms_are_remarks(tmp_path: Path) -> None:

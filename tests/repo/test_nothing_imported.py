@@ -89,7 +89,7 @@ def test_no_command_imports_what_a_run_names(
         ["predict", run, picture],
         ["predict", run / "checkpoints" / "step-000000001", picture, "--json"],
         ["report", run, "-o", f"{out}.html"],
-        *(["analyze", kind, run, "--images", "8", "--points", "3"] for kind in ("loops", "similarity", "landscape")),
+        ["analyze", "loops", run, "--images", "8"],
         ["export", run, f"{out}.pt2", "--format", "torch"],
         ["export", run, f"{out}.safetensors", "--format", "safetensors"],
         ["weights", "grow", run, f"{out}.grown.safetensors", "--loops", "4"],

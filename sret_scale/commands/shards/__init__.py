@@ -14,9 +14,7 @@ ACTIONS = {
     "head": "draw the first images with their labels",
     "index": "make index and manifest for webdataset tars written by other tools",
     "repair": "copy a set without its bad samples, or with good copies of them",
-    "bench": "measure how fast a set can be read and loaded on this machine",
     "sidecars": "write the small files that wids, timm, open_clip and DALI need to open the shards",
-    "trace": "print the keys of the samples a rank reads in training, in order",
 }
 
 

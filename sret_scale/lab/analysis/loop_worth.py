@@ -7,17 +7,83 @@ that a change of the loop is not also one of the slicing.
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal, get_args
 
+import matplotlib as mpl
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor, nn
 
-from sret_scale.lab.analysis.subject import Subject, measure
+from data_pipelines.image.augment import normalise
+from data_pipelines.stream.loader import evaluation_batches
 from sret_scale.lab.readable_numbers import evenly
+from sret_scale.lab.report.chart import MUTED, PALETTE, PAPER, STYLE, WIDTH_INCHES, Caption, Chart, finish
+from sret_scale.model import SReT
 from sret_scale.model.stage import Application, chains_run_by
+from sret_scale.train.evaluate_main import open_shards, require_classes
+from sret_scale.train.load_run import load_model
 
 Change = Literal["left out", "repeated", "swapped"]
 Chain = Sequence[Callable[[Tensor], Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A trained model in eval mode and the first images of its test set, normalised. B micro-batch, C classes."""
+
+    name: str
+    model: SReT
+    batches: tuple[tuple[Tensor, Tensor], ...]
+
+    @property
+    def num_images(self) -> int:
+        """How many images the batches have."""
+        return sum(len(labels_B) for _, labels_B in self.batches)
+
+
+def open_subject(run: Path, num_images: int, report: Callable[[str], None]) -> Subject:
+    """The model of a run, with its average where it keeps one, on the first `num_images` of its test set.
+
+    Raises FileNotFoundError or ValueError for a folder that is no run, or has no checkpoint or test images.
+    """
+    if num_images < 1:
+        raise ValueError(f"--images: expected at least 1, got {num_images}")
+    shards, config = open_shards(run, None)
+    require_classes(config, run)
+    model, weights, step = load_model(run, None, report)
+    report(f"{run}: {weights} weights of step {step}, {config.model.num_applications} applications")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    batches, count = [], 0
+    for batch in evaluation_batches(
+        shards,
+        config.data,
+        image_size=config.model.image_size,
+        batch_size=min(config.train.micro_batch_size, num_images),
+        rank=0,
+        world_size=1,
+    ):
+        valid_B = batch.valid.clone()
+        valid_B[max(0, num_images - count) :] = False
+        images_BCHW = normalise(batch.images[valid_B].float() / 255, config.train.image_mean, config.train.image_std)
+        batches.append((images_BCHW.to(device), batch.labels[valid_B].to(device)))
+        count += int(valid_B.sum())
+        if count >= num_images:
+            break
+    return Subject(name=run.resolve().name, model=model.to(device), batches=tuple(batches))
+
+
+@torch.inference_mode()
+def measure(model: nn.Module, subject: Subject) -> tuple[float, float]:
+    """(mean cross-entropy, top-1 ratio) on the subject's images; NaN for a loss that is not finite."""
+    loss, right = 0.0, 0
+    for images_BCHW, labels_B in subject.batches:
+        logits_BC = model(images_BCHW).float()
+        loss += float(F.cross_entropy(logits_BC, labels_B, reduction="sum"))
+        right += int((logits_BC.argmax(dim=1) == labels_B).sum())
+    return loss / subject.num_images, right / subject.num_images
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,3 +157,53 @@ def _passed(application: Application) -> Callable[[Tensor], Tensor]:
     if not application.injected:
         return application.reordered
     return lambda x_BND: torch.cat([application.reordered(part) for part in x_BND.chunk(2, dim=1)], dim=1)
+
+
+def in_lines(study: LoopStudy) -> list[str]:
+    """A line for each kind of change: the loop that is missed most."""
+    lines = []
+    for change in get_args(Change):
+        worst = min((e for e in study.effects if e.change == change), key=lambda e: e.top1, default=None)
+        if worst is not None:
+            lines.append(
+                f"{study.name}: {100 * study.top1:.1f} % top-1; loop {worst.loop} of stage {worst.stage} "
+                f"{change}: {100 * worst.top1:.1f} %, the most harm of that kind"
+            )
+    return lines
+
+
+def loop_figure(study: LoopStudy, index: int) -> Chart:
+    """Accuracy after each change of a loop, a panel a stage, with the unchanged accuracy as a line."""
+    stages = sorted({effect.stage for effect in study.effects})
+    caption = Caption(
+        name=f"loops_{index}",
+        title=f"What each loop of {study.name} is worth",
+        text=f"Top-1 with one loop of all blocks of a stage left out, run twice, or swapped with the next. Dashed: the "
+        f"unchanged model, {100 * study.top1:.1f} %.",
+        x_label="loop",
+        y_label="top-1, %",
+    )
+    height = 0.7 + 1.7 * len(stages)
+    colours = dict(zip(("left out", "repeated", "swapped"), PALETTE, strict=False))
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH_INCHES, height), facecolor=PAPER)
+        figure.subplots_adjust(left=0.1, right=0.97, bottom=0.62 / height, top=1 - 0.28 / height, hspace=0.45)
+        for place, stage in enumerate(stages):
+            axes = figure.add_subplot(len(stages), 1, place + 1)
+            axes.set_title(f"stage {stage}: top-1, %", loc="left", fontsize=8.5, color=MUTED, pad=3)
+            axes.axhline(100 * study.top1, color=MUTED, linewidth=1.0, linestyle=(0, (4, 3)))
+            for change, colour in colours.items():
+                own = [(e.loop, 100 * e.top1) for e in study.effects if (e.stage, e.change) == (stage, change)]
+                if own:
+                    label = change if place == 0 else None
+                    axes.plot(*zip(*own, strict=True), "o-", color=colour, markersize=3.5, linewidth=1.0, label=label)
+            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+            axes.yaxis.set_major_locator(MaxNLocator(4))
+        axes.set_xlabel("loop")
+        figure.legend(frameon=False, fontsize=8.5, labelcolor=MUTED, loc="lower left", ncols=3, borderaxespad=0.2)
+        table: list[tuple[object, ...]] = [
+            ("stage", "loop", "change", "top1", "loss"),
+            ("", "", "none", study.top1, study.loss),
+        ]
+        table += [(e.stage, e.loop, e.change, e.top1, e.loss) for e in study.effects]
+        return finish(figure, caption, table)

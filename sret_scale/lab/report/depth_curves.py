@@ -26,7 +26,6 @@ from sret_scale.lab.report.chart import (
     run_colours,
 )
 from sret_scale.lab.report.compare import pareto_front
-from sret_scale.lab.report.laws import Law, fit_law
 from sret_scale.lab.report.plots import byte_axis
 from sret_scale.lab.report.run_record import RunRecord
 from sret_scale.lab.report.series import RATE, Line, Point, gather, lines_of, rates_of
@@ -63,8 +62,8 @@ def depth_figures(runs: Sequence[RunRecord], summaries: Sequence[Summary]) -> li
     lines = lines_of(points)
     shown = [point for line in lines for point in line.points]
     charts = [_figure(name, lines) for name in COSTS if any(point.costs[name] > 0 for point in shown)]
-    law, rates = _law_figure(lines), _rate_figure(points)
-    return charts[:1] + ([law] if law else []) + charts[1:] + ([rates] if rates else [])
+    rates = _rate_figure(points)
+    return [*charts, rates] if rates else charts
 
 
 def _figure(name: str, lines: Sequence[Line]) -> Chart:
@@ -188,43 +187,6 @@ def _table(lines: Sequence[Line], name: str, front: list[int], x_label: str) -> 
                 table.append((*where, *spread, int(place in front)))
                 place += 1
     return table
-
-
-def _law_figure(lines: Sequence[Line]) -> Chart | None:
-    """Error over depth of the longest line that has enough depths, with its law; None where there is none."""
-    laws: list[tuple[Line, Law]] = []
-    for line in lines:
-        spread = max((max(point.top1) - min(point.top1) for point in line.points), default=0.0)
-        law = fit_law([p.depth for p in line.points], [1 - p.mean for p in line.points], spread)
-        if law is not None:
-            laws.append((line, law))
-    if not laws:
-        return None
-    words = [f"{line.label + ': ' if len(laws) > 1 else ''}{law}" for line, law in laws[:4]]
-    caption = Caption(
-        name="depth_law",
-        title="Does a law of depth fit?",
-        text=" ".join(words),
-        x_label="block applications",
-        y_label="error, %",
-    )
-    colours = run_colours(len(lines))
-    table: list[tuple[object, ...]] = [("line", "applications", "error", "fitted", "residual")]
-    with mpl.rc_context(STYLE):
-        figure, axes = canvas(caption)
-        figure.subplots_adjust(left=0.1, right=0.95, bottom=0.14, top=0.89)
-        for line, law in laws[:4]:
-            colour = colours[list(lines).index(line)]
-            depths = np.array([point.depth for point in line.points])
-            axes.plot(depths, [100 * (1 - point.mean) for point in line.points], "o", color=colour, markersize=6)
-            if law.r2 > 0 and law.scale > 0:
-                fine = np.geomspace(depths.min(), depths.max(), 60)
-                axes.plot(fine, 100 * law.error(fine), color=colour, linewidth=1.2, linestyle=(0, (1, 2)))
-            for point, fitted, residual in zip(line.points, law.error(depths), law.residuals, strict=True):
-                table.append((line.label, int(point.depth), 1 - point.mean, fitted, residual))
-        _cost_axis(axes, np.array([point.depth for line, _ in laws[:4] for point in line.points]))
-        axes.margins(y=0.14)
-        return finish(figure, caption, table)
 
 
 def _rate_figure(points: Sequence[Point]) -> Chart | None:
