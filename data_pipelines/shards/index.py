@@ -27,6 +27,7 @@ from data_pipelines.shards.manifest import (
 )
 from data_pipelines.shards.npz_columns import Columns, parse_columns, render_columns
 from data_pipelines.shards.packed_strings import PackedStrings
+from data_pipelines.text.pieces import KIND
 
 # Column -> little-endian type. One value per sample, except for `key_bytes`.
 COLUMNS = {
@@ -85,6 +86,11 @@ class ShardSet:
     @property
     def num_samples(self) -> int:
         return len(self.offset)
+
+    @property
+    def is_text(self) -> bool:
+        """Whether samples are windows of text: `width` is then their bytes, and `height` those that count."""
+        return self.manifest.writer.get("kind") == KIND
 
     @property
     def class_names(self) -> list[str]:

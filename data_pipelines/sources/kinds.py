@@ -5,14 +5,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_pipelines.grids.made import GridReader, list_grids
-from data_pipelines.sources import folder, idx, ilsvrc, parquet, tars
+from data_pipelines.sources import folder, idx, ilsvrc, parquet, tars, texts
 from data_pipelines.sources.listing import Listing, Reader
 from data_pipelines.sources.ranges import FileReader, RangeReader
 
 
 @dataclass(frozen=True, kw_only=True)
 class SourceKind:
-    """How to list a source (path, split) and how to read its images. What is made has `GridOptions` for a path."""
+    """How to list a source (path, split) and how to read its images. What is made has `GridOptions` for a path,
+    text a pair of path and `TextWindows`."""
 
     description: str
     list_samples: Callable[[Any, str | None], Listing]
@@ -44,6 +45,9 @@ KINDS = {
         description="folder with the four IDX files of the MNIST family",
         list_samples=idx.list_samples,
         open_reader=idx.IdxReader,
+    ),
+    "text": SourceKind(
+        description="text file, or folder of .txt files", list_samples=texts.list_windows, open_reader=RangeReader
     ),
     "mazes": SourceKind(description="mazes that are made", list_samples=list_grids, open_reader=GridReader),
     "products": SourceKind(description="products of a group, made", list_samples=list_grids, open_reader=GridReader),

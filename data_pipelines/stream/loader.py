@@ -89,7 +89,10 @@ class TrainingSource:
 
 
 class TrainLoader:
-    """Endless training steps of one rank, `for step in loader.steps(state)`, or its batches, `for batch in loader`."""
+    """Endless training steps of one rank, `for step in loader.steps(state)`, or its batches, `for batch in loader`.
+
+    `context`: bytes of a row, of shards of text; `image_size` is without use there.
+    """
 
     def __init__(
         self,
@@ -98,6 +101,7 @@ class TrainLoader:
         *,
         micro_batch_size: int,
         image_size: int = 224,
+        context: int | None = None,
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
@@ -114,7 +118,8 @@ class TrainLoader:
                 "accumulation steps): use fewer ranks, a smaller batch, or more data"
             )
         self.steps_per_epoch = steps_per_epoch(epoch_length, self.global_batch_size, config.last)
-        self._shards, self._config, self._image_size = shards, config, image_size
+        self._shards, self._config = shards, config
+        self._image_size, self._context = image_size, context
         self._rank, self._world_size = rank, world_size
         self._micro_batch_size, self._grad_accum_steps = micro_batch_size, grad_accum_steps
         self._identity = LoaderState(fingerprint=shards.fingerprint[:32], seed=seed, order=self.order.name)
@@ -138,7 +143,7 @@ class TrainLoader:
         """Endless. Threads work ahead until the iterator is closed or collected; what fails in one is raised here."""
         state = state or LoaderState()
         self.check(state)
-        check_views(self._shards, self._config, self._image_size)
+        check_views(self._shards, self._config, self._image_size, self._context)
         return self._steps(state)
 
     def _steps(self, state: LoaderState) -> Generator[Step]:
@@ -151,7 +156,7 @@ class TrainLoader:
             reader = stack.enter_context(ShardReader(self._shards))
             filler = BatchFiller(
                 source.over(reader, self.quarantine.add),
-                image_size=self._image_size,
+                row_shape=row_shape(self._image_size, self._context),
                 num_threads=self._config.workers,
                 stall_s=self._config.stall_s,
                 in_progress=reader.in_progress,
@@ -187,7 +192,7 @@ class TrainLoader:
         batches = worker_batches(
             source,
             of_steps(),
-            image_size=self._image_size,
+            row_shape=row_shape(self._image_size, self._context),
             maps=tuple(map_names(self._shards.members)),
             num_workers=self._config.workers,
             prefetch_batches=self._config.prefetch_batches,
@@ -286,8 +291,31 @@ def check_node_cache(
     loader.check_cache(LoaderState())
 
 
-def check_views(shards: ShardSet, config: DataConfig, image_size: int) -> None:
-    """Raises ValueError unless maps are seen as their images are, and images that are not resized fit."""
+def row_shape(image_size: int, context: int | None) -> tuple[int, ...]:
+    """Of a sample in a batch: pixels, or bytes of text."""
+    return (3, image_size, image_size) if context is None else (context,)
+
+
+def check_views(shards: ShardSet, config: DataConfig, image_size: int, context: int | None = None) -> None:
+    """Raises ValueError unless maps are seen as their images are, and what is not resized fits: images, or text.
+
+    `context`: bytes that a window of text may have; None where images are expected.
+    """
+    if shards.is_text != (context is not None):
+        kinds = ("images", "text")
+        raise ValueError(
+            f"{shards.folder}: expected shards of {kinds[not shards.is_text]}, got shards of {kinds[shards.is_text]}: "
+            "task=language reads text, other tasks images"
+        )
+    if context is not None:
+        if config.transform:
+            raise ValueError(f"{shards.folder}: text is not transformed: set data.transform=null")
+        if (longest := int(shards.width.max(initial=0))) > context:
+            raise ValueError(
+                f"{shards.folder}: windows of {longest:,} bytes do not fit into a context of {context:,}: set "
+                f"model.context={longest}, or write the shards with --window {context}"
+            )
+        return
     if map_names(shards.members) and (config.crop != "none" or config.transform):
         raise ValueError(
             f"{shards.folder}: images with label maps are used as they are stored: set data.crop=none and no"
@@ -303,13 +331,20 @@ def check_views(shards: ShardSet, config: DataConfig, image_size: int) -> None:
 
 
 def evaluation_batches(
-    shards: ShardSet, config: DataConfig, *, image_size: int, batch_size: int, rank: int, world_size: int
+    shards: ShardSet,
+    config: DataConfig,
+    *,
+    image_size: int = 224,
+    context: int | None = None,
+    batch_size: int,
+    rank: int,
+    world_size: int,
 ) -> Iterator[Batch]:
     """Every sample exactly once over all ranks, in the order of the shards; the same number of batches on every rank.
 
     The batches at the end are padded with rows whose `valid` is False; a batch may consist of them.
     """
-    check_views(shards, config, image_size)
+    check_views(shards, config, image_size, context)
     global_batch_size = batch_size * world_size
     num_batches = -(-shards.num_samples // global_batch_size)
     upcoming: deque[PendingBatch] = deque()
@@ -317,7 +352,7 @@ def evaluation_batches(
         source = EvaluationSamples(reader, shards, config)
         filler = BatchFiller(
             source,
-            image_size=image_size,
+            row_shape=row_shape(image_size, context),
             num_threads=config.workers,
             stall_s=config.stall_s,
             in_progress=reader.in_progress,

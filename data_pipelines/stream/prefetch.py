@@ -35,11 +35,11 @@ PADDING = -1
 class Batch:
     """Rows of one micro batch. In padding of evaluation `valid` is False, `indices` is -1 and the rest is zero."""
 
-    images: Tensor  # uint8 (B, 3, H, W)
+    images: Tensor  # uint8 (B, 3, H, W); of text its bytes (B, N), zeros behind the last one
     labels: Tensor  # int64 (B,)
     indices: Tensor  # int64 (B,) sample index in the shard set
     valid: Tensor  # bool (B,)
-    views: Tensor  # int32 (B, 5): top, left, height, width of the box, 1 for a flip
+    views: Tensor  # int32 (B, 5): top, left, height, width of the box, 1 for a flip; of text those that count
     view_numbers: Tensor  # int32 (B,) which view of its sample a row shows
     # `map`: uint8 (B, H, W) labels of pixels, 255 where nothing is asked; attributes by name: int32 (B, H, W)
     maps: Mapping[str, Tensor] = field(default_factory=dict)
@@ -57,12 +57,12 @@ class Batch:
 
 
 def empty_batch(
-    indices_B: Indices, image_size: int, recycler: Recycler, *, pin_memory: bool, maps: Iterable[str] = ()
+    indices_B: Indices, row_shape: tuple[int, ...], recycler: Recycler, *, pin_memory: bool, maps: Iterable[str] = ()
 ) -> Batch:
     """A batch for the samples `indices_B`, zero where there is none, with these maps. Its pixels are in memory of
     batches that are gone, or in pinned memory, which torch itself uses again."""
     num_rows = len(indices_B)
-    shape = (num_rows, 3, image_size, image_size)
+    shape = (num_rows, *row_shape)
     if pin_memory:
         images_BCHW = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
     else:
@@ -125,20 +125,20 @@ class BatchFiller:
         self,
         source: SampleSource,
         *,
-        image_size: int,
+        row_shape: tuple[int, ...],
         num_threads: int,
         stall_s: float,
         in_progress: object,
         maps: Iterable[str] = (),
     ) -> None:
         self._source, self._stall_s, self._in_progress = source, stall_s, in_progress
-        self._image_size, self._maps, self._recycler = image_size, tuple(maps), Recycler()
+        self._row_shape, self._maps, self._recycler = row_shape, tuple(maps), Recycler()
         self._executor = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
 
     def submit(self, epoch: int, indices_B: Indices, repeats_B: Indices) -> PendingBatch:
         """Begins a batch of the samples `indices_B` of `epoch`, each in its `repeats_B`-th view."""
         pin_memory = torch.cuda.is_available()
-        batch = empty_batch(indices_B, self._image_size, self._recycler, pin_memory=pin_memory, maps=self._maps)
+        batch = empty_batch(indices_B, self._row_shape, self._recycler, pin_memory=pin_memory, maps=self._maps)
         starts = range(0, len(indices_B), _SAMPLES_PER_TASK)
         tasks = [self._executor.submit(self._fill, batch, epoch, repeats_B, start) for start in starts]
         return PendingBatch(batch, tasks, stall_s=self._stall_s, in_progress=self._in_progress)

@@ -38,9 +38,16 @@ class Sample:
 
 
 class SampleSource(Protocol):
-    """Writes the pixels of a sample to `out_CHW`, uint8 (3, size, size). Called by several threads at once."""
+    """Writes a sample's pixels to `out_CHW`, uint8 (3, size, size), or its text to (N,). Called by several threads."""
 
     def __call__(self, epoch: int, index: int, repeat: int, out_CHW: NDArray[np.uint8]) -> Sample: ...
+
+
+def read_text(reader: ShardReader, shards: ShardSet, index: int, out_N: NDArray[np.uint8], number: int) -> Sample:
+    """Writes a window's bytes to `out_N`, zeros behind them; its view is the part that counts: start, and length."""
+    data, counted = reader.read(index), int(shards.height[index])
+    out_N[: len(data)], out_N[len(data) :] = np.frombuffer(data, np.uint8), 0
+    return Sample(int(shards.label[index]), index, (0, len(data) - counted, 1, counted, 0), number)
 
 
 class EvaluationSamples:
@@ -50,6 +57,8 @@ class EvaluationSamples:
         self._reader, self._shards, self._config = reader, shards, config
 
     def __call__(self, epoch: int, index: int, repeat: int, out_CHW: NDArray[np.uint8]) -> Sample:
+        if self._shards.is_text:
+            return read_text(self._reader, self._shards, index, out_CHW, 0)
         try:
             image_CHW = decode_rgb(self._reader.read(index), max_pixels=self._config.max_pixels)
             out_CHW[...] = centre_pixels(image_CHW, self._config, out_CHW.shape[1]).numpy()
@@ -102,6 +111,8 @@ class TrainingSamples:
     def _read(self, epoch: int, index: int, repeat: int, out_CHW: NDArray[np.uint8]) -> Sample:
         config = self._config
         number = view_number(config, epoch, repeat)
+        if self._shards.is_text:
+            return read_text(self._reader, self._shards, index, out_CHW, number)
 
         def draw(height: int, width: int) -> View:
             return draw_view(config, height, width, seed=self._view_seed, number=number, index=index)

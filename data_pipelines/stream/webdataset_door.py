@@ -79,7 +79,8 @@ class _Samples(torch.utils.data.IterableDataset[dict[str, Any]]):
     ) -> dict[str, Any]:
         if self._image_size is None:
             image = reader.read(index)
-            ending = next((name for head, name in _ENDINGS.items() if image.startswith(head)), "img")
+            found = "txt" if self._shards.is_text else "img"
+            ending = next((name for head, name in _ENDINGS.items() if image.startswith(head)), found)
             content: dict[str, Any] = {ending: image, "cls": str(int(self._shards.label[index])).encode()}
         else:
             pixels_CHW = np.empty((3, self._image_size, self._image_size), np.uint8)

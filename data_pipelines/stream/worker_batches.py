@@ -44,8 +44,10 @@ _ADVICE = {
 class _Batches(Dataset[Answer]):
     """The batch of a task, as a worker fills it."""
 
-    def __init__(self, make_source: MakeSource, image_size: int, maps: Sequence[str], num_workers: int) -> None:
-        self._make_source, self._image_size, self._maps = make_source, image_size, maps
+    def __init__(
+        self, make_source: MakeSource, row_shape: tuple[int, ...], maps: Sequence[str], num_workers: int
+    ) -> None:
+        self._make_source, self._row_shape, self._maps = make_source, row_shape, maps
         self._source: SampleSource | None = None
         self._bad_samples: BadSamples = []
         self._recycler = Recycler()
@@ -55,7 +57,7 @@ class _Batches(Dataset[Answer]):
     def __getitem__(self, task: Task) -> Answer:
         epoch, indices_B, repeats_B = task
         place = self.places[get_worker_info().id].numpy()  # type: ignore[union-attr]  # we are in a worker
-        batch = empty_batch(indices_B, self._image_size, self._recycler, pin_memory=False, maps=self._maps)
+        batch = empty_batch(indices_B, self._row_shape, self._recycler, pin_memory=False, maps=self._maps)
         columns, failure = batch.columns(), None
         try:
             if self._source is None:
@@ -76,7 +78,7 @@ def worker_batches(
     make_source: MakeSource,
     tasks: Iterable[Task],
     *,
-    image_size: int,
+    row_shape: tuple[int, ...],
     maps: Sequence[str] = (),
     num_workers: int,
     prefetch_batches: int,
@@ -90,7 +92,7 @@ def worker_batches(
     samples there; `on_bad_sample` hears of them in this process. `name_of(index)` is what a message calls the sample
     that a process stands still at, or died of. Closing the generator ends the processes.
     """
-    batches = _Batches(make_source, image_size, maps, num_workers)
+    batches = _Batches(make_source, row_shape, maps, num_workers)
     others, handler = set(multiprocessing.active_children()), signal.getsignal(signal.SIGCHLD)
     loader = DataLoader(
         batches,

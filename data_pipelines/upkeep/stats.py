@@ -18,7 +18,7 @@ def summarize_shards(folder: str | Path) -> dict[str, Any]:
         "samples": shards.num_samples,
         "classes": shards.num_classes,
         "shards": shards.num_shards,
-        "members": " ".join(["image", *shards.members]),
+        "members": " ".join(["text" if shards.is_text else "image", *shards.members]),
         "left_out": shards.manifest.num_rejected,
         "image_bytes": int(shards.length.sum()),
         "tar_bytes": sum(shard.bytes for shard in shards.manifest.shards),

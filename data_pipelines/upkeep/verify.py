@@ -208,6 +208,11 @@ class _Checker:
             if row in self.bad_rows:
                 continue
             offset = int(self._shards.offset[row])
+            if self._shards.is_text:
+                sizes = int(self._shards.length[row]), int(self._shards.width[row]), int(self._shards.height[row])
+                if sizes[0] != sizes[1] or not 0 < sizes[2] <= sizes[1]:
+                    self._report(row, offset, f"is {sizes[0]} bytes, the index says {sizes[1]}, and {sizes[2]} count")
+                continue
             try:
                 height, width = decode_rgb(bytes(self._part(row, self._shards))).shape[1:]
                 parts = {name: bytes(self._part(row, place)) for name, place in self._shards.members.items()}

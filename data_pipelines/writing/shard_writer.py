@@ -20,6 +20,7 @@ from data_pipelines.shards.index import WORK_FOLDER
 from data_pipelines.shards.tar_write import END_OF_ARCHIVE, Record, make_record
 from data_pipelines.sources.listing import ListedImage, Reader
 from data_pipelines.sources.ranges import WHOLE, member_path
+from data_pipelines.text.pieces import TextWindows
 from data_pipelines.writing.image_header import ImageHeader, orientation
 from data_pipelines.writing.prepare import ImageOptions, prepare_image
 from data_pipelines.writing.rows import DoneShard, Rejected, RowTable, done_path, save_done
@@ -47,6 +48,7 @@ def write_shard(plan: Plan, index: int, folder: Path, *, options: ImageOptions, 
     class_names = plan.listing.class_names
     rejected: list[Rejected] = []
     num_turned = 0
+    text = plan.arguments.get("text")
     with replacing(folder / shard_file(index), folder / WORK_FOLDER) as file:
         writer = _Writer(file, FileHash(plan.arguments["hash_name"]), plan.listing.members)
         for listed in plan.listing.images(int(plan.starts[index]), int(plan.starts[index + 1])):
@@ -54,7 +56,10 @@ def write_shard(plan: Plan, index: int, folder: Path, *, options: ImageOptions, 
             paths = {name: member_path(listed.path, name) for name in plan.listing.members}
             members = {name: reader.read(path, listed.offset, WHOLE) for name, path in paths.items()}
             try:
-                stored, header = prepare_image(image, options)
+                if text:
+                    stored, header = image, text_header(listed, TextWindows(**text))
+                else:
+                    stored, header = prepare_image(image, options)
                 decode_maps(members, members.__getitem__, header.height, header.width, len(class_names))
             except BadImageError as error:
                 rejected.append(Rejected(key=listed.key, name=listed.name, reason=str(error)))
@@ -63,10 +68,15 @@ def write_shard(plan: Plan, index: int, folder: Path, *, options: ImageOptions, 
             metadata = _metadata(listed, class_names, reader) if options.metadata else None
             record = make_record(listed.key, header.extension, stored, listed.label, metadata, members)
             writer.add(listed, header, record)
-            num_turned += orientation(stored) != 1
+            num_turned += not text and orientation(stored) != 1
         done = replace(writer.finish(shard_file(index), rejected), num_turned=num_turned)
     save_done(folder, index, done)
     return done
+
+
+def text_header(listed: ListedImage, windows: TextWindows) -> ImageHeader:
+    """What the index says of a window of text: its bytes and those that count, where images have width and height."""
+    return ImageHeader(extension="txt", width=listed.length, height=windows.num_counted(listed.offset, listed.length))
 
 
 def _metadata(listed: ListedImage, class_names: Sequence[str], reader: Reader) -> bytes:

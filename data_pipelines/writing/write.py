@@ -27,6 +27,7 @@ from data_pipelines.shards.manifest import INDEX_BYTES_A_SAMPLE, MANIFEST_NAME, 
 from data_pipelines.sources.kinds import source_kind
 from data_pipelines.sources.listing import Listing
 from data_pipelines.stream.processes import Progress
+from data_pipelines.text.pieces import KIND, TextWindows
 from data_pipelines.writing.finish import check_sizes, finish_shards
 from data_pipelines.writing.prepare import ImageOptions
 from data_pipelines.writing.rows import DoneShard, done_path, load_done
@@ -47,7 +48,8 @@ class WriteConfig:
     `source`: a path, or what is to be made, for the kinds that make their samples.
 
     `class_names`: those of the training set, whose numbers the labels get; None takes the source's own.
-    `hash_name` is how the manifest knows the tars again (`data_pipelines.shards.hashes`).
+    `hash_name` is how the manifest knows the tars again (`data_pipelines.shards.hashes`). `text`: of the kind text,
+    how it is cut.
     """
 
     kind: str
@@ -59,12 +61,15 @@ class WriteConfig:
     options: ImageOptions = field(default_factory=ImageOptions)
     hash_name: str = DEFAULT_HASH
     class_names: tuple[str, ...] | None = None
+    text: TextWindows | None = None
 
     def __post_init__(self) -> None:
         if (source_kind(self.kind).open_reader is GridReader) != isinstance(self.source, GridOptions):
             raise ValueError(
                 f"source {self.source}: expected GridOptions for mazes and products, a path for other kinds"
             )
+        if (self.kind == KIND) != (self.text is not None):
+            raise ValueError(f"kind {self.kind}: expected TextWindows for text and for nothing else, got {self.text}")
         for name, value in (("shard_bytes", self.shard_bytes), ("shard_samples", self.shard_samples)):
             if value is not None and value < 1:
                 raise ValueError(f"{name}: expected 1 or more, got {value}")
@@ -78,6 +83,8 @@ class WriteConfig:
         """
         fields = asdict(self)
         del fields["hash_name"]
+        if self.text is None:
+            del fields["text"]
         names = fields.pop("class_names")
         if names is not None:
             fields["classes"] = hashlib.sha256(json.dumps(names).encode()).hexdigest()
@@ -207,7 +214,8 @@ def _new_plan(config: WriteConfig, target: Path, list_samples: Callable[[], List
     if list_samples is not None:
         listing = list_samples()
     else:
-        listing = source_kind(config.kind).list_samples(config.source, config.split)
+        source = (config.source, config.text) if config.text else config.source
+        listing = source_kind(config.kind).list_samples(source, config.split)
     if config.class_names is not None:
         listing = _renamed(listing, config.class_names, config.source)
     if listing.members and config.options.resize:

@@ -120,7 +120,7 @@ def _batches(plan: LabelPlan, shards: ShardSet, data: DataConfig, chosen: NDArra
         source = TrainingSamples(reader, shards, data, seed=0, on_bad_sample=strict.add)
         with BatchFiller(
             source,
-            image_size=plan.image_size,
+            row_shape=(3, plan.image_size, plan.image_size),
             num_threads=data.workers,
             stall_s=data.stall_s,
             in_progress=reader.in_progress,

@@ -120,13 +120,13 @@ def write_labels(
 
     # The number of an epoch is the number of a view here.
     data = dataclasses.replace(job.data, num_views=None, num_repeats=1, view_seed=job.plan.view["seed"])
-    size = job.plan.image_size
+    size = (3, job.plan.image_size, job.plan.image_size)
     with ShardReader(job.shards) as reader:
         # No image may be replaced by another: the first bad one stops the writer.
         strict = Quarantine(None, max_bad_rate=0.0, samples_per_epoch=job.shards.num_samples)
         source = TrainingSamples(reader, job.shards, data, seed=0, on_bad_sample=strict.add)
         with BatchFiller(
-            source, image_size=size, num_threads=data.workers, stall_s=data.stall_s, in_progress=reader.in_progress
+            source, row_shape=size, num_threads=data.workers, stall_s=data.stall_s, in_progress=reader.in_progress
         ) as filler:
             for number, unit in enumerate(missing, 1):
                 sums = write_unit(job, unit, filler, count)

@@ -33,7 +33,7 @@ def test_the_bits_are_those_of_torch(is_built: bool, monkeypatch: pytest.MonkeyP
 def test_training_and_evaluation_have_one_way_from_pixels_to_inputs() -> None:
     """Without augmentation both are the bits of one normaliser; with it, floats take torch's arithmetic."""
     images_BCHW = torch.randint(0, 256, (5, 3, 17, 23), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    batch = replace(empty_batch(np.arange(5), 8, Recycler(), pin_memory=False), images=images_BCHW)
+    batch = replace(empty_batch(np.arange(5), (3, 8, 8), Recycler(), pin_memory=False), images=images_BCHW)
     plain, cpu = Classification(replace(RunConfig(), augment=NO_AUGMENTATION)), torch.device("cpu")
     assert torch.equal(plain.inputs(batch, seed=0, device=cpu).model_input, plain.evaluation_input(batch, cpu))
     unit_BCHW = images_BCHW.float() / 255

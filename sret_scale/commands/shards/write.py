@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from data_pipelines.writing.write import WriteConfig
 
 # As in `data_pipelines.sources.kinds`, which imports too much for --help.
-KINDS = ("folder", "idx", "ilsvrc", "mazes", "parquet", "products", "tars")
+KINDS = ("folder", "idx", "ilsvrc", "mazes", "parquet", "products", "tars", "text")
 PUZZLES = {"mazes": ("reach", "twins", "path"), "products": ("z2", "s3", "a5")}
 
 # As in `data_pipelines.shards.hashes`, which imports xxhash.
@@ -28,7 +28,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Source, target and how the shards are cut."""
     parser.add_argument("kind", metavar="KIND", choices=KINDS, help="kind of source: " + ", ".join(KINDS))
     parser.add_argument(
-        "source", type=Path, metavar="SOURCE", help="where the images are; mazes and products have only a TARGET"
+        "source",
+        type=Path,
+        metavar="SOURCE",
+        help="images or texts; mazes and products have only a TARGET",
     )
     parser.add_argument(
         "target", type=Path, metavar="TARGET", nargs="?", help="folder of the shard set; created if missing"
@@ -53,6 +56,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--braid", type=float, default=0.0, help="share of a maze's dead ends to open (default: 0)")
     parser.add_argument("--snake", action="store_true", help="products go back in every second row")
+    parser.add_argument("--window", type=int, help="bytes of a window of text (default: 256)")
+    parser.add_argument(
+        "--carried", type=int, help="bytes that a window repeats of the one before it, as its context (default: 0)"
+    )
     parser.add_argument("--keep-order", action="store_true", help="keep the source's order instead of shuffling")
     parser.add_argument("--shard-mb", type=float, default=256.0, help="size of a shard in MiB (default: 256)")
     parser.add_argument("--shard-samples", type=int, help="samples per shard, instead of --shard-mb")
@@ -81,11 +88,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Write the shards and say what was written."""
     from data_pipelines.sources.listing import class_names_from
+    from data_pipelines.text.pieces import KIND, TextWindows
     from data_pipelines.writing.prepare import ImageOptions
     from data_pipelines.writing.write import WriteConfig
 
     made = _made(args) if args.kind in PUZZLES else None
-    idle = ("split", "classes") if made else ("count", "puzzle", "braid", "snake")
+    idle: tuple[str, ...] = ("split", "classes") if made else ("count", "puzzle", "braid", "snake")
+    idle += ("resize", "classes") if args.kind == KIND else ("window", "carried")
     if unused := [f"--{name}" for name in idle if getattr(args, name)]:
         raise ValueError(f"shards write {args.kind}: has no use for {' '.join(unused)}; leave that out")
     if (args.target is None) != (made is not None):
@@ -101,10 +110,12 @@ def run(args: argparse.Namespace) -> None:
             check=args.check,
             resize=args.resize,
             quality=args.quality,
-            metadata=not args.no_metadata,
+            # A window's key says all that there is to say of it.
+            metadata=not args.no_metadata and args.kind != KIND,
         ),
         hash_name=args.hash,
         class_names=class_names_from(Path(args.classes)) if args.classes else None,
+        text=TextWindows(window=args.window or 256, carried=args.carried or 0) if args.kind == KIND else None,
     )
     for split, target in {None: args.source}.items() if made else _sets(args).items():
         _write(replace(config, split=split), target, args)

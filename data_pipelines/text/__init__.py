@@ -1,0 +1,1 @@
+"""Text: documents cut into windows of bytes, each a sample."""
