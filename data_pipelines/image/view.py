@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data_pipelines.config import DataConfig
-from data_pipelines.image.narrow import enlarged_part
 from data_pipelines.image.pillow_door import BadImageError
 from data_pipelines.keyed_random import keyed_uniforms
 
@@ -132,9 +131,25 @@ def centre_pixels(image_CHW: Tensor, config: DataConfig, image_size: int) -> Ten
         size = int(short_side * height / width), short_side
     top, left = round((size[0] - image_size) / 2), round((size[1] - image_size) / 2)
     if size[0] * size[1] > _MOST_RESIZED_PIXELS and short_side > min(height, width):
-        return torch.from_numpy(enlarged_part(image_CHW.numpy(), size, (top, left), image_size, config.interpolation))
+        image_CHW, size, (top, left) = _around_centre(image_CHW, size, (top, left), short_side, image_size)
     resized_CHW = resize(image_CHW, *size, config.interpolation)
     return resized_CHW[:, top : top + image_size, left : left + image_size]
+
+
+def _around_centre(
+    image_CHW: Tensor, size: tuple[int, int], at: tuple[int, int], short_side: int, image_size: int
+) -> tuple[Tensor, tuple[int, int], tuple[int, int]]:
+    """Of a narrow image to be enlarged to `size`, whose place `at` (top, left) is wanted: part, its size, the place.
+
+    A line of 60,000 pixels would become one of 15 million. The part consists of squares of the short side, which become
+    squares: so it is sampled where the whole would be, to within half a pixel.
+    """
+    axis = 1 if size[0] > size[1] else 2
+    unit, start = min(image_CHW.shape[1:]), at[axis - 1]
+    first, last = max(0, start // short_side - 2), (start + image_size) // short_side + 3
+    part_CHW = image_CHW.narrow(axis, first * unit, min(last * unit, image_CHW.shape[axis]) - first * unit)
+    length, place = part_CHW.shape[axis] * short_side // unit, start - first * short_side
+    return (part_CHW, (length, size[1]), (place, at[1])) if axis == 1 else (part_CHW, (size[0], length), (at[0], place))
 
 
 def resize(image_CHW: Tensor, height: int, width: int, interpolation: str) -> Tensor:

@@ -1,8 +1,7 @@
 """The table of source kinds."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from data_pipelines.grids.made import GridReader, list_grids
 from data_pipelines.sources import folder, idx, ilsvrc, parquet, tars, texts
@@ -10,47 +9,23 @@ from data_pipelines.sources.listing import Listing, Reader
 from data_pipelines.sources.ranges import FileReader, RangeReader
 
 
-@dataclass(frozen=True, kw_only=True)
-class SourceKind:
+class SourceKind(NamedTuple):
     """How to list a source (path, split) and how to read its images. What is made has `GridOptions` for a path,
     text a pair of path and `TextWindows`."""
 
-    description: str
     list_samples: Callable[[Any, str | None], Listing]
     open_reader: Callable[[], Reader]
 
 
 KINDS = {
-    "folder": SourceKind(
-        description="tree with one folder of image files a class",
-        list_samples=folder.list_samples,
-        open_reader=FileReader,
-    ),
-    "ilsvrc": SourceKind(
-        description="folder with the ILSVRC 2012 tars as distributed",
-        list_samples=ilsvrc.list_samples,
-        open_reader=RangeReader,
-    ),
-    "parquet": SourceKind(
-        description="folder with Parquet files of the columns image and label",
-        list_samples=parquet.list_samples,
-        open_reader=parquet.ParquetReader,
-    ),
-    "tars": SourceKind(
-        description="folder of webdataset tars, to write them again",
-        list_samples=tars.list_samples,
-        open_reader=tars.TarReader,
-    ),
-    "idx": SourceKind(
-        description="folder with the four IDX files of the MNIST family",
-        list_samples=idx.list_samples,
-        open_reader=idx.IdxReader,
-    ),
-    "text": SourceKind(
-        description="text file, or folder of .txt files", list_samples=texts.list_windows, open_reader=RangeReader
-    ),
-    "mazes": SourceKind(description="mazes that are made", list_samples=list_grids, open_reader=GridReader),
-    "products": SourceKind(description="products of a group, made", list_samples=list_grids, open_reader=GridReader),
+    "folder": SourceKind(folder.list_samples, FileReader),
+    "ilsvrc": SourceKind(ilsvrc.list_samples, RangeReader),
+    "parquet": SourceKind(parquet.list_samples, parquet.ParquetReader),
+    "tars": SourceKind(tars.list_samples, tars.TarReader),
+    "idx": SourceKind(idx.list_samples, idx.IdxReader),
+    "text": SourceKind(texts.list_windows, RangeReader),
+    "mazes": SourceKind(list_grids, GridReader),
+    "products": SourceKind(list_grids, GridReader),
 }
 
 

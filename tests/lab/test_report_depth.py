@@ -1,4 +1,4 @@
-"""The report on depth: lines of one kind, the best rate, health maps, memory and schedules."""
+"""The report on depth: lines of one kind, the best rate, health maps, memory."""
 
 import csv
 from pathlib import Path
@@ -89,22 +89,9 @@ def test_telemetry_of_another_format_is_passed_over(tmp_path: Path) -> None:
     assert evenly(1000, 60)[::59] == [0, 999] and len(evenly(1000, 60)) == 60 and evenly(3, 60) == [0, 1, 2]
 
 
-def test_memory_is_compared_with_its_prediction_and_schedules_are_drawn(tmp_path: Path) -> None:
-    def planned(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        chains = [{"num_applications": number, "leaves": [2] * 4, "num_taped": 4} for number in (6, 15, 9)]
-        # A second start, whose planner chose anew.
-        records: list[dict[str, Any]] = [{"chains": []}, {"chains": chains}]
-        place = {key: lines[0][key] for key in ("images", "epoch", "time_s")}
-        return lines + [{"kind": "plan", "step": step, **place, **record} for step, record in enumerate(records)]
-
+def test_memory_is_compared_with_its_prediction(tmp_path: Path) -> None:
     for loops in (2, 3, 5):
-        folder = tmp_path / "runs" / str(loops)
-        write_run(folder, num_loops=loops, images=640, edit=planned if loops == 3 else lambda lines: lines)
-    config = tmp_path / "runs" / "3" / "config.yaml"
-    memory = "schedule: planned\n  budget_bytes: 9"
-    config.write_text(config.read_text().replace("schedule: binomial\n  slots: 8", memory))
+        write_run(tmp_path / "runs" / str(loops), num_loops=loops, images=640)
     write_report([tmp_path / "runs"], tmp_path / "page.html")
     rows = _rows(tmp_path / "page_files" / "memory_prediction.csv")
     assert [float(row["predicted_activation_bytes"]) / 2**20 for row in rows] == [45, 47, 52]
-    names = [row["schedule"] for row in _rows(tmp_path / "page_files" / "schedules.csv")]
-    assert names == ["binomial(8)", "binomial(3, leaf=2, taped=4)", "binomial(8)"]

@@ -11,7 +11,6 @@ EXAMPLE = "example: sret-scale shards info shards/fashion/train --json"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The folder and how to print it."""
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder of the shard set")
-    parser.add_argument("--plot", type=Path, help="also draw image sizes and class balance to this .png or .svg file")
     parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
 
 
@@ -21,10 +20,6 @@ def run(args: argparse.Namespace) -> None:
     from data_pipelines.upkeep.stats import summarize_shards
 
     facts = summarize_shards(args.folder)
-    if args.plot is not None:
-        from data_pipelines.upkeep.set_plot import plot_shards
-
-        plot_shards(args.folder, args.plot)
     print(json.dumps(facts, indent=2) if args.json else printable(lines(facts)))
 
 

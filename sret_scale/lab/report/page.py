@@ -52,7 +52,7 @@ def write_report(paths: Sequence[Path], page: Path, *, note: str = "", first: Se
     by_depth = len(runs) > MOST_TILES and len(set(depths)) > 1
     colours = depth_colours(depths) if by_depth else run_colours(len(runs))
     basic, depth = basic_figures(runs, colours, named=not by_depth), depth_figures(runs, summaries)
-    basic += health_figures(runs) + memory_figures(runs, summaries, colours)
+    basic += health_figures(runs) + memory_figures(summaries, colours)
     basic = evaluation_depth_figures([curve for run in runs for curve in curves_of(run)]) + basic
     # Of many runs the depth curves are the answer; of a few the courses are.
     charts = [*first, *(depth + basic if len(runs) > MOST_TILES else basic + depth)]

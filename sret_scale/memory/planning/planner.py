@@ -42,16 +42,10 @@ class Plan:
         return self.state.total + self.reserved + self.activations
 
     def to_json(self) -> dict[str, Any]:
-        """The plan for programs; schedules by name, and as what `tapered` takes to make them again."""
+        """The plan for programs; schedules by name."""
         record = {field.name: getattr(self, field.name) for field in fields(self)}
-        chains = []
-        for schedule in self.schedules:
-            assert schedule.shape is not None, "the planner chooses among binomial schedules"
-            leaves, num_taped = schedule.shape
-            chains.append({"num_applications": schedule.num_applications, "leaves": leaves, "num_taped": num_taped})
         return record | {
             "schedules": [schedule.name for schedule in self.schedules],
-            "chains": chains,
             "state": asdict(self.state),
             "total_bytes": self.total_bytes,
         }
