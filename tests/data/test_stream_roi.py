@@ -21,7 +21,7 @@ from data_pipelines.image.view import View, box_pixels, draw_view
 from tests.data.stream_shards import encoded, jpeg, smooth_image
 
 
-@pytest.fixture(scope="module", params=["cc", "cc -DROI_AVX2", "cc -DROI_PLAIN"])
+@pytest.fixture(scope="module", params=["cc", "cc -DROI_PLAIN"])
 def library(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[None]:
     """The library, built for this test alone; skips where there is no compiler or no libjpeg-turbo."""
     with pytest.MonkeyPatch.context() as patch:

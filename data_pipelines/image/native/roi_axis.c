@@ -49,38 +49,9 @@ static int taps_of(int in, int out, int cubic) {
 /* Places are rounded up to a multiple of 4 too; those that are too many have weights of zero. */
 static size_t places_of(int out) { return ((size_t)out + 3) / 4 * 4; }
 
-static size_t groups_of(int out) { return ((size_t)out + ROI_GROUP - 1) / ROI_GROUP; }
-
 size_t axis_bytes(int in, int out, int cubic) {
   size_t taps = (size_t)taps_of(in, out, cubic);
-  return places_of(out) * (2 * sizeof(int) + taps * (sizeof(int16_t) + sizeof(double))) +
-         groups_of(out) * (sizeof(int) + taps / 2 * (2 * ROI_GROUP * sizeof(int16_t) + 4 * ROI_GROUP));
-}
-
-/* Fills in what concerns groups. */
-static void fill_groups(struct axis *axis) {
-  axis->pairs = axis->span = 0;
-  for (int place = 0; place < axis->num_places; place++)
-    if ((axis->count[place] + 1) / 2 > axis->pairs) axis->pairs = (axis->count[place] + 1) / 2;
-  for (int group = 0; group * ROI_GROUP < axis->num_places; group++) {
-    int start = group * ROI_GROUP, rest = axis->num_places - start, num_places = rest < ROI_GROUP ? rest : ROI_GROUP;
-    int base = axis->first[start];
-    for (int i = 1; i < num_places; i++)
-      if (axis->first[start + i] < base) base = axis->first[start + i];
-    axis->bases[group] = base;
-    for (int pair = 0; pair < axis->pairs; pair++) {
-      int16_t *weights = axis->spread_weights + (size_t)(group * axis->pairs + pair) * 2 * ROI_GROUP;
-      unsigned char *bytes = axis->bytes + (size_t)(group * axis->pairs + pair) * 4 * ROI_GROUP;
-      for (int i = 0; i < 2 * num_places; i++) {
-        int place = start + i / 2, tap = 2 * pair + i % 2;
-        if (tap >= axis->count[place]) continue;
-        int byte = 3 * (axis->first[place] + tap - base);
-        if (byte + 3 > axis->span) axis->span = byte + 3;
-        weights[i] = axis->weights[(size_t)place * axis->taps + tap];
-        bytes[2 * i] = (unsigned char)byte;
-      }
-    }
-  }
+  return places_of(out) * (2 * sizeof(int) + taps * (sizeof(int16_t) + sizeof(double)));
 }
 
 /* As many bits as the largest weight leaves room for in 16. */
@@ -99,10 +70,7 @@ void axis_fill(struct axis *axis, void *memory, int in, int out, int cubic, int 
   axis->taps = (int)taps;
   axis->first = (int *)(exact + places * taps);
   axis->count = axis->first + places;
-  axis->bases = axis->count + places;
-  axis->weights = (int16_t *)(axis->bases + groups_of(out));
-  axis->spread_weights = axis->weights + places * taps;
-  axis->bytes = (unsigned char *)(axis->spread_weights + groups_of(out) * (taps / 2) * 2 * ROI_GROUP);
+  axis->weights = (int16_t *)(axis->count + places);
   for (int i = 0; i < out; i++) {
     int place = flip ? out - 1 - i : i, count, first = window_of(i, in, out, cubic, &count);
     double total = 0.0, *weights = exact + (size_t)place * taps;
@@ -123,5 +91,4 @@ void axis_fill(struct axis *axis, void *memory, int in, int out, int cubic, int 
     double weight = exact[j] * (1 << axis->precision);
     axis->weights[j] = (int16_t)(weight < 0 ? weight - 0.5 : weight + 0.5);
   }
-  fill_groups(axis);
 }

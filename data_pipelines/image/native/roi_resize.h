@@ -5,19 +5,12 @@
 
 #include <stdint.h>
 
-/* Places that one instruction of 64 bytes sums in 32 bits. */
-#define ROI_GROUP 16
-
 /* For each place of one axis of the output: the first pixel of the box, how many count, and their weights of 16 bits.
- * Each place has `taps` weights, a multiple of 4, of which the last are zero.
- *
- * For instructions of 64 bytes, each 16 places are a group: its first pixel, and for each two taps of its places, in
- * turns, where their bytes are behind that pixel and their weights. No byte is `span` or further behind it. */
+ * Each place has `taps` weights, a multiple of 4, of which the last are zero. */
 struct axis {
-  int num_places, taps, precision, pairs, span;
-  int *first, *count, *bases;
-  int16_t *weights, *spread_weights;
-  unsigned char *bytes;
+  int num_places, taps, precision;
+  int *first, *count;
+  int16_t *weights;
 };
 
 /* Fills `axis` for `in` pixels that become `out`. `flip` reverses the places. `memory` is of axis_bytes. */
@@ -25,7 +18,7 @@ size_t axis_bytes(int in, int out, int cubic);
 void axis_fill(struct axis *axis, void *memory, int in, int out, int cubic, int flip);
 
 /* One line of RGB pixels to three planes of `plane_stride` bytes each, one behind another. Reads up to 3 * taps bytes
- * and 128 behind the line. `plane_stride` is the number of places, rounded up to a multiple of 16. */
+ * and 16 behind the line. `plane_stride` is the number of places, rounded up to a multiple of 16. */
 void resize_line(const struct axis *across, const unsigned char *line, unsigned char *planes, int plane_stride);
 
 /* The lines that one place of `down` weighs, an even number of them, to `width` bytes. Reads 16 bytes at a time. */
