@@ -50,6 +50,7 @@ def run(args: argparse.Namespace) -> None:
     from data_pipelines.atomic_files import replacing
     from sret_scale.model.loop_export import keep_loops
     from sret_scale.model.vision.for_inference import folded
+    from sret_scale.model.vision.sret import as_sret
     from sret_scale.model.vision.weight_files import save_model
     from sret_scale.train.load_run import load_facts, load_trained
 
@@ -60,6 +61,7 @@ def run(args: argparse.Namespace) -> None:
         save_model(model, args.out, facts)
         print(f"{args.out}: safetensors")
         return
+    model = as_sret(model, f"--format {args.format}")
     if args.format == "onnx":
         for package in ("onnx", "onnxscript", "onnxruntime"):
             if importlib.util.find_spec(package) is None:

@@ -100,6 +100,7 @@ def _change(args: argparse.Namespace) -> None:
     """Write the deeper or tied model, and print loss and accuracy before and after."""
     from sret_scale.config.run_config import differences_of, to_plain
     from sret_scale.config.step_depth import proportional_loops
+    from sret_scale.model.vision.sret import as_sret
     from sret_scale.model.vision.tie import tied
     from sret_scale.model.vision.weight_files import save_model
     from sret_scale.train.evaluate_main import evaluator_of
@@ -117,7 +118,7 @@ def _change(args: argparse.Namespace) -> None:
             num_blocks = [int(text) for text in args.blocks.split(",")]
         except ValueError as error:
             raise ValueError(f"--blocks: expected numbers such as 1,2,1, got {args.blocks!r}") from error
-        changed = tied(model, num_blocks, by=args.by, keeps_norms=args.keep_norms)
+        changed = tied(as_sret(model, "weights tie"), num_blocks, by=args.by, keeps_norms=args.keep_norms)
     for name, one in (("before", model), ("after", changed)):
         result = measure(one.eval())
         parameters = sum(value.numel() for value in one.parameters())
@@ -138,9 +139,10 @@ def _export(file: Path, out: Path) -> None:
 
     from data_pipelines.atomic_files import replacing
     from sret_scale.model.vision.official import to_published
+    from sret_scale.model.vision.sret import as_sret
     from sret_scale.train.load_run import load_facts, load_trained
 
-    model = load_trained(file)
+    model = as_sret(load_trained(file), "the published layout")
     published = {"model": to_published(model.config, model.state_dict()), **load_facts(file)}
     with replacing(out) as stream:
         torch.save(published, stream)

@@ -45,13 +45,21 @@ def fields_of(kind: type[Any], prefix: str = "") -> Iterator[Field]:
             continue
         hint, name = hints[entry.name], f"{prefix}{entry.name}"
         item = typing.get_args(hint)[0] if typing.get_origin(hint) is tuple else None
-        if dataclasses.is_dataclass(hint):
-            yield from fields_of(typing.cast(type[Any], hint), f"{name}.")
+        if found := kinds_of(hint):
+            # Kinds of one section share fields.
+            every = {field.name: field for one in reversed(found) for field in fields_of(one, f"{name}.")}
+            yield from every.values()
         elif dataclasses.is_dataclass(item):
             yield from fields_of(typing.cast(type[Any], item), f"{name}.N.")
         else:
             default = None if entry.default is dataclasses.MISSING else json.dumps(entry.default)
             yield Field(name=name, kind=_in_words(hint), default=default, meaning=meanings.get(entry.name, ""))
+
+
+def kinds_of(hint: Any) -> list[type[Any]]:
+    """The dataclasses that a value of this type may be."""
+    options = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+    return [typing.cast(type[Any], option) for option in options if dataclasses.is_dataclass(option)]
 
 
 def _in_words(kind: Any) -> str:
@@ -67,8 +75,9 @@ def _in_words(kind: Any) -> str:
 
 def _meanings(kind: type[Any]) -> dict[str, str]:
     """Field -> the text below it, or what stands behind its name in an entry of the class's docstring."""
+    inherited = _meanings(kind.__base__) if dataclasses.is_dataclass(kind.__base__) else {}
     entries = re.findall(r"^(\w+(?:, \w+)*): (.+(?:\n +.+)*)", inspect.getdoc(kind) or "", re.MULTILINE)
-    found = {name: text for names, text in entries for name in names.split(", ")}
+    found = inherited | {name: text for names, text in entries for name in names.split(", ")}
     (definition,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
     assert isinstance(definition, ast.ClassDef)
     for field, text in itertools.pairwise(definition.body):
@@ -103,10 +112,11 @@ def page(kind: type[Any], section: str | None = None) -> str:
         raise ValueError(f"no section {section!r}: {f'did you mean {near[0]}' if near else ', '.join(sections)}?")
     lines: list[str] = []
     for name in [section] if section else sections:
+        lines.append(f"## {name}")
         # A setting of the whole run stands alone.
-        owner = sections[name] if dataclasses.is_dataclass(sections[name]) else kind
-        about = (inspect.getdoc(owner) or "").partition("\n\n")[0]
-        lines += [f"## {name}", about, f"Source: `{owner.__module__.replace('.', '/')}.py`.", ""]
+        for owner in kinds_of(sections[name]) or [kind]:
+            about = (inspect.getdoc(owner) or "").partition("\n\n")[0]
+            lines += [about, f"Source: `{owner.__module__.replace('.', '/')}.py`.", ""]
         for field in (one for one in fields_of(kind) if one.name.partition(".")[0] == name):
             text = f"- `{field.name}` ({field.kind}; {field.default or 'no default'}): {field.meaning}"
             lines += textwrap.wrap(text, 120, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False)

@@ -11,7 +11,6 @@ import functools
 import json
 import os
 import re
-import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +26,7 @@ from data_pipelines.home_folder import with_home
 from data_pipelines.image.augment import AugmentConfig
 from data_pipelines.remote.shard_sets import open_training_data
 from data_pipelines.stream.loader import DataConfig
-from sret_scale.config.fields import fields_of, suggestion
+from sret_scale.config.fields import fields_of, kinds_of, suggestion
 from sret_scale.config.image_counts import resolve_counts, take_texts
 from sret_scale.config.removed_fields import is_removed
 from sret_scale.config.step_depth import DepthConfig
@@ -35,6 +34,9 @@ from sret_scale.config.telemetry_config import TelemetryConfig
 from sret_scale.distill import DistillConfig
 from sret_scale.memory import MemoryConfig
 from sret_scale.model import SReTConfig, preset
+
+ModelConfig = SReTConfig
+"""The kinds of models that a run may train, told apart by `kind`; the first is meant where that is absent."""
 
 ParameterClass = Literal["tied", "projection", "residual", "stem_head"]
 """Parameters whose gradients differ in size, and grow differently with depth: blocks that are applied many times; the
@@ -211,7 +213,7 @@ class RunConfig:
     """
 
     task: Literal["classification", "grid"] = "classification"
-    model: SReTConfig = field(default_factory=lambda: preset("sret_t"))
+    model: ModelConfig = field(default_factory=lambda: preset("sret_t"))
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
@@ -356,11 +358,19 @@ def build(kind: type[Any], value: Any, path: str = "") -> Any:
 
 
 def _dataclass_of(kind: Any, value: Any) -> Any:
-    """The dataclass that `value` should become, looking into `X | None`; None where `kind` is no dataclass."""
-    if typing.get_origin(kind) in (types.UnionType, typing.Union):
-        options = [option for option in typing.get_args(kind) if dataclasses.is_dataclass(option)]
-        return options[0] if options and value is not None else None
-    return kind if dataclasses.is_dataclass(kind) else None
+    """The dataclass that `value` should become, looking into unions; None where `kind` is no dataclass.
+
+    Dataclasses of one union are told apart by their field `kind`; the first is meant where the value has none.
+    """
+    options: list[Any] = kinds_of(kind)
+    if not options or (value is None and options != [kind]):
+        return None
+    if len(options) == 1 or not isinstance(value, Mapping) or "kind" not in value:
+        return options[0]
+    kinds = {option.kind: option for option in options}
+    if not isinstance(value["kind"], str) or value["kind"] not in kinds:
+        raise ValueError(f"kind: expected one of {', '.join(kinds)}, got {str(ascii(value['kind']))[:60]}")
+    return kinds[value["kind"]]
 
 
 def _tuple_item(kind: Any) -> Any:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sret_scale.model import SReTConfig
+from sret_scale.model import StackConfig
 from sret_scale.model.applications import post_norm
 from sret_scale.model.depth_plan import DepthPlan, StageDepth
 from sret_scale.model.noise import seed_sequence
@@ -123,7 +123,7 @@ def drawn_loops(config: DepthConfig, most: int, *, seed: int, step: int, progres
 
 
 def depth_plans(
-    config: DepthConfig, model: SReTConfig, *, seed: int, step: int, progress: float
+    config: DepthConfig, model: StackConfig, *, seed: int, step: int, progress: float
 ) -> tuple[DepthPlan, ...] | None:
     """The passes of a step: the drawn depth, then the mixed ones. None for one pass of all loops with one loss."""
     most = max(stage.num_loops for stage in model.stages)
@@ -142,7 +142,7 @@ def depth_plans(
     return (DepthPlan(plans[0].stages, supervised), *plans[1:])
 
 
-def deepest_plan(config: DepthConfig, model: SReTConfig) -> DepthPlan | None:
+def deepest_plan(config: DepthConfig, model: StackConfig) -> DepthPlan | None:
     """The pass of a step that takes the most memory; None for all loops, and where steps make several passes."""
     if config.mixed_loops:
         return None
@@ -161,7 +161,7 @@ def weighted_loss(config: DepthConfig, plans: Sequence[DepthPlan], losses: Seque
 
 
 def _plan(
-    config: DepthConfig, model: SReTConfig, most: int, count: int, *, seed: int, step: int, branch: int
+    config: DepthConfig, model: StackConfig, most: int, count: int, *, seed: int, step: int, branch: int
 ) -> DepthPlan:
     stages = []
     for index, stage in enumerate(model.stages):
@@ -175,7 +175,7 @@ def _plan(
     return DepthPlan(tuple(stages))
 
 
-def proportional_loops(model: SReTConfig, count: int) -> tuple[int, ...]:
+def proportional_loops(model: StackConfig, count: int) -> tuple[int, ...]:
     """The loops of every stage where the stage with the most has `count`, more than now or fewer."""
     most = max(stage.num_loops for stage in model.stages)
     return tuple(max(1, round(count * stage.num_loops / most)) for stage in model.stages)
@@ -190,7 +190,7 @@ def _generator(purpose: str, *numbers: int) -> np.random.Generator:
     return np.random.default_rng(seed_sequence(purpose, *numbers))
 
 
-def check_depth(config: DepthConfig, model: SReTConfig, *, schedule: str, zero_stage: int, has_features: bool) -> None:
+def check_depth(config: DepthConfig, model: StackConfig, *, schedule: str, zero_stage: int, has_features: bool) -> None:
     """ValueError where the model or the run cannot do what `config` asks for."""
     if config == DepthConfig():
         return
@@ -226,7 +226,7 @@ def check_depth(config: DepthConfig, model: SReTConfig, *, schedule: str, zero_s
     _check_stages(config, model)
 
 
-def _check_stages(config: DepthConfig, model: SReTConfig) -> None:
+def _check_stages(config: DepthConfig, model: StackConfig) -> None:
     varies = config.loops not in ("all", "fixed")
     for index, stage in enumerate(model.stages):
         if config.backprop_loops is not None and post_norm(stage):
@@ -244,7 +244,7 @@ def _check_stages(config: DepthConfig, model: SReTConfig) -> None:
             )
 
 
-def own_parameters(model: SReTConfig, index: int) -> list[str]:
+def own_parameters(model: StackConfig, index: int) -> list[str]:
     """What the loops of a stage do not share."""
     stage = model.stages[index]
     owned = ["projections"] if stage.projections in ("per_application", "per_loop") else []

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from data_pipelines.image.map_png import IGNORED
 from data_pipelines.stream.loader import Batch
 from sret_scale.lab.report.evaluation_depth import curve_of, evaluation_depth_figures
-from sret_scale.model import SReT, SReTConfig
+from sret_scale.model import StackConfig, StackModel
 from sret_scale.model.read_out import ReadOut, read_outs
 from sret_scale.runs.checkpoint import list_checkpoints, read_state
 from sret_scale.runs.run_folder import RunFolder
@@ -38,7 +38,7 @@ Point = dict[str, Any]
 class OnTheWay(nn.Module):
     """Scores of a model after the most loops; `after_batch` keeps what a task counts after each of `counts` of them."""
 
-    def __init__(self, model: SReT, task: Task, counts: Sequence[int]) -> None:
+    def __init__(self, model: StackModel, task: Task, counts: Sequence[int]) -> None:
         super().__init__()
         self.model, self.task, self.counts = model, task, counts
         self.rows: dict[tuple[int, str], list[Tensor]] = {(n, kind): [] for n in counts for kind in ("last", "mean")}
@@ -109,7 +109,7 @@ def depth_curve(request: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     }
 
 
-def loops_after(config: SReTConfig, applications: Sequence[int]) -> list[int]:
+def loops_after(config: StackConfig, applications: Sequence[int]) -> list[int]:
     """The loops of the last stage that are behind a model after so many applications of all blocks.
 
     ValueError where its head gives no scores then: within an earlier stage, a round over blocks, or an earlier block.

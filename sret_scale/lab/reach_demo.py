@@ -26,6 +26,7 @@ from sret_scale.launch.nodes import choose_nodes
 from sret_scale.launch.preflight import start_run
 from sret_scale.model import SReT
 from sret_scale.model.read_out import read_outs
+from sret_scale.model.vision.sret import as_sret
 from sret_scale.tasks import task_of
 from sret_scale.train.distributed import ranks_from_environment
 from sret_scale.train.evaluate_main import load_model_of
@@ -78,7 +79,7 @@ def run_reach_demo(output: Path) -> int:
     line = depth_curve(asked, ranks_from_environment())
     files = keep_curve(run, line, output)
     print(curve_table(line))
-    beliefs = strip(load_model_of(run, None, None, TESTED)[0], config, test)
+    beliefs = strip(as_sret(load_model_of(run, None, None, TESTED)[0], "the demo"), config, test)
     files += beliefs.write(output)
     note = f"Trained on mazes of 7 to {TRAINED} pixels; the strip and the curves are of {TESTED}. One seed, few mazes."
     write_report([run], output / "report.html", note=note, first=[beliefs])

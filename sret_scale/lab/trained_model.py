@@ -14,6 +14,7 @@ from data_pipelines.checked_files import read_bounded
 from data_pipelines.image.normalise import Normaliser
 from data_pipelines.image.preprocessing import Preprocessing
 from sret_scale.model import SReT
+from sret_scale.model.vision.sret import as_sret
 from sret_scale.train.load_run import WeightsKind, load_facts, load_trained
 
 Answer = TypeVar("Answer")
@@ -110,7 +111,7 @@ def load(source: str | Path, weights: WeightsKind | None = None) -> TrainedModel
     source = Path(source)
     if not source.exists():
         raise FileNotFoundError(f"{source}: no such run folder, checkpoint or file of safetensors")
-    facts, model = load_facts(source), load_trained(source, weights)
+    facts, model = load_facts(source), as_sret(load_trained(source, weights), str(source))
     if "preprocessing" not in facts:
         raise ValueError(
             f"{source} does not say how its images are prepared, as files of version 0.1.0 do not: give the folder of "

@@ -16,7 +16,6 @@ from sret_scale.launch.nodes import Place
 from sret_scale.memory.planning.micro_batch import BatchSearch
 from sret_scale.memory.planning.rank_state import format_bytes, state_bytes
 from sret_scale.memory.planning.step_cost import DEVICES
-from sret_scale.model import SReT
 from sret_scale.train.load_run import open_test_data
 from sret_scale.train.recomputation import bytes_beside, set_up_recomputation
 
@@ -38,7 +37,7 @@ def describe_memory(config: RunConfig, world_size: int) -> str:
     """The plan of memory of one rank, as the planner predicts it."""
     ds_config = load_ds_config(config.engine.ds_config)
     with torch.device("meta"):
-        model = SReT(config.model)
+        model = config.model.build()
     prepared = set_up_recomputation(model, config, world_size)
     costs = BatchSearch(config.model, precision_of(ds_config), DEVICES["cpu"]).costs(1)
     state = state_bytes(costs, world_size=world_size, zero_stage=zero_stage_of(ds_config))

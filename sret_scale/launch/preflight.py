@@ -21,7 +21,7 @@ from sret_scale.launch.dry_run import describe_run
 from sret_scale.launch.hostfile import Host
 from sret_scale.launch.launcher import launch
 from sret_scale.launch.nodes import choose_nodes
-from sret_scale.model import SReT, describe
+from sret_scale.model import describe
 from sret_scale.runs.checkpoint import list_checkpoints, read_state
 from sret_scale.runs.run_folder import EXIT_FINISHED, RunFolder, environment, read_status, write_json
 from sret_scale.tasks import task_of
@@ -106,7 +106,7 @@ def check_run(config: RunConfig, world_size: int) -> None:
     check_optimizer(config.optim, zero_stage)
     if config.memory.budget_bytes is not None:
         with torch.device("meta"):
-            model = SReT(config.model)
+            model = config.model.build()
         set_up_recomputation(model, config, world_size)
     check_depth(
         config.depth,

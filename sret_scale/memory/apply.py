@@ -1,4 +1,4 @@
-"""Puts recomputation around the stages of an SReT, from outside the model."""
+"""Puts recomputation around the stages of a model, from outside it."""
 
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -17,7 +17,7 @@ def apply_recomputation(model: nn.Module, config: MemoryConfig, *, repeats_norms
 
     repeats_norms: the stem's (see `stem.Stem`). Not for ZeRO 3, where its parameters are away in the backward pass.
     """
-    _set_stem(model, repeats_norms)
+    set_repeated_norms(model, repeats_norms)
     for stage in _stages(model):
         stage.run_chain = partial(_run_configured, config)
 
@@ -35,14 +35,15 @@ def apply_schedules(
     stage_of: the stage of each schedule where stages run several chains in a pass; default: one each.
     A chain of fewer applications than its schedule has takes the shortened one (`schedule.shortened`).
     """
-    _set_stem(model, repeats_norms)
+    set_repeated_norms(model, repeats_norms)
     places = range(len(schedules)) if stage_of is None else stage_of
     for index, stage in enumerate(_stages(model)):
         own = [schedule for schedule, place in zip(schedules, places, strict=True) if place == index]
         stage.run_chain = partial(_run_numbered, config, stage, own)
 
 
-def _set_stem(model: nn.Module, repeats_norms: bool) -> None:
+def set_repeated_norms(model: nn.Module, repeats_norms: bool) -> None:
+    """Whether the stem, where a model has one, computes its norms again in the backward pass."""
     for module in model.modules():
         if isinstance(module, Stem):
             module.repeats_norms = repeats_norms

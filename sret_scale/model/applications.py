@@ -6,7 +6,7 @@ Everything here is a pure function of a config; the modules in `layers` and `sta
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from sret_scale.model.config import PUBLISHED_LOOPS, BranchScheme, Skip, SReTConfig, StageConfig
+from sret_scale.model.config import PUBLISHED_LOOPS, BranchScheme, Skip, StackConfig, StageConfig
 
 
 class ResidualConstants(NamedTuple):
@@ -53,9 +53,9 @@ class BranchScale:
     per_channel: bool = False
 
 
-def application_slots(config: SReTConfig, index: int) -> tuple[ApplicationSpec, ...]:
+def application_slots(config: StackConfig, index: int) -> tuple[ApplicationSpec, ...]:
     """The applications of a stage in the order in which they run."""
-    stage, num_tokens = config.stages[index], stage_tokens(config, index)
+    stage, num_tokens = config.stages[index], config.num_tokens(index)
     blocks, loops = range(stage.num_blocks), range(stage.num_loops)
     # Where the config asks for exact groups they divide the tokens, and the nearest divisor is the number itself.
     groups = [nearest_divisor(num_tokens, stage.groups_of(loop)) for loop in loops]
@@ -76,17 +76,6 @@ def application_slots(config: SReTConfig, index: int) -> tuple[ApplicationSpec, 
         )
         for block, loop in order
     )
-
-
-def stage_tokens(config: SReTConfig, index: int) -> int:
-    """Tokens that a stage's applications work on; with windows the padding counts."""
-    stage, grid = config.stages[index], config.grids[index]
-    return (padded_side(grid, stage.window) if stage.slices == "windows" else grid) ** 2
-
-
-def padded_side(grid: int, window: int) -> int:
-    """Side of the padded grid: the least multiple of the window that leaves room for a shift by half a window."""
-    return window * -(-(grid + window // 2) // window)
 
 
 def nearest_divisor(number: int, wanted: int) -> int:
@@ -187,7 +176,7 @@ def residual_constants(stage: StageConfig) -> tuple[ResidualConstants, ResidualC
     )
 
 
-def drop_path_rates(config: SReTConfig) -> tuple[tuple[float, ...], ...]:
+def drop_path_rates(config: StackConfig) -> tuple[tuple[float, ...], ...]:
     """Rate of stochastic depth per stage and block, as published.
 
     The reference spaces the rates over all applications but hands them to physical blocks, so a stage's blocks get the

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from sret_scale.model.layers import Block, NonLinearProjection
-from sret_scale.model.vision.sret import SReT
+from sret_scale.model.stack import StackModel
 
 # A graph per stage, number of groups, autocast and training mode; torch's default of 8 is too few for three stages.
 GRAPHS_PER_FUNCTION = 64
 
 
-def compile_blocks(model: SReT, *, backend: str | Any = "inductor") -> str | None:
+def compile_blocks(model: StackModel, *, backend: str | Any = "inductor") -> str | None:
     """Compile the model's blocks and projections in place. None, or the one line that says why it was left as it is."""
     if reason := why_not_compiled(model, backend):
         return f"not compiled: {reason}"
@@ -45,7 +45,7 @@ def compile_blocks(model: SReT, *, backend: str | Any = "inductor") -> str | Non
     return None
 
 
-def why_not_compiled(model: SReT, backend: str | Any = "inductor") -> str | None:
+def why_not_compiled(model: StackModel, backend: str | Any = "inductor") -> str | None:
     """What this process lacks to compile the model, or the model does not allow."""
     if model.config.dropout:
         return "dropout draws its masks inside the blocks"

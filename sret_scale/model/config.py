@@ -1,11 +1,19 @@
-"""What a Sliced Recursive Transformer is made of: one frozen dataclass a stage and one for the whole model.
+"""What a recursive model is made of: one frozen dataclass a stage, and one for the whole model of each kind.
 
 A config that cannot be built raises `ValueError` at construction, with the numbers that disagree.
 """
 
+import abc
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from sret_scale.model.stack import StackModel
+    from sret_scale.model.vision.sret import SReT
 
 LoopOrder = Literal["block", "model"]
 ProjectionPolicy = Literal["per_application", "per_loop", "per_block", "none"]
@@ -127,48 +135,32 @@ class StageConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SReTConfig:
-    """A whole model. A pooling halves the grid between stages.
+class StackConfig(abc.ABC):
+    """What recursion asks of any model: its stages, and what all of them share. A kind of model adds its own.
 
-    image_size, in_channels: side of the square input in pixels, and its colours.
-    num_classes: those of the training set; `auto` takes them from it.
-    stem_strides: of the three stem convolutions.
-    permutation_seed: of the fixed permutations in evaluation.
+    kind: tells the kinds of models apart.
     drop_path: the largest rate of stochastic depth, reached as published (`depth.drop_path_rates`).
     dropout: rate behind the position tensor, the hidden layers and the branches, as in the reference (0 as published).
     permutation: "fixed" uses a table seeded by `permutation_seed` in evaluation and the step's seed in training;
         "random" draws anew from torch's global generator in every forward pass, as the reference does.
+    permutation_seed: of the fixed permutations in evaluation.
     group_fit: where a number of groups does not divide a stage's tokens, "exact" refuses the config and "nearest" takes
         the closest number that does (the larger of two).
-    stem: three "convolutions" (published), or a linear layer of single "pixels", whose strides are 1.
-    stem_norm: "batch" is published; "sync_batch" takes its moments over all ranks (see `stem.SyncBatchNorm`).
-    positions: a "learned" tensor is added to the first tokens (published), or "none", which serves any image size.
-    head: scores of "classes" from the mean of the last tokens (published), or of each of the last "tokens".
     padded: store widths, heads and hidden sizes as multiples of 8 for a GPU's matrix units, with zeros that stay zero
         (`padding`); what the model computes and its exported weights are the same.
     """
 
+    kind: str
     stages: tuple[StageConfig, ...]
-    image_size: int = 224
-    in_channels: int = 3
-    num_classes: int = 1000
-    stem_strides: tuple[int, int, int] = (2, 2, 2)
-    stem: StemKind = "convolutions"
-    stem_norm: StemNorm = "batch"
     drop_path: float = 0.0
     dropout: float = 0.0
     permutation: PermutationPolicy = "fixed"
     permutation_seed: int = 0
     group_fit: GroupFit = "exact"
-    positions: Positions = "learned"
-    head: Head = "classes"
     padded: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stages", require_list("stages", self.stages))
-        object.__setattr__(self, "stem_strides", require_list("stem_strides", self.stem_strides))
-        for name, most in (("image_size", 1 << 14), ("in_channels", 1 << 10), ("num_classes", 1 << 24)):
-            require_positive(name, getattr(self, name), most)
         if not isinstance(self.padded, bool):
             raise ValueError(f"padded must be true or false, got {self.padded!r}")
         if not self.stages:
@@ -176,6 +168,60 @@ class SReTConfig:
         for stage in self.stages:
             if not isinstance(stage, StageConfig):
                 raise ValueError(f"stages must be a list of StageConfig, got {stage!r} in it")
+        require_whole("permutation_seed", self.permutation_seed)
+        for name in ("drop_path", "dropout"):
+            require_number(name, getattr(self, name))
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        require_choice("permutation", self.permutation, PermutationPolicy)
+        require_choice("group_fit", self.group_fit, GroupFit)
+
+    @abc.abstractmethod
+    def num_tokens(self, index: int) -> int:
+        """Tokens of a sample in stage `index`."""
+
+    @abc.abstractmethod
+    def example(self, micro_batch_size: int) -> Tensor:
+        """An input of the model, without meaning, for those who measure what a step takes."""
+
+    @abc.abstractmethod
+    def build(self) -> "StackModel":
+        """The model, its weights drawn from torch's global generator."""
+
+    @property
+    def num_applications(self) -> int:
+        """Depth: uses of a block in the whole model."""
+        return sum(stage.num_applications for stage in self.stages)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SReTConfig(StackConfig):
+    """A model of images. A pooling halves the grid between stages.
+
+    image_size, in_channels: side of the square input in pixels, and its colours.
+    num_classes: those of the training set; `auto` takes them from it.
+    stem_strides: of the three stem convolutions.
+    stem: three "convolutions" (published), or a linear layer of single "pixels", whose strides are 1.
+    stem_norm: "batch" is published; "sync_batch" takes its moments over all ranks (see `stem.SyncBatchNorm`).
+    positions: a "learned" tensor is added to the first tokens (published), or "none", which serves any image size.
+    head: scores of "classes" from the mean of the last tokens (published), or of each of the last "tokens".
+    """
+
+    kind: Literal["vision"] = "vision"
+    image_size: int = 224
+    in_channels: int = 3
+    num_classes: int = 1000
+    stem_strides: tuple[int, int, int] = (2, 2, 2)
+    stem: StemKind = "convolutions"
+    stem_norm: StemNorm = "batch"
+    positions: Positions = "learned"
+    head: Head = "classes"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "stem_strides", require_list("stem_strides", self.stem_strides))
+        for name, most in (("image_size", 1 << 14), ("in_channels", 1 << 10), ("num_classes", 1 << 24)):
+            require_positive(name, getattr(self, name), most)
         if self.stages[0].width % 2:
             raise ValueError(f"the first stage's width must be even for the stem, got {self.stages[0].width}")
         for stride in self.stem_strides:
@@ -185,13 +231,6 @@ class SReTConfig:
         require_choice("stem", self.stem, StemKind)
         if self.stem == "pixels" and self.stem_strides != (1, 1, 1):
             raise ValueError(f"stem 'pixels' needs stem_strides (1, 1, 1), got {self.stem_strides}")
-        require_whole("permutation_seed", self.permutation_seed)
-        for name in ("drop_path", "dropout"):
-            require_number(name, getattr(self, name))
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
-        require_choice("permutation", self.permutation, PermutationPolicy)
-        require_choice("group_fit", self.group_fit, GroupFit)
         require_choice("stem_norm", self.stem_norm, StemNorm)
         require_choice("positions", self.positions, Positions)
         require_choice("head", self.head, Head)
@@ -203,6 +242,21 @@ class SReTConfig:
                 )
         if self.group_fit == "exact":
             self._require_divisible_grids()
+
+    def num_tokens(self, index: int) -> int:
+        """Tokens on the grid of stage `index`; with windows the padding counts."""
+        stage, grid = self.stages[index], self.grids[index]
+        return (padded_side(grid, stage.window) if stage.slices == "windows" else grid) ** 2
+
+    def example(self, micro_batch_size: int) -> Tensor:
+        """(B, C, H, W) images."""
+        return torch.zeros(micro_batch_size, self.in_channels, self.image_size, self.image_size)
+
+    def build(self) -> "SReT":
+        """The model; see `StackConfig.build`."""
+        from sret_scale.model.vision.sret import SReT
+
+        return SReT(self)
 
     def _require_divisible_grids(self) -> None:
         wrong = self._undivided(self.image_size)
@@ -242,10 +296,10 @@ class SReTConfig:
         """Side of every stage's token grid at the configured image size."""
         return self.grids_at(self.image_size)
 
-    @property
-    def num_applications(self) -> int:
-        """Depth: uses of a block in the whole model."""
-        return sum(stage.num_applications for stage in self.stages)
+
+def padded_side(grid: int, window: int) -> int:
+    """Side of the padded grid: the least multiple of the window that leaves room for a shift by half a window."""
+    return window * -(-(grid + window // 2) // window)
 
 
 def require_positive(name: str, value: object, most: int = 1 << 16) -> None:

@@ -14,7 +14,6 @@ from sret_scale.model.applications import (
     num_projections,
     resolved_scheme,
     resolved_skip,
-    stage_tokens,
 )
 from sret_scale.model.conditioning import NUM_DEPTH_FEATURES
 from sret_scale.model.config import SReTConfig
@@ -77,7 +76,7 @@ def _stage_row(config: SReTConfig, index: int, model: SReT) -> dict[str, Any]:
 
 def _stage_macs(config: SReTConfig, index: int) -> int:
     """Linear layers per token, the two products of attention over the tokens of a group, and conditioning."""
-    stage, num_tokens = config.stages[index], stage_tokens(config, index)
+    stage, num_tokens = config.stages[index], config.num_tokens(index)
     width = stage.width
     linear = 4 * width * width + 2 * width * stage.hidden_width
     if num_projections(stage):

@@ -20,7 +20,7 @@ from sret_scale.model.applications import (
     resolved_scheme,
     resolved_skip,
 )
-from sret_scale.model.config import SReTConfig
+from sret_scale.model.config import StackConfig
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,12 @@ class DepthPlan:
         return (*self.supervised, len(self.stages[-1].loops))
 
 
-def first_loops(config: SReTConfig, num_loops: Sequence[int]) -> DepthPlan:
+def first_loops(config: StackConfig, num_loops: Sequence[int]) -> DepthPlan:
     """The plan of the first loops of every stage, with gradient through all of them."""
     return DepthPlan(tuple(StageDepth(tuple(range(count))) for count in num_loops))
 
 
-def check_plan(config: SReTConfig, plan: DepthPlan) -> None:
+def check_plan(config: StackConfig, plan: DepthPlan) -> None:
     """ValueError unless the model has what the plan asks for."""
     if len(plan.stages) != len(config.stages):
         raise ValueError(f"a depth plan needs one entry for each of {len(config.stages)} stages, got {plan.stages}")
@@ -76,7 +76,7 @@ def check_plan(config: SReTConfig, plan: DepthPlan) -> None:
 
 
 @lru_cache(maxsize=1024)
-def planned_config(config: SReTConfig, plan: DepthPlan) -> SReTConfig:
+def planned_config(config: StackConfig, plan: DepthPlan) -> StackConfig:
     """The config of the model that a plan makes of another one."""
     check_plan(config, plan)
     stages = tuple(
@@ -87,7 +87,7 @@ def planned_config(config: SReTConfig, plan: DepthPlan) -> SReTConfig:
 
 
 @lru_cache(maxsize=1024)
-def planned_slots(config: SReTConfig, plan: DepthPlan, index: int) -> tuple[ApplicationSpec, ...]:
+def planned_slots(config: StackConfig, plan: DepthPlan, index: int) -> tuple[ApplicationSpec, ...]:
     """The applications of a stage under a plan: as many loops as it runs, each with what it owns."""
     stage, shorter = config.stages[index], planned_config(config, plan)
     loops = plan.stages[index].loops
@@ -104,7 +104,7 @@ def planned_slots(config: SReTConfig, plan: DepthPlan, index: int) -> tuple[Appl
 
 
 @lru_cache(maxsize=1024)
-def planned_rates(config: SReTConfig, plan: DepthPlan, index: int) -> tuple[float, ...]:
+def planned_rates(config: StackConfig, plan: DepthPlan, index: int) -> tuple[float, ...]:
     """The drop-path rate of each application of a stage under a plan."""
     rates = drop_path_rates(planned_config(config, plan))[index]
     return tuple(rates[slot.block] for slot in planned_slots(config, plan, index))

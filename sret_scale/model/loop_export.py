@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch._higher_order_ops.scan import scan
 from torch.func import functional_call
 
-from sret_scale.model.applications import stage_tokens
 from sret_scale.model.conditioning import InputInjection
 from sret_scale.model.permutation import TokenOrder, as_index, reorder_tokens
 from sret_scale.model.stage import Application, Stage
@@ -35,7 +34,7 @@ class LoopedStage(nn.Module):
     def __init__(self, stage: Stage) -> None:
         super().__init__()
         self.stage = stage
-        num_tokens = stage_tokens(stage.config, stage.index)
+        num_tokens = stage.config.num_tokens(stage.index)
         width = stage.blocks[0].norm1.weight.new_empty(1, num_tokens, 1)  # type: ignore[union-attr, operator]
         order = TokenOrder(stage._draw_permutations(stage.slots, width, None))
         applications = stage.chain(stage.slots, width, order, None, None)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sret_scale.model.config import SReTConfig
+from sret_scale.model.config import StackConfig
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def seeded_generator(device: torch.device, purpose: str, *numbers: int) -> torch
 class PermutationSource:
     """Draws the token permutations of one stage, `count` of them for one forward pass, on the tokens' device."""
 
-    def __init__(self, config: SReTConfig, stage_index: int) -> None:
+    def __init__(self, config: StackConfig, stage_index: int) -> None:
         self.policy = config.permutation
         self.seed = config.permutation_seed
         self.stage_index = stage_index

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sret_scale.model.depth_plan import DepthPlan, StageDepth
-from sret_scale.model.vision.sret import SReT
+from sret_scale.model.stack import StackModel
 
 
 class ReadOut(NamedTuple):
@@ -27,7 +27,9 @@ class ReadOut(NamedTuple):
         return torch.stack(self.recent).mean(dim=0)
 
 
-def read_outs(model: SReT, images_BCHW: Tensor, counts: Collection[int], *, mean_of: int = 1) -> Iterator[ReadOut]:
+def read_outs(
+    model: StackModel, images_BCHW: Tensor, counts: Collection[int], *, mean_of: int = 1
+) -> Iterator[ReadOut]:
     """The read-outs of one pass through max(counts) loops of the last stage, as they come; nothing has a gradient.
 
     mean_of: over how many loops the mean goes. Where the size of branches depends on the number of loops, it is that of

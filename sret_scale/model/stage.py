@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sret_scale.model.applications import ApplicationSpec, application_slots, drop_path_rates, num_projections
 from sret_scale.model.conditioning import InputInjection
-from sret_scale.model.config import SReTConfig
+from sret_scale.model.config import SReTConfig, StackConfig
 from sret_scale.model.depth_plan import DepthPlan, planned_rates, planned_slots
 from sret_scale.model.layers import Block, NonLinearProjection
 from sret_scale.model.noise import Dropout, Noise, PermutationSource, drop_path_masks
@@ -136,7 +136,7 @@ def run_in_turn(applications: Sequence[Application], x_BND: Tensor) -> Tensor:
 class Stage(nn.Module):
     """Blocks and projections of one resolution level. `run_chain` and `permutations` may be replaced from outside."""
 
-    def __init__(self, config: SReTConfig, index: int) -> None:
+    def __init__(self, config: StackConfig, index: int) -> None:
         super().__init__()
         stage = config.stages[index]
         self.config = config
@@ -148,7 +148,10 @@ class Stage(nn.Module):
         sizes = stored_sizes(config, index)
         self.blocks = nn.ModuleList(Block(stage, sizes) for _ in range(stage.num_blocks))
         self.projections = nn.ModuleList(NonLinearProjection(stage, sizes) for _ in range(num_projections(stage)))
-        self.windows = WindowOrder(config.grids[index], stage.window) if stage.slices == "windows" else None
+        self.windows = None
+        if stage.slices == "windows":
+            assert isinstance(config, SReTConfig), "only tokens on a grid have windows"
+            self.windows = WindowOrder(config.grids[index], stage.window)
         self.permutations: Callable[..., Tensor] = self.windows or PermutationSource(config, index)
         self.run_chain: Chain = run_in_turn
         self.chain_number = 0

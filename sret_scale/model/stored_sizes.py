@@ -6,7 +6,7 @@ published size and look at the real channels alone, so no gradient reaches the o
 
 from dataclasses import dataclass
 
-from sret_scale.model.config import SReTConfig
+from sret_scale.model.config import StackConfig
 
 ALIGNMENT = 8
 
@@ -27,7 +27,7 @@ def aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def stored_sizes(config: SReTConfig, index: int) -> Sizes:
+def stored_sizes(config: StackConfig, index: int) -> Sizes:
     """Those of stage `index`."""
     stage = config.stages[index]
     first = config.stages[0].width
@@ -42,7 +42,7 @@ def stored_sizes(config: SReTConfig, index: int) -> Sizes:
     )
 
 
-def stem_widths(config: SReTConfig) -> tuple[int, int, int]:
+def stem_widths(config: StackConfig) -> tuple[int, int, int]:
     """Stored output channels of the three convolutions."""
     width = stored_sizes(config, 0).width
     half = config.stages[0].width // 2

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from sret_scale.model.applications import padded_side
+from sret_scale.model.config import padded_side
 from sret_scale.model.noise import Noise
 
 HIDDEN = -1e4

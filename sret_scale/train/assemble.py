@@ -24,7 +24,7 @@ from sret_scale.distill import (
     stored_labels,
 )
 from sret_scale.memory import Prepared
-from sret_scale.model import SReT, Stage
+from sret_scale.model import StackModel, Stage
 from sret_scale.model.vision.stem import SyncBatchNorm
 from sret_scale.runs.run_folder import RunFolder
 from sret_scale.tasks import task_of
@@ -73,7 +73,7 @@ class Run:
     average: WeightAverage | None
     teacher_identity: dict[str, Any] | None
     memory: Prepared
-    eval_model: SReT
+    eval_model: StackModel
     metrics: MetricsLog
     telemetry: Telemetry | None
     progress: RunProgress
@@ -123,7 +123,7 @@ def set_up(config: RunConfig, folder: RunFolder, ranks: Ranks, stack: contextlib
         average=WeightAverage(engine.local_weights(), horizon) if horizon else None,
         teacher_identity=identity_of(teacher, config),
         memory=memory,
-        eval_model=SReT(config.model).to(ranks.device).eval(),
+        eval_model=config.model.build().to(ranks.device).eval(),
         metrics=metrics,
         telemetry=set_up_telemetry(config, engine, ranks),
         watchdog=watchdog,
@@ -137,14 +137,14 @@ def set_up(config: RunConfig, folder: RunFolder, ranks: Ranks, stack: contextlib
 def set_up_telemetry(config: RunConfig, engine: Engine, ranks: Ranks) -> Telemetry | None:
     """What looks at the health of the model's depth on rank 0."""
     precision = precision_of(load_ds_config(config.engine.ds_config))
-    assert isinstance(engine.model, SReT)
+    assert isinstance(engine.model, StackModel)
     return telemetry_of(engine.model, config.telemetry, precision, is_main=ranks.is_main, zero_stage=engine.zero_stage)
 
 
 def set_up_engine(config: RunConfig, ranks: Ranks, accumulation: int) -> tuple[Engine, Prepared]:
     """(the model under DeepSpeed, with its optimiser and recomputation; what is said of its memory)"""
     torch.manual_seed(config.train.seed)
-    model = over_all_ranks(SReT(config.model).to(ranks.device))
+    model = over_all_ranks(config.model.build().to(ranks.device))
     ds_config = load_ds_config(config.engine.ds_config)
     memory = set_up_recomputation(model, config, ranks.world_size)
     optimizer = build_optimizer(model, model.parameter_tags(), config.optim)
@@ -162,7 +162,7 @@ def set_up_engine(config: RunConfig, ranks: Ranks, accumulation: int) -> tuple[E
     return engine, memory
 
 
-def over_all_ranks(model: SReT) -> SReT:
+def over_all_ranks(model: StackModel) -> StackModel:
     """`model`, its synchronised BatchNorms connected over the ranks."""
     for module in model.modules():
         if isinstance(module, SyncBatchNorm):

@@ -18,12 +18,12 @@ from data_pipelines.stream.loader import Batch, LoaderState, TrainLoader
 from sret_scale.config.ds_config import load_ds_config, precision_of
 from sret_scale.config.precision import autocast
 from sret_scale.config.run_config import RunConfig, grad_accum_steps
-from sret_scale.model import SReT
+from sret_scale.model import StackModel
 from sret_scale.train.distributed import Ranks, sum_over_ranks
 
 
 @torch.no_grad()
-def measured_statistics(model: SReT, shards: ShardSet, config: RunConfig, ranks: Ranks) -> dict[str, Tensor]:
+def measured_statistics(model: StackModel, shards: ShardSet, config: RunConfig, ranks: Ranks) -> dict[str, Tensor]:
     """The running mean and variance of every BatchNorm of `model` by name, which are set in it too; empty without any.
 
     Over `optim.ema_statistics_images` images, rounded up to whole global batches. The model is in eval mode on the
@@ -63,7 +63,7 @@ def training_batches(shards: ShardSet, config: RunConfig, ranks: Ranks) -> list[
         return [batch for step in islice(steps, num_steps) for batch in step.micro_batches]
 
 
-def _moments(model: SReT, norm: nn.BatchNorm2d, batches: list[Batch], config: RunConfig, ranks: Ranks) -> Tensor:
+def _moments(model: StackModel, norm: nn.BatchNorm2d, batches: list[Batch], config: RunConfig, ranks: Ranks) -> Tensor:
     """(3, C) number, sum and sum of squares of what comes into `norm`, over this rank's images, in float64."""
     sums = torch.zeros(3, norm.num_features, dtype=torch.float64, device=ranks.device)
     precision = precision_of(load_ds_config(config.engine.ds_config))

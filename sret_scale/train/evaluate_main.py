@@ -20,8 +20,9 @@ from data_pipelines.shards.index import ShardSet
 from data_pipelines.stream.loader import Batch
 from sret_scale.config.run_config import RunConfig
 from sret_scale.config.step_depth import proportional_loops
-from sret_scale.model import SReT
+from sret_scale.model import StackModel
 from sret_scale.model.vision.carry_weights import new_projections
+from sret_scale.model.vision.sret import as_sret
 from sret_scale.runs.run_folder import EXIT_FINISHED, RunFolder, write_json
 from sret_scale.train.distributed import Ranks, from_all_ranks, leave, ranks_from_environment
 from sret_scale.train.evaluate import AfterBatch, Evaluation, evaluate
@@ -81,7 +82,7 @@ def evaluate_run(
     }
 
 
-def evaluator_of(run: Path, shards: str | None, weights: Any, loops: int | None) -> tuple[SReT, Measure]:
+def evaluator_of(run: Path, shards: str | None, weights: Any, loops: int | None) -> tuple[StackModel, Measure]:
     """(the run's model, what measures a model on the run's test shards or `shards`); for every rank that there is."""
     ranks = ranks_from_environment()
     opened, config = open_shards(run, shards)
@@ -123,11 +124,13 @@ def require_classes(config: RunConfig, run: Path) -> None:
         raise ValueError(f"{run} has task={config.task}, and this is asked of classes of images")
 
 
-def load_model_of(run: Path, weights: Any, loops: int | None, image_size: int | None = None) -> tuple[SReT, str, int]:
+def load_model_of(
+    run: Path, weights: Any, loops: int | None, image_size: int | None = None
+) -> tuple[StackModel, str, int]:
     """(model, which weights, step) of a run's newest checkpoint, at another depth and image size where one is given."""
     model, kind, step = load_model(run, weights, print)
     if image_size is not None:
-        model = model.with_image_size(image_size)
+        model = as_sret(model, "another image size").with_image_size(image_size)
     if loops is not None:
         model = model.with_loops(proportional_loops(model.config, loops))
     return model, kind, step

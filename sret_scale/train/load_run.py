@@ -15,11 +15,12 @@ from data_pipelines.remote.shard_sets import open_data, open_training_data
 from data_pipelines.shards.classes import check_same_classes, renumbered
 from data_pipelines.shards.index import ShardSet
 from data_pipelines.sources.listing import are_class_names
-from sret_scale.config.run_config import RunConfig, build, differences_of, from_yaml, to_plain
+from sret_scale.config.run_config import ModelConfig, RunConfig, build, differences_of, from_yaml, to_plain
 from sret_scale.distill.spec import parse_teacher
-from sret_scale.model import SReT, SReTConfig
+from sret_scale.model import SReT, SReTConfig, StackModel
 from sret_scale.model.vision.carry_weights import adapted_state
 from sret_scale.model.vision.official import from_published
+from sret_scale.model.vision.sret import as_sret
 from sret_scale.model.vision.weight_files import load_model as load_native
 from sret_scale.model.vision.weight_files import load_published, read_metadata
 from sret_scale.runs.checkpoint import list_checkpoints, newest_valid, read_state, read_tensors, verify_checkpoint
@@ -125,7 +126,9 @@ def check_teacher_classes(spec: str, class_names: Sequence[str]) -> None:
             check_same_classes(names, class_names, where=f"teacher {part.text}", owner="the data")
 
 
-def load_model(run: Path, weights: WeightsKind | None, report: Callable[[str], None]) -> tuple[SReT, WeightsKind, int]:
+def load_model(
+    run: Path, weights: WeightsKind | None, report: Callable[[str], None]
+) -> tuple[StackModel, WeightsKind, int]:
     """(model in eval mode on the CPU, which weights it has, its step); `None` takes the EMA where one is kept."""
     config, folder = load_config(run), RunFolder(run)
     if weights == "best":
@@ -142,7 +145,7 @@ def load_model(run: Path, weights: WeightsKind | None, report: Callable[[str], N
     return load_checkpoint(checkpoint, weights)
 
 
-def load_checkpoint(checkpoint: Path, weights: WeightsKind | None) -> tuple[SReT, WeightsKind, int]:
+def load_checkpoint(checkpoint: Path, weights: WeightsKind | None) -> tuple[StackModel, WeightsKind, int]:
     """The same of one checkpoint, which is taken as whole, and has no best weights."""
     if weights == "best":
         raise ValueError(f"{checkpoint} is a checkpoint: the best weights are in the folder of its run")
@@ -155,12 +158,12 @@ def load_checkpoint(checkpoint: Path, weights: WeightsKind | None) -> tuple[SReT
             f"{checkpoint} holds no moving average: use the raw weights, or train with optim.ema_horizon_images"
         )
     kind: WeightsKind = "ema" if tensors else "raw"
-    model = SReT(build(SReTConfig, state["model"], "model"))
+    model = build(ModelConfig, state["model"], "model").build()
     model.load_state_dict(tensors or read_tensors(checkpoint, "weights"))
     return model.eval(), kind, int(state["step"])
 
 
-def load_trained(source: Path, weights: WeightsKind | None = None) -> SReT:
+def load_trained(source: Path, weights: WeightsKind | None = None) -> StackModel:
     """The model of a run's folder, a checkpoint, or a native file, which has one kind; in eval mode on the CPU."""
     if not source.is_dir():
         return load_native(source)
@@ -184,7 +187,8 @@ def initial_state(source: str, config: SReTConfig) -> dict[str, Tensor]:
     kind, _, path = source.partition(":")
     try:
         if kind == "run" and path:
-            model, _, _ = load_model(Path(path), None, print)
+            found, _, _ = load_model(Path(path), None, print)
+            model = as_sret(found, "train.initial_weights")
         elif source.endswith(".safetensors"):
             model = load_native(Path(source))
         else:
@@ -226,16 +230,16 @@ def load_teacher_run(run: Path) -> tuple[nn.Module, tuple[float, ...], tuple[flo
     return model, config.train.image_mean, config.train.image_std, config.model.image_size
 
 
-def untrained_teacher_run(run: Path) -> tuple[SReT, int]:
+def untrained_teacher_run(run: Path) -> tuple[StackModel, int]:
     """(model without weights on the meta device, image size) of a run folder."""
     config = load_config(run)
     with torch.device("meta"):
-        return SReT(config.model), config.model.image_size
+        return config.model.build(), config.model.image_size
 
 
-def check_architecture(expected: SReTConfig, saved: object, where: str) -> None:
+def check_architecture(expected: ModelConfig, saved: object, where: str) -> None:
     """Raise ValueError, naming what differs, unless a checkpoint's saved model config is `expected`."""
-    found = build(SReTConfig, saved, "model")
+    found = build(ModelConfig, saved, "model")
     changed = differences_of(to_plain(found), to_plain(expected))
     if changed:
         raise ValueError(

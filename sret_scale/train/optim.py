@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from sret_scale.config.run_config import ClassConfig, OptimConfig, ParameterClass, RunConfig
 from sret_scale.model import ParameterTag
-from sret_scale.model.vision.sret import ParameterKind
+from sret_scale.model.stack import ParameterKind
 from sret_scale.train.engine.optimizer import Optimizer, Rule
 from sret_scale.train.engine.zero_layout import layout_of
 

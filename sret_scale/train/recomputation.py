@@ -5,11 +5,11 @@ from sret_scale.config.run_config import RunConfig
 from sret_scale.config.step_depth import deepest_plan
 from sret_scale.distill.footprint import TeacherBytes, teacher_bytes
 from sret_scale.memory import Prepared, prepare_memory
-from sret_scale.model import SReT
+from sret_scale.model import StackModel
 from sret_scale.train.load_run import untrained_teacher_run
 
 
-def set_up_recomputation(model: SReT, config: RunConfig, world_size: int) -> Prepared:
+def set_up_recomputation(model: StackModel, config: RunConfig, world_size: int) -> Prepared:
     """Applies `config.memory` to `model`.
 
     Raises ValueError where a budget cannot be kept, before anything is set.

@@ -12,15 +12,15 @@ PACKAGES = ("sret_scale", "data_pipelines")
 LINE_BUDGETS = {
     "data_pipelines": 9_300,
     "sret_scale/commands": 2_480,
-    "sret_scale/config": 1_580,
+    "sret_scale/config": 1_600,
     "sret_scale/distill": 1_300,
     "sret_scale/lab": 5_320,
     "sret_scale/launch": 2_000,
     "sret_scale/memory": 2_620,
-    "sret_scale/model": 3_850,
+    "sret_scale/model": 4_150,
     "sret_scale/runs": 750,
     "sret_scale/tasks": 650,
-    "sret_scale/timm": 560,
+    "sret_scale/timm": 860,
     "sret_scale/train": 4_230,
 }
 TOTAL_BUDGET = 33_850

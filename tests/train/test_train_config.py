@@ -1,12 +1,14 @@
 """The configuration: strict YAML, overrides, and errors that name the key."""
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sret_scale.config.fields import fields_of
 from sret_scale.config.image_counts import describe_counts
 from sret_scale.config.recipes import RECIPES, configuration, recipe
 from sret_scale.config.run_config import (
@@ -164,3 +166,40 @@ def test_wrong_sections_are_named() -> None:
     del tree["model"]["stages"][0]["width"]
     with pytest.raises(ValueError, match=r"model.stages.0.width is not given"):
         build(RunConfig, tree)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Small:
+    """A kind of section.
+
+    size: of it.
+    """
+
+    kind: Literal["small"] = "small"
+    size: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Wide(_Small):
+    """Another kind."""
+
+    kind: Literal["wide"] = "wide"  # type: ignore[assignment]
+    width: float = 2.0
+    """Of it alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Owner:
+    section: _Small | _Wide = field(default_factory=_Small)
+
+
+def test_kinds_of_a_section_are_told_apart_by_their_name() -> None:
+    assert build(_Owner, {"section": {"size": 3}}) == _Owner(section=_Small(size=3))
+    assert build(_Owner, {"section": {"kind": "wide", "size": 3}}) == _Owner(section=_Wide(size=3))
+    for wrong in ("tall", 3, ["wide"], None):
+        with pytest.raises(ValueError, match="kind: expected one of small, wide"):
+            build(_Owner, {"section": {"kind": wrong}})
+    with pytest.raises(ValueError, match=r"unknown key 'section\.width'"):
+        build(_Owner, {"section": {"width": 2.0}})
+    meanings = {entry.name: entry.meaning for entry in fields_of(_Owner)}
+    assert meanings["section.size"] == "of it." and meanings["section.width"] == "Of it alone."

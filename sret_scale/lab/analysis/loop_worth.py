@@ -21,7 +21,7 @@ from data_pipelines.image.augment import normalise
 from data_pipelines.stream.loader import evaluation_batches
 from sret_scale.lab.readable_numbers import evenly
 from sret_scale.lab.report.chart import MUTED, PALETTE, PAPER, STYLE, WIDTH_INCHES, Caption, Chart, finish
-from sret_scale.model import SReT
+from sret_scale.model import StackModel
 from sret_scale.model.stage import Application, chains_run_by
 from sret_scale.train.evaluate_main import open_shards, require_classes
 from sret_scale.train.load_run import load_model
@@ -35,7 +35,7 @@ class Subject:
     """A trained model in eval mode and the first images of its test set, normalised. B micro-batch, C classes."""
 
     name: str
-    model: SReT
+    model: StackModel
     batches: tuple[tuple[Tensor, Tensor], ...]
 
     @property

@@ -23,7 +23,7 @@ from sret_scale.lab.experiments.matching import memory_of
 from sret_scale.lab.readable_numbers import binary_size, compact, duration, grouped
 from sret_scale.lab.report.depth_curves import FLOPS_PER_MAC_OF_TRAINING
 from sret_scale.memory import MemoryConfig, apply_recomputation
-from sret_scale.model import Noise, SReT, SReTConfig
+from sret_scale.model import Noise, SReTConfig
 
 MEASURED_IMAGES = 8
 MEASURED_PASSES = 6
@@ -102,11 +102,10 @@ def seconds_an_image(config: RunConfig) -> list[float]:
     """Seconds an image of forward and backward passes; the model recomputes, but where a budget asks for a plan."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     size = min(MEASURED_IMAGES, config.train.micro_batch_size)
-    model = SReT(config.model).to(device).train()
+    model = config.model.build().to(device).train()
     memory = config.memory
     apply_recomputation(model, MemoryConfig() if memory.budget_bytes is not None else memory)
-    shape = (size, config.model.in_channels, config.model.image_size, config.model.image_size)
-    images_BCHW = torch.zeros(shape, device=device)
+    images_BCHW = config.model.example(size).to(device)
     labels_B = torch.zeros(size, dtype=torch.int64, device=device)
     precision = precision_of(load_ds_config(config.engine.ds_config))
     taken_s = []

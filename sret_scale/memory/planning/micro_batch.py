@@ -11,7 +11,7 @@ from typing import Any
 from sret_scale.memory.planning.probe import StepCosts, probe_step
 from sret_scale.memory.planning.search import Search
 from sret_scale.memory.planning.step_cost import Device
-from sret_scale.model import SReTConfig
+from sret_scale.model import StackConfig
 from sret_scale.model.depth_plan import DepthPlan
 
 # Larger micro-batches no longer fill a device better, and the global batch has to hold them.
@@ -26,7 +26,7 @@ class BatchSearch:
 
     def __init__(
         self,
-        config: SReTConfig,
+        config: StackConfig,
         precision: str,
         device: Device,
         *,

@@ -15,7 +15,7 @@ from sret_scale.memory.planning.probe import StepCosts, probe_step
 from sret_scale.memory.planning.rank_state import StateBytes, format_bytes, state_bytes
 from sret_scale.memory.planning.step_cost import DEVICES, step_peak_bytes
 from sret_scale.memory.schedule import Schedule
-from sret_scale.model import SReT, SReTConfig
+from sret_scale.model import StackConfig, StackModel
 from sret_scale.model.depth_plan import DepthPlan
 
 
@@ -101,7 +101,7 @@ def plan_for(
 
 
 def prepare_memory(
-    model: SReT,
+    model: StackModel,
     memory: MemoryConfig,
     *,
     micro_batch_size: int,
@@ -143,7 +143,7 @@ def prepare_memory(
 
 
 def predict_activations(
-    config: SReTConfig,
+    config: StackConfig,
     memory: MemoryConfig,
     *,
     micro_batch_size: int,

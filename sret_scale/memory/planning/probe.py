@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from sret_scale.memory.apply import set_repeated_norms
 from sret_scale.memory.planning.costs import ApplicationCost, measure_application, size_bytes
 from sret_scale.memory.planning.instrument import LiveBytes
-from sret_scale.model import Application, Noise, SReT, SReTConfig
+from sret_scale.model import Application, Noise, StackConfig, StackModel
 from sret_scale.model.depth_plan import DepthPlan
 
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -49,7 +50,7 @@ class StepCosts:
 
 @lru_cache(maxsize=64)
 def probe_step(
-    config: SReTConfig,
+    config: StackConfig,
     *,
     micro_batch_size: int,
     precision: str = "fp32",
@@ -65,16 +66,15 @@ def probe_step(
     if micro_batch_size < 1:
         raise ValueError(f"micro-batch: expected at least 1, got {micro_batch_size}")
     with torch.device("meta"):
-        model = SReT(config).train()
+        model = config.build().train()
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
-        model.stem.repeats_norms = repeats_norms
-        shape = (micro_batch_size, config.in_channels, config.image_size, config.image_size)
-        images = torch.empty(shape)
+        set_repeated_norms(model, repeats_norms)
+        inputs = config.example(micro_batch_size)
         probe = _Probe(model)
         with probe.counter, torch.autocast("cpu", torch.bfloat16, enabled=precision != "fp32"):
             noise = Noise(permutation_seed=0, sample_seed=0)
-            scores = [model(images, noise)] if depth is None else model(images, noise, [depth])
+            scores = [model(inputs, noise)] if depth is None else model(inputs, noise, [depth])
             labels = torch.zeros_like(scores[0][:, 0], dtype=torch.int64)
             loss = torch.stack([F.cross_entropy(one.float(), labels) for one in scores]).mean()
             loss.backward()  # type: ignore[no-untyped-call]
@@ -84,7 +84,7 @@ def probe_step(
 class _Probe:
     """Stands in for the chains of a model and keeps the notes: (bytes alive, their peak since the last note)."""
 
-    def __init__(self, model: SReT) -> None:
+    def __init__(self, model: StackModel) -> None:
         self.model = model
         self.counter = LiveBytes(model.parameters())
         self.stages: list[tuple[ApplicationCost, ...]] = []

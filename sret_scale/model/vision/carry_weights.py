@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sret_scale.model.applications import application_slots
-from sret_scale.model.config import SReTConfig
+from sret_scale.model.config import SReTConfig, StackConfig
 
 
 def adapted_state(
@@ -20,7 +20,7 @@ def adapted_state(
     return {name: _carried(name, value, state, sources) for name, value in fresh.items()}
 
 
-def new_projections(before: SReTConfig, after: SReTConfig) -> list[str]:
+def new_projections(before: StackConfig, after: StackConfig) -> list[str]:
     """Names of the projections that `after` has for loops that `before` lacks: nobody has trained them."""
     return [name for name, source in _projection_sources(before, after).items() if source is None]
 
@@ -33,7 +33,7 @@ def resized_position(position_1DHW: Tensor, side: int) -> Tensor:
     return resized.to(position_1DHW.dtype)
 
 
-def _projection_sources(before: SReTConfig, after: SReTConfig) -> dict[str, str | None]:
+def _projection_sources(before: StackConfig, after: StackConfig) -> dict[str, str | None]:
     """Name prefix of each projection in `after` -> the one in `before` that it continues, None for a new one."""
     sources: dict[str, str | None] = {}
     for index in range(len(after.stages)):

@@ -16,6 +16,7 @@ from torch import Tensor
 from data_pipelines.atomic_files import replacing
 from data_pipelines.checked_files import parse_checked
 from sret_scale.model.config import SReTConfig, StageConfig
+from sret_scale.model.stack import StackModel
 from sret_scale.model.vision.sret import SReT
 
 
@@ -28,7 +29,7 @@ def config_from_dict(fields: dict[str, Any]) -> SReTConfig:
         raise ValueError(f"not a model config: {error}") from error
 
 
-def save_model(model: SReT, path: Path, facts: Mapping[str, Any] | None = None) -> None:
+def save_model(model: StackModel, path: Path, facts: Mapping[str, Any] | None = None) -> None:
     """Write weights, config and, as JSON, whatever else goes with them; the file is complete or absent."""
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     metadata = {name: json.dumps(value) for name, value in (facts or {}).items()}

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sret_scale.config.run_config import RunConfig
-from sret_scale.model import SReT, describe
+from sret_scale.model import StackModel, describe
 from sret_scale.model.compiled_blocks import compile_blocks, why_not_compiled
 from sret_scale.train.distributed import Ranks, from_all_ranks
 
@@ -71,7 +71,7 @@ def compile_model(model: nn.Module, config: RunConfig, ranks: Ranks) -> Compiled
     """
     if not wants_compiled(config, ranks.device.type):
         return None
-    assert isinstance(model, SReT)
+    assert isinstance(model, StackModel)
     if reasons := [found for found in from_all_ranks(why_not_compiled(model)) if found]:
         if ranks.is_main:
             print(f"blocks are not compiled: {reasons[0]}", flush=True)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from sret_scale.config.precision import Precision, autocast
-from sret_scale.model import Application, Noise, SReT
+from sret_scale.model import Application, Noise, StackModel
 from sret_scale.model.stage import chains_run_by
 from sret_scale.train.telemetry.statistics import attention_entropy, rank_ratio, rms, token_cosine
 
@@ -35,7 +35,7 @@ class BlockUses:
 
 
 def probe(
-    model: SReT, images_BCHW: Tensor, loss_of: Callable[[Tensor], Tensor], noise: Noise, precision: Precision
+    model: StackModel, images_BCHW: Tensor, loss_of: Callable[[Tensor], Tensor], noise: Noise, precision: Precision
 ) -> list[BlockUses]:
     """Reads off all loops of all blocks, with the step's permutations and without stochastic depth or batch moments.
 
@@ -50,7 +50,7 @@ def probe(
 
 
 @contextlib.contextmanager
-def undisturbed(model: SReT, device: torch.device, precision: Precision) -> Iterator[None]:
+def undisturbed(model: StackModel, device: torch.device, precision: Precision) -> Iterator[None]:
     """The model in evaluation mode and the precision of training; modes and random state as they were, afterwards."""
     modes = {module: module.training for module in model.modules()}
     # Whoever watches the calls of the head (feature distillation) means those of the training.
@@ -70,7 +70,7 @@ def undisturbed(model: SReT, device: torch.device, precision: Precision) -> Iter
         model.head._forward_pre_hooks.update(watchers)
 
 
-def _walked(model: SReT, walk: "_Walk") -> contextlib.AbstractContextManager[None]:
+def _walked(model: StackModel, walk: "_Walk") -> contextlib.AbstractContextManager[None]:
     """The model's chains run by `walk`."""
     return chains_run_by(model.stages, lambda index: partial(_WalkFunction.apply, walk, index))
 

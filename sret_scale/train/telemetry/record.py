@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sret_scale.config.precision import Precision
 from sret_scale.config.telemetry_config import TelemetryConfig
-from sret_scale.model import Noise, SReT
+from sret_scale.model import Noise, StackModel
 from sret_scale.model.applications import resolved_scheme
 from sret_scale.model.depth_plan import DepthPlan
 from sret_scale.train.telemetry.alarms import alarms, findings, growth_per_loop
@@ -24,7 +24,7 @@ MAX_LOOPS = 32
 class Telemetry:
     """Probes a model before the step's forward pass, and measures its parameters around the update."""
 
-    def __init__(self, model: SReT, config: TelemetryConfig, precision: Precision) -> None:
+    def __init__(self, model: StackModel, config: TelemetryConfig, precision: Precision) -> None:
         self._model, self._config, self._precision = model, config, precision
         self._schemes = [resolved_scheme(stage) for stage in model.config.stages]
         self._kinds: dict[str, list[str]] = {}
@@ -92,7 +92,7 @@ class Telemetry:
 
 
 def telemetry_of(
-    model: SReT, config: TelemetryConfig, precision: Precision, *, is_main: bool, zero_stage: int
+    model: StackModel, config: TelemetryConfig, precision: Precision, *, is_main: bool, zero_stage: int
 ) -> Telemetry | None:
     """The telemetry of a rank: of rank 0 alone, and none where no rank has whole parameters."""
     return Telemetry(model, config, precision) if is_main and zero_stage < 3 and config.interval_steps else None

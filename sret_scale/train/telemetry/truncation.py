@@ -7,12 +7,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from sret_scale.model import Noise, SReT
+from sret_scale.model import Noise, StackModel
 from sret_scale.model.depth_plan import DepthPlan
 
 
 def gradient_cosines(
-    model: SReT,
+    model: StackModel,
     images_BCHW: Tensor,
     loss_of: Callable[[Tensor], Tensor],
     noise: Noise,
@@ -30,7 +30,7 @@ def gradient_cosines(
 
 
 def gradients(
-    model: SReT, images_BCHW: Tensor, loss_of: Callable[[Tensor], Tensor], noise: Noise | None, plan: DepthPlan
+    model: StackModel, images_BCHW: Tensor, loss_of: Callable[[Tensor], Tensor], noise: Noise | None, plan: DepthPlan
 ) -> dict[str, Tensor]:
     """The gradient of the loss at the plan's full depth, by parameter; zeros where there is none."""
     names, parameters = zip(*model.named_parameters(), strict=True)
