@@ -36,7 +36,7 @@ from sret_scale.memory.planning.search import Search
 from sret_scale.memory.planning.step_cost import DEVICES, step_peak_bytes
 from sret_scale.memory.schedule import default_segments
 from sret_scale.model import Application, Noise, SReT, SReTConfig, StageConfig, layers, preset
-from sret_scale.model import unfused as plain
+from sret_scale.model.operations import unfused as plain
 
 RESULTS = Path(__file__).parent / "results"
 LOOPS = {20: (2, 2, 2), 50: (5, 5, 5), 108: (12, 12, 8), 300: (30, 33, 25), 1000: (115, 130, 40)}

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from benchmarks import gpu
 from benchmarks.plain_sret import PlainSReT
 from sret_scale.model import Noise, SReT, describe, preset
-from sret_scale.model import matmul as products
+from sret_scale.model.operations import matmul as products
 from sret_scale.model.vision.for_inference import folded
 
 # Wall time, or processor time of all threads: what to compare on a machine that has other work.

@@ -160,6 +160,8 @@ class StackConfig(abc.ABC):
     padded: bool = False
 
     def __post_init__(self) -> None:
+        if self.kind != type(self).kind:
+            raise ValueError(f"kind must be {type(self).kind!r} here, got {ascii(self.kind)[:40]}")
         object.__setattr__(self, "stages", require_list("stages", self.stages))
         if not isinstance(self.padded, bool):
             raise ValueError(f"padded must be true or false, got {self.padded!r}")

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from sret_scale.model import unfused as plain
 from sret_scale.model.applications import (
     BranchScale,
     LoopPosition,
@@ -22,8 +21,9 @@ from sret_scale.model.applications import (
 )
 from sret_scale.model.conditioning import LoopDeltas, conditioning
 from sret_scale.model.config import StageConfig
-from sret_scale.model.fused import NORM_EPS
 from sret_scale.model.operations import Affine, operations
+from sret_scale.model.operations import unfused as plain
+from sret_scale.model.operations.fused import NORM_EPS
 from sret_scale.model.stored_sizes import Sizes
 from sret_scale.model.windows import place_pairs
 

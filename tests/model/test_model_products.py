@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sret_scale.model import matmul as products
+from sret_scale.model.operations import matmul as products
 
 # Narrow to wide and wide to narrow, whose weight gradients take different ways; odd sizes as in SReT-S and T.
 SHAPES = [((2, 49, 63), 230), ((2, 49, 230), 63), ((5, 8), 8), ((1, 1, 3), 1)]

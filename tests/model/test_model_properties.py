@@ -158,8 +158,8 @@ def test_a_field_of_a_wrong_type_or_size_is_named(config: Any, value: object) ->
 @pytest.mark.parametrize("scheme", get_args(spec.BranchScheme))
 @pytest.mark.parametrize("mask_rate", [0.0, 0.5])
 def test_the_operations_differentiate_like_autograd(scheme: str, mask_rate: float) -> None:
-    from sret_scale.model import fused
-    from sret_scale.model import unfused as plain
+    from sret_scale.model.operations import fused
+    from sret_scale.model.operations import unfused as plain
 
     torch.manual_seed(0)
     batch, tokens, width, hidden = 3, 4, 6, 5
@@ -185,7 +185,7 @@ def test_the_operations_differentiate_like_autograd(scheme: str, mask_rate: floa
 
 
 def test_a_feed_forward_frees_its_hidden_layer_unless_the_graph_is_retained() -> None:
-    from sret_scale.model.fused import feed_forward_residual
+    from sret_scale.model.operations.fused import feed_forward_residual
 
     width, hidden = 8, 32
     x = torch.randn(2, 64, width, requires_grad=True)

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from sret_scale.model.config import SReTConfig
 from sret_scale.model.depth_plan import DepthPlan
-from sret_scale.model.fused import NORM_EPS
 from sret_scale.model.layers import pooling
 from sret_scale.model.noise import Dropout, Noise
+from sret_scale.model.operations.fused import NORM_EPS
 from sret_scale.model.stack import StackModel
 from sret_scale.model.stage import Stage
 from sret_scale.model.stored_sizes import stored_sizes

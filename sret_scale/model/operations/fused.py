@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sret_scale.model.matmul import input_gradient, linear, weight_gradient
+from sret_scale.model.operations.matmul import input_gradient, linear, weight_gradient
 
 NORM_EPS = 1e-6
 

@@ -6,7 +6,7 @@ A compiler makes its own choice of what to store, and an autograd function would
 import torch.nn.functional as F
 from torch import Tensor
 
-from sret_scale.model.fused import NORM_EPS
+from sret_scale.model.operations.fused import NORM_EPS
 
 
 def layer_norm(x_BND: Tensor, norm_D: Tensor, norm_bias_D: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from sret_scale.model import fused, unfused
+from sret_scale.model.operations import fused, unfused
 
 Affine = tuple[Tensor, Tensor]
 """Weight and bias of a norm or of a linear layer."""
