@@ -5,7 +5,7 @@ A config that cannot be built raises `ValueError` at construction, with the numb
 
 import abc
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -160,8 +160,9 @@ class StackConfig(abc.ABC):
     padded: bool = False
 
     def __post_init__(self) -> None:
-        if self.kind != type(self).kind:
-            raise ValueError(f"kind must be {type(self).kind!r} here, got {ascii(self.kind)[:40]}")
+        kind = next(field.default for field in fields(self) if field.name == "kind")
+        if self.kind != kind:
+            raise ValueError(f"kind must be {kind!r} here, got {ascii(self.kind)[:40]}")
         object.__setattr__(self, "stages", require_list("stages", self.stages))
         if not isinstance(self.padded, bool):
             raise ValueError(f"padded must be true or false, got {self.padded!r}")
