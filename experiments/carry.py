@@ -1,14 +1,18 @@
 """Carry, a task that only deep training learns: application i reads symbol u_i, the label is the one that was marked.
 
     python experiments/carry.py runs/carry --applications 108 --gradient 108 54 27 12 --seeds 0 1 2
+    python experiments/carry.py runs/carry --applications 1000 --gradient 1000 --schedule planned --budget 8_000_000
+    python experiments/carry.py runs/carry --applications 300 --prices
 
 A row has 8 symbols, each equally often in its first half, one of them marked there; what follows is drawn freely. So
 whoever does not read the mark knows nothing: chance is 1 in 8, exactly. What an application reads is added to the four
-tokens of the state. One tied block, branches of size 1/N, a frozen skip, one loss at the end. Gradient goes through the
-last k applications alone. For k <= N/2 none reaches the write.
+tokens of the state, the symbols times sqrt(108 / N), since N of them add up like a random walk. One tied block,
+branches of size 1/N, a frozen skip, one loss at the end. Gradient goes through the last k applications alone. For
+k <= N/2 none reaches the write, and what a mark adds begins at zero, so that the head finds nothing of it by chance.
 
-What would refute it, written down before the runs: any k <= N/2 above chance by 3 deviations of 4096 rows, or k = N
-that fails in two seeds at 300 applications. Each run is one line of FOLDER/runs.csv; the same command continues.
+What would refute it, written down before the runs: any k <= N/2 above chance by 3 deviations of 4096 rows (14.05 %), or
+k = N that fails in two seeds at 300 applications. With `--budget`, a step that would keep more bytes of activations is
+refused. Each run is one line of FOLDER/runs.csv; the same command continues.
 """
 
 import argparse
@@ -31,7 +35,10 @@ from sret_scale.model.layers import Block
 from sret_scale.model.stored_sizes import stored_sizes
 
 SYMBOLS, TOKENS, WIDTH, BATCH, TEST_ROWS = 8, 4, 16, 64, 4096
-FIELDS = ("applications", "gradient", "seed", "steps", "mark", "accuracy", "loss", "seconds", "macs")
+FIELDS = (
+    *("applications", "gradient", "seed", "steps", "mark", "schedule", "budget", "bytes"),
+    *("accuracy", "loss", "seconds", "macs"),
+)
 
 _TRANSFORM = torch.compile(Block.transform, dynamic=False)
 
@@ -61,6 +68,7 @@ class Reader(nn.Module):
         )
         config = SReTConfig(stages=(stage,), image_size=16)
         self.block = Block(stage, stored_sizes(config, 0))
+        self.scale = math.sqrt(108 / applications)
         self.symbols = nn.Parameter(0.1 * torch.randn(SYMBOLS, WIDTH))
         self.marked = nn.Parameter(mark * torch.randn(SYMBOLS, WIDTH))
         self.start = nn.Parameter(0.02 * torch.randn(TOKENS, WIDTH))
@@ -86,7 +94,7 @@ class Link:
 
     def __call__(self, state_BND: Tensor) -> Tensor:
         reader = self.reader
-        read_BD = self.symbol @ reader.symbols + self.marked @ reader.marked
+        read_BD = reader.scale * self.symbol @ reader.symbols + self.marked @ reader.marked
         return reader.block(state_BND + read_BD[:, None], self.loop, 1)
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -104,10 +112,33 @@ def final_state(links: Sequence[Link], start: Tensor, schedule: Schedule) -> Ten
     return run_chain(links[cut:], state if cut else start, schedule)
 
 
-def train(applications: int, gradient: int, seed: int, steps: int, mark: float, rate: float) -> dict[str, object]:
+def schedule_of(reader: Reader, gradient: int, kind: str, budget: int | None) -> tuple[Schedule, int]:
+    """The schedule of a run and the bytes of activations that a step keeps; ValueError where they are too many."""
+    symbols, places, labels = rows(BATCH, gradient, torch.Generator().manual_seed(0))
+    links = reader.links(symbols, places)
+    if kind == "planned":
+        # Within the budget, by what is measured: the loss has bytes of its own.
+        schedule = plan_chain(links, torch.zeros(BATCH, TOKENS, WIDTH), 9 * (budget or 0) // 10)
+    else:
+        schedule = {"none": none, "per_application": per_application}[kind](gradient)
+
+    def step() -> None:
+        start = reader.start.expand(BATCH, -1, -1)
+        F.cross_entropy(reader.scores(final_state(links, start, schedule)), labels).backward()
+
+    step()
+    taken = measure_peak(reader.parameters(), step)
+    reader.zero_grad()
+    if budget is not None and taken > budget:
+        raise ValueError(f"schedule {kind}: expected at most {budget:,} bytes of activations a step, got {taken:,}")
+    return schedule, taken
+
+
+def train(applications: int, gradient: int, seed: int, steps: int, args: argparse.Namespace) -> dict[str, object]:
     """One run, as a line of the table."""
     torch.manual_seed(seed)
-    reader = Reader(applications, mark)
+    reader, rate = Reader(applications, args.mark), args.rate
+    schedule, taken = schedule_of(reader, gradient, args.schedule, args.budget)
     # As `compile_blocks` does for a model: one graph for all applications.
     reader.block.transform = partial(_TRANSFORM, reader.block)  # type: ignore[method-assign]
     optimizer = torch.optim.AdamW(reader.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.0)
@@ -116,7 +147,7 @@ def train(applications: int, gradient: int, seed: int, steps: int, mark: float, 
         generator = torch.Generator().manual_seed(1_000_003 * seed + step)
         symbols, places, labels = rows(BATCH, applications, generator)
         start = reader.start.expand(BATCH, -1, -1)
-        loss = F.cross_entropy(reader.scores(final_state(reader.links(symbols, places), start, none(gradient))), labels)
+        loss = F.cross_entropy(reader.scores(final_state(reader.links(symbols, places), start, schedule)), labels)
         for group in optimizer.param_groups:
             group["lr"] = rate * min(1.0, (step + 1) / 10) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
         optimizer.zero_grad()
@@ -134,7 +165,10 @@ def train(applications: int, gradient: int, seed: int, steps: int, mark: float, 
         "gradient": gradient,
         "seed": seed,
         "steps": steps,
-        "mark": mark,
+        "mark": args.mark,
+        "schedule": args.schedule,
+        "budget": args.budget or "",
+        "bytes": taken,
         "accuracy": accuracy(reader, applications, seed),
         "loss": sum(losses[-25:]) / len(losses[-25:]),
         "seconds": round(time.process_time() - started, 1),
@@ -145,7 +179,7 @@ def train(applications: int, gradient: int, seed: int, steps: int, mark: float, 
 def prices(applications: int) -> None:
     """What a step with gradient through all applications takes, by schedule, and whether its gradients are the same."""
     torch.manual_seed(0)
-    reader = Reader(applications, 0.1)
+    reader = Reader(applications, 0.0)
     symbols, places, labels = rows(BATCH, applications, torch.Generator().manual_seed(0))
     links, example = reader.links(symbols, places), torch.zeros(BATCH, TOKENS, WIDTH)
     plans = {"none": none(applications), "per_application": per_application(applications)}
@@ -190,7 +224,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--rate", type=float, default=2e-2)
-    parser.add_argument("--mark", type=float, default=0.1, help="size of what a mark adds, before training")
+    parser.add_argument("--schedule", choices=("none", "per_application", "planned"), default="none")
+    parser.add_argument("--budget", type=int, help="the most bytes of activations that a step may keep")
+    parser.add_argument("--mark", type=float, default=0.0, help="size of what a mark adds, before training")
     parser.add_argument("--prices", action="store_true", help="bytes and seconds of a step by schedule, no training")
     parser.add_argument("--equal-flops", action="store_true", help="as many steps as cost what --steps of k = N do")
     args = parser.parse_args()
@@ -199,15 +235,21 @@ def main() -> None:
         prices(args.applications)
     args.folder.mkdir(parents=True, exist_ok=True)
     table = args.folder / "runs.csv"
+    key = ("applications", "gradient", "seed", "steps", "mark", "schedule", "budget")
     known = list(csv.DictReader(table.open())) if table.exists() else []
-    done = {(row["applications"], row["gradient"], row["seed"], row["steps"], row["mark"]) for row in known}
+    done = {tuple(row[name] for name in key) for row in known}
     for seed in args.seeds:
         for gradient in args.gradient:
             longer = 3 * args.applications / (args.applications + 2 * gradient) if args.equal_flops else 1
             steps = round(args.steps * longer)
-            if tuple(map(str, (args.applications, gradient, seed, steps, args.mark))) in done:
+            asked = (args.applications, gradient, seed, steps, args.mark, args.schedule, args.budget or "")
+            if tuple(map(str, asked)) in done:
                 continue
-            row = train(args.applications, gradient, seed, steps, args.mark, args.rate)
+            try:
+                row = train(args.applications, gradient, seed, steps, args)
+            except ValueError as refused:
+                print(refused, flush=True)
+                continue
             print(row, flush=True)
             with table.open("a", newline="") as file:
                 writer = csv.DictWriter(file, FIELDS)
