@@ -10,16 +10,16 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = ("sret_scale", "data_pipelines")
 # Product lines (*.py, *.c, *.h, *.html) that a room may have. Raising one is a decision: say why in docs/log.md.
 LINE_BUDGETS = {
-    "data_pipelines": 9_300,
-    "sret_scale/commands": 2_480,
+    "data_pipelines": 9_220,
+    "sret_scale/commands": 2_400,
     "sret_scale/config": 1_600,
-    "sret_scale/distill": 1_300,
-    "sret_scale/lab": 5_320,
-    "sret_scale/launch": 2_000,
+    "sret_scale/distill": 1_200,
+    "sret_scale/lab": 4_720,
+    "sret_scale/launch": 1_980,
     "sret_scale/memory": 2_620,
     "sret_scale/model": 4_150,
     "sret_scale/runs": 750,
-    "sret_scale/tasks": 650,
+    "sret_scale/tasks": 560,
     "sret_scale/timm": 860,
     "sret_scale/train": 4_230,
 }

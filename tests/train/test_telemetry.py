@@ -301,17 +301,6 @@ def test_an_alarm_is_told_once_for_a_stage_and_kind(monkeypatch: pytest.MonkeyPa
         assert telemetry.new_alarms == new
 
 
-def test_whoever_watches_the_head_sees_training_alone() -> None:
-    model, seen = model_of(), []
-    model.head.register_forward_pre_hook(lambda *_: seen.append(1))
-    telemetry = Telemetry(model, TelemetryConfig(), "fp32")
-    plan = DepthPlan((StageDepth((0, 1, 2), 1), StageDepth((0, 1), 1)))
-    telemetry.look(IMAGES_BCHW, lambda scores, part: F.cross_entropy(scores, LABELS_B[part]), NOISE, plan)
-    assert seen == []
-    model(IMAGES_BCHW, NOISE)
-    assert seen == [1]
-
-
 def test_truncation_is_measured_against_the_full_gradient() -> None:
     model = model_of().eval()
     kinds = {
