@@ -1,11 +1,14 @@
 """Speed and stored activations of the model beside its plain twin: `python -m benchmarks.model`.
 
-Both run in one process, alternating, and medians are reported. The twin (`benchmarks/plain_sret.py`) computes as the
-publication does. Achieved FLOP/s are set against the peak of a matrix product measured in the same run.
+All run in one process, alternating, and medians are reported. The twin (`benchmarks/plain_sret.py`) computes as the
+publication does; where `SRET_PUBLISHED` names a checkout of the published code, that itself runs too; `--compile` adds
+our blocks compiled. Achieved FLOP/s are set against the peak of a matrix product measured in the same run.
 `--device cuda` makes the GPU table of `benchmarks.gpu` instead, and `--smoke` runs that table's code at a tiny size.
 """
 
 import argparse
+import copy
+import functools
 import itertools
 import json
 import platform
@@ -22,7 +25,9 @@ from torch import Tensor, nn
 
 from benchmarks import gpu
 from benchmarks.plain_sret import PlainSReT
+from benchmarks.published import published_twin
 from sret_scale.model import Noise, SReT, describe, preset
+from sret_scale.model.compiled_blocks import compile_blocks
 from sret_scale.model.operations import matmul as products
 from sret_scale.model.vision.for_inference import folded
 
@@ -71,41 +76,62 @@ def peak_flops(clock: Callable[[], float], size: int = 2048) -> dict[str, float]
     return {name: 2 * size**3 / seconds for name, seconds in median_times_s(calls, 5, clock).items()}
 
 
-def compare(name: str, batch: int, repeats: int, peak: float, clock: Callable[[], float]) -> dict[str, Any]:
-    """One preset against its twin: training step, inference, stored activations."""
+def compare(
+    name: str, batch: int, repeats: int, peak: float, clock: Callable[[], float], *, is_compiled: bool = False
+) -> dict[str, Any]:
+    """One preset against its twin, and the published code where it is: training step, inference, stored activations."""
     torch.manual_seed(0)
     model = SReT(preset(name))
     twin = PlainSReT(model)
     size = model.config.image_size
     images_BCHW, labels_B = torch.randn(batch, 3, size, size), torch.arange(batch)
     noise = Noise(0, 0)
+    others: dict[str, nn.Module] = {"twin": twin}
+    if is_compiled:
+        compiled = copy.deepcopy(model)
+        if reason := compile_blocks(compiled):
+            raise ValueError(reason)
+        others["compiled"] = compiled
+    if published := published_twin(name, model):
+        others["published"] = published
+
+    def forward(module: nn.Module) -> Tensor:
+        return module(images_BCHW) if module is published else module(images_BCHW, noise)
 
     def step(module: nn.Module) -> None:
-        model.zero_grad(set_to_none=True)
-        F.cross_entropy(module(images_BCHW, noise), labels_B).backward()
+        module.zero_grad(set_to_none=True)
+        F.cross_entropy(forward(module), labels_B).backward()
 
     @torch.inference_mode()
     def infer(module: nn.Module) -> None:
         module(images_BCHW)
 
     parameters = list(model.parameters())
-    model.train()
-    train = median_times_s({"model": lambda: step(model), "twin": lambda: step(twin)}, repeats, clock)
+    for module in (model, *others.values()):
+        module.train()
+    train = median_times_s(
+        {key: functools.partial(step, module) for key, module in {"model": model, **others}.items()}, repeats, clock
+    )
     stored = {
         key: stored_bytes(lambda module=module: module(images_BCHW, noise), parameters)  # type: ignore[misc]
         for key, module in (("model", model), ("twin", twin))
     }
-    model.eval()
+    for module in (model, *others.values()):
+        module.eval()
     small = folded(model)
-    inference = median_times_s({"model": lambda: infer(small), "twin": lambda: infer(twin)}, repeats, clock)
+    inference = median_times_s(
+        {key: functools.partial(infer, module) for key, module in {"model": small, **others}.items()}, repeats, clock
+    )
     flops = 2 * describe(model.config)["macs"] * batch
     return {
         "preset": name,
         "batch": batch,
         "train_s": train,
         "train_speedup": train["twin"] / train["model"],
+        "train_over_published": over_published(train),
         "inference_s": inference,
         "inference_speedup": inference["twin"] / inference["model"],
+        "inference_over_published": over_published(inference),
         "stored_bytes": stored,
         "stored_ratio": stored["model"] / stored["twin"],
         "train_flops": 3 * flops / train["model"],
@@ -113,6 +139,18 @@ def compare(name: str, batch: int, repeats: int, peak: float, clock: Callable[[]
         "train_share_of_peak": 3 * flops / train["model"] / peak,
         "inference_share_of_peak": flops / inference["model"] / peak,
     }
+
+
+def over_published(times_s: Mapping[str, float]) -> dict[str, float]:
+    """How many times as fast as the published code each of ours is; empty where that did not run."""
+    ours = [name for name in ("model", "compiled") if name in times_s and "published" in times_s]
+    return {name: times_s["published"] / times_s[name] for name in ours}
+
+
+def processor_name() -> str:
+    """The maker's name of the processor, as Linux gives it."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
 
 
 def parsed_arguments() -> argparse.Namespace:
@@ -123,6 +161,7 @@ def parsed_arguments() -> argparse.Namespace:
     cpu = parser.add_argument_group("on a CPU")
     cpu.add_argument("--batch", type=int, nargs="+", default=[8, 16])
     cpu.add_argument("--repeats", type=int, default=7)
+    cpu.add_argument("--compile", action="store_true", help="a row of compiled blocks too")
     cpu.add_argument("--threads", type=int, default=2)
     cpu.add_argument("--clock", choices=CLOCKS, default="wall", help="processor: for a machine that has other work")
     table = parser.add_argument_group("the GPU table")
@@ -151,19 +190,20 @@ def main() -> None:
     print(f"peak, GFLOP/s: {products_text}; {args.threads} threads, {args.clock} time, torch {torch.__version__}")
     rows = []
     for name, batch in itertools.product(args.presets or ("sret_t", "sret_s"), args.batch):
-        row = compare(name, batch, args.repeats, peak, clock)
+        row = compare(name, batch, args.repeats, peak, clock, is_compiled=args.compile)
         rows.append(row)
         print(
             f"{name:<10} batch {batch}: train {row['train_s']['model']:.2f} s, {row['train_speedup']:.2f}x; "
             f"inference {row['inference_s']['model']:.2f} s, {row['inference_speedup']:.2f}x; "
             f"stored {row['stored_bytes']['model'] / 2**20 / batch:.1f} MiB an image, ratio "
-            f"{row['stored_ratio']:.2f}; of peak {row['train_share_of_peak']:.0%} / "
+            f"{row['stored_ratio']:.2f}; over the published code {row['train_over_published']} / "
+            f"{row['inference_over_published']}; of peak {row['train_share_of_peak']:.0%} / "
             f"{row['inference_share_of_peak']:.0%}",
             flush=True,
         )
     if args.out is not None:
         machine = {
-            "processor": platform.processor() or platform.machine(),
+            "processor": processor_name(),
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),
             "threads": args.threads,
             "clock": args.clock,

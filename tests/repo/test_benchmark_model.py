@@ -15,6 +15,8 @@ from benchmarks import model as benchmark
 from benchmarks.captured import TrainingStep
 from benchmarks.compile import first_and_steady
 from benchmarks.gpu import OUT_OF_MEMORY, Cell, Gate, measured, moved_bytes, ordered_cells, smoke_config, table
+from benchmarks.model import over_published
+from benchmarks.published import published_twin
 from sret_scale.model import Noise, SReT, preset
 
 CPU = torch.device("cpu")
@@ -162,3 +164,28 @@ def test_graphs_are_counted_and_later_steps_add_none() -> None:
     # Blocks with 4, 2 and 1 groups, and a projection in each stage.
     assert (row["graphs"], row["graphs_of_later_steps"], row["applications"]) == (5, 0, 4)
     torch._dynamo.reset()
+
+
+def test_the_published_code_runs_with_the_weights_of_ours_where_a_checkout_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SRET_PUBLISHED", str(tmp_path))
+    model = SReT(preset("sret_t"))
+    with pytest.raises(FileNotFoundError, match=r"SRET_PUBLISHED=.*expected a checkout of SReT with the file SReT\.py"):
+        published_twin("sret_t", model)
+    # What it asks of timm, in its place as of timm 0.3, and what is asked of it.
+    lines = [
+        "from timm.models.layers import DropPath, to_2tuple, trunc_normal_",
+        "from timm.models.registry import register_model",
+        "class SReT_T:",
+        "    def __init__(self, num_classes): self.num_classes = num_classes",
+        "    def load_state_dict(self, state): self.names = sorted(state)",
+    ]
+    (tmp_path / "SReT.py").write_text("\n".join(lines))
+    theirs: Any = published_twin("sret_t", model)
+    assert theirs.num_classes == 1000 and "pos_embed" in theirs.names
+    assert published_twin("sret_t_108", model) is None
+    monkeypatch.delenv("SRET_PUBLISHED")
+    assert published_twin("sret_t", model) is None
+    assert over_published({"model": 2.0, "twin": 3.0}) == {}
+    assert over_published({"model": 2.0, "published": 3.0, "compiled": 1.0}) == {"model": 1.5, "compiled": 3.0}
