@@ -2,16 +2,12 @@
 
 from typing import Any
 
-_FEATURES = "the teacher's answers are learned, not its features: leave it out"
-
 REMOVED_FIELDS: dict[str, tuple[Any, str]] = {
     "distill.num_teacher_ranks": (
         0,
         "each rank has the teacher beside it; where that needs too much memory, set distill.teacher_placement=sharded "
         "or store the teacher's answers (sret-scale labels write)",
     ),
-    "distill.feature_weight": (0.0, _FEATURES),
-    "distill.feature_weight_end": (None, _FEATURES),
     "train.tensorboard": (False, "set train.trackers=[tensorboard]"),
 }
 """Dotted name -> (the default that it had, what to do instead where it was set)."""

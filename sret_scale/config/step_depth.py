@@ -190,7 +190,7 @@ def _generator(purpose: str, *numbers: int) -> np.random.Generator:
     return np.random.default_rng(seed_sequence(purpose, *numbers))
 
 
-def check_depth(config: DepthConfig, model: StackConfig, *, schedule: str, zero_stage: int) -> None:
+def check_depth(config: DepthConfig, model: StackConfig, *, schedule: str, zero_stage: int, has_features: bool) -> None:
     """ValueError where the model or the run cannot do what `config` asks for."""
     if config == DepthConfig():
         return
@@ -217,6 +217,11 @@ def check_depth(config: DepthConfig, model: StackConfig, *, schedule: str, zero_
             "memory.schedule=planned plans the chains of one pass; depth.mixed_loops make several, and "
             "supervised_loops with drawn loops and backprop_loops others in every step: use depth.supervise_every, or "
             "memory.schedule=binomial"
+        )
+    if has_features and config.has_many_losses:
+        raise ValueError(
+            "distill.feature_weight compares one set of features with the teacher's; depth.supervised_loops and "
+            "mixed_loops make several: set distill.feature_weight=0"
         )
     _check_stages(config, model)
 

@@ -1,6 +1,7 @@
 """Distillation: where a teacher's outputs come from, and the losses that learn from them."""
 
 from sret_scale.distill.config import DistillConfig
+from sret_scale.distill.features import FeatureMatch
 from sret_scale.distill.label_teacher import AnyTeacher, StoredTeacher, open_stored_teacher, student_batch
 from sret_scale.distill.loss import distillation_loss, hard_loss, soft_loss
 from sret_scale.distill.spec import stored_labels
@@ -9,6 +10,7 @@ from sret_scale.distill.teacher import OnlineTeacher, Teacher, build_teacher
 __all__ = [
     "AnyTeacher",
     "DistillConfig",
+    "FeatureMatch",
     "OnlineTeacher",
     "StoredTeacher",
     "Teacher",

@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Literal
 
+from sret_scale.distill.spec import parse_teacher
+
 CHOICES = {
     "hard_loss": ("cross_entropy", "bce"),
     "teacher_target": ("soft", "hard"),
@@ -20,7 +22,7 @@ class DistillConfig:
     Values with an `_end` change linearly over the run, from the plain name's to it.
 
     temperature: divides the teacher's and the student's scores before their softmax.
-    temperature_end, hard_weight_end: the value at the run's end; null: the same throughout.
+    temperature_end, hard_weight_end, feature_weight_end: the value at the run's end; null: the same throughout.
     teacher_compile: whether the teacher runs through torch.compile.
     """
 
@@ -33,6 +35,9 @@ class DistillConfig:
     hard_weight_end: float | None = None
     hard_loss: Literal["cross_entropy", "bce"] = "cross_entropy"
     """`bce` is DeiT III's: each class is present or absent, and both classes of a mixed image are present."""
+    feature_weight: float = 0.0
+    """Of the cosine loss between the features of student and teacher, which is added to the others."""
+    feature_weight_end: float | None = None
     teacher_target: Literal["soft", "hard"] = "soft"
     """Learn the teacher's distribution, or the class that it names (DeiT's hard distillation)."""
     teacher_input: Literal["augmented", "view"] = "augmented"
@@ -59,6 +64,10 @@ class DistillConfig:
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"distill.{name}: expected 0 to 1, got {value}")
+        for name in ("feature_weight", "feature_weight_end"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < float("inf"):
+                raise ValueError(f"distill.{name}: expected 0 or more, got {value}")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"distill.label_smoothing: expected 0 or more and less than 1, got {self.label_smoothing}")
         if self.hard_loss == "bce" and self.label_smoothing:
@@ -77,6 +86,29 @@ class DistillConfig:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"distill.{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        if self.matches_features:
+            self._require_features()
+
+    @property
+    def matches_features(self) -> bool:
+        """Whether the cosine loss counts at any time of the run."""
+        return self.feature_weight > 0 or bool(self.feature_weight_end)
+
+    def _require_features(self) -> None:
+        """ValueError unless one live teacher sees the student's own images whole on this device."""
+        kinds = [part.kind for part in parse_teacher(self.teacher)] if self.teacher else []
+        if len(kinds) != 1 or kinds == ["labels"]:
+            raise ValueError(
+                f"distill.feature_weight: expected one live teacher, whose features can be seen, got {self.teacher!r}; "
+                "set it to 0, or choose one network as distill.teacher"
+            )
+        for name, needed in (
+            ("teacher_input", "augmented"),
+            ("teacher_placement", "replicated"),
+            ("teacher_compile", False),
+        ):
+            if getattr(self, name) != needed:
+                raise ValueError(f"distill.feature_weight: needs distill.{name}={needed}, got {getattr(self, name)}")
 
     def at(self, progress_ratio: float) -> "DistillConfig":
         """The config at a point of the run, 0 at its start and 1 at its end, with the scheduled values filled in."""
@@ -88,4 +120,5 @@ class DistillConfig:
             self,
             temperature=between(self.temperature, self.temperature_end),
             hard_weight=between(self.hard_weight, self.hard_weight_end),
+            feature_weight=between(self.feature_weight, self.feature_weight_end),
         )

@@ -108,7 +108,13 @@ def check_run(config: RunConfig, world_size: int) -> None:
         with torch.device("meta"):
             model = config.model.build()
         set_up_recomputation(model, config, world_size)
-    check_depth(config.depth, config.model, schedule=config.memory.schedule, zero_stage=zero_stage)
+    check_depth(
+        config.depth,
+        config.model,
+        schedule=config.memory.schedule,
+        zero_stage=zero_stage,
+        has_features=config.distill.matches_features,
+    )
     task_of(config)
     check_compile(config)
     check_data(config, world_size)

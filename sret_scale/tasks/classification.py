@@ -8,7 +8,7 @@ from data_pipelines.image.augment import BatchAugment
 from data_pipelines.image.normalise import Normaliser
 from data_pipelines.stream.loader import Batch
 from sret_scale.config.run_config import RunConfig
-from sret_scale.distill import AnyTeacher, distillation_loss, student_batch
+from sret_scale.distill import AnyTeacher, FeatureMatch, distillation_loss, student_batch
 from sret_scale.model.upload import uploaded
 from sret_scale.tasks.task import Inputs
 
@@ -20,8 +20,10 @@ class Classification:
     best = "top1"
     best_in_words = "top-1"
 
-    def __init__(self, config: RunConfig, *, teacher: AnyTeacher | None = None) -> None:
-        self.config, self.teacher = config, teacher
+    def __init__(
+        self, config: RunConfig, *, teacher: AnyTeacher | None = None, features: FeatureMatch | None = None
+    ) -> None:
+        self.config, self.teacher, self.features = config, teacher, features
         self._augment = BatchAugment(config.augment, config.model.num_classes)
         self._normalise = Normaliser(config.train.image_mean, config.train.image_std)
 
@@ -43,6 +45,12 @@ class Classification:
         """The loss of scores (B, C); see `distillation_loss`."""
         known_BC = None if inputs.teacher_log_probs is None else inputs.teacher_log_probs[part]
         return distillation_loss(scores, known_BC, inputs.target[part], self.config.distill.at(progress))
+
+    def added_loss(self, *, progress: float) -> Tensor | None:
+        """The loss between the features of student and teacher, weighted."""
+        if self.features is None:
+            return None
+        return self.config.distill.at(progress).feature_weight * self.features.loss()
 
     def evaluation_input(self, batch: Batch, device: torch.device) -> Tensor:
         return self._normalise(batch.images.to(device, non_blocking=True))

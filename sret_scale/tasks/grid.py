@@ -60,6 +60,9 @@ class Grid:
         total = F.cross_entropy(scores.float(), label_BHW, ignore_index=IGNORED, reduction="sum")
         return total / (label_BHW != IGNORED).sum().clamp(min=1)
 
+    def added_loss(self, *, progress: float) -> None:
+        """None: a grid has no teacher."""
+
     def evaluation_input(self, batch: Batch, device: torch.device) -> Tensor:
         return self._normalise(batch.images.to(device, non_blocking=True))
 

@@ -41,6 +41,9 @@ class Task(Protocol):
         progress: the share of the run that lies behind; loops: those of the last stage that the scores come after.
         """
 
+    def added_loss(self, *, progress: float) -> Tensor | None:
+        """What the last forward pass adds to the loss beside its scores."""
+
     def evaluation_input(self, batch: Batch, device: torch.device) -> Tensor:
         """A batch as the model is evaluated on it."""
 

@@ -15,6 +15,8 @@ from sret_scale.config.ds_config import load_ds_config, precision_of
 from sret_scale.config.run_config import RunConfig, grad_accum_steps
 from sret_scale.distill import (
     AnyTeacher,
+    FeatureMatch,
+    OnlineTeacher,
     StoredTeacher,
     Teacher,
     build_teacher,
@@ -115,7 +117,7 @@ def set_up(config: RunConfig, folder: RunFolder, ranks: Ranks, stack: contextlib
         loader=loader,
         train_shards=shards,
         test_shards=open_test_data(config, shards),
-        task=task_of(config, teacher=teacher),
+        task=task_of(config, teacher=teacher, features=match_features(config, engine.model, teacher)),
         engine=engine,
         compiled=compile_model(engine.model, config, ranks),
         average=WeightAverage(engine.local_weights(), horizon) if horizon else None,
@@ -200,6 +202,14 @@ def live_teacher(config: RunConfig, device: torch.device) -> Teacher:
         compiled=config.distill.teacher_compile,
         shard=shard_frozen if config.distill.teacher_placement == "sharded" else None,
     )
+
+
+def match_features(config: RunConfig, student: torch.nn.Module, teacher: AnyTeacher | None) -> FeatureMatch | None:
+    """What compares the features of student and teacher, where the configuration asks for it."""
+    if not config.distill.matches_features:
+        return None
+    assert isinstance(teacher, OnlineTeacher)
+    return FeatureMatch(student, teacher.module, num_classes=config.model.num_classes, teacher_name=teacher.spec)
 
 
 def identity_of(teacher: AnyTeacher | None, config: RunConfig) -> dict[str, Any] | None:

@@ -143,11 +143,14 @@ def micro_batch_loss(
     if probe and probe.is_due(moment.step):
         probe.look(inputs.model_input, loss_of, moment.noise, plans[0] if plans else None)
     if plans is None:
-        return loss_of(forward(inputs.model_input, moment.noise))
-    scores_of_plans = forward(inputs.model_input, moment.noise, plans)
-    ends = [count for plan in plans for count in plan.ends]
-    losses = [loss_of(scores, loops=end) for scores, end in zip(scores_of_plans, ends, strict=True)]
-    return weighted_loss(config.depth, plans, losses)
+        loss = loss_of(forward(inputs.model_input, moment.noise))
+    else:
+        scores_of_plans = forward(inputs.model_input, moment.noise, plans)
+        ends = [count for plan in plans for count in plan.ends]
+        losses = [loss_of(scores, loops=end) for scores, end in zip(scores_of_plans, ends, strict=True)]
+        loss = weighted_loss(config.depth, plans, losses)
+    added = task.added_loss(progress=moment.progress)
+    return loss if added is None else loss + added
 
 
 def vote(loss: Tensor, *, must_stop: bool, ranks: Ranks) -> tuple[list[float], bool]:

@@ -13,7 +13,7 @@ LINE_BUDGETS = {
     "data_pipelines": 9_220,
     "sret_scale/commands": 2_400,
     "sret_scale/config": 1_600,
-    "sret_scale/distill": 1_200,
+    "sret_scale/distill": 1_300,
     "sret_scale/lab": 4_720,
     "sret_scale/launch": 1_980,
     "sret_scale/memory": 2_620,

@@ -30,7 +30,7 @@ SHARED = StageConfig(
     width=8, num_heads=2, num_blocks=1, num_loops=24, projections="per_block", conditioning="norm_by_depth"
 )
 MODEL = SReTConfig(stages=(SHARED, replace(SHARED, width=16, num_loops=8)), image_size=16, num_classes=5)
-FITS = {"schedule": "binomial", "zero_stage": 1}
+FITS = {"schedule": "binomial", "zero_stage": 1, "has_features": False}
 
 
 def counts(config: DepthConfig, *, num: int = 2000, most: int = 24) -> np.ndarray:
@@ -164,6 +164,7 @@ def test_a_wrong_value_names_its_field(options: dict[str, object], message: str)
             {"schedule": "planned"},
             "depth.supervise_every",
         ),
+        ({"mixed_loops": (1,), "mixed_weights": (1.0,)}, {}, {"has_features": True}, "distill.feature_weight=0"),
         ({"backprop_loops": 2}, {"norm_placement": "deeploop"}, {}, "norm_placement 'deeploop'"),
         (
             {"loops": "uniform"},

@@ -53,8 +53,11 @@ def probe(
 def undisturbed(model: StackModel, device: torch.device, precision: Precision) -> Iterator[None]:
     """The model in evaluation mode and the precision of training; modes and random state as they were, afterwards."""
     modes = {module: module.training for module in model.modules()}
+    # Whoever watches the calls of the head (feature distillation) means those of the training.
+    watchers = dict(model.head._forward_pre_hooks)
     try:
         model.eval()
+        model.head._forward_pre_hooks.clear()
         forked = torch.random.fork_rng([device] if device.type == "cuda" else [])
         # An fp16 run is looked at in bf16, whose range tells by how much fp16's is missed and needs no loss scale.
         # Eager, since other modes and shapes than the training's would be compiled for this alone.
@@ -64,6 +67,7 @@ def undisturbed(model: StackModel, device: torch.device, precision: Precision) -
     finally:
         for module, was_training in modes.items():
             module.training = was_training
+        model.head._forward_pre_hooks.update(watchers)
 
 
 def _walked(model: StackModel, walk: "_Walk") -> contextlib.AbstractContextManager[None]:
