@@ -4,7 +4,10 @@ import argparse
 import json
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sret_scale.train.evaluate_main import Work
 
 EXAMPLE = """examples:
   sret-scale evaluate runs/demo/student
@@ -81,22 +84,15 @@ def run(args: argparse.Namespace) -> int:
         args.applications = _counts(args.applications)
     if args.early_exit and args.image_size is not None:
         raise ValueError("--early-exit knows the run's own image size alone: leave --image-size out")
-    if args.dry_run:
-        return _dry_run(args)
     if args.early_exit:
         return _early_exit(args)
     if args.applications:
         return _depth_curve(args)
-    if args.ranks or args.hostfile:
-        status, result = _on_ranks(args, {"has_answers": has_answers}, "sret_scale.train.evaluate_main")
-        if status:
-            return status
-    else:
-        from sret_scale.train.distributed import ranks_from_environment
-        from sret_scale.train.evaluate_main import evaluate_run
+    from sret_scale.train.evaluate_main import evaluation
 
-        ranks, asked = ranks_from_environment(), {"loops": args.loops, "image_size": args.image_size}
-        result = evaluate_run(args.run, args.shards, args.weights, ranks, has_answers=has_answers, **asked)
+    status, result = _result(args, {"has_answers": has_answers}, evaluation)
+    if status or args.dry_run:
+        return status
     answers = result.pop("answers", [])
     if args.json:
         print(json.dumps(result, indent=1))
@@ -145,14 +141,10 @@ def _counts(text: str) -> list[int]:
 def _depth_curve(args: argparse.Namespace) -> int:
     """Print and draw accuracy over applications, and add it to the run's metrics."""
     from sret_scale.lab.depth_curve import curve_table, depth_curve, keep_curve
-    from sret_scale.train.distributed import ranks_from_environment
 
-    if args.ranks or args.hostfile:
-        status, line = _on_ranks(args, {}, "sret_scale.lab.depth_curve")
-        if status:
-            return status
-    else:
-        line = depth_curve(_request(args), ranks_from_environment())
+    status, line = _result(args, {}, depth_curve)
+    if status or args.dry_run:
+        return status
     files = keep_curve(args.run, line, args.run / "depth_curve")
     print(json.dumps(line, indent=1) if args.json else curve_table(line))
     if not args.json:
@@ -177,7 +169,6 @@ def _early_exit(args: argparse.Namespace) -> int:
     """Print and draw accuracy over multiply-adds for each threshold."""
     from sret_scale.lab import early_exit
     from sret_scale.lab.analysis.exit_figure import exit_table, write_curve
-    from sret_scale.lab.early_exit_main import exit_points
 
     thresholds = early_exit.THRESHOLDS[args.early_exit]
     if args.thresholds:
@@ -187,13 +178,10 @@ def _early_exit(args: argparse.Namespace) -> int:
             raise ValueError(f"--thresholds: expected numbers such as 0.5,0.9, got {args.thresholds!r}") from error
     early_exit.check_thresholds(args.early_exit, thresholds)
     asked = {"kind": args.early_exit, "thresholds": thresholds}
-    if args.ranks or args.hostfile:
-        status, result = _on_ranks(args, asked, "sret_scale.lab.early_exit_main")
-        if status:
-            return status
-        points = [early_exit.ExitPoint(**point) for point in result]
-    else:
-        points = exit_points({**_request(args), **asked})
+    status, result = _result(args, asked, early_exit.exit_points)
+    if status or args.dry_run:
+        return status
+    points = [early_exit.ExitPoint(**point) for point in result]
     files = write_curve(args.run / "early_exit", args.run.name, args.early_exit, points)
     if args.json:
         print(json.dumps([vars(point) for point in points], indent=1))
@@ -210,44 +198,32 @@ def _request(args: argparse.Namespace) -> dict[str, Any]:
     return {**request, "applications": args.applications} if args.applications else {**request, "loops": args.loops}
 
 
-def _dry_run(args: argparse.Namespace) -> int:
-    """Starts and writes nothing."""
-    from sret_scale.launch.hostfile import hosts_of
-    from sret_scale.launch.launcher import launch
-    from sret_scale.train.load_run import load_config
+def _result(args: argparse.Namespace, asked: dict[str, Any], work: "Work") -> tuple[int, Any]:
+    """(exit status, result) of `work`: in this process, or on the ranks that were asked for. No result where it failed.
 
-    load_config(args.run)
-    request = json.dumps(_request(args), indent=1)
-    if not (args.ranks or args.hostfile):
-        print(f"evaluate in this process:\n{request}")
-        return 0
-    with tempfile.TemporaryDirectory() as temporary:
-        file = Path(temporary) / "request.json"
-        file.write_text(request, encoding="utf-8")
-        module = "sret_scale.lab.early_exit_main" if args.early_exit else "sret_scale.train.evaluate_main"
-        module = "sret_scale.lab.depth_curve" if args.applications else module
-        hosts = hosts_of(args.hostfile)
-        return launch(args.run / "evaluation", file, num_ranks=args.ranks, hosts=hosts, module=module, dry_run=True)
-
-
-def _on_ranks(args: argparse.Namespace, asked: dict[str, Any], module: str) -> tuple[int, Any]:
-    """(exit status, result) of an evaluation that the launcher started; no result where it failed."""
+    A dry run prints what would be done, and starts and writes nothing.
+    """
     from data_pipelines.checked_files import read_checked
     from sret_scale.launch.hostfile import hosts_of
     from sret_scale.launch.launcher import launch
     from sret_scale.runs.run_folder import RunFolder, write_json
+    from sret_scale.train.distributed import ranks_from_environment
     from sret_scale.train.load_run import load_config
 
     load_config(args.run)
-    folder = args.run / "evaluation"
+    request, folder = {**_request(args), **asked}, args.run / "evaluation"
+    if not (args.ranks or args.hostfile):
+        if args.dry_run:
+            print(f"evaluate in this process:\n{json.dumps(request, indent=1)}")
+            return 0, None
+        return 0, work({**request, "run": str(args.run), "shards": args.shards}, ranks_from_environment())
+    started: dict[str, Any] = {"num_ranks": args.ranks, "hosts": hosts_of(args.hostfile), "module": work.__module__}
+    if args.dry_run:
+        with tempfile.TemporaryDirectory() as temporary:
+            write_json(Path(temporary) / "request.json", request)
+            return launch(folder, Path(temporary) / "request.json", **started, dry_run=True), None
     folder.mkdir(exist_ok=True)
     with RunFolder(folder).locked("launch.lock"):
-        write_json(folder / "request.json", {**_request(args), **asked})
-        status = launch(
-            folder,
-            folder / "request.json",
-            num_ranks=args.ranks,
-            hosts=hosts_of(args.hostfile),
-            module=module,
-        )
+        write_json(folder / "request.json", request)
+        status = launch(folder, folder / "request.json", **started)
         return status, None if status else read_checked(folder / "result.json", object)

@@ -9,7 +9,8 @@ convergence   stop when |x_k - x_(k-1)| / |x_k| of a loop falls to the threshold
 
 The first two are asked after every loop of the last stage's last block, whose stream the head understands (train it
 to, with `depth.supervised_loops`). Convergence is asked after every loop of every block; a row that stopped goes on
-with the next block. Where the loop order is `model`, a loop is one round over all blocks of a stage.
+with the next block. Where the loop order is `model`, a loop is one round over all blocks of a stage. Run as a module it
+is what every rank of such an evaluation runs.
 """
 
 import itertools
@@ -17,7 +18,8 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, get_args
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +28,9 @@ from data_pipelines.stream.loader import Batch
 from sret_scale.model import Application, SReT, SReTConfig, describe
 from sret_scale.model.applications import ApplicationSpec, application_slots
 from sret_scale.model.stage import chains_run_by
-from sret_scale.train.distributed import sum_over_ranks
-from sret_scale.train.evaluate_main import Measure
+from sret_scale.model.vision.sret import as_sret
+from sret_scale.train.distributed import Ranks, sum_over_ranks
+from sret_scale.train.evaluate_main import Measure, answer, evaluator_of
 
 ExitKind = Literal["confidence", "entropy", "convergence"]
 KINDS: tuple[ExitKind, ...] = get_args(ExitKind)
@@ -187,9 +190,20 @@ def exit_curve(
     return points
 
 
+def exit_points(request: dict[str, Any], _: Ranks) -> list[dict[str, Any]]:
+    """The curve that a request asks for, on every rank: run, shards, weights, loops, kind, thresholds."""
+    model, measure = evaluator_of(Path(request["run"]), request["shards"], request["weights"], request["loops"])
+    curve = exit_curve(as_sret(model, "early exit"), request["kind"], request["thresholds"], measure)
+    return [vars(point) for point in curve]
+
+
 def check_thresholds(kind: ExitKind, thresholds: Sequence[float]) -> None:
     """ValueError for a threshold that no image, or every image, would meet."""
     for threshold in thresholds:
         if not 0 < threshold < (math.inf if kind == "convergence" else 1):
             limit = "above 0" if kind == "convergence" else "above 0 and below 1"
             raise ValueError(f"--thresholds of {kind}: expected numbers {limit}, got {threshold:g}")
+
+
+if __name__ == "__main__":
+    answer(exit_points)

@@ -136,7 +136,11 @@ def load_model_of(
     return model, kind, step
 
 
-def answer(work: Callable[[dict[str, Any], Ranks], Any]) -> None:
+Work = Callable[[dict[str, Any], Ranks], Any]
+"""What every rank does of a request; its module, run by the launcher, calls `answer` with it."""
+
+
+def answer(work: Work) -> None:
     """One rank's share of `work` on the request that the command line names; rank 0 leaves result.json beside it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("request", type=Path)
@@ -154,9 +158,10 @@ def answer(work: Callable[[dict[str, Any], Ranks], Any]) -> None:
     leave()
 
 
-def _evaluate(request: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
+def evaluation(request: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
+    """`evaluate_run` of what a request names."""
     return evaluate_run(Path(request.pop("run")), request.pop("shards"), request.pop("weights"), ranks, **request)
 
 
 if __name__ == "__main__":
-    answer(_evaluate)
+    answer(evaluation)

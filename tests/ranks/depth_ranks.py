@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sret_scale.config.run_config import from_yaml
-from sret_scale.lab.early_exit_main import exit_points
+from sret_scale.lab.early_exit import exit_points
 from sret_scale.runs.checkpoint import list_checkpoints
 from sret_scale.runs.run_folder import RunFolder
 from sret_scale.train.distributed import leave, ranks_from_environment
@@ -37,7 +37,7 @@ def main() -> None:
     start_communication(ranks)
     for run in runs:
         if run.endswith("?"):
-            points = [vars(point) for point in exit_points(exit_request(Path(folder) / run[:-1]))]
+            points = exit_points(exit_request(Path(folder) / run[:-1]), ranks)
             if ranks.is_main:
                 (Path(folder) / run[:-1] / "exits.json").write_text(json.dumps(points))
             continue

@@ -9,8 +9,9 @@ import pytest
 
 from sret_scale.config.run_config import EngineConfig, RunConfig
 from sret_scale.config.step_depth import DepthConfig
-from sret_scale.lab.early_exit_main import exit_points
+from sret_scale.lab.early_exit import exit_points
 from sret_scale.memory import MemoryConfig
+from sret_scale.train.distributed import ranks_from_environment
 from sret_scale.train.telemetry import TelemetryConfig
 from tests.ranks.depth_ranks import exit_request
 from tests.runs import digest, run_two_ranks
@@ -104,7 +105,7 @@ def test_a_killed_run_continues_with_the_depths_it_would_have_had_telemetry_or_n
 def test_two_ranks_find_the_early_exits_of_one(folder: Path) -> None:
     run = folder / "straight"
     together = json.loads((run / "exits.json").read_text())
-    for found, alone in zip(together, map(vars, exit_points(exit_request(run))), strict=True):
+    for found, alone in zip(together, exit_points(exit_request(run), ranks_from_environment()), strict=True):
         assert found.pop("loss") == pytest.approx(alone.pop("loss"), rel=1e-4)
         assert found == alone
     assert together[1]["applications"] < together[2]["applications"] < together[3]["applications"]

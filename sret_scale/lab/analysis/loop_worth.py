@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from data_pipelines.image.augment import normalise
 from data_pipelines.stream.loader import evaluation_batches
+from sret_scale.lab.early_exit import passed
 from sret_scale.lab.readable_numbers import evenly
 from sret_scale.lab.report.chart import MUTED, PALETTE, PAPER, STYLE, WIDTH_INCHES, Caption, Chart, finish
 from sret_scale.model import StackModel
@@ -144,19 +145,13 @@ def changed_chain(applications: Sequence[Application], loop: int, change: Change
             other = at[block, 2 * loop + 1 - own]
             chain.append(replace(application, slot=other.slot, projection=other.projection))
         elif change == "left out" and own == loop:
-            chain.append(_passed(application))
+            # Only its reordering of the tokens, which the next one builds upon.
+            chain.append(functools.partial(passed, application))
         else:
             chain.append(application)
             if change == "repeated" and own == loop:
                 chain.append(replace(application, gather=None, scatter=None))
     return chain
-
-
-def _passed(application: Application) -> Callable[[Tensor], Tensor]:
-    """Only the application's reordering of the tokens, which the next one builds upon."""
-    if not application.injected:
-        return application.reordered
-    return lambda x_BND: torch.cat([application.reordered(part) for part in x_BND.chunk(2, dim=1)], dim=1)
 
 
 def in_lines(study: LoopStudy) -> list[str]:
