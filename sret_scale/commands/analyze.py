@@ -8,7 +8,7 @@ EXAMPLE = """examples:
   sret-scale analyze horizon runs/depth/num_loops-12 --images 64
 
 loops       accuracy when a loop is left out, run twice, or swapped with the next
-horizon     how alike gradients through the last k loops and through all are, and their memory
+horizon     how alike gradients through the last k loops and through all are, what a step along them gains, their memory
 
 Figures (SVG, PNG, CSV) are written to RUN/analysis; with several runs, to that of the first."""
 

@@ -1,4 +1,4 @@
-"""`analyze horizon`: truncated gradients against plainly computed ones, bytes, and its words."""
+"""`analyze horizon`: truncated gradients against plainly computed ones, what a step gains, bytes, and its words."""
 
 import csv
 from dataclasses import replace
@@ -12,7 +12,7 @@ from data_pipelines.stream.loader import evaluation_batches
 from data_pipelines.writing.write import WriteConfig, write_shards
 from sret_scale.cli import main
 from sret_scale.config.recipes import recipe
-from sret_scale.lab.analysis.horizon import HorizonPoint, horizon, in_words
+from sret_scale.lab.analysis.horizon import STEP, HorizonPoint, horizon, in_words, stepped
 from sret_scale.memory import MemoryConfig, predict_activations
 from sret_scale.model.depth_plan import DepthPlan, StageDepth
 from sret_scale.tasks import task_of
@@ -67,9 +67,21 @@ def test_points_are_what_plain_gradients_give(mazes: Path) -> None:
         plan = DepthPlan((StageDepth(tuple(range(6)), 6 - point.loops),))
         none = predict_activations(config, MemoryConfig(schedule="none"), micro_batch_size=4, depth=plan)
         assert point.none_bytes == none >= point.planned_bytes > 0
-    assert points[-1].cosines["all"] == pytest.approx(1)
+    assert points[-1].cosines["all"] == pytest.approx(1) and points[-1].gain > 0
     assert points[0].none_bytes < points[1].none_bytes < points[3].none_bytes
     assert {"all", "tied", "stem", "norm", "head"} <= set(points[0].cosines)
+
+
+def test_a_step_is_as_long_as_it_says_and_is_taken_back(mazes: Path) -> None:
+    model = load_model_of(mazes, None, None)[0]
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    size = torch.cat([weight.flatten() for weight in before.values()]).norm()
+    with stepped(model, {name: torch.randn_like(weight) for name, weight in before.items()}):
+        moved = torch.cat([(weight - before[name]).flatten() for name, weight in model.named_parameters()]).norm()
+    assert float(moved.detach() / size) == pytest.approx(STEP, rel=1e-3)
+    with stepped(model, {name: torch.zeros_like(weight) for name, weight in before.items()}):
+        pass
+    assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
 
 
 def test_the_command_draws_and_says_it(
@@ -88,7 +100,7 @@ def test_the_command_draws_and_says_it(
 
 def test_what_is_needed_is_where_all_further_ones_are_alike() -> None:
     def point(loops: int, likeness: float) -> HorizonPoint:
-        return HorizonPoint(loops=loops, cosines={"all": likeness}, none_bytes=loops, planned_bytes=1)
+        return HorizonPoint(loops=loops, gain=1.0, cosines={"all": likeness}, none_bytes=loops, planned_bytes=1)
 
     likes = [(1, 0.95), (2, 0.3), (4, 0.92), (8, 1.0)]
     assert "needs k = 4 of 8" in in_words([point(*one) for one in likes])

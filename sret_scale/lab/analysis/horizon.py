@@ -1,9 +1,12 @@
 """Through how many loops a task's gradient must go: truncated gradients of a trained run against the whole one.
 
-A truncated gradient may point elsewhere, whatever its size: its likeness is the cosine.
+A truncated gradient may point elsewhere, whatever its size. Its likeness is the cosine; what it is worth is how much of
+the loss a short step along it takes away, relative to a step of the same length along the whole one.
 """
 
-from collections.abc import Sequence
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -18,29 +21,33 @@ from data_pipelines.stream.loader import evaluation_batches
 from sret_scale.config.step_depth import share_of
 from sret_scale.distill import DistillConfig
 from sret_scale.lab.readable_numbers import binary_size, compact
-from sret_scale.lab.report.chart import STYLE, Caption, Chart, finish, run_colours
+from sret_scale.lab.report.chart import INK, STYLE, Caption, Chart, finish, run_colours
 from sret_scale.lab.report.depth_curves import canvas_above_legend, legend
 from sret_scale.memory import MemoryConfig, apply_recomputation, predict_activations
 from sret_scale.memory.planning.micro_batch import BatchSearch
 from sret_scale.memory.planning.step_cost import DEVICES
-from sret_scale.model import SReTConfig, StageConfig
+from sret_scale.model import SReTConfig, StackModel, StageConfig
 from sret_scale.model.depth_plan import DepthPlan, StageDepth
 from sret_scale.tasks import task_of
 from sret_scale.train.evaluate_main import load_model_of, open_shards
 from sret_scale.train.telemetry.truncation import cosine, gradients
 
 ALIKE = 0.9
+STEP = 1e-3
+"""Length of the step that is tried, relative to that of all weights."""
 
 
 @dataclass(frozen=True)
 class HorizonPoint:
     """Gradient through the last `loops` loops of the stage with most, and their share of the others.
 
-    cosines: to the whole gradient, by class of parameters, `all` first. none_bytes, planned_bytes: predicted
-    activations of a micro-batch, without recomputation and at the least that a plan needs.
+    gain: what a short step along it takes from the loss. cosines: to the whole gradient, by class of parameters, `all`
+    first. none_bytes, planned_bytes: predicted activations of a micro-batch, without recomputation and at the least
+    that a plan needs.
     """
 
     loops: int
+    gain: float
     cosines: dict[str, float]
     none_bytes: int
     planned_bytes: int
@@ -69,24 +76,28 @@ def horizon(run: Path, num_images: int) -> list[HorizonPoint]:
         task.inputs(one, seed=0, device=torch.device("cpu")) for one in islice(whole_batches, num_images // micro)
     ]
 
-    def measured(plan: DepthPlan) -> dict[str, Tensor]:
-        """The mean over the batches of the loss's gradient."""
-        total = {name: torch.zeros_like(weight) for name, weight in model.named_parameters()}
+    def measured(plan: DepthPlan) -> tuple[float, dict[str, Tensor]]:
+        """The mean over the batches of the loss and of its gradient."""
+        loss, total = 0.0, {name: torch.zeros_like(weight) for name, weight in model.named_parameters()}
         for one in inputs:
             loss_of = partial(task.loss, inputs=one, progress=1.0, loops=stages[-1].num_loops)
-            for name, value in gradients(model, one.model_input, loss_of, None, plan).items():
+            own, gradient = gradients(model, one.model_input, loss_of, None, plan)
+            loss += own / len(inputs)
+            for name, value in gradient.items():
                 total[name] += value / len(inputs)
-        return total
+        return loss, total
 
     kinds: dict[str, list[str]] = {"all": [name for name, _ in model.named_parameters()]}
     for name, tag in model.parameter_tags().items():
         kinds.setdefault(tag.kind, []).append(name)
-    whole, points = measured(through_last(stages, most)), []
+    (before, whole), points = measured(through_last(stages, most)), []
     for count in [*(2**power for power in range(most.bit_length()) if 2**power < most), most]:
         plan = through_last(stages, count)
-        gradient = measured(plan)
+        gradient = measured(plan)[1]
+        with stepped(model, gradient):
+            gain = before - measured(through_last(stages, 1))[0]
         cosines = {k: cosine([gradient[n] for n in own], [whole[n] for n in own]) for k, own in kinds.items()}
-        points.append(HorizonPoint(count, cosines, *activation_bytes(config.model, micro, plan)))
+        points.append(HorizonPoint(count, gain, cosines, *activation_bytes(config.model, micro, plan)))
     return points
 
 
@@ -105,6 +116,20 @@ def activation_bytes(config: SReTConfig, micro_batch_size: int, plan: DepthPlan)
     return taken, search.smallest_bytes()
 
 
+@contextlib.contextmanager
+def stepped(model: StackModel, gradient: dict[str, Tensor]) -> Iterator[None]:
+    """Inside the `with` the weights have gone a short step down the gradient."""
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    sizes = [math.sqrt(sum(float(one.square().sum()) for one in side.values())) for side in (before, gradient)]
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.sub_(gradient[name], alpha=STEP * sizes[0] / sizes[1] if sizes[1] else 0.0)
+    yield
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.copy_(before[name])
+
+
 def in_words(points: Sequence[HorizonPoint]) -> str:
     """How many loops the gradient needs, and what they take; "needs" is likeness of the gradient at these weights."""
     alike = [not point.cosines["all"] < ALIKE for point in points]
@@ -119,26 +144,29 @@ def in_words(points: Sequence[HorizonPoint]) -> str:
 
 
 def horizon_figure(name: str, points: Sequence[HorizonPoint], index: int) -> Chart:
-    """Cosines by class of parameters over the loops with gradient."""
+    """Cosines by class of parameters, and the gain of a step, over the loops with gradient."""
     caption = Caption(
         name=f"horizon_{index}",
         title=f"How deep the gradient of {name} must go",
-        text="Cosine between gradients through the last loops and through all, by class of parameters.",
+        text="Cosine between gradients through the last loops and through all, by class of parameters; dashed: what a "
+        "short step along it takes from the loss, relative to one along the whole gradient.",
         x_label="loops with gradient",
-        y_label="cosine",
+        y_label="cosine, share of gain",
     )
-    kinds, counts = list(points[0].cosines), [point.loops for point in points]
+    kinds, counts, full = list(points[0].cosines), [point.loops for point in points], points[-1].gain
+    gains = [point.gain / full if full else math.nan for point in points]
     with mpl.rc_context(STYLE):
-        figure, axes = canvas_above_legend(caption, len(kinds))
+        figure, axes = canvas_above_legend(caption, len(kinds) + 1)
         for kind, colour in zip(kinds, run_colours(len(kinds)), strict=True):
             axes.plot(counts, [one.cosines[kind] for one in points], "o-", color=colour, markersize=3.5, label=kind)
+        axes.plot(counts, gains, color=INK, linestyle=(0, (4, 3)), label="gain of a step")
         axes.set_xscale("log")
         axes.set_xticks(counts)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
         axes.xaxis.set_minor_locator(NullLocator())
         legend(figure)
         table: list[tuple[object, ...]] = [
-            ("loops_with_gradient", *(f"cosine_{kind}" for kind in kinds), "none_bytes", "planned_bytes")
+            ("loops_with_gradient", *(f"cosine_{kind}" for kind in kinds), "gain", "none_bytes", "planned_bytes")
         ]
-        table += [(one.loops, *one.cosines.values(), one.none_bytes, one.planned_bytes) for one in points]
+        table += [(one.loops, *one.cosines.values(), one.gain, one.none_bytes, one.planned_bytes) for one in points]
         return finish(figure, caption, table)

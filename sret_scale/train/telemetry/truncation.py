@@ -25,19 +25,19 @@ def gradient_cosines(
     """
     whole = DepthPlan(tuple(replace(stage, num_detached=0) for stage in plan.stages))
     cut = replace(plan, supervised=())
-    ours, theirs = (gradients(model, images_BCHW, loss_of, noise, one) for one in (cut, whole))
+    ours, theirs = (gradients(model, images_BCHW, loss_of, noise, one)[1] for one in (cut, whole))
     return {kind: cosine(*([one[name] for name in own] for one in (ours, theirs))) for kind, own in kinds.items()}
 
 
 def gradients(
     model: StackModel, images_BCHW: Tensor, loss_of: Callable[[Tensor], Tensor], noise: Noise | None, plan: DepthPlan
-) -> dict[str, Tensor]:
-    """The gradient of the loss at the plan's full depth, by parameter; zeros where there is none."""
+) -> tuple[float, dict[str, Tensor]]:
+    """(loss at the plan's full depth, its gradient by parameter; zeros where there is none)."""
     names, parameters = zip(*model.named_parameters(), strict=True)
     loss = loss_of(model(images_BCHW, noise, [plan])[0])
     found = torch.autograd.grad(loss, parameters, allow_unused=True)
     filled = (torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True))
-    return dict(zip(names, filled, strict=True))
+    return loss.item(), dict(zip(names, filled, strict=True))
 
 
 def cosine(ours: list[Tensor], theirs: list[Tensor]) -> float:
