@@ -3,9 +3,7 @@
 An answer is (index of the sample, predicted class, its probability, the probability of the sample's own class).
 """
 
-import csv
-import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib as mpl
@@ -15,7 +13,7 @@ from matplotlib.colors import LogNorm
 from data_pipelines.atomic_files import write_whole
 from data_pipelines.shards.index import ShardSet
 from data_pipelines.upkeep.contact_sheet import draw_rows
-from sret_scale.lab.report.chart import STYLE, Caption, Chart, canvas, colour_bar, finish, printable
+from sret_scale.lab.report.chart import STYLE, Caption, Chart, canvas, colour_bar, csv_text, finish, printable
 
 Answers = Sequence[tuple[float, float, float, float]]
 NUM_MISTAKES = 48
@@ -32,7 +30,8 @@ def write_predictions(file: Path, shards: ShardSet, answers: Answers) -> None:
         row = int(index)
         place = (shards.shard_names[int(shards.shard_of[row])], shards.key(row), names[int(shards.label[row])])
         rows.append((*place, names[int(predicted)], f"{probability:.6f}", f"{own:.6f}"))
-    _write(file, ("shard", "key", "class", "predicted", "probability", "class_probability"), rows)
+    header = ("shard", "key", "class", "predicted", "probability", "class_probability")
+    write_whole(file, csv_text([header, *rows]))
 
 
 def write_details(folder: Path, shards: ShardSet, answers: Answers) -> list[Path]:
@@ -46,7 +45,7 @@ def write_details(folder: Path, shards: ShardSet, answers: Answers) -> list[Path
     totals, right = np.bincount(label, minlength=number), np.bincount(label[is_right], minlength=number)
     files = [folder / "classes.csv"]
     shares = ((name, n, f"{hits / n:.6f}" if n else "") for name, n, hits in zip(names, totals, right, strict=True))
-    _write(files[0], ("class", "num_samples", "top1"), shares)
+    write_whole(files[0], csv_text([("class", "num_samples", "top1"), *shares]))
     if number <= MOST_CLASSES:
         counts_CC = np.bincount(label * number + predicted, minlength=number**2).reshape(number, number)
         files += confusion_figure(counts_CC, names).write(folder)
@@ -85,9 +84,3 @@ def confusion_figure(counts_CC: np.ndarray, names: Sequence[str]) -> Chart:
         colour_bar(figure, axes, drawn)
         table: list[tuple[object, ...]] = [("class", *names)]
         return finish(figure, caption, table + [(name, *row) for name, row in zip(names, counts_CC, strict=True)])
-
-
-def _write(file: Path, header: tuple[str, ...], rows: Iterable[tuple[object, ...]]) -> None:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([header, *rows])
-    write_whole(file, text.getvalue())

@@ -53,7 +53,7 @@ def trio(tmp_path_factory: pytest.TempPathFactory) -> Report:
 
 def test_the_page_is_self_contained_and_its_files_are_written(trio: Report) -> None:
     report, page = trio, _Page(trio.page)
-    assert "script" not in page.tags and "img" not in page.tags and page.tags.count("svg") == 12
+    assert "script" not in page.tags and "img" not in page.tags and page.tags.count("svg") == 11
     assert not re.search(r"@import|url\((?!#)", report.page.read_text())
     for address in page.addresses:
         assert address.startswith(("#", "data:")) or (trio.page.parent / address).is_file(), address

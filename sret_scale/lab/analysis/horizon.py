@@ -14,15 +14,23 @@ from pathlib import Path
 
 import matplotlib as mpl
 import torch
-from matplotlib.ticker import FuncFormatter, NullLocator
 from torch import Tensor
 
 from data_pipelines.stream.loader import evaluation_batches
 from sret_scale.config.step_depth import share_of
 from sret_scale.distill import DistillConfig
-from sret_scale.lab.readable_numbers import binary_size, compact
-from sret_scale.lab.report.chart import INK, STYLE, Caption, Chart, finish, run_colours
-from sret_scale.lab.report.depth_curves import canvas_above_legend, legend
+from sret_scale.lab.readable_numbers import binary_size
+from sret_scale.lab.report.chart import (
+    INK,
+    STYLE,
+    Caption,
+    Chart,
+    canvas_above_legend,
+    finish,
+    legend,
+    log_count_axis,
+    run_colours,
+)
 from sret_scale.memory import MemoryConfig, apply_recomputation, predict_activations
 from sret_scale.memory.planning.micro_batch import BatchSearch
 from sret_scale.memory.planning.step_cost import DEVICES
@@ -160,10 +168,7 @@ def horizon_figure(name: str, points: Sequence[HorizonPoint], index: int) -> Cha
         for kind, colour in zip(kinds, run_colours(len(kinds)), strict=True):
             axes.plot(counts, [one.cosines[kind] for one in points], "o-", color=colour, markersize=3.5, label=kind)
         axes.plot(counts, gains, color=INK, linestyle=(0, (4, 3)), label="gain of a step")
-        axes.set_xscale("log")
-        axes.set_xticks(counts)
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
-        axes.xaxis.set_minor_locator(NullLocator())
+        log_count_axis(axes, counts)
         legend(figure)
         table: list[tuple[object, ...]] = [
             ("loops_with_gradient", *(f"cosine_{kind}" for kind in kinds), "gain", "none_bytes", "planned_bytes")

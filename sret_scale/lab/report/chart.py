@@ -7,7 +7,7 @@ and light or dark scheme. The files beside the page (SVG, PNG, CSV) stand alone,
 import csv
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -16,9 +16,13 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.ticker import FuncFormatter, MaxNLocator, MultipleLocator, NullLocator
+
+from sret_scale.lab.readable_numbers import binary_size, compact
 
 INK, MUTED, GRID, PAPER = "#1d2125", "#5d6671", "#e4e7eb", "#ffffff"
 # Told apart on white and, by their twins in report.html (--run-0 ...), on near-black, also with red-green blindness.
@@ -116,6 +120,42 @@ def canvas(caption: Caption, height_inches: float = HEIGHT_INCHES) -> tuple[Figu
     return figure, axes
 
 
+def canvas_above_legend(caption: Caption, num_labels: int) -> tuple[Figure, Axes]:
+    """An empty figure with room for a legend of so many rows below the plot; the labels may be long."""
+    legend_inches = 0.2 * num_labels + 0.1 * (num_labels > 0)
+    height_inches = HEIGHT_INCHES + legend_inches
+    figure, axes = canvas(caption, height_inches)
+    bottom, top = (0.46 + legend_inches) / height_inches, 1 - 0.36 / height_inches
+    figure.subplots_adjust(left=0.11, right=0.95, bottom=bottom, top=top)
+    return figure, axes
+
+
+def legend(figure: Figure) -> None:
+    """Names the labelled lines below the plot."""
+    figure.legend(frameon=False, fontsize=8.5, labelcolor=MUTED, loc="lower left", borderaxespad=0.2)
+
+
+def count_axis(axis: Axis) -> None:
+    """Tick labels of a count: 0, 10 k, 20 k."""
+    axis.set_major_locator(MaxNLocator(4, integer=True))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
+
+
+def byte_axis(axis: Axis) -> None:
+    """Tick labels of bytes, at whole powers of two: 256 MiB, 512 MiB."""
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(MultipleLocator(2.0 ** np.ceil(np.log2(max(4.0, high - low) / 4))))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: binary_size(value)))
+
+
+def log_count_axis(axes: Axes, ticks: Sequence[float]) -> None:
+    """A logarithmic x axis of counts with these ticks."""
+    axes.set_xscale("log")
+    axes.set_xticks(ticks)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
 def colour_bar(figure: Figure, axes: Axes, drawn: AxesImage) -> None:
     """What the colours mean, beside the plot: both ends of the scale and its middle."""
     low, high = drawn.get_clim()
@@ -136,9 +176,15 @@ def finish(figure: Figure, caption: Caption, table: list[tuple[object, ...]]) ->
     svg = buffer.getvalue().decode()
     # Names may hold a dollar, so nothing is set as mathematics (STYLE): a scale's own formulas would stand there raw.
     assert "mathdefault" not in svg, f"{caption.name}: a tick of a logarithmic scale needs a format"
-    rows = io.StringIO()
-    csv.writer(rows, lineterminator="\n").writerows(table)
-    return Chart(caption=caption, svg=svg, inline_svg=_inline(svg, caption), png=pixels.getvalue(), csv=rows.getvalue())
+    inline_svg = _inline(svg, caption)
+    return Chart(caption=caption, svg=svg, inline_svg=inline_svg, png=pixels.getvalue(), csv=csv_text(table))
+
+
+def csv_text(rows: Iterable[tuple[object, ...]]) -> str:
+    """Rows as the text of a CSV file."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
 
 
 def _inline(svg: str, caption: Caption) -> str:

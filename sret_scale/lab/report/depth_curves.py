@@ -9,24 +9,23 @@ from collections.abc import Callable, Sequence
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from sret_scale.lab.readable_numbers import binary_size, compact
 from sret_scale.lab.report.chart import (
-    HEIGHT_INCHES,
     INK,
     MUTED,
     STYLE,
     Caption,
     Chart,
-    canvas,
+    byte_axis,
+    canvas_above_legend,
     finish,
+    legend,
     printable,
     run_colours,
 )
 from sret_scale.lab.report.compare import pareto_front
-from sret_scale.lab.report.plots import byte_axis
 from sret_scale.lab.report.run_record import RunRecord
 from sret_scale.lab.report.series import RATE, Line, Point, gather, lines_of, rates_of
 from sret_scale.lab.report.summary import Summary
@@ -92,22 +91,6 @@ def _figure(name: str, lines: Sequence[Line]) -> Chart:
         if has_legend:
             legend(figure)
         return finish(figure, caption, _table(lines, name, front, x_label))
-
-
-def canvas_above_legend(caption: Caption, num_labels: int) -> tuple[Figure, Axes]:
-    """An empty figure with room for a legend of so many rows below the plot; the labels may be long."""
-    legend_inches = 0.2 * num_labels + 0.1 * (num_labels > 0)
-    figure, axes = canvas(caption, HEIGHT_INCHES + legend_inches)
-    height_inches = HEIGHT_INCHES + legend_inches
-    figure.subplots_adjust(
-        left=0.11, right=0.95, bottom=(0.46 + legend_inches) / height_inches, top=1 - 0.36 / height_inches
-    )
-    return figure, axes
-
-
-def legend(figure: Figure) -> None:
-    """Names the labelled lines below the plot."""
-    figure.legend(frameon=False, fontsize=8.5, labelcolor=MUTED, loc="lower left", borderaxespad=0.2)
 
 
 def _draw(axes: Axes, point: Point, cost: float, colour: str, *, on_front: bool) -> None:

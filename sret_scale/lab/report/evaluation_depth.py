@@ -8,12 +8,19 @@ from typing import Any
 
 import matplotlib as mpl
 import pydantic
-from matplotlib.ticker import FuncFormatter, NullLocator
 from typing_extensions import TypedDict
 
-from sret_scale.lab.readable_numbers import compact
-from sret_scale.lab.report.chart import STYLE, Caption, Chart, finish, printable, run_colours
-from sret_scale.lab.report.depth_curves import canvas_above_legend, legend
+from sret_scale.lab.report.chart import (
+    STYLE,
+    Caption,
+    Chart,
+    canvas_above_legend,
+    finish,
+    legend,
+    log_count_axis,
+    printable,
+    run_colours,
+)
 from sret_scale.lab.report.run_record import RunRecord
 from sret_scale.runs.metrics_log import Line, number
 
@@ -132,10 +139,7 @@ def _figure(caption: Caption, lines: Sequence[tuple[Any, ...]], table: list[tupl
             axes.plot(depth, value, linestyle=line, marker="o", markersize=3.5, color=colour, label=text)
             if kind == "last":
                 axes.fill_between(depth, low, high, color=colour, alpha=0.12, linewidth=0)
-        axes.set_xscale("log")
-        axes.set_xticks(counts[:: -(-len(counts) // 8)])
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
-        axes.xaxis.set_minor_locator(NullLocator())
+        log_count_axis(axes, counts[:: -(-len(counts) // 8)])
         axes.set_ylim(-3, 103)
         legend(figure)
         return finish(figure, caption, table)

@@ -6,8 +6,7 @@ import matplotlib as mpl
 import numpy as np
 
 from sret_scale.lab.readable_numbers import binary_size
-from sret_scale.lab.report.chart import MUTED, STYLE, Caption, Chart, canvas, finish
-from sret_scale.lab.report.plots import byte_axis
+from sret_scale.lab.report.chart import MUTED, STYLE, Caption, Chart, byte_axis, canvas, finish
 from sret_scale.lab.report.summary import Summary
 
 

@@ -1,7 +1,5 @@
 """Writes the report: one page that answers by itself, from disk and without scripts, and its figures as files."""
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +8,7 @@ import jinja2
 
 from data_pipelines.atomic_files import write_whole
 from sret_scale.lab.readable_numbers import compact, duration, grouped, percent
-from sret_scale.lab.report.chart import Chart, css_colour, depth_colours, run_colours
+from sret_scale.lab.report.chart import Chart, css_colour, csv_text, depth_colours, run_colours
 from sret_scale.lab.report.compare import differing_fields, flatten
 from sret_scale.lab.report.depth_curves import depth_figures
 from sret_scale.lab.report.evaluation_depth import curves_of, evaluation_depth_figures
@@ -65,10 +63,8 @@ def write_report(paths: Sequence[Path], page: Path, *, note: str = "", first: Se
         reason = f"cannot write the report {page}: {error.strerror}; choose another page with -o"
         raise OSError(error.errno, reason) from error
     files = [file for chart in charts for file in chart.write(folder)]
-    table = io.StringIO()
-    csv.writer(table, lineterminator="\n").writerows(summary_table(summaries))
     files.append(folder / "summary.csv")
-    files[-1].write_text(table.getvalue(), encoding="utf-8")
+    files[-1].write_text(csv_text(summary_table(summaries)), encoding="utf-8")
     # The page appears whole or not at all: a browser may be looking at the last one.
     write_whole(page, text)
     return Report(page=page, files=tuple(files), num_runs=len(runs), left_out=tuple(left_out))

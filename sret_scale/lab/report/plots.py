@@ -8,11 +8,9 @@ import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
-from matplotlib.ticker import FuncFormatter, MaxNLocator, MultipleLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from sret_scale.lab.readable_numbers import binary_size, compact
-from sret_scale.lab.report.chart import STYLE, Caption, Chart, canvas, finish, printable
+from sret_scale.lab.report.chart import STYLE, Caption, Chart, canvas, count_axis, finish, printable
 from sret_scale.runs.metrics_log import Series
 
 MOST_LABELS = 8  # More direct labels than this cannot be read; the table's colour marks then tell the runs.
@@ -60,19 +58,6 @@ def smoothed(series: Series) -> Series:
         images=np.array([part.mean() for part in np.array_split(series.images, SMOOTH_BINS)]),
         values=np.array([part.mean() for part in np.array_split(series.values, SMOOTH_BINS)]),
     )
-
-
-def count_axis(axis: Axis) -> None:
-    """Tick labels of a count: 0, 10 k, 20 k."""
-    axis.set_major_locator(MaxNLocator(4, integer=True))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
-
-
-def byte_axis(axis: Axis) -> None:
-    """Tick labels of bytes, at whole powers of two: 256 MiB, 512 MiB."""
-    low, high = axis.get_view_interval()
-    axis.set_major_locator(MultipleLocator(2.0 ** np.ceil(np.log2(max(4.0, high - low) / 4))))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: binary_size(value)))
 
 
 def spread(wanted: npt.NDArray[np.float64], gap: float) -> npt.NDArray[np.float64]:
