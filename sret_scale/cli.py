@@ -21,6 +21,7 @@ COMMANDS = {
     "train": "train a recipe or a preset on one node or many; repeat the command to continue a run",
     "evaluate": "measure a run's accuracy on a whole test set",
     "predict": "name what a trained model sees on images",
+    "generate": "go on with a text, by a trained language model",
     "checkpoint": "list or verify a run's checkpoints",
     "shards": "write, check and inspect webdataset shards",
     "labels": "store a teacher's soft labels, to train from them without the teacher",

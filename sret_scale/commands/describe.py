@@ -49,7 +49,7 @@ def overview(every: dict[str, dict[str, Any]]) -> str:
 def table(counts: dict[str, Any]) -> str:
     """The counts as aligned lines of text."""
     lines = [
-        f"{counts['preset']} at {counts['image_size']} x {counts['image_size']}, {counts['num_classes']} classes",
+        f"{counts['preset']} {_size(counts)}",
         f"  parameters          {counts['parameters']:>15,}",
         f"  published top-1     {accuracy(counts['preset']):>15}   percent on ImageNet-1k at the preset's size",
         f"  MACs                {counts['macs']:>15,}",
@@ -60,7 +60,7 @@ def table(counts: dict[str, Any]) -> str:
         "",
     ]
     columns = {
-        "grid": "grid",
+        "tokens" if "context" in counts else "grid": "tokens" if "context" in counts else "grid",
         "width": "width",
         "heads": "heads",
         "blocks": "blocks",
@@ -80,6 +80,12 @@ def table(counts: dict[str, Any]) -> str:
     for row in rows:
         lines.append("  " + "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
     return "\n".join(lines)
+
+
+def _size(counts: dict[str, Any]) -> str:
+    if "context" in counts:
+        return f"with a context of {counts['context']:,} bytes; MACs are of a whole context"
+    return f"at {counts['image_size']} x {counts['image_size']}, {counts['num_classes']} classes"
 
 
 def accuracy(name: str) -> str:

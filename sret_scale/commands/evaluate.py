@@ -97,11 +97,12 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(result, indent=1))
     else:
+        unit = "windows" if "bits_per_byte" in result else "images"
         print(
             f"{result['run']} at step {result['step']}, {result['weights']} weights, "
             f"{result['applications']:,} applications, "
-            f"{result['num_samples']:,} images of {result['shards']}: {_in_words(result)}, "
-            f"loss {result['loss']:.4f} ({result['images_per_s']:,.0f} images/s)"
+            f"{result['num_samples']:,} {unit} of {result['shards']}: {_in_words(result)}, "
+            f"loss {result['loss']:.4f} ({result['images_per_s']:,.0f} {unit}/s)"
         )
         if result["classes_without_samples"]:
             from data_pipelines.shards.classes import describe_missing
@@ -120,6 +121,8 @@ def run(args: argparse.Namespace) -> int:
 def _in_words(result: dict[str, Any]) -> str:
     if "top1" in result:
         return f"top-1 {result['top1']:.2%}, top-5 {result['top5']:.2%}"
+    if "bits_per_byte" in result:
+        return f"{result['bits_per_byte']:.4f} bits per byte"
     return f"exact match {result['exact']:.2%}, balanced accuracy of tokens {result['balanced']:.2%}"
 
 

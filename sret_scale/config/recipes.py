@@ -20,7 +20,7 @@ from sret_scale.config.step_depth import DepthConfig
 from sret_scale.config.telemetry_config import TelemetryConfig
 from sret_scale.distill import DistillConfig
 from sret_scale.memory import MemoryConfig
-from sret_scale.model import PRESETS, preset
+from sret_scale.model import PRESETS, StageConfig, TextConfig, preset
 
 IMAGENET_IMAGES = 1_281_167
 # Crop and flip alone; those belong to the data.
@@ -256,6 +256,26 @@ def _reach() -> RunConfig:
     )
 
 
+def _language() -> RunConfig:
+    """Choices of this project, not tuned, for an hour on a core."""
+    stage = StageConfig(width=128, num_heads=4, num_blocks=2, num_loops=4)
+    return RunConfig(
+        task="language",
+        model=TextConfig(stages=(stage,)),
+        data=DataConfig(train_folder="shards/text/train", test_folder="shards/text/test", workers=1),
+        augment=NO_AUGMENTATION,
+        memory=MemoryConfig(schedule="none"),
+        optim=OptimConfig(learning_rate=2e-3, batch_scaling="none", warmup_images=640, weight_decay=0.1, beta2=0.98),
+        train=TrainConfig(
+            total_images=16_000,
+            global_batch_size=8,
+            micro_batch_size=8,
+            checkpoint_interval_images=1_600,
+            log_interval_steps=20,
+        ),
+    )
+
+
 RECIPES = {
     "small": Recipe(
         config=_small(),
@@ -312,6 +332,11 @@ RECIPES = {
         about="One block of 2,504 parameters learns on mazes of at most 15 pixels what a source reaches, and is then "
         "applied as often as larger ones need (`shards write mazes TARGET --size 7-15 --count 10000 --puzzle reach`). "
         "A sketch with these settings read ways of 296 pixels after 300 to 500 applications in three seeds of three.",
+    ),
+    "lm_tiny": Recipe(
+        config=_language(),
+        about="A language model over bytes of 0.73 million parameters, 2 blocks applied 4 times each, on windows of "
+        "`shards write text` (256 bytes). What it reaches on plays that it has not seen is in docs/language.md.",
     ),
     "demo_teacher": Recipe(
         config=_demo("demo_teacher", total_images=40_000, learning_rate=2e-3),

@@ -33,9 +33,9 @@ from sret_scale.config.step_depth import DepthConfig
 from sret_scale.config.telemetry_config import TelemetryConfig
 from sret_scale.distill import DistillConfig
 from sret_scale.memory import MemoryConfig
-from sret_scale.model import SReTConfig, preset
+from sret_scale.model import SReTConfig, TextConfig, preset
 
-ModelConfig = SReTConfig
+ModelConfig = SReTConfig | TextConfig
 """The kinds of models that a run may train, told apart by `kind`; the first is meant where that is absent."""
 
 ParameterClass = Literal["tied", "projection", "residual", "stem_head"]
@@ -209,10 +209,10 @@ class GridConfig:
 class RunConfig:
     """All that decides what a run computes.
 
-    task: a class for every image, or with `grid` a label for every token.
+    task: a class for every image, with `grid` a label for every token, or with `language` the next byte of a text.
     """
 
-    task: Literal["classification", "grid"] = "classification"
+    task: Literal["classification", "grid", "language"] = "classification"
     model: ModelConfig = field(default_factory=lambda: preset("sret_t"))
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -224,6 +224,13 @@ class RunConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
+
+    @property
+    def vision(self) -> SReTConfig:
+        """The model, for what is asked of images alone. ValueError where it is of another kind."""
+        if not isinstance(self.model, SReTConfig):
+            raise ValueError(f"this is for models of kind 'vision', got one of kind {self.model.kind!r}")
+        return self.model
 
 
 def grad_accum_steps(config: TrainConfig, world_size: int) -> int:
@@ -324,7 +331,7 @@ def nearest(name: str, valid: Sequence[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"valid names: {', '.join(valid)}"
 
 
-def build(kind: type[Any], value: Any, path: str = "") -> Any:
+def build(kind: Any, value: Any, path: str = "") -> Any:
     """An instance of the dataclass (or plain type) `kind` from parsed YAML; `path` is the key for messages.
 
     Raises ValueError naming the key, the expected type and the value, or the nearest valid key. Numbers are finite and

@@ -85,6 +85,7 @@ def depth_curve(request: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     """
     run, applications = Path(request["run"]), request["applications"]
     shards, config = open_shards(run, request["shards"], request["image_size"])
+    image_size = config.vision.image_size
     model, weights, step = load_model_of(run, request["weights"], None, request["image_size"])
     counts = loops_after(model.config, applications)
     stages = model.config.stages
@@ -103,7 +104,7 @@ def depth_curve(request: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     split = "test" if request["shards"] is None else str(shards.folder)
     return {
         **{"step": step, "images": state["images"], "time_s": state["time_s"], "weights": weights},
-        **{"split": f"{split} at {config.model.image_size} px", "image_size": config.model.image_size},
+        **{"split": f"{split} at {image_size} px", "image_size": image_size},
         **{"best": task.best, "best_in_words": task.best_in_words, "num_samples": result.num_samples},
         **{"parameters": sum(one.numel() for one in model.parameters()), "points": points},
     }

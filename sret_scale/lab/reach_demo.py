@@ -51,7 +51,7 @@ def reach_config(output: Path, num_ranks: int) -> RunConfig:
     stage = replace(config.model.stages[0], num_loops=MOST_LOOPS)
     return replace(
         config,
-        model=replace(config.model, stages=(stage,), image_size=TRAINED),
+        model=replace(config.vision, stages=(stage,), image_size=TRAINED),
         data=replace(config.data, train_folder=str(shards / "train"), test_folder=str(shards / "validation")),
         depth=replace(config.depth, max_loops=MOST_LOOPS),
         train=replace(config.train, total_images=22_400, micro_batch_size=min(8, 16 // num_ranks)),

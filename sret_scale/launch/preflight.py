@@ -9,9 +9,9 @@ import torch
 
 from data_pipelines.atomic_files import write_whole
 from data_pipelines.image.native import library
-from data_pipelines.remote.shard_sets import open_training_data
+from data_pipelines.remote.shard_sets import open_data, open_training_data
 from data_pipelines.shards.classes import check_same_classes
-from data_pipelines.stream.loader import check_node_cache
+from data_pipelines.stream.loader import check_node_cache, check_views
 from sret_scale.config.ds_config import load_ds_config, zero_stage_of
 from sret_scale.config.run_config import RunConfig, from_yaml, grad_accum_steps, split_differences, to_yaml, whole_paths
 from sret_scale.config.step_depth import check_depth
@@ -138,6 +138,9 @@ def check_data(config: RunConfig, world_size: int) -> None:
     A test set may lack classes.
     """
     shards = open_training_data(config.data)
+    if shards.is_text or config.task == "language":
+        for part in (shards, open_data(config.data.test_folder, config.data)):
+            check_views(part, config.data, 0, config.model.sample_size.get("context"))
     if shards.num_classes != config.model.num_classes:
         raise ValueError(
             f"the train shards {shards.folder} have {shards.num_classes} classes, the model has "

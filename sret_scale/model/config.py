@@ -6,7 +6,7 @@ A config that cannot be built raises `ValueError` at construction, with the numb
 import abc
 import math
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ ConditioningKind = Literal[
     "none", "norm_per_loop", "norm_by_depth", "low_rank", "input_add", "input_gated", "input_tied"
 ]
 Slices = Literal["raster", "windows"]
-PermutationPolicy = Literal["fixed", "random"]
+PermutationPolicy = Literal["fixed", "random", "strided"]
 GroupFit = Literal["exact", "nearest"]
 StemKind = Literal["convolutions", "pixels"]
 StemNorm = Literal["batch", "sync_batch", "group", "layer"]
@@ -142,13 +142,17 @@ class StackConfig(abc.ABC):
     drop_path: the largest rate of stochastic depth, reached as published (`depth.drop_path_rates`).
     dropout: rate behind the position tensor, the hidden layers and the branches, as in the reference (0 as published).
     permutation: "fixed" uses a table seeded by `permutation_seed` in evaluation and the step's seed in training;
-        "random" draws anew from torch's global generator in every forward pass, as the reference does.
+        "random" draws anew from torch's global generator in every forward pass, as the reference does; "strided" draws
+        nothing: of g groups, a slice has every g-th token.
     permutation_seed: of the fixed permutations in evaluation.
     group_fit: where a number of groups does not divide a stage's tokens, "exact" refuses the config and "nearest" takes
         the closest number that does (the larger of two).
     padded: store widths, heads and hidden sizes as multiples of 8 for a GPU's matrix units, with zeros that stay zero
         (`padding`); what the model computes and its exported weights are the same.
     """
+
+    is_causal: ClassVar[bool] = False
+    """Whether a token sees those before it alone."""
 
     kind: str
     stages: tuple[StageConfig, ...]
@@ -186,6 +190,11 @@ class StackConfig(abc.ABC):
     @abc.abstractmethod
     def example(self, micro_batch_size: int) -> Tensor:
         """An input of the model, without meaning, for those who measure what a step takes."""
+
+    @property
+    @abc.abstractmethod
+    def sample_size(self) -> dict[str, int]:
+        """How large a sample is, as the loader calls it."""
 
     @abc.abstractmethod
     def build(self) -> "StackModel":
@@ -254,6 +263,11 @@ class SReTConfig(StackConfig):
     def example(self, micro_batch_size: int) -> Tensor:
         """(B, C, H, W) images."""
         return torch.zeros(micro_batch_size, self.in_channels, self.image_size, self.image_size)
+
+    @property
+    def sample_size(self) -> dict[str, int]:
+        """See `StackConfig.sample_size`."""
+        return {"image_size": self.image_size}
 
     def build(self) -> "SReT":
         """The model; see `StackConfig.build`."""

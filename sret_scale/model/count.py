@@ -16,44 +16,60 @@ from sret_scale.model.applications import (
     resolved_skip,
 )
 from sret_scale.model.conditioning import NUM_DEPTH_FEATURES
-from sret_scale.model.config import SReTConfig
-from sret_scale.model.vision.sret import SReT
+from sret_scale.model.config import SReTConfig, StackConfig
+from sret_scale.model.stack import StackModel
+from sret_scale.model.text.text_config import NUM_BYTES, TextConfig
 
 
-def describe(config: SReTConfig, image_size: int | None = None) -> dict[str, Any]:
-    """JSON-ready counts for one image. `macs` counts all; `macs_published` leaves the head out, as the paper does."""
+def describe(config: SReTConfig | TextConfig, image_size: int | None = None) -> dict[str, Any]:
+    """JSON-ready counts for one image, or one window of text.
+
+    `macs` counts all; `macs_published` leaves the head out, as the paper does.
+    """
     if image_size is not None:
+        if not isinstance(config, SReTConfig):
+            raise ValueError("an image size is for models of images: leave it out")
         config = replace(config, image_size=image_size)
     # Padding is no part of a model: what is counted is what the published layout holds.
     config = replace(config, padded=False)
     with torch.device("meta"):
-        model = SReT(config)
+        model = config.build()
     stages = [_stage_row(config, index, model) for index in range(len(config.stages))]
-    head_macs = config.stages[-1].width * config.num_classes * (config.grids[-1] ** 2 if config.head == "tokens" else 1)
-    body_macs = _stem_macs(config) + _pool_macs(config) + sum(row["macs"] for row in stages)
+    stem_macs = pool_macs = 0
+    if isinstance(config, SReTConfig):
+        sizes = {"image_size": config.image_size, "num_classes": config.num_classes}
+        stem_macs, pool_macs = _stem_macs(config), _pool_macs(config)
+        scores = config.num_classes * (config.grids[-1] ** 2 if config.head == "tokens" else 1)
+    else:
+        sizes = {"context": config.context}
+        scores = config.context * NUM_BYTES
+    head_macs = config.stages[-1].width * scores
+    body_macs = stem_macs + pool_macs + sum(row["macs"] for row in stages)
     return {
-        "image_size": config.image_size,
-        "num_classes": config.num_classes,
+        **sizes,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "macs": body_macs + head_macs,
         "macs_published": body_macs,
         "applications": config.num_applications,
         "residual_sublayers": sum(row["residual_sublayers"] for row in stages),
         "weight_layers": sum(row["weight_layers"] for row in stages),
-        "stem_macs": _stem_macs(config),
-        "pool_macs": _pool_macs(config),
+        "stem_macs": stem_macs,
+        "pool_macs": pool_macs,
         "head_macs": head_macs,
         "stages": stages,
     }
 
 
-def _stage_row(config: SReTConfig, index: int, model: SReT) -> dict[str, Any]:
-    stage, grid = config.stages[index], config.grids[index]
-    applications = stage.num_applications
+def _stage_row(config: StackConfig, index: int, model: StackModel) -> dict[str, Any]:
+    stage, applications = config.stages[index], config.stages[index].num_applications
+    if isinstance(config, SReTConfig):
+        grid = config.grids[index]
+        sizes = {"grid": grid, "tokens": grid * grid}
+    else:
+        sizes = {"tokens": config.num_tokens(index)}
     projected = applications if num_projections(stage) else 0
     return {
-        "grid": grid,
-        "tokens": grid * grid,
+        **sizes,
         "width": stage.width,
         "heads": stage.num_heads,
         "blocks": stage.num_blocks,
@@ -74,14 +90,16 @@ def _stage_row(config: SReTConfig, index: int, model: SReT) -> dict[str, Any]:
     }
 
 
-def _stage_macs(config: SReTConfig, index: int) -> int:
+def _stage_macs(config: StackConfig, index: int) -> int:
     """Linear layers per token, the two products of attention over the tokens of a group, and conditioning."""
     stage, num_tokens = config.stages[index], config.num_tokens(index)
     width = stage.width
     linear = 4 * width * width + 2 * width * stage.hidden_width
     if num_projections(stage):
         linear += 2 * width * stage.projection_hidden_width
-    attention = sum(2 * width * num_tokens // slot.groups for slot in application_slots(config, index))
+    # Of causal scores the half that is hidden costs nothing.
+    width_seen = width if config.is_causal else 2 * width
+    attention = sum(width_seen * num_tokens // slot.groups for slot in application_slots(config, index))
     if stage.conditioning == "input_gated":
         linear += width * width
     # Weights of one loop are made once per forward pass, whatever the batch: counted as if it held one image.

@@ -72,8 +72,9 @@ class Attention(nn.Module):
 
     pairs: Tensor
 
-    def __init__(self, stage: StageConfig, sizes: Sizes) -> None:
+    def __init__(self, stage: StageConfig, sizes: Sizes, *, is_causal: bool) -> None:
         super().__init__()
+        self.is_causal = is_causal
         self.num_heads, self.head_width = stage.num_heads, sizes.head_width
         self.padding = sizes.stored_head_width - sizes.head_width
         inner_width = stage.num_heads * sizes.stored_head_width
@@ -94,7 +95,7 @@ class Attention(nn.Module):
         # unbind, since the gradients of three indexings would be three full-size tensors of mostly zeros.
         query, key, value = qkv.unbind(0)
         if hidden is None:
-            mixed = F.scaled_dot_product_attention(query, key, value, scale=self.head_width**-0.5)
+            mixed = self.attend(query, key, value)
         else:
             mixed = self._mix_windows(query, key, value, hidden)
         if self.inner_norm is None or not self.padding:
@@ -103,6 +104,11 @@ class Attention(nn.Module):
         real_BND = rearrange(mixed[..., : self.head_width], "(b g) h l k -> b (g l) (h k)", g=groups)
         heads = rearrange(self.inner_norm(real_BND), "b n (h k) -> b n h k", h=self.num_heads)
         return F.pad(heads, (0, self.padding)).flatten(-2)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """(B G, H, L, K) of queries, keys and values of this shape."""
+        scale = self.head_width**-0.5
+        return F.scaled_dot_product_attention(query, key, value, is_causal=self.is_causal, scale=scale)
 
     def bias(self, hidden: Tensor) -> Tensor:
         """(G, H, L, L) what windows add to the scores."""
@@ -156,15 +162,18 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """The shared set of weights of a recursion: attention and feed-forward, each with norm and learnable residual."""
+    """The shared set of weights of a recursion: attention and feed-forward, each with norm and learnable residual.
 
-    def __init__(self, stage: StageConfig, sizes: Sizes) -> None:
+    is_causal: tokens attend to those before them in their slice, and to themselves.
+    """
+
+    def __init__(self, stage: StageConfig, sizes: Sizes, *, is_causal: bool = False) -> None:
         super().__init__()
         scale, _ = branch_scales(stage)
         constants, _ = residual_constants(stage)
         self.norms_after = post_norm(stage) is not None
         self.norm1 = nn.LayerNorm(stage.width, eps=NORM_EPS)
-        self.attention = Attention(stage, sizes)
+        self.attention = Attention(stage, sizes, is_causal=is_causal)
         self.residual1 = LearnableResidual(stage, sizes.width, scale, constants)
         self.norm2 = nn.LayerNorm(stage.width, eps=NORM_EPS)
         self.feed_forward = FeedForward(sizes.width, sizes.hidden_width, _inner_norm(stage, stage.hidden_width))

@@ -27,6 +27,16 @@ def reorder_tokens(x_BND: Tensor, gather_N: Tensor, scatter_N: Tensor) -> Tensor
     return _ReorderTokens.apply(x_BND, gather_N, scatter_N)  # type: ignore[no-untyped-call]
 
 
+def strided_order(num_tokens: int, groups: int) -> Tensor:
+    """(N,) tokens 0, g, 2 g, ..., then 1, g + 1, ...: a contiguous slice of it has every g-th token."""
+    return torch.arange(num_tokens).view(-1, groups).t().reshape(-1)
+
+
+def ascending_slices(order_N: Tensor, groups: int) -> Tensor:
+    """The same slices, each in its tokens' own order, in which attention to what came before stays what it is."""
+    return order_N.view(groups, -1).sort(dim=1).values.view(-1)
+
+
 def as_index(table_N: Tensor) -> Tensor:
     """A table in a type that indexes."""
     return table_N.int() if table_N.dtype == torch.int16 else table_N

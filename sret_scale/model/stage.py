@@ -19,7 +19,7 @@ from sret_scale.model.config import SReTConfig, StackConfig
 from sret_scale.model.depth_plan import DepthPlan, planned_rates, planned_slots
 from sret_scale.model.layers import Block, NonLinearProjection
 from sret_scale.model.noise import Dropout, Noise, PermutationSource, drop_path_masks
-from sret_scale.model.permutation import TokenOrder, as_index, reorder_tokens
+from sret_scale.model.permutation import TokenOrder, as_index, ascending_slices, reorder_tokens, strided_order
 from sret_scale.model.stored_sizes import stored_sizes
 from sret_scale.model.upload import uploaded
 from sret_scale.model.windows import WindowOrder
@@ -146,7 +146,7 @@ class Stage(nn.Module):
         self.injected = stage.conditioning in ("input_add", "input_gated", "input_tied")
         self.drop_path_rates = [drop_path_rates(config)[index][slot.block] for slot in self.slots]
         sizes = stored_sizes(config, index)
-        self.blocks = nn.ModuleList(Block(stage, sizes) for _ in range(stage.num_blocks))
+        self.blocks = nn.ModuleList(Block(stage, sizes, is_causal=config.is_causal) for _ in range(stage.num_blocks))
         self.projections = nn.ModuleList(NonLinearProjection(stage, sizes) for _ in range(num_projections(stage)))
         self.windows = None
         if stage.slices == "windows":
@@ -201,7 +201,7 @@ class Stage(nn.Module):
             move = None
             if slot.permuted:
                 move, num_permuted = order.move_to(num_permuted % order.count), num_permuted + 1
-            elif slot.groups > 1:
+            elif slot.groups > 1 or self.config.is_causal:
                 move = order.move_to(None)
             gather, scatter = move or (None, None)
             applications.append(
@@ -227,8 +227,16 @@ class Stage(nn.Module):
         return applications
 
     def _draw_permutations(self, slots: Sequence[ApplicationSpec], x_BND: Tensor, noise: Noise | None) -> Tensor | None:
-        count = sum(slot.permuted for slot in slots)
-        return self.permutations(noise, count, x_BND.shape[1], x_BND.device) if count else None
+        groups, num_tokens = [slot.groups for slot in slots if slot.permuted], x_BND.shape[1]
+        if not groups:
+            return None
+        if self.config.permutation == "strided" and self.windows is None:
+            orders = torch.stack([strided_order(num_tokens, number) for number in groups])
+            return uploaded(orders, x_BND.device)
+        orders = self.permutations(noise, len(groups), num_tokens, x_BND.device)
+        if self.config.is_causal:
+            orders = torch.stack([ascending_slices(*pair) for pair in zip(orders, groups, strict=True)])
+        return orders
 
     def _draw_masks(self, x_BND: Tensor, noise: Noise | None, plan: DepthPlan | None) -> Tensor | None:
         rates = self.drop_path_rates if plan is None else planned_rates(self.config, plan, self.index)

@@ -140,7 +140,7 @@ def bins(attribute: Tensor) -> Tensor:
 
 def check_grid(config: RunConfig) -> None:
     """ValueError unless the model labels every token of the whole image, and nobody teaches it."""
-    model = config.model
+    model = config.vision
     if model.head != "tokens":
         raise ValueError(f"task=grid needs a label for every token: set model.head=tokens, got {model.head}")
     if model.grids[-1] != model.image_size:

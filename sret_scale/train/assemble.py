@@ -99,7 +99,7 @@ def set_up(config: RunConfig, folder: RunFolder, ranks: Ranks, stack: contextlib
     loader = TrainLoader(
         shards,
         dataclasses.replace(config.data, quarantine_file=config.data.quarantine_file or str(folder.quarantine)),
-        image_size=config.model.image_size,
+        **config.model.sample_size,
         seed=config.train.seed,
         rank=ranks.rank,
         world_size=ranks.world_size,

@@ -59,7 +59,7 @@ def evaluate(
     for batch in evaluation_batches(
         shards,
         config.data,
-        image_size=config.model.image_size,
+        **config.model.sample_size,
         batch_size=config.train.micro_batch_size,
         rank=ranks.rank,
         world_size=ranks.world_size,

@@ -105,7 +105,7 @@ def open_shards(run: Path, shards: str | None, image_size: int | None = None) ->
     """
     config = load_config(run)
     if image_size is not None:
-        config = replace(config, model=replace(config.model, image_size=image_size))
+        config = replace(config, model=replace(config.vision, image_size=image_size))
     opened = open_data(shards or config.data.test_folder, config.data)
     class_names = load_class_names(run)
     if class_names is not None:

@@ -17,10 +17,9 @@ from data_pipelines.shards.index import ShardSet
 from data_pipelines.sources.listing import are_class_names
 from sret_scale.config.run_config import ModelConfig, RunConfig, build, differences_of, from_yaml, to_plain
 from sret_scale.distill.spec import parse_teacher
-from sret_scale.model import SReT, SReTConfig, StackModel
+from sret_scale.model import SReT, SReTConfig, StackModel, TextConfig
 from sret_scale.model.vision.carry_weights import adapted_state
 from sret_scale.model.vision.official import from_published
-from sret_scale.model.vision.sret import as_sret
 from sret_scale.model.vision.weight_files import load_model as load_native
 from sret_scale.model.vision.weight_files import load_published, read_metadata
 from sret_scale.runs.checkpoint import list_checkpoints, newest_valid, read_state, read_tensors, verify_checkpoint
@@ -79,6 +78,9 @@ def _parse_class_names(text: str | bytes, where: Path, number: int | None = None
 
 def facts_of(config: RunConfig, class_names: list[str] | None) -> dict[str, Any]:
     """What goes with a run's weights into every file that holds them, as for JSON; names only where they are known."""
+    named = {"task": config.task} if class_names is None else {"task": config.task, "class_names": class_names}
+    if isinstance(config.model, TextConfig):
+        return named
     preprocessing = Preprocessing(
         resize=round(config.model.image_size / config.data.eval_crop_rate),
         crop=config.model.image_size,
@@ -86,8 +88,7 @@ def facts_of(config: RunConfig, class_names: list[str] | None) -> dict[str, Any]
         mean=config.train.image_mean,
         std=config.train.image_std,
     )
-    named = {} if class_names is None else {"class_names": class_names}
-    return {"task": config.task, **named, "preprocessing": asdict(preprocessing)}
+    return {**named, "preprocessing": asdict(preprocessing)}
 
 
 def load_facts(source: Path) -> dict[str, Any]:
@@ -178,7 +179,7 @@ def load_trained(source: Path, weights: WeightsKind | None = None) -> StackModel
 _FREE_IN_FINE_TUNING = ("image_size", "drop_path", "dropout", "permutation", "permutation_seed", "group_fit", "groups")
 
 
-def initial_state(source: str, config: SReTConfig) -> dict[str, Tensor]:
+def initial_state(source: str, config: ModelConfig) -> dict[str, Tensor]:
     """The state dict for `config` of `run:FOLDER` or of a file, its position tensor interpolated to the image size.
 
     A file ending in .safetensors is native, any other in the published layout (no code in it is run). Raises ValueError
@@ -187,12 +188,13 @@ def initial_state(source: str, config: SReTConfig) -> dict[str, Tensor]:
     kind, _, path = source.partition(":")
     try:
         if kind == "run" and path:
-            found, _, _ = load_model(Path(path), None, print)
-            model = as_sret(found, "train.initial_weights")
+            model, _, _ = load_model(Path(path), None, print)
         elif source.endswith(".safetensors"):
             model = load_native(Path(source))
-        else:
+        elif isinstance(config, SReTConfig):
             model = published_model(Path(source), config)
+        else:
+            raise ValueError(f"train.initial_weights={source}: expected run:FOLDER, or a file of safetensors")
     except FileNotFoundError as error:
         raise FileNotFoundError(f"train.initial_weights={source}: {error}") from error
     changed = [
@@ -205,7 +207,7 @@ def initial_state(source: str, config: SReTConfig) -> dict[str, Tensor]:
             f"train.initial_weights={source}: of another architecture: {'; '.join(changed[:4])} (there -> model); "
             "only image size, slicing and regularisation may differ"
         )
-    return adapted_state(model.state_dict(), model.config, config, SReT(config).state_dict())
+    return adapted_state(model.state_dict(), model.config, config, config.build().state_dict())
 
 
 def published_model(file: Path, config: SReTConfig) -> SReT:
@@ -227,14 +229,14 @@ def load_teacher_run(run: Path) -> tuple[nn.Module, tuple[float, ...], tuple[flo
     """(model, mean, std, image size) of a run, as sret_scale.distill takes a teacher."""
     config = load_config(run)
     model, _, _ = load_model(run, None, print)
-    return model, config.train.image_mean, config.train.image_std, config.model.image_size
+    return model, config.train.image_mean, config.train.image_std, config.vision.image_size
 
 
 def untrained_teacher_run(run: Path) -> tuple[StackModel, int]:
     """(model without weights on the meta device, image size) of a run folder."""
     config = load_config(run)
     with torch.device("meta"):
-        return config.model.build(), config.model.image_size
+        return config.model.build(), config.vision.image_size
 
 
 def check_architecture(expected: ModelConfig, saved: object, where: str) -> None:

@@ -12,16 +12,16 @@ PACKAGES = ("sret_scale", "data_pipelines")
 LINE_BUDGETS = {
     "data_pipelines": 9_220,
     "sret_scale/commands": 2_400,
-    "sret_scale/config": 1_600,
+    "sret_scale/config": 1_620,
     "sret_scale/distill": 1_300,
     "sret_scale/lab": 4_720,
     "sret_scale/launch": 1_980,
     "sret_scale/memory": 2_620,
     "sret_scale/model": 4_150,
     "sret_scale/runs": 750,
-    "sret_scale/tasks": 560,
+    "sret_scale/tasks": 530,
     "sret_scale/timm": 860,
-    "sret_scale/train": 4_230,
+    "sret_scale/train": 4_240,
 }
 TOTAL_BUDGET = 33_850
 MOST_FILES = 20

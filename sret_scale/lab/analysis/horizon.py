@@ -76,7 +76,7 @@ def horizon(run: Path, num_images: int) -> list[HorizonPoint]:
     apply_recomputation(model, MemoryConfig(schedule="binomial"))
     stages, most = config.model.stages, max(stage.num_loops for stage in config.model.stages)
     batches = evaluation_batches(
-        shards, config.data, image_size=config.model.image_size, batch_size=micro, rank=0, world_size=1
+        shards, config.data, image_size=config.vision.image_size, batch_size=micro, rank=0, world_size=1
     )
     # The last batch may be filled up with what is no image.
     whole_batches = (batch for batch in batches if bool(batch.valid.all()))
@@ -105,7 +105,7 @@ def horizon(run: Path, num_images: int) -> list[HorizonPoint]:
         with stepped(model, gradient):
             gain = before - measured(through_last(stages, 1))[0]
         cosines = {k: cosine([gradient[n] for n in own], [whole[n] for n in own]) for k, own in kinds.items()}
-        points.append(HorizonPoint(count, gain, cosines, *activation_bytes(config.model, micro, plan)))
+        points.append(HorizonPoint(count, gain, cosines, *activation_bytes(config.vision, micro, plan)))
     return points
 
 

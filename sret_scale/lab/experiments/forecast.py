@@ -17,13 +17,13 @@ import torch.nn.functional as F
 from data_pipelines.checked_files import read_bounded
 from sret_scale.config.ds_config import load_ds_config, precision_of
 from sret_scale.config.precision import autocast
-from sret_scale.config.run_config import EngineConfig, RunConfig, TrainConfig
+from sret_scale.config.run_config import EngineConfig, ModelConfig, RunConfig, TrainConfig
 from sret_scale.lab.experiments.declared import PlannedRun
 from sret_scale.lab.experiments.matching import memory_of
 from sret_scale.lab.readable_numbers import binary_size, compact, duration, grouped
 from sret_scale.lab.report.depth_curves import FLOPS_PER_MAC_OF_TRAINING
 from sret_scale.memory import MemoryConfig, apply_recomputation
-from sret_scale.model import Noise, SReTConfig
+from sret_scale.model import Noise
 
 MEASURED_IMAGES = 8
 MEASURED_PASSES = 6
@@ -164,7 +164,7 @@ def _flops(run: PlannedRun) -> int:
 
 
 @functools.cache
-def _memory(model: SReTConfig, memory: MemoryConfig, micro_batch_size: int, engine: EngineConfig, ranks: int) -> int:
+def _memory(model: ModelConfig, memory: MemoryConfig, micro_batch_size: int, engine: EngineConfig, ranks: int) -> int:
     """Bytes of a rank, once for all seeds and rates of a depth."""
     train = TrainConfig(micro_batch_size=micro_batch_size)
     return memory_of(RunConfig(model=model, memory=memory, train=train, engine=engine), ranks)

@@ -16,13 +16,13 @@ from dataclasses import replace
 from typing import Any, Literal, get_args
 
 from sret_scale.config.ds_config import load_ds_config, precision_of, zero_stage_of
-from sret_scale.config.run_config import RunConfig
+from sret_scale.config.run_config import ModelConfig, RunConfig
 from sret_scale.memory import plan_for, predict_activations
 from sret_scale.memory.config import stem_repeats_norms
 from sret_scale.memory.planning.micro_batch import MAX_MICRO_BATCH, BatchSearch
 from sret_scale.memory.planning.rank_state import format_bytes, state_bytes
 from sret_scale.memory.planning.step_cost import DEVICES
-from sret_scale.model import SReTConfig, describe
+from sret_scale.model import describe
 
 Match = Literal["equal_images", "equal_flops", "equal_parameters", "equal_memory"]
 PARAMETER_TOLERANCE = 0.01
@@ -34,7 +34,7 @@ _CHOSEN_BY_MEMORY = ("micro_batch_size", "schedule", "slots", "budget_bytes")
 
 
 @functools.cache
-def counts(model: SReTConfig) -> dict[str, Any]:
+def counts(model: ModelConfig) -> dict[str, Any]:
     """`describe`, once for all seeds and rates of a model."""
     return describe(model)
 
@@ -93,7 +93,7 @@ def with_images(config: RunConfig, total_images: int) -> RunConfig:
     )
 
 
-def with_parameters(model: SReTConfig, parameters: int) -> SReTConfig:
+def with_parameters(model: ModelConfig, parameters: int) -> ModelConfig:
     """The model with all widths scaled alike, and then its feed-forwards, to within 1 % of `parameters`.
 
     Heads, loops and the ratios between stages stay. Raises ValueError where the nearest choice is further away.
@@ -107,7 +107,7 @@ def with_parameters(model: SReTConfig, parameters: int) -> SReTConfig:
         narrow += 1
     allowed = PARAMETER_TOLERANCE * parameters
 
-    def distance(choice: SReTConfig) -> tuple[float, float]:
+    def distance(choice: ModelConfig) -> tuple[float, float]:
         """Of those near enough, the one whose feed-forwards change least."""
         changed = choice.stages[0].mlp_ratio / model.stages[0].mlp_ratio
         return max(allowed, abs(counts(choice)["parameters"] - parameters)), abs(math.log(changed))
@@ -126,7 +126,7 @@ def with_parameters(model: SReTConfig, parameters: int) -> SReTConfig:
     return nearest
 
 
-def _width_unit(model: SReTConfig) -> int:
+def _width_unit(model: ModelConfig) -> int:
     """The smallest step of the first width that keeps all widths whole multiples of their heads, and the first even."""
     first = model.stages[0].width
     ratios = [stage.width // first for stage in model.stages]
@@ -134,7 +134,7 @@ def _width_unit(model: SReTConfig) -> int:
     return math.lcm(2, *(stage.num_heads // math.gcd(stage.num_heads, ratio) for stage, ratio in pairs))
 
 
-def _scaled(model: SReTConfig, first_width: int, ratio: float = 1.0) -> SReTConfig:
+def _scaled(model: ModelConfig, first_width: int, ratio: float = 1.0) -> ModelConfig:
     """The model at another first width, the feed-forwards' ratio multiplied."""
     before = model.stages[0].width
     stages = tuple(
@@ -144,7 +144,7 @@ def _scaled(model: SReTConfig, first_width: int, ratio: float = 1.0) -> SReTConf
     return replace(model, stages=stages)
 
 
-def _with_ratio(model: SReTConfig, parameters: int) -> SReTConfig:
+def _with_ratio(model: ModelConfig, parameters: int) -> ModelConfig:
     """The model with the feed-forward ratio, within MLP_RATIO_RANGE, that comes nearest to `parameters`."""
     width = model.stages[0].width
     low, high = MLP_RATIO_RANGE
@@ -176,7 +176,7 @@ def memory_of(config: RunConfig, world_size: int) -> int:
 
 
 @functools.cache
-def _batches(model: SReTConfig, precision: str, repeats_norms: bool) -> BatchSearch:
+def _batches(model: ModelConfig, precision: str, repeats_norms: bool) -> BatchSearch:
     return BatchSearch(model, precision, DEVICES["cpu"], repeats_norms=repeats_norms)
 
 

@@ -5,11 +5,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sret_scale.model.applications import application_slots
-from sret_scale.model.config import SReTConfig, StackConfig
+from sret_scale.model.config import StackConfig
 
 
 def adapted_state(
-    state: dict[str, Tensor], before: SReTConfig, after: SReTConfig, fresh: dict[str, Tensor]
+    state: dict[str, Tensor], before: StackConfig, after: StackConfig, fresh: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     """The state dict of `after` that holds the weights of `before`; `fresh` is that of a new model of `after`.
 

@@ -17,14 +17,15 @@ from data_pipelines.atomic_files import replacing
 from data_pipelines.checked_files import parse_checked
 from sret_scale.model.config import SReTConfig, StageConfig
 from sret_scale.model.stack import StackModel
-from sret_scale.model.vision.sret import SReT
+from sret_scale.model.text.text_config import TextConfig
 
 
-def config_from_dict(fields: dict[str, Any]) -> SReTConfig:
+def config_from_dict(fields: dict[str, Any]) -> SReTConfig | TextConfig:
     """The config that `dataclasses.asdict` was made of; ValueError for a field that is unknown or wrong."""
     try:
         stages = tuple(StageConfig(**stage) for stage in fields["stages"])
-        return SReTConfig(**{**fields, "stages": stages})
+        kind: Any = TextConfig if fields.get("kind") == "language" else SReTConfig
+        return kind(**{**fields, "stages": stages})
     except (TypeError, KeyError, AttributeError, OverflowError) as error:
         raise ValueError(f"not a model config: {error}") from error
 
@@ -42,7 +43,7 @@ def save_model(model: StackModel, path: Path, facts: Mapping[str, Any] | None = 
             raise OSError(errno.EIO, str(error), str(path)) from error
 
 
-def load_model(path: Path) -> SReT:
+def load_model(path: Path) -> StackModel:
     """The model of a native file, in evaluation mode, strictly: every tensor used, none missing."""
     state: dict[str, Tensor] = {}
     _require_file(path)
@@ -61,7 +62,7 @@ def load_model(path: Path) -> SReT:
         raise ValueError(f"{path}: {error}") from error
     with torch.device("meta"):
         # Nothing is allocated for a config before the tensors that it asks for are seen to be there.
-        model = SReT(config)
+        model = config.build()
     try:
         model.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as error:

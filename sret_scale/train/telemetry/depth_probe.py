@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from sret_scale.config.precision import Precision, autocast
 from sret_scale.model import Application, Noise, StackModel
 from sret_scale.model.stage import chains_run_by
+from sret_scale.model.windows import HIDDEN
 from sret_scale.train.telemetry.statistics import attention_entropy, rank_ratio, rms, token_cosine
 
 FORWARD = ("rms", "branch_ratio", "step_ratio", "token_cosine", "rank_ratio", "attention_entropy", "max_abs")
@@ -176,6 +177,9 @@ def _look(application: Application, x_BND: Tensor, y_BND: Tensor) -> dict[str, T
     with application.autocast():
         qkv_BNC = block.qkv(application.block_inputs(x_BND)[0], slot.loop, slot.place)
     bias = None if application.hidden is None else block.attention.bias(application.hidden)
+    if block.attention.is_causal:
+        length = qkv_BNC.shape[1] // slot.groups
+        bias = qkv_BNC.new_full((length, length), HIDDEN, dtype=torch.float32).triu(1)
     added = rms(out_BND).new_full((), math.nan)
     if not block.norms_after:
         kept_BND = _stream(application, application.skipped(x_BND))

@@ -43,7 +43,8 @@ def rank_ratio(x_BND: Tensor) -> Tensor:
 def attention_entropy(qkv_BNC: Tensor, groups: int, num_heads: int, bias_GHLL: Tensor | None = None) -> Tensor:
     """Mean entropy of attention weights over log L, from (B, N, 3D) queries, keys and values; NaN where L is 1.
 
-    bias_GHLL: of windows (`layers.Attention.bias`); queries that are padding do not count.
+    bias_GHLL: of windows (`layers.Attention.bias`), whose queries that are padding do not count, or what hides later
+        tokens (L, L).
     """
     query, key, _ = rearrange(qkv_BNC.float(), "b (g l) (three h k) -> three b g h l k", g=groups, three=3, h=num_heads)
     length, width = key.shape[-2:]

@@ -1,0 +1,1 @@
+"""The language model: bytes in, and how surprising each next byte is."""

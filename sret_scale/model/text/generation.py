@@ -1,0 +1,117 @@
+"""Text that a language model writes, byte by byte, with the keys and values of earlier bytes kept.
+
+Applications of one block in different loops have different inputs, so each keeps its own keys and values (the policy
+that others call `each`): what is written is to rounding what whole passes would write. V is as in `next_byte`.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sret_scale.model.stack import StackModel
+from sret_scale.model.text.next_byte import NextByte
+
+
+class Reader(Protocol):
+    """Reads bytes of a row in pieces; `num_read` of them so far."""
+
+    num_read: int
+
+    def scores(self, piece: bytes) -> Tensor:
+        """(V,) of the byte behind the piece, which goes on where the one before it ended."""
+
+
+class WholePasses:
+    """Reads the whole row again for every piece; a row's slices have their places in it, so it is filled up."""
+
+    def __init__(self, model: NextByte) -> None:
+        self._model, self._row, self.num_read = model, b"", 0
+
+    def scores(self, piece: bytes) -> Tensor:
+        self._row += piece
+        self.num_read = len(self._row)
+        inputs_1M = tokens_of(self._row.ljust(1 + self._model.config.context, b"\0"), self._model)
+        features_1ND = self._model.forward_features(inputs_1M)
+        return self._model.forward_head(features_1ND[:, self.num_read - 1])[0]
+
+
+class LoopCache:
+    """Reads every byte once. For models whose applications attend to all tokens: slices would need a table each."""
+
+    def __init__(self, model: NextByte) -> None:
+        self._model, self.num_read = model, 0
+        # Of every application in the order in which they run: keys and values (1, heads, bytes read, head width).
+        self._kept: list[tuple[Tensor, Tensor]] = []
+        self._number = 0
+
+    def scores(self, piece: bytes) -> Tensor:
+        model, end = self._model, self.num_read + len(piece)
+        assert self.num_read == 0 or len(piece) == 1, "the mask of a later piece would be another one"
+        x_1ND = model.stem(tokens_of(piece, model)) + model.position[self.num_read : end]
+        attentions: list[Any] = [block.attention for stage in model.stages for block in stage.blocks]  # type: ignore[union-attr]
+        self._number = 0
+        try:
+            for attention in attentions:
+                attention.attend = partial(self._attend, attention.head_width**-0.5)
+            for stage in model.stages:
+                x_1ND = stage(x_1ND)
+        finally:
+            for attention in attentions:
+                del attention.attend
+        self.num_read = end
+        return model.forward_head(x_1ND[:, -1])[0]
+
+    def _attend(self, scale: float, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if self.num_read:
+            before_key, before_value = self._kept[self._number]
+            key, value = torch.cat([before_key, key], dim=2), torch.cat([before_value, value], dim=2)
+            self._kept[self._number] = key, value
+        else:
+            self._kept.append((key, value))
+        self._number += 1
+        return F.scaled_dot_product_attention(query, key, value, is_causal=not self.num_read, scale=scale)
+
+
+def reader_of(model: NextByte) -> Reader:
+    """The fastest one that reads as whole passes do."""
+    is_sliced = any(groups > 1 for stage in model.config.stages for groups in stage.groups[: stage.num_loops])
+    return WholePasses(model) if is_sliced else LoopCache(model)
+
+
+@torch.inference_mode()
+def continuation(model: NextByte, prompt: bytes, *, temperature: float, seed: int) -> Iterator[int]:
+    """The bytes behind a prompt, without end: the likeliest at temperature 0, else drawn by seed.
+
+    Where the context is full, reading begins again at half of it.
+    """
+    context, draws = model.config.context, torch.Generator().manual_seed(seed)
+    text, reader = prompt[max(0, len(prompt) - context + 1) :], reader_of(model)
+    piece = b"\0" + text
+    while True:
+        if reader.num_read + len(piece) > context:
+            text, reader = text[len(text) - context // 2 :], reader_of(model)
+            piece = b"\0" + text
+        scores_V = reader.scores(piece).float().cpu()
+        if temperature == 0:
+            byte = int(scores_V.argmax())
+        else:
+            byte = int(torch.multinomial((scores_V / temperature).softmax(dim=0), 1, generator=draws))
+        piece = bytes([byte])
+        text += piece
+        yield byte
+
+
+def tokens_of(data: bytes, model: NextByte) -> Tensor:
+    """(1, N) int64 on the model's device."""
+    return torch.tensor([list(data)], device=model.position.device)
+
+
+def as_next_byte(model: StackModel, asked: str) -> NextByte:
+    """The model itself; ValueError, naming what was asked of it, where it is of another kind."""
+    if not isinstance(model, NextByte):
+        raise ValueError(f"{asked} is for models of kind 'language', got one of kind {model.config.kind!r}")
+    return model
