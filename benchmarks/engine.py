@@ -38,7 +38,7 @@ from data_pipelines.stream.loader import LoaderState, Step
 from sret_scale.config.run_config import EngineConfig, RunConfig
 from sret_scale.distill import student_batch
 from sret_scale.memory import MemoryConfig
-from sret_scale.model import Noise, SReT, preset
+from sret_scale.model import Noise, preset
 from sret_scale.runs.checkpoint import list_checkpoints
 from sret_scale.runs.run_folder import RunFolder
 from sret_scale.train.assemble import Clock, Run, set_up
@@ -118,15 +118,15 @@ def our_step(run: Run, steps: Iterator[Step], clock: list[Clock]) -> None:
         step = next(steps)
     result = optimizer_step(run, step, before, must_stop=lambda: False)
     log_telemetry(run, before)
-    images = before.images + run.loader.global_batch_size
-    clock.append(replace(before, step=before.step + 1, images=images, loader=step.next_state))
+    samples = before.samples + run.loader.global_batch_size
+    clock.append(replace(before, step=before.step + 1, samples=samples, loader=step.next_state))
     log(run, clock[-1], "train", {**result.numbers})
 
 
 def bare_loop(run: Run, ranks: Ranks) -> Callable[[], None]:
     """One step of the least that trains the same model from the same batches: no norm kept, no average, no checks."""
     torch.manual_seed(run.config.train.seed)
-    model = SReT(run.config.model)
+    model = run.config.model.build()
     parallel = DistributedDataParallel(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=run.config.optim.learning_rate)
     augment = BatchAugment(run.config.augment, run.config.model.num_classes)
@@ -168,7 +168,7 @@ def compare_steps(runs: dict[str, Run], ranks: Ranks, rounds: int, warm_up: int)
 
 def checkpoint_cost(run: Run, repeats: int) -> dict[str, Any]:
     """Seconds that a save holds up the loop, until it is committed, and for a restore; bytes on the disk."""
-    clock = Clock(step=1, images=run.loader.global_batch_size)
+    clock = Clock(step=1, samples=run.loader.global_batch_size)
     pauses_s, pauses_cpu_s, commits_s, restores_s = [], [], [], []
     for number in range(repeats):
         barrier()
@@ -208,7 +208,7 @@ def one_rank(work: Path, out: Path, args: argparse.Namespace) -> None:
                 runs[stage] = set_up(run_config(work, stage, image_size, args.micro_batch), folder, ranks, stack)
             result["steps"][str(image_size)] = compare_steps(runs, ranks, args.rounds, args.warm_up)
             # The position tensor grows with the image.
-            model = SReT(runs["zero1"].config.model)
+            model = runs["zero1"].config.model.build()
             result["parameters"][str(image_size)] = sum(value.numel() for value in model.parameters())
             if number == 0:
                 result["checkpoint"] = {stage: checkpoint_cost(run, args.saves) for stage, run in runs.items()}

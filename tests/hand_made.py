@@ -11,7 +11,6 @@ from sret_scale.config.run_config import RunConfig, to_plain
 from sret_scale.distill import build_teacher
 from sret_scale.distill.label_writer import LabelJob, plan_labels, write_labels
 from sret_scale.launch.preflight import write_description
-from sret_scale.model import SReT
 from sret_scale.runs.checkpoint import save_checkpoint
 from sret_scale.runs.run_folder import RunFolder
 from sret_scale.train.load_run import facts_of
@@ -33,7 +32,7 @@ def make_run(path: Path, config: RunConfig) -> Path:
     folder.record_nodes([{"host": "here"}])
     folder.write_status("finished", 0)
     torch.manual_seed(0)
-    weights = SReT(config.model).state_dict()
+    weights = config.model.build().state_dict()
     clock = {"images": 32, "time_s": 1.0, "loader": '{"epoch": 0, "position": 32}'}
     state = {**clock, "model": to_plain(config.model), **facts_of(config, None)}
     save_checkpoint(folder.checkpoints, step=1, tensors={"weights": weights, "ema": weights}, state=state)

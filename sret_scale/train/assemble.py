@@ -48,7 +48,7 @@ class Clock:
     """How far a run has come. `time_s` adds up all its starts."""
 
     step: int = 0
-    images: int = 0
+    samples: int = 0
     time_s: float = 0.0
     is_evaluated: bool = True
     """False when a signal came before an evaluation that was due here."""
@@ -109,6 +109,7 @@ def set_up(config: RunConfig, folder: RunFolder, ranks: Ranks, stack: contextlib
     engine, memory = set_up_engine(config, ranks, accumulation)
     horizon = config.optim.ema_horizon_images
     teacher = set_up_teacher(config, ranks, shards)
+    task = task_of(config, teacher=teacher, features=match_features(config, engine.model, teacher))
     metrics = open_metrics(folder.metrics, config.train.trackers, stack) if ranks.is_main else MetricsLog()
     return Run(
         config=config,
@@ -117,7 +118,7 @@ def set_up(config: RunConfig, folder: RunFolder, ranks: Ranks, stack: contextlib
         loader=loader,
         train_shards=shards,
         test_shards=open_test_data(config, shards),
-        task=task_of(config, teacher=teacher, features=match_features(config, engine.model, teacher)),
+        task=task,
         engine=engine,
         compiled=compile_model(engine.model, config, ranks),
         average=WeightAverage(engine.local_weights(), horizon) if horizon else None,
@@ -129,7 +130,9 @@ def set_up(config: RunConfig, folder: RunFolder, ranks: Ranks, stack: contextlib
         watchdog=watchdog,
         writer=stack.enter_context(CheckpointWriter(folder.checkpoints, ranks, keep=config.train.keep_checkpoints)),
         progress=stack.enter_context(
-            RunProgress(folder.path.name, total_images=config.train.total_images, is_shown=ranks.is_main)
+            RunProgress(
+                folder.path.name, total_samples=config.train.total_images, unit=task.unit, is_shown=ranks.is_main
+            )
         ),
     )
 

@@ -14,7 +14,7 @@ from sret_scale.train.evaluate import Evaluation
 
 def log(run: Run, clock: Clock, kind: str, values: dict[str, object]) -> None:
     """One line of metrics.jsonl, on rank 0."""
-    place = {"step": clock.step, "images": clock.images, "epoch": clock.loader.epoch, "time_s": round(clock.time_s, 3)}
+    place = {"step": clock.step, "images": clock.samples, "epoch": clock.loader.epoch, "time_s": round(clock.time_s, 3)}
     run.metrics.write(kind, place | values)
 
 
@@ -37,9 +37,9 @@ def log_compilation(run: Run) -> None:
 
 def log_step(run: Run, clock: Clock, logged: Clock, numbers: dict[str, float]) -> None:
     """The numbers of a step, with the speed since `logged`."""
-    rate = (clock.images - logged.images) / (clock.time_s - logged.time_s)
+    rate = (clock.samples - logged.samples) / (clock.time_s - logged.time_s)
     log(run, clock, "train", {**numbers, "images_per_s": rate})
-    run.progress.update(clock.images, loss=numbers["loss"], images_per_s=rate)
+    run.progress.update(clock.samples, loss=numbers["loss"], samples_per_s=rate)
 
 
 def log_left_out(run: Run, clock: Clock, what: LeftOut) -> Clock:
@@ -48,7 +48,7 @@ def log_left_out(run: Run, clock: Clock, what: LeftOut) -> Clock:
     if what.is_overflow:
         return dataclasses.replace(clock, skipped_steps=0)
     run.progress.say(f"{run.folder.path.name}: update {clock.step:,} left out: {what.reason}")
-    require_progress(clock.skipped_steps, run.config.train.max_skipped_steps, what, images=clock.images)
+    require_progress(clock.skipped_steps, run.config.train.max_skipped_steps, what, images=clock.samples)
     return clock
 
 
@@ -56,7 +56,7 @@ def log_evaluation(run: Run, clock: Clock, kind: str, result: Evaluation) -> Non
     """What an evaluation of the `kind` of weights, "raw" or "ema", found."""
     log(run, clock, "eval", {"split": "test", "weights": kind, **result.to_json()})
     run.progress.say(
-        f"{run.folder.path.name}: {clock.images:,} {run.task.unit}: {run.task.best_in_words} "
+        f"{run.folder.path.name}: {clock.samples:,} {run.task.unit}: {run.task.best_in_words} "
         f"{result.numbers[run.task.best]:.2%} ({kind} weights, {result.num_samples:,} test {run.task.unit})"
     )
 

@@ -46,7 +46,7 @@ def train(config: RunConfig, folder: RunFolder, ranks: Ranks) -> bool:
         trace, num_profiled = folder.path / "profile.json", settings.profile_steps if ranks.is_main else 0
         step_is_done = stack.enter_context(step_profiler(trace, num_profiled, run.progress.say))
         logged = clock
-        while clock.images < total:
+        while clock.samples < total:
             # ---- one step
             with run.phase("waiting for data", clock):
                 batches = next(steps)
@@ -57,12 +57,12 @@ def train(config: RunConfig, folder: RunFolder, ranks: Ranks) -> bool:
             log_compilation(run)
             clock = Clock(
                 step=before.step + 1,
-                images=before.images + run.loader.global_batch_size,
+                samples=before.samples + run.loader.global_batch_size,
                 time_s=time.monotonic() - started,
                 loader=batches.next_state,
                 skipped_steps=before.skipped_steps + 1 if result.left_out else 0,
             )
-            is_last = clock.images >= total
+            is_last = clock.samples >= total
             if result.left_out:
                 clock = log_left_out(run, clock, result.left_out)
             elif clock.step % settings.log_interval_steps == 0 or is_last or is_stopping:
@@ -83,7 +83,9 @@ def train(config: RunConfig, folder: RunFolder, ranks: Ranks) -> bool:
                 logged = dataclasses.replace(clock, time_s=time.monotonic() - started)
             if is_stopping and not is_last:
                 run.writer.wait()
-                run.progress.say(f"stopped by a signal at {clock.images:,} images, saved; the same command continues")
+                run.progress.say(
+                    f"stopped by a signal at {clock.samples:,} {run.task.unit}, saved; the same command continues"
+                )
                 return False
         # ---- the end
         if not evaluate_weights(run, clock, stop, both=True):
@@ -95,7 +97,7 @@ def train(config: RunConfig, folder: RunFolder, ranks: Ranks) -> bool:
 
 def is_due(before: Clock, after: Clock, interval_images: int) -> bool:
     """True when a multiple of the interval lies in (before, after]; an interval of 0 is never due."""
-    return interval_images > 0 and before.images // interval_images < after.images // interval_images
+    return interval_images > 0 and before.samples // interval_images < after.samples // interval_images
 
 
 def evaluate_weights(run: Run, clock: Clock, stop: StopFlag, *, both: bool) -> bool:

@@ -13,10 +13,11 @@ LOG_INTERVAL_S = 15.0
 
 
 class RunProgress:
-    """Shows images seen, images/s, loss and remaining time; silent on ranks other than 0."""
+    """Shows samples seen, in the task's unit, their rate, loss and remaining time; silent on ranks other than 0."""
 
-    def __init__(self, name: str, *, total_images: int, is_shown: bool) -> None:
-        self._name, self._total_images, self._start_images = printable(name), total_images, 0
+    def __init__(self, name: str, *, total_samples: int, unit: str, is_shown: bool) -> None:
+        self._name, self._total_samples, self._start_samples = printable(name), total_samples, 0
+        self._unit = unit
         self._is_shown = is_shown
         self._started = time.monotonic()
         self._last_line = -float("inf")
@@ -26,11 +27,11 @@ class RunProgress:
                 TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
-                TextColumn("images  {task.fields[numbers]}"),
+                TextColumn(f"{unit}  {{task.fields[numbers]}}"),
                 TimeRemainingColumn(),
                 console=Console(),
             )
-            self._task = self._bar.add_task(self._name, total=total_images, numbers="")
+            self._task = self._bar.add_task(self._name, total=total_samples, numbers="")
 
     def __enter__(self) -> "RunProgress":
         if self._bar:
@@ -43,24 +44,25 @@ class RunProgress:
         if self._bar:
             self._bar.stop()
 
-    def continue_from(self, images: int) -> None:
+    def continue_from(self, samples: int) -> None:
         """The run starts here: only what comes after counts for the remaining time."""
-        self._start_images = images
+        self._start_samples = samples
         self._started = time.monotonic()
 
-    def update(self, images: int, *, loss: float, images_per_s: float) -> None:
+    def update(self, samples: int, *, loss: float, samples_per_s: float) -> None:
         """Show the state after an optimizer step."""
-        numbers = f"loss {loss:.4f}  {images_per_s:,.0f} images/s"
+        numbers = f"loss {loss:.4f}  {samples_per_s:,.0f} {self._unit}/s"
         if bar := self._living_bar():
-            bar.update(self._task, completed=images, numbers=numbers)
+            bar.update(self._task, completed=samples, numbers=numbers)
             return
         now = time.monotonic()
-        if self._is_shown and (now - self._last_line >= LOG_INTERVAL_S or images >= self._total_images):
+        if self._is_shown and (now - self._last_line >= LOG_INTERVAL_S or samples >= self._total_samples):
             self._last_line = now
-            done = max(1, images - self._start_images)
-            remaining_s = (now - self._started) / done * (self._total_images - images)
+            done = max(1, samples - self._start_samples)
+            remaining_s = (now - self._started) / done * (self._total_samples - samples)
             print(
-                f"{self._name}: {images:,} of {self._total_images:,} images  {numbers}  {format_s(remaining_s)} left",
+                f"{self._name}: {samples:,} of {self._total_samples:,} {self._unit}  {numbers}  "
+                f"{format_s(remaining_s)} left",
                 flush=True,
             )
 

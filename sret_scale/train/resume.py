@@ -25,7 +25,7 @@ def pieces_of(run: Run) -> Iterator[Piece]:
 def save(run: Run, clock: Clock) -> None:
     """Begin a checkpoint of everything that decides how the run goes on, as it is now; all ranks must call it."""
     state = {
-        "images": clock.images,
+        "images": clock.samples,
         "time_s": clock.time_s,
         "loader": clock.loader.to_json(),
         "skipped_steps": clock.skipped_steps,
@@ -73,12 +73,12 @@ def restore(run: Run) -> Clock:
         run.average.statistics = {name: value.to(run.ranks.device) for name, value in measured.items()}
     clock = Clock(
         step=state["step"],
-        images=state["images"],
+        samples=state["images"],
         time_s=state["time_s"],
         is_evaluated=state["is_evaluated"],
         skipped_steps=state.get("skipped_steps", 0),
         loader=LoaderState.from_json(state["loader"]),
     )
-    run.progress.continue_from(clock.images)
-    run.progress.say(f"{run.folder.path.name}: continues from {checkpoint.name} ({clock.images:,} images)")
+    run.progress.continue_from(clock.samples)
+    run.progress.say(f"{run.folder.path.name}: continues from {checkpoint.name} ({clock.samples:,} {run.task.unit})")
     return clock

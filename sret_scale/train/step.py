@@ -63,7 +63,7 @@ def optimizer_step(run: Run, step: Step, clock: Clock, *, must_stop: Callable[[]
     must_stop: asked once the gradient is there, so that a signal that came meanwhile ends the run with this step.
     """
     config, ranks, engine = run.config, run.ranks, run.engine
-    rate = learning_rate(config, clock.images)
+    rate = learning_rate(config, clock.samples)
     set_rates(engine.param_groups, rate)
     before = {name: value.clone() for name, value in engine.buffers().items()}
     plans = plans_of(config, clock)
@@ -72,7 +72,7 @@ def optimizer_step(run: Run, step: Step, clock: Clock, *, must_stop: Callable[[]
         step=clock.step,
         micro_step=0,
         rank=ranks.rank,
-        progress=clock.images / config.train.total_images,
+        progress=clock.samples / config.train.total_images,
     )
 
     def loss_of(micro_step: int, batch: Batch) -> Tensor:
@@ -104,7 +104,7 @@ def optimizer_step(run: Run, step: Step, clock: Clock, *, must_stop: Callable[[]
 
 def plans_of(config: RunConfig, clock: Clock) -> tuple[DepthPlan, ...] | None:
     """The depth of a step: the same on every rank, in every micro-step and after a restart."""
-    progress = clock.images / (config.depth.growth_images or config.train.total_images)
+    progress = clock.samples / (config.depth.growth_images or config.train.total_images)
     return depth_plans(config.depth, config.model, seed=config.train.seed, step=clock.step, progress=progress)
 
 

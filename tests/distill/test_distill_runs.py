@@ -10,7 +10,7 @@ from torch import nn
 
 from data_pipelines.image.augment import AugmentConfig
 from sret_scale.cli import main
-from sret_scale.model import SReT, preset
+from sret_scale.model import SReT, SReTConfig, preset
 from sret_scale.model.vision.official import to_published
 from sret_scale.model.vision.weight_files import save_model
 from sret_scale.train.load_run import initial_state, load_model
@@ -83,6 +83,7 @@ def test_store_of_other_views_stops_the_run_before_its_first_step(config: Path, 
 def test_run_starts_from_the_weights_of_another_run(config: Path, live: list[float]) -> None:
     run = config.parent / "live"
     model = tiny_config(config.parent).model
+    assert isinstance(model, SReTConfig)
     state = initial_state(f"run:{run}", model)
     assert torch.equal(state["head.weight"], load_model(run, "ema", print)[0].state_dict()["head.weight"])
     larger = initial_state(f"run:{run}", replace(model, image_size=48, drop_path=0.0))
@@ -98,7 +99,7 @@ def test_run_starts_from_the_weights_of_another_run(config: Path, live: list[flo
 def test_weights_of_another_architecture_or_none_are_refused_before_the_start(config: Path, tmp_path: Path) -> None:
     model = tiny_config(config.parent).model
     other = replace(model, stages=(model.stages[0], replace(model.stages[1], mlp_ratio=2.0)))
-    save_model(SReT(other), tmp_path / "other.safetensors")
+    save_model(other.build(), tmp_path / "other.safetensors")
     arguments = ["train", str(config), "--run", str(tmp_path / "run"), "--ranks", "1"]
     for source, message in (
         (f"{tmp_path}/other.safetensors", "of another architecture: stages.1.mlp_ratio: 2.0 -> 4.0"),

@@ -97,7 +97,7 @@ def test_the_command_looks_at_a_run_and_writes_figures(tmp_path: Path, capsys: p
     config = tiny_config(tiny_shards(tmp_path / "shards"))
     run = tmp_path / "run"
     write_config(run / "config.yaml", config)
-    tensors = {"weights": SReT(config.model).state_dict()}
+    tensors = {"weights": config.model.build().state_dict()}
     save_checkpoint(run / "checkpoints", step=3, tensors=tensors, state={"model": to_plain(config.model), "loader": ""})
     assert cli.main(["analyze", "loops", str(run), "--images", "20"]) == 0
     said = capsys.readouterr().out

@@ -32,7 +32,7 @@ from sret_scale.launch.hostfile import read_hostfile
 from sret_scale.memory import prepare_memory
 from sret_scale.memory.planning.probe import probe_step
 from sret_scale.memory.planning.rank_state import state_bytes
-from sret_scale.model import SReT, describe
+from sret_scale.model import describe
 from tests.tiny import ROOT, tiny_config, tiny_shards, write_config
 
 LOOPS = "model.stages.0.num_loops + model.stages.1.num_loops"
@@ -116,7 +116,7 @@ def test_equal_memory_lets_the_planner_choose_batch_and_schedule(base: str) -> N
     assert deep.train.global_batch_size % deep.train.micro_batch_size == 0
     plain = override(from_yaml(Path(base)), ["memory.schedule=none"])
     assert shallow.memory.budget_bytes == memory_of(plain, 1)
-    model = SReT(deep.model)
+    model = deep.model.build()
     prepared = prepare_memory(
         model,
         deep.memory,
@@ -134,7 +134,7 @@ def test_the_memory_of_a_run_is_what_the_run_itself_predicts(base: str, schedule
     config = override(from_yaml(Path(base)), [f"memory.schedule={schedule}"])
     micro = config.train.micro_batch_size
     state: dict[str, Any] = {"micro_batch_size": micro, "precision": "fp32", "world_size": 1, "zero_stage": 1}
-    prepared = prepare_memory(SReT(config.model), config.memory, **state)
+    prepared = prepare_memory(config.model.build(), config.memory, **state)
     costs = probe_step(config.model, micro_batch_size=micro)
     assert memory_of(config, 1) == state_bytes(costs, world_size=1, zero_stage=1).total + prepared.activations
 

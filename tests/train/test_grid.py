@@ -11,7 +11,7 @@ from data_pipelines.grids.mazes import UNREACHED
 from data_pipelines.stream.loader import Batch
 from sret_scale.config.run_config import GridConfig, RunConfig, from_yaml, override, to_yaml
 from sret_scale.config.step_depth import DepthConfig, depth_plans
-from sret_scale.model import SReT, preset
+from sret_scale.model import preset
 from sret_scale.tasks import task_of
 from sret_scale.tasks.grid import Grid, symmetric
 from sret_scale.train.assemble import Clock
@@ -132,7 +132,7 @@ def test_a_step_tells_the_loss_how_many_loops_are_done() -> None:
 
     plans = plans_of(one, Clock(step=3))
     assert plans is not None
-    model = SReT(one.model)
+    model = one.model.build()
     moment = Moment(seed=0, step=3, micro_step=0, rank=0, progress=0.0)
     inputs = task.inputs(batch(), seed=0, device=CPU)
     loss = micro_batch_loss(model, Spy(one), inputs, moment, config=one, plans=plans)

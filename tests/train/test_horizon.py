@@ -14,6 +14,7 @@ from sret_scale.cli import main
 from sret_scale.config.recipes import recipe
 from sret_scale.lab.analysis.horizon import STEP, HorizonPoint, horizon, in_words, stepped
 from sret_scale.memory import MemoryConfig, predict_activations
+from sret_scale.model import SReTConfig
 from sret_scale.model.depth_plan import DepthPlan, StageDepth
 from sret_scale.tasks import task_of
 from sret_scale.train.evaluate_main import load_model_of, open_shards
@@ -29,6 +30,7 @@ def mazes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = GridOptions(puzzle="reach", count=10, smallest=7, largest=7)
     write_shards(WriteConfig(kind="mazes", source=made, seed=None), folder / "shards")
     config = recipe("reach").config
+    assert isinstance(config.model, SReTConfig)
     stage = replace(config.model.stages[0], num_loops=6)
     shards = str(folder / "shards")
     config = replace(

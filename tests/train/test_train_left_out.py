@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 from data_pipelines.image.augment import normalise
 from data_pipelines.shards.index import open_shards
 from sret_scale.config.run_config import from_yaml
-from sret_scale.model import SReT
 from sret_scale.runs.checkpoint import list_checkpoints, read_state
 from sret_scale.train.batch_norm import measured_statistics, training_batches
 from sret_scale.train.distributed import Ranks
@@ -87,7 +86,7 @@ def test_the_last_average_has_statistics_that_one_rank_measures_alike(folder: Pa
     newest = list_checkpoints(folder / "straight" / "checkpoints")[0]
     saved = load_file(newest / "ema_statistics.safetensors")
     config = from_yaml(folder / "tiny.yaml")
-    model = SReT(config.model)
+    model = config.model.build()
     model.load_state_dict(load_file(newest / "ema.safetensors"))
     averaged = {name: value.clone() for name, value in model.named_buffers() if name in saved}
     alone = Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
@@ -113,7 +112,7 @@ def test_statistics_are_measured_once_though_the_end_saves_and_evaluates_and_a_r
 def test_measured_statistics_are_those_of_all_images_at_once(folder: Path) -> None:
     config = from_yaml(folder / "tiny.yaml")
     config = replace(config, optim=replace(config.optim, ema_statistics_images=64))
-    model = SReT(config.model).eval()
+    model = config.model.build().eval()
     shards = open_shards(folder / "shards" / "train")
     alone = Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
     images = torch.cat([batch.images for batch in training_batches(shards, config, alone)]).float() / 255
