@@ -24,6 +24,8 @@ def draw_contact_sheet(folder: str | Path, *, first: int = 0, num_images: int = 
     Raises ValueError when there are none.
     """
     shards = open_shards(folder)
+    if shards.is_text:
+        raise ValueError(f"{folder}: expected images, got text, of which there are no pictures")
     rows = range(first, min(first + num_images, shards.num_samples))
     if num_images < 1:
         raise ValueError(f"number of images: expected 1 or more, got {num_images}")

@@ -16,6 +16,7 @@ from data_pipelines.shards.index import ShardSet, open_shards
 from data_pipelines.stream.loader import Batch, LoaderState, TrainLoader, evaluation_batches
 from data_pipelines.stream.webdataset_door import to_webdataset
 from data_pipelines.text.pieces import TextWindows
+from data_pipelines.upkeep.contact_sheet import draw_contact_sheet
 from data_pipelines.upkeep.verify import verify_shards
 from data_pipelines.writing.write import WriteConfig, write_shards
 from sret_scale.cli import main
@@ -171,6 +172,12 @@ def test_bad_texts_and_options_are_refused(
     source = write_texts(tmp_path / "texts", documents)
     assert main(["shards", "write", "text", str(source), str(tmp_path / "set"), *options]) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "set").exists()
+
+
+def test_text_has_no_pictures(tmp_path: Path) -> None:
+    make(tmp_path)
+    with pytest.raises(ValueError, match="expected images, got text, of which there are no pictures"):
+        draw_contact_sheet(tmp_path / "set")
 
 
 def test_a_window_is_of_text_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -179,6 +179,8 @@ def test_a_run_from_shards_to_text(shards: Path, tmp_path: Path, capfdbinary: py
     telemetry = [line for line in lines if line["kind"] == "telemetry"]
     assert telemetry and all(0 < one <= 1 for one in telemetry[0]["blocks"][0]["attention_entropy"])
     assert 0 < last["bits_per_byte"] < 9 and (run / "best.safetensors").exists()
+    assert main(["report", str(run), "-o", str(tmp_path / "page.html")]) == 0
+    assert "bits saved" in (tmp_path / "page.html").read_text()
     capfdbinary.readouterr()
     for weights in ("raw", "best"):
         assert main(["evaluate", str(run), "--json", "--weights", weights]) == 0
@@ -203,6 +205,26 @@ def test_a_run_from_shards_to_text(shards: Path, tmp_path: Path, capfdbinary: py
             Path("a.png").write_bytes(b"")
             status, err = main(command), capfdbinary.readouterr().err
         assert (status, message in err) == (2, True), err
+
+
+@pytest.mark.slow
+@pytest.mark.multi_process
+def test_zero_3_computes_the_same(shards: Path, tmp_path: Path) -> None:
+    """It gathers the weights of the stages, and those of the embedding again for the head."""
+    folders = [f"data.train_folder={shards / 'train'}", f"data.test_folder={shards / 'test'}"]
+    changes = [
+        "train.total_images=32",
+        "optim.warmup_images=8",
+        "train.compile=none",
+        "memory.schedule=per_application",
+    ]
+    found = []
+    for name in ("zero0", "zero3"):
+        run = ["--run", str(tmp_path / name), "--ranks", "2", f"engine.ds_config={name}", "train.micro_batch_size=4"]
+        assert main(["train", "lm_tiny", *run, *TINY, *folders, *changes]) == 0
+        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        found.append([line["loss"] for line in lines if line["kind"] in ("train", "eval")])
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
 
 
 @pytest.mark.parametrize(

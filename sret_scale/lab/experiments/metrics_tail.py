@@ -6,6 +6,8 @@ from pathlib import Path
 from sret_scale.runs.metrics_log import number, parse_line
 
 TAIL_BYTES = 8192
+# The number that an evaluation is best in, of each task.
+BEST = ("top1", "exact", "saved")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +48,7 @@ def standing_of(folder: Path) -> Standing:
         images=_count((train or {}).get("images")),
         loss=_finite((train or {}).get("loss")),
         images_per_s=_finite((train or {}).get("images_per_s")),
-        top1=_finite((evaluation or {}).get("top1", (evaluation or {}).get("exact"))),
+        top1=_finite(next((evaluation[name] for name in BEST if name in evaluation), None) if evaluation else None),
     )
 
 

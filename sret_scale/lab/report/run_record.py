@@ -86,7 +86,8 @@ class RunRecord:
     @property
     def accuracy(self) -> tuple[str, str]:
         """(field, words) of the number that an evaluation of the run's task is best in."""
-        return ("exact", "exact match") if self.config.get("task") == "grid" else ("top1", "top-1")
+        known = {"grid": ("exact", "exact match"), "language": ("saved", "bits saved")}
+        return known.get(self.config.get("task", ""), ("top1", "top-1"))
 
     @property
     def images_seen(self) -> int:

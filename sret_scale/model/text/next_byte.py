@@ -74,7 +74,11 @@ class NextByte(StackModel):
         *stages, last = (cast(Stage, stage) for stage in self.stages)
         for stage in stages:
             x_BND = stage(x_BND, noise, plan)
-        yield from last.outputs(x_BND, noise, plan, () if plan is None else plan.supervised)
+        if plan is None:
+            # As a call, around which ZeRO 3 gathers the stage's weights.
+            yield last(x_BND, noise)
+        else:
+            yield from last.outputs(x_BND, noise, plan, plan.supervised)
 
     def forward_head(self, features_BND: Tensor) -> Tensor:
         """(B, N, V) scores of the next byte behind each token."""
