@@ -50,7 +50,6 @@ def run(args: argparse.Namespace) -> None:
     from data_pipelines.atomic_files import replacing
     from sret_scale.model.loop_export import keep_loops
     from sret_scale.model.vision.for_inference import folded
-    from sret_scale.model.vision.sret import as_sret
     from sret_scale.model.vision.weight_files import save_model
     from sret_scale.train.load_run import load_facts, load_trained
 
@@ -61,14 +60,12 @@ def run(args: argparse.Namespace) -> None:
         save_model(model, args.out, facts)
         print(f"{args.out}: safetensors")
         return
-    model = as_sret(model, f"--format {args.format}")
     if args.format == "onnx":
         for package in ("onnx", "onnxscript", "onnxruntime"):
             if importlib.util.find_spec(package) is None:
                 raise ValueError(f"{package} is not installed: {install_extra('export')}")
-    size, channels = model.config.image_size, model.config.in_channels
-    images_BCHW = torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(0))
-    shapes = {"images_BCHW": {0: torch.export.Dim("batch")}}
+    images_BCHW = torch.randn(model.config.example(2).shape, generator=torch.Generator().manual_seed(0))
+    shapes = ({0: torch.export.Dim("batch")},)
     ready = folded(model)
     if args.loops == "kept":
         keep_loops(ready)
@@ -87,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
                 partial,
                 input_names=["images"],
                 output_names=["scores"],
-                dynamic_shapes={"images_BCHW": {0: "batch"}},
+                dynamic_shapes=({0: "batch"},),
                 dynamo=True,
                 external_data=False,
                 verbose=False,
@@ -125,8 +122,7 @@ def _difference(model, file: Path, file_format: str) -> float:  # type: ignore[n
     """Largest difference of a score between the exported program and the model, at another batch size."""
     import torch
 
-    size, channels = model.config.image_size, model.config.in_channels
-    images_BCHW = torch.randn(3, channels, size, size, generator=torch.Generator().manual_seed(1))
+    images_BCHW = torch.randn(model.config.example(3).shape, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = model(images_BCHW)
         if file_format == "torch":

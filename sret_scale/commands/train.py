@@ -19,7 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Everything that decides what is computed is a config field; flags say only where and how to start."""
     parser.add_argument(
         "recipe",
-        help="a recipe (small, sret, deit, fkd, deit3, ...), a model preset (see `describe`), or a YAML file",
+        help="a recipe (small, sret, deit, fkd, deit3, ...), a model preset (see `describe`), timm:NAME?num_loops=2, a "
+        "YAML file",
     )
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="configuration fields to change")
     parser.add_argument("--run", type=Path, help="folder of the run (default: runs/RECIPE)")
@@ -74,5 +75,6 @@ def folder_of(args: argparse.Namespace) -> Path:
     """The folder of the run: the one asked for, that of a run's own configuration, or one called like the recipe."""
     file = Path(args.recipe)
     is_of_run = file.name == "config.yaml" and (file.parent / "environment.json").exists()
-    folder: Path = args.run or (file.parent if is_of_run else Path("runs") / file.stem)
+    name = file.stem.partition("?")[0].removeprefix("timm:")
+    folder: Path = args.run or (file.parent if is_of_run else Path("runs") / name)
     return folder

@@ -13,6 +13,7 @@ from sret_scale.config.run_config import (
     RunConfig,
     TrainConfig,
     from_yaml,
+    model_of,
     nearest,
     override,
 )
@@ -38,12 +39,12 @@ class Recipe:
 
 
 def recipe(name: str) -> Recipe:
-    """The recipe of that name, or `sret` with the model preset of that name; ValueError with the nearest name."""
+    """The recipe of that name, or `sret` with the preset, or `timm:NAME`, of that name; ValueError with the nearest."""
     if name in RECIPES:
         return RECIPES[name]
-    if name in PRESETS:
+    if name in PRESETS or name.startswith("timm:"):
         base = RECIPES["sret"]
-        return replace(base, config=replace(base.config, model=preset(name)))
+        return replace(base, config=replace(base.config, model=model_of(name)))
     raise ValueError(f"no recipe or model preset {name!r}: {nearest(name, [*RECIPES, *PRESETS])}")
 
 

@@ -31,11 +31,13 @@ from sret_scale.config.image_counts import resolve_counts, take_texts
 from sret_scale.config.removed_fields import is_removed
 from sret_scale.config.step_depth import DepthConfig
 from sret_scale.config.telemetry_config import TelemetryConfig
+from sret_scale.config.timm_config import TimmConfig, timm_config
 from sret_scale.distill import DistillConfig
 from sret_scale.memory import MemoryConfig
 from sret_scale.model import SReTConfig, TextConfig, preset
+from sret_scale.model.config import ImageConfig
 
-ModelConfig = SReTConfig | TextConfig
+ModelConfig = SReTConfig | TextConfig | TimmConfig
 """The kinds of models that a run may train, told apart by `kind`; the first is meant where that is absent."""
 
 ParameterClass = Literal["tied", "projection", "residual", "stem_head"]
@@ -226,8 +228,15 @@ class RunConfig:
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
 
     @property
+    def images(self) -> ImageConfig:
+        """The model, for what is asked of images alone. ValueError where it reads something else."""
+        if not isinstance(self.model, ImageConfig):
+            raise ValueError(f"this is for models of images, got one of kind {self.model.kind!r}")
+        return self.model
+
+    @property
     def vision(self) -> SReTConfig:
-        """The model, for what is asked of images alone. ValueError where it is of another kind."""
+        """The model, for what is asked of an SReT alone. ValueError where it is of another kind."""
         if not isinstance(self.model, SReTConfig):
             raise ValueError(f"this is for models of kind 'vision', got one of kind {self.model.kind!r}")
         return self.model
@@ -418,6 +427,11 @@ def to_plain(config: Any) -> Any:
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 
+def model_of(name: str) -> ModelConfig:
+    """The preset of that name, or the backbone that `timm:NAME?key=value` makes recursive; ValueError for neither."""
+    return timm_config(name) if name.startswith("timm:") else preset(name)
+
+
 class RefusedError(ValueError):
     """A configuration that cannot be. `text` is its YAML as far as it was read: what was refused is mended there."""
 
@@ -441,7 +455,7 @@ def from_yaml(file: Path, assignments: Sequence[str] = ()) -> RunConfig:
         raise ValueError(f"{file}: expected sections of a run configuration, got {type(tree).__name__}")
     try:
         if isinstance(tree.get("model"), str):
-            tree["model"] = to_plain(preset(tree["model"]))
+            tree["model"] = to_plain(model_of(tree["model"]))
         texts = take_texts(tree)
         config: RunConfig = build(RunConfig, tree)
     except ValueError as error:
@@ -452,9 +466,9 @@ def from_yaml(file: Path, assignments: Sequence[str] = ()) -> RunConfig:
 def override(config: RunConfig, assignments: Sequence[str]) -> RunConfig:
     """`config` with `section.field=value` assignments applied in order; values are YAML.
 
-    `model=NAME` takes another preset whole; items of a tuple are numbered (`model.stages.1.num_loops=20`), and a field
-    of stages without a number is set in all (`model.num_loops=20`); counts of images may be `10ep` or `5%`
-    (`image_counts`), and model.num_classes `auto`, for which the training set is opened.
+    `model=NAME` takes another preset, or `timm:NAME?num_blocks=4&num_loops=3`, whole; items of a tuple are numbered
+    (`model.stages.1.num_loops=20`), and a field of stages without a number is set in all (`model.num_loops=20`). Counts
+    of images may be `10ep` or `5%` (`image_counts`), model.num_classes `auto`, for which the training set is opened.
     """
     tree = to_plain(config)
     try:
@@ -470,7 +484,7 @@ def _overridden(tree: dict[str, Any], assignments: Sequence[str]) -> RunConfig:
             raise ValueError(f"override {assignment!r} is not of the form section.field=value")
         value = parse_yaml(text, source=f"the value of {key}")
         if key == "model" and isinstance(value, str):
-            tree["model"] = to_plain(preset(value))
+            tree["model"] = to_plain(model_of(value))
         elif not is_removed(key, value):
             _assign(tree, key, value)
     training_set = functools.cache(lambda: open_training_data(build(DataConfig, tree["data"], "data")))

@@ -85,7 +85,7 @@ def depth_curve(request: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     """
     run, applications = Path(request["run"]), request["applications"]
     shards, config = open_shards(run, request["shards"], request["image_size"])
-    image_size = config.vision.image_size
+    image_size = config.images.image_size
     model, weights, step = load_model_of(run, request["weights"], None, request["image_size"])
     counts = loops_after(model.config, applications)
     stages = model.config.stages

@@ -104,9 +104,9 @@ def check_run(config: RunConfig, world_size: int) -> None:
     grad_accum_steps(train, world_size)
     zero_stage = zero_stage_of(load_ds_config(config.engine.ds_config))
     check_optimizer(config.optim, zero_stage)
+    with torch.device("meta"):
+        model = config.model.build()
     if config.memory.budget_bytes is not None:
-        with torch.device("meta"):
-            model = config.model.build()
         set_up_recomputation(model, config, world_size)
     check_depth(
         config.depth,

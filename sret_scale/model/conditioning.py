@@ -54,12 +54,11 @@ class NormByDepth(nn.Module):
 
     def deltas(self, loop: int, place: LoopPosition | None = None) -> LoopDeltas:
         """`norms` (2 norms, scale and bias, D) at the loop's depth, or at `place` among another number of loops."""
-        features = self.features[loop]
-        if place is not None and place.num_loops != len(self.features):
+        if place is None or place.num_loops == len(self.features):
+            features = self.features[loop if place is None else place.position]
+        else:
             row = depth_features(place.num_loops)[place.position]
             features = uploaded(row, self.features.device).to(self.features.dtype)
-        elif place is not None:
-            features = self.features[place.position]
         return LoopDeltas(norms=(features @ self.delta).view(2, 2, -1))
 
 

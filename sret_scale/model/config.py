@@ -200,6 +200,10 @@ class StackConfig(abc.ABC):
     def build(self) -> "StackModel":
         """The model, its weights drawn from torch's global generator."""
 
+    def measured_macs(self) -> int | None:
+        """Multiply-adds of a sample's pass where they are counted in one; None where they follow from this config."""
+        return None
+
     @property
     def num_applications(self) -> int:
         """Depth: uses of a block in the whole model."""
@@ -207,11 +211,36 @@ class StackConfig(abc.ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SReTConfig(StackConfig):
-    """A model of images. A pooling halves the grid between stages.
+class ImageConfig(StackConfig):
+    """What models of images share.
 
     image_size, in_channels: side of the square input in pixels, and its colours.
     num_classes: those of the training set; `auto` takes them from it.
+    """
+
+    image_size: int = 224
+    in_channels: int = 3
+    num_classes: int = 1000
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, most in (("image_size", 1 << 14), ("in_channels", 1 << 10), ("num_classes", 1 << 24)):
+            require_positive(name, getattr(self, name), most)
+
+    def example(self, micro_batch_size: int) -> Tensor:
+        """(B, C, H, W) images."""
+        return torch.zeros(micro_batch_size, self.in_channels, self.image_size, self.image_size)
+
+    @property
+    def sample_size(self) -> dict[str, int]:
+        """See `StackConfig.sample_size`."""
+        return {"image_size": self.image_size}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SReTConfig(ImageConfig):
+    """A model of images. A pooling halves the grid between stages.
+
     stem_strides: of the three stem convolutions.
     stem: three "convolutions" (published), or a linear layer of single "pixels", whose strides are 1.
     stem_norm: "batch" is published; "sync_batch" takes its moments over all ranks (see `stem.SyncBatchNorm`).
@@ -220,9 +249,6 @@ class SReTConfig(StackConfig):
     """
 
     kind: Literal["vision"] = "vision"
-    image_size: int = 224
-    in_channels: int = 3
-    num_classes: int = 1000
     stem_strides: tuple[int, int, int] = (2, 2, 2)
     stem: StemKind = "convolutions"
     stem_norm: StemNorm = "batch"
@@ -232,8 +258,6 @@ class SReTConfig(StackConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "stem_strides", require_list("stem_strides", self.stem_strides))
-        for name, most in (("image_size", 1 << 14), ("in_channels", 1 << 10), ("num_classes", 1 << 24)):
-            require_positive(name, getattr(self, name), most)
         if self.stages[0].width % 2:
             raise ValueError(f"the first stage's width must be even for the stem, got {self.stages[0].width}")
         for stride in self.stem_strides:
@@ -259,15 +283,6 @@ class SReTConfig(StackConfig):
         """Tokens on the grid of stage `index`; with windows the padding counts."""
         stage, grid = self.stages[index], self.grids[index]
         return (padded_side(grid, stage.window) if stage.slices == "windows" else grid) ** 2
-
-    def example(self, micro_batch_size: int) -> Tensor:
-        """(B, C, H, W) images."""
-        return torch.zeros(micro_batch_size, self.in_channels, self.image_size, self.image_size)
-
-    @property
-    def sample_size(self) -> dict[str, int]:
-        """See `StackConfig.sample_size`."""
-        return {"image_size": self.image_size}
 
     def build(self) -> "SReT":
         """The model; see `StackConfig.build`."""

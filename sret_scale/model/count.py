@@ -4,10 +4,12 @@ Papers mix the measures, so they are always reported together: applications of a
 feed-forward and projection) and weight layers (qkv, out, fc1, fc2 and the projection's fc1, fc2).
 """
 
+import re
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
 
 from sret_scale.model.applications import (
     application_slots,
@@ -18,33 +20,40 @@ from sret_scale.model.applications import (
 from sret_scale.model.conditioning import NUM_DEPTH_FEATURES
 from sret_scale.model.config import SReTConfig, StackConfig
 from sret_scale.model.stack import StackModel
+from sret_scale.model.stage import Stage
 from sret_scale.model.text.text_config import NUM_BYTES, TextConfig
 
 
-def describe(config: SReTConfig | TextConfig, image_size: int | None = None) -> dict[str, Any]:
+def describe(config: StackConfig, image_size: int | None = None) -> dict[str, Any]:
     """JSON-ready counts for one image, or one window of text.
 
     `macs` counts all; `macs_published` leaves the head out, as the paper does.
     """
     if image_size is not None:
-        if not isinstance(config, SReTConfig):
+        if not hasattr(config, "image_size"):
             raise ValueError("an image size is for models of images: leave it out")
-        config = replace(config, image_size=image_size)
+        config = replace(config, image_size=image_size)  # type: ignore[call-arg]
     # Padding is no part of a model: what is counted is what the published layout holds.
     config = replace(config, padded=False)
     with torch.device("meta"):
         model = config.build()
     stages = [_stage_row(config, index, model) for index in range(len(config.stages))]
     stem_macs = pool_macs = 0
-    if isinstance(config, SReTConfig):
-        sizes = {"image_size": config.image_size, "num_classes": config.num_classes}
-        stem_macs, pool_macs = _stem_macs(config), _pool_macs(config)
-        scores = config.num_classes * (config.grids[-1] ** 2 if config.head == "tokens" else 1)
-    else:
+    measured = config.measured_macs()
+    if isinstance(config, TextConfig):
         sizes = {"context": config.context}
         scores = config.context * NUM_BYTES
+    else:
+        sizes = {name: getattr(config, name) for name in ("image_size", "num_classes")}
+        scores = sizes["num_classes"]
+    if isinstance(config, SReTConfig):
+        stem_macs, pool_macs = _stem_macs(config), _pool_macs(config)
+        scores *= config.grids[-1] ** 2 if config.head == "tokens" else 1
     head_macs = config.stages[-1].width * scores
-    body_macs = stem_macs + pool_macs + sum(row["macs"] for row in stages)
+    if measured is None:
+        body_macs = stem_macs + pool_macs + sum(row["macs"] for row in stages)
+    else:
+        body_macs = measured - head_macs
     return {
         **sizes,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -62,11 +71,16 @@ def describe(config: SReTConfig | TextConfig, image_size: int | None = None) -> 
 
 def _stage_row(config: StackConfig, index: int, model: StackModel) -> dict[str, Any]:
     stage, applications = config.stages[index], config.stages[index].num_applications
+    sizes: dict[str, Any] = {"tokens": config.num_tokens(index), "macs": _stage_macs(config, index)}
+    sub_layers, layers = 2, 4
     if isinstance(config, SReTConfig):
         grid = config.grids[index]
-        sizes = {"grid": grid, "tokens": grid * grid}
-    else:
-        sizes = {"tokens": config.num_tokens(index)}
+        sizes |= {"grid": grid, "tokens": grid * grid}
+    elif isinstance(inner := getattr(cast(Stage, model.stages[index]).blocks[0], "inner", None), nn.Module):
+        # Of a block that is not ours; what has a norm in front is a sub-layer.
+        sizes = {"grid": "-", "tokens": "-", "macs": "-"}
+        sub_layers = sum(re.fullmatch(r"(\d+\.)?norm\d?", name) is not None for name, _ in inner.named_modules())
+        layers = sum(isinstance(module, nn.Linear | nn.Conv2d) for module in inner.modules())
     projected = applications if num_projections(stage) else 0
     return {
         **sizes,
@@ -83,10 +97,9 @@ def _stage_row(config: StackConfig, index: int, model: StackModel) -> dict[str, 
         "norm_placement": stage.norm_placement,
         "conditioning": stage.conditioning,
         "applications": applications,
-        "residual_sublayers": 2 * applications + projected,
-        "weight_layers": 4 * applications + 2 * projected,
+        "residual_sublayers": sub_layers * applications + projected,
+        "weight_layers": layers * applications + 2 * projected,
         "parameters": sum(parameter.numel() for parameter in model.stages[index].parameters()),
-        "macs": _stage_macs(config, index),
     }
 
 

@@ -172,6 +172,7 @@ class Block(nn.Module):
         scale, _ = branch_scales(stage)
         constants, _ = residual_constants(stage)
         self.norms_after = post_norm(stage) is not None
+        self.width, self.num_heads, self.is_causal = stage.width, stage.num_heads, is_causal
         self.norm1 = nn.LayerNorm(stage.width, eps=NORM_EPS)
         self.attention = Attention(stage, sizes, is_causal=is_causal)
         self.residual1 = LearnableResidual(stage, sizes.width, scale, constants)
@@ -180,6 +181,11 @@ class Block(nn.Module):
         self.residual2 = LearnableResidual(stage, sizes.width, scale, constants)
         self.conditioning = conditioning(stage, sizes)
         self.outer_norm = nn.LayerNorm(stage.width, eps=NORM_EPS) if stage.norm_placement == "outer" else None
+
+    @property
+    def residuals(self) -> tuple[LearnableResidual, ...]:
+        """Those of its sub-layers, in their order."""
+        return self.residual1, self.residual2
 
     def forward(
         self,

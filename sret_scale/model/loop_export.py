@@ -15,14 +15,14 @@ from torch.func import functional_call
 
 from sret_scale.model.conditioning import InputInjection
 from sret_scale.model.permutation import TokenOrder, as_index, reorder_tokens
+from sret_scale.model.stack import StackModel
 from sret_scale.model.stage import Application, Stage
-from sret_scale.model.vision.sret import SReT
 
 # Parameters and buffers of `conditioning` with one row a loop.
 _PER_LOOP = ("delta", "features", "down", "up_qkv", "up_fc1", "gain")
 
 
-def keep_loops(model: SReT) -> None:
+def keep_loops(model: StackModel) -> None:
     """Make every stage of a folded model run its chain as loops, for `torch.export`; a plain pass works too."""
     for index in range(len(model.stages)):
         model.stages[index] = LoopedStage(cast(Stage, model.stages[index]))
@@ -35,7 +35,7 @@ class LoopedStage(nn.Module):
         super().__init__()
         self.stage = stage
         num_tokens = stage.config.num_tokens(stage.index)
-        width = stage.blocks[0].norm1.weight.new_empty(1, num_tokens, 1)  # type: ignore[union-attr, operator]
+        width = next(stage.parameters()).new_empty(1, num_tokens, 1)
         order = TokenOrder(stage._draw_permutations(stage.slots, width, None))
         applications = stage.chain(stage.slots, width, order, None, None)
         self.back = order.move_to(None)

@@ -16,12 +16,14 @@ from sret_scale.model.applications import application_slots, resolved_scheme, re
 from sret_scale.model.config import StackConfig
 from sret_scale.model.depth_plan import DepthPlan
 from sret_scale.model.noise import Noise
+from sret_scale.model.vision.carry_weights import adapted_state
 
 ParameterKind = Literal["tied", "projection", "conditioning", "residual", "stem", "pool", "position", "norm", "head"]
 
 # First part of a parameter's name -> its kind; those of stages are told apart further.
 _KINDS: dict[str, ParameterKind] = {
     "stem": "stem",
+    "net": "stem",
     "position": "position",
     "pools": "pool",
     "norm": "norm",
@@ -85,9 +87,12 @@ class StackModel(nn.Module, abc.ABC):
     def forward_head(self, features: Tensor) -> Tensor:
         """Scores from what the last stage gave."""
 
-    @abc.abstractmethod
     def adapted(self, config: Any) -> Self:
         """A new model of another config of this kind, with this one's weights where both have them."""
+        parameter = next(self.parameters())
+        model = config.build().to(parameter.device, parameter.dtype).train(self.training)
+        model.load_state_dict(adapted_state(self.state_dict(), self.config, config, model.state_dict()))
+        return model
 
     def with_loops(self, num_loops: int | Sequence[int]) -> Self:
         """A new model with these loops (per stage, or the same in all) and this one's weights.
@@ -137,7 +142,7 @@ class StackModel(nn.Module, abc.ABC):
 
 def layer_numbers(config: StackConfig) -> dict[str, int]:
     """The layer (see ParameterTag) of every part of the model, by the beginning of its parameters' names."""
-    layers, last = {"stem": 0, "position": 0}, 0
+    layers, last = {"stem": 0, "net": 0, "position": 0}, 0
     for index, stage in enumerate(config.stages):
         if index:
             last += 1

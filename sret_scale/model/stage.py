@@ -80,7 +80,7 @@ class Application:
         """
         if self.block.norms_after:
             raise ValueError("a block with norms after its residuals has no skip")
-        residuals = [self.block.residual1, self.block.residual2]
+        residuals = [*self.block.residuals]
         if self.projection is not None:
             residuals.append(self.projection.residual)
         parts = [self.reordered(part) for part in (x_BND.chunk(2, dim=1) if self.injected else (x_BND,))]
@@ -136,7 +136,8 @@ def run_in_turn(applications: Sequence[Application], x_BND: Tensor) -> Tensor:
 class Stage(nn.Module):
     """Blocks and projections of one resolution level. `run_chain` and `permutations` may be replaced from outside."""
 
-    def __init__(self, config: StackConfig, index: int) -> None:
+    def __init__(self, config: StackConfig, index: int, blocks: Iterable[nn.Module] | None = None) -> None:
+        """blocks: others than ours that take the place of a `Block` each, such as `timm_stack.ForeignBlock`."""
         super().__init__()
         stage = config.stages[index]
         self.config = config
@@ -146,7 +147,8 @@ class Stage(nn.Module):
         self.injected = stage.conditioning in ("input_add", "input_gated", "input_tied")
         self.drop_path_rates = [drop_path_rates(config)[index][slot.block] for slot in self.slots]
         sizes = stored_sizes(config, index)
-        self.blocks = nn.ModuleList(Block(stage, sizes, is_causal=config.is_causal) for _ in range(stage.num_blocks))
+        made = blocks or (Block(stage, sizes, is_causal=config.is_causal) for _ in range(stage.num_blocks))
+        self.blocks = nn.ModuleList(made)
         self.projections = nn.ModuleList(NonLinearProjection(stage, sizes) for _ in range(num_projections(stage)))
         self.windows = None
         if stage.slices == "windows":

@@ -3,9 +3,11 @@
 import difflib
 import importlib
 import os
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -30,16 +32,36 @@ def create_model(name: str, *, num_classes: int, checkpoint: Path | None, channe
     The file is read without running code from it. ValueError for an unknown name, or weights that do not fit.
     """
     timm = import_timm()
-    _check_name(timm, name)
+    check_name(timm, name)
     if checkpoint is None:
         return _published_model(timm, name, channels)
-    model: nn.Module = timm.create_model(name, num_classes=num_classes, in_chans=channels)
-    state = _read_weights(timm, checkpoint)
+    return with_weights(timm.create_model(name, num_classes=num_classes, in_chans=channels), name, checkpoint)
+
+
+def make_network(name: str, arguments: Mapping[str, Any]) -> nn.Module:
+    """The network of a name, or of a class such as `MlpMixer`, whose constructor leaves all sizes open.
+
+    ValueError for a name that timm lacks, or an argument that cannot be.
+    """
+    timm = import_timm()
+    made = getattr(timm.models, name, None)
+    if not isinstance(made, type):
+        check_name(timm, name)
+        made = partial(timm.create_model, name)
+    try:
+        return cast(nn.Module, made(**arguments))
+    except (TypeError, AssertionError, RuntimeError) as error:
+        raise ValueError(f"timm:{name}: {' '.join(str(error).split())[:200]}") from error
+
+
+def with_weights(model: nn.Module, name: str, checkpoint: Path) -> nn.Module:
+    """The model with the weights of a file, read without running code from it; ValueError where they do not fit."""
+    state = _read_weights(import_timm(), checkpoint)
     try:
         model.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{checkpoint} does not fit {name} with {num_classes} classes: {reason}") from error
+        reason, classes = " ".join(str(error).split())[:300], getattr(model, "num_classes", "its")
+        raise ValueError(f"{checkpoint} does not fit {name} with {classes} classes: {reason}") from error
     return model
 
 
@@ -49,14 +71,14 @@ def create_architecture(name: str, *, num_classes: int | None = None, channels: 
     ValueError for an unknown name.
     """
     timm = import_timm()
-    _check_name(timm, name)
+    check_name(timm, name)
     classes = {} if num_classes is None else {"num_classes": num_classes}
     with torch.device("meta"):
         model: nn.Module = timm.create_model(name, pretrained=False, in_chans=channels, **classes)
     return model
 
 
-def _check_name(timm: ModuleType, name: str) -> None:
+def check_name(timm: ModuleType, name: str) -> None:
     if not timm.is_model(name):
         found = difflib.get_close_matches(name, timm.list_models(), n=3)
         raise ValueError(f"timm has no model {name!r}" + (f"; did you mean {' or '.join(found)}?" if found else ""))

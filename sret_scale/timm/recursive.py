@@ -6,13 +6,16 @@ For the families that run `self.blocks`: ViT and DeiT, Mixer, ResMLP and gMLP, C
 import fnmatch
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from sret_scale.memory import MemoryConfig
-from sret_scale.memory.recursion import Recursion
+from sret_scale.memory.recursion import Injection, Recursion
+from sret_scale.model import conditioning as told
+from sret_scale.model.applications import LoopPosition, ResidualConstants
 from sret_scale.model.config import LoopOrder, SReTConfig, StageConfig
 from sret_scale.model.layers import NonLinearProjection
 from sret_scale.model.stored_sizes import stored_sizes
@@ -22,11 +25,55 @@ Init = Literal["mean", "first"]
 Projections = Literal["none", "per_application"]
 
 
+def shifted_norms(block: nn.Module, deltas: told.LoopDeltas) -> dict[str, Tensor]:
+    """Scale and bias of `norm1` and `norm2` as they are in a loop; nothing where it changes none."""
+    if deltas.norms is None:
+        return {}
+    places = [(f"norm{i + 1}.{name}", (i, k)) for i in range(2) for k, name in enumerate(("weight", "bias"))]
+    return {name: block.get_parameter(name) + deltas.norms[place] for name, place in places}
+
+
+def conditioned(block: nn.Module, stage: StageConfig) -> told.Conditioning | None:
+    """What tells a block its loops, as of `model.conditioning`. ValueError where the block does not allow it."""
+    kind, name = stage.conditioning, type(block).__name__
+    if kind == "low_rank":
+        raise ValueError(f"conditioning: low_rank changes layers of SReT's own blocks, and this is a {name}")
+    norms = [getattr(block, norm, None) for norm in ("norm1", "norm2")]
+    if kind.startswith("norm") and not all(isinstance(norm, nn.LayerNorm) and norm.bias is not None for norm in norms):
+        raise ValueError(f"conditioning: {kind} shifts LayerNorms norm1 and norm2 of a block, which a {name} lacks")
+    return told.conditioning(stage, stored_sizes(SReTConfig(stages=(stage,)), 0))
+
+
+class _InLoop(nn.Module):
+    """A block in one of its loops."""
+
+    def __init__(self, block: nn.Module, own: nn.Module, loop: int, num_loops: int) -> None:
+        super().__init__()
+        self.block, self.own = block, own
+        self.place = LoopPosition(loop, num_loops, ResidualConstants(1.0, 1.0), ResidualConstants(1.0, 1.0))
+
+    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
+        deltas = cast(Any, self.own).deltas(self.place.position, self.place)
+        return functional_call(self.block, shifted_norms(self.block, deltas), (x,), kwargs)
+
+
 class RecursiveBlocks(Recursion):
     """What stands in a model's `blocks`. Its elements are applications: timm counts, iterates, slices and checkpoints
-    them."""
+    them. conditioning: a module for every block, or none."""
 
     stop: int | None = None
+
+    @property
+    def told(self) -> Sequence[nn.Module]:
+        """What tells each block its loops; none where nothing does."""
+        return list(getattr(self, "conditioning", ()))
+
+    def _links(self, plan: Sequence[tuple[int, int]], *args: Any, **kwargs: Any) -> list[Any]:
+        links: list[Any] = super()._links(plan, *args, **kwargs)
+        loops = 1 + max(loop for _, loop in plan)
+        for link in links if self.told else ():
+            link.modules[0] = _InLoop(link.modules[0], self.told[link.block], link.loop, loops)
+        return links
 
     def applications(self, num_loops: int | None = None) -> list[tuple[int, int]]:
         """Of a slice, those of the whole recursion that it keeps."""
@@ -64,6 +111,8 @@ def make_recursive(
     init: Init = "mean",
     projections: Projections = "none",
     projection_ratio: float = 1.0,
+    injection: Injection = "none",
+    conditioning: Literal["none", "norm_per_loop", "norm_by_depth"] = "none",
     step_size: float = 1.0,
     unit: int = 1,
     at: str | None = None,
@@ -73,20 +122,17 @@ def make_recursive(
 
     num_blocks: how many stay; it divides the number there was. Default: all.
     num_loops: default: as many as keep the number of applications.
-    order, step_size, memory: as of `Recursion`.
+    order, injection, step_size, memory: as of `Recursion`.
     init: the blocks that become one are averaged ("mean"), or the first of them is taken.
     projections: "per_application" puts the paper's non-linear projection behind each (its hidden layer is
         projection_ratio times as wide). It needs blocks whose last axis is the channels.
+    conditioning: LayerNorms `norm1` and `norm2` of a block differ by loop, or by a smooth function of the depth, from
+        zero at first (`model.conditioning`).
     unit: blocks of the model that make one: 2 for Swin, where every second one has shifted windows.
     at: dotted path of the chains, with * for any name; default: `blocks`, or `layers.*.blocks`.
     ValueError where a number does not fit, a chain is not there, or its blocks are not alike.
     """
-    found = [name for name, _ in model.named_modules() if any(fnmatch.fnmatch(name, path) for path in _paths(at))]
-    if not found:
-        raise ValueError(
-            f"at: {type(model).__name__} has no chain of blocks at {' or '.join(_paths(at))}; give the dotted path of "
-            f"an nn.Sequential of equal blocks; its parts: {', '.join(name for name, _ in model.named_children())}"
-        )
+    found = chains_of(model, at)
     for choice, value, known in (("init", init, Init), ("projections", projections, Projections)):
         if value not in get_args(known):
             raise ValueError(f"{choice}: expected one of {', '.join(get_args(known))}, got {value!r}")
@@ -104,7 +150,12 @@ def make_recursive(
         ]
         loops = share if num_loops is None else num_loops
         own = _projections(tied[0], kept, loops, projection_ratio) if projections == "per_application" else ()
-        chain = RecursiveBlocks(tied, loops, order=order, step_size=step_size, projections=own, memory=memory)
+        options: dict[str, Any] = {"order": order, "injection": injection, "step_size": step_size, "memory": memory}
+        chain = RecursiveBlocks(tied, loops, projections=own, **options)
+        if conditioning != "none":
+            width = width_of(tied[0])
+            stage = StageConfig(width=width, num_heads=1, num_blocks=1, num_loops=loops, conditioning=conditioning)
+            chain.conditioning = nn.ModuleList(conditioned(block, stage) or block for block in tied)
         setattr(model.get_submodule(parent), last, chain)
     _tell_features(model)
     return model
@@ -116,10 +167,11 @@ def recursions(model: nn.Module) -> list[RecursiveBlocks]:
 
 
 def set_loops(model: nn.Module, num_loops: int) -> None:
-    """Another number of loops for every chain; ValueError below 1, or with projections, which fix it."""
+    """Another number of loops for every chain; ValueError below 1, or where loops have weights of their own."""
     for chain in recursions(model):
-        if num_loops < 1 or chain.projections:
-            wanted = "no other, since each application has its projection" if chain.projections else "at least 1"
+        owned = "its projection" if chain.projections else "norms of its own"
+        if num_loops < 1 or chain.projections or any(isinstance(own, told.NormPerLoop) for own in chain.told):
+            wanted = f"no other, since each application has {owned}" if num_loops >= 1 else "at least 1"
             raise ValueError(f"num_loops: expected {wanted}, got {num_loops}")
         chain.num_loops = num_loops
     _tell_features(model)
@@ -156,8 +208,16 @@ def recursive(pretrained: bool = False, pretrained_cfg: Any = None, **kwargs: An
     return features
 
 
-def _paths(at: str | None) -> Sequence[str]:
-    return ("blocks", "layers.*.blocks") if at is None else (at,)
+def chains_of(model: nn.Module, at: str | None = None) -> list[str]:
+    """Dotted paths of a model's chains of blocks; ValueError where there is none."""
+    paths = ("blocks", "layers.*.blocks") if at is None else (at,)
+    found = [name for name, _ in model.named_modules() if any(fnmatch.fnmatch(name, path) for path in paths)]
+    if not found:
+        raise ValueError(
+            f"at: {type(model).__name__} has no chain of blocks at {' or '.join(paths)}; give the dotted path of "
+            f"an nn.Sequential of equal blocks; its parts: {', '.join(name for name, _ in model.named_children())}"
+        )
+    return found
 
 
 def _units(name: str, blocks: Sequence[nn.Module], unit: int) -> list[nn.Module]:
@@ -206,14 +266,20 @@ def _merged(name: str, blocks: Sequence[nn.Module], init: Init) -> nn.Module:
     return blocks[0]
 
 
-def _projections(block: nn.Module, num_blocks: int, num_loops: int, ratio: float) -> list[nn.Module]:
-    norms = [module for module in block.modules() if isinstance(module, nn.LayerNorm)]
-    if not norms:
+def width_of(block: nn.Module) -> int:
+    """Channels on the last axis, which a LayerNorm or ResMLP's affine layer knows; ValueError where there is none."""
+    norms = (module.normalized_shape[0] for module in block.modules() if isinstance(module, nn.LayerNorm))
+    rows = (value.shape[2] for value in block.parameters() if value.ndim == 3 and value.shape[:2] == (1, 1))
+    width = next(norms, None) or next(rows, None)
+    if width is None:
         raise ValueError(
-            f"projections: a {type(block).__name__} has no LayerNorm over the last axis, which says how many channels "
-            "a projection has to take; use projections='none'"
+            f"a {type(block).__name__} has no norm over the last axis, which says how many channels it has"
         )
-    width = norms[0].normalized_shape[0]
+    return int(width)
+
+
+def _projections(block: nn.Module, num_blocks: int, num_loops: int, ratio: float) -> list[nn.Module]:
+    width = width_of(block)
     stage = StageConfig(width=width, num_heads=1, num_blocks=num_blocks, num_loops=num_loops, projection_ratio=ratio)
     sizes = stored_sizes(SReTConfig(stages=(stage,)), 0)
     return [NonLinearProjection(stage, sizes) for _ in range(num_blocks * num_loops)]

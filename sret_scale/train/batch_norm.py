@@ -51,7 +51,7 @@ def training_batches(shards: ShardSet, config: RunConfig, ranks: Ranks) -> list[
     loader = TrainLoader(
         shards,
         dataclasses.replace(config.data, fetch_ahead_steps=1),
-        image_size=config.vision.image_size,
+        image_size=config.images.image_size,
         seed=config.train.seed + 1,
         rank=ranks.rank,
         world_size=ranks.world_size,

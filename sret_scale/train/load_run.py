@@ -16,6 +16,7 @@ from data_pipelines.shards.classes import check_same_classes, renumbered
 from data_pipelines.shards.index import ShardSet
 from data_pipelines.sources.listing import are_class_names
 from sret_scale.config.run_config import ModelConfig, RunConfig, build, differences_of, from_yaml, to_plain
+from sret_scale.config.timm_config import TimmConfig
 from sret_scale.distill.spec import parse_teacher
 from sret_scale.model import SReT, SReTConfig, StackModel, TextConfig
 from sret_scale.model.vision.carry_weights import adapted_state
@@ -182,13 +183,16 @@ _FREE_IN_FINE_TUNING = ("image_size", "drop_path", "dropout", "permutation", "pe
 def initial_state(source: str, config: ModelConfig) -> dict[str, Tensor]:
     """The state dict for `config` of `run:FOLDER` or of a file, its position tensor interpolated to the image size.
 
-    A file ending in .safetensors is native, any other in the published layout (no code in it is run). Raises ValueError
-    or OSError where there is none, or where it is of another architecture.
+    A file ending in .safetensors is native, any other in the published layout (no code in it is run); for a backbone of
+    timm, the weights of its untied network, of whose blocks the means are taken. Raises ValueError or OSError where
+    there is none, or where it is of another architecture.
     """
     kind, _, path = source.partition(":")
     try:
         if kind == "run" and path:
-            model, _, _ = load_model(Path(path), None, print)
+            model = load_model(Path(path), None, print)[0]
+        elif isinstance(config, TimmConfig):
+            model = config.tied(Path(source))
         elif source.endswith(".safetensors"):
             model = load_native(Path(source))
         elif isinstance(config, SReTConfig):
@@ -197,10 +201,14 @@ def initial_state(source: str, config: ModelConfig) -> dict[str, Tensor]:
             raise ValueError(f"train.initial_weights={source}: expected run:FOLDER, or a file of safetensors")
     except FileNotFoundError as error:
         raise FileNotFoundError(f"train.initial_weights={source}: {error}") from error
+    # The positions of other backbones are not ours to interpolate.
+    free = _FREE_IN_FINE_TUNING if config.kind == "vision" else ("drop_path",)
+    if model.config.kind != config.kind:
+        raise ValueError(f"train.initial_weights={source}: of kind {model.config.kind}, the model is {config.kind}")
     changed = [
         line
         for line in differences_of(to_plain(model.config), to_plain(config))
-        if not any(name in line.partition(":")[0].split(".") for name in _FREE_IN_FINE_TUNING)
+        if not any(name in line.partition(":")[0].split(".") for name in free)
     ]
     if changed:
         raise ValueError(
@@ -229,14 +237,14 @@ def load_teacher_run(run: Path) -> tuple[nn.Module, tuple[float, ...], tuple[flo
     """(model, mean, std, image size) of a run, as sret_scale.distill takes a teacher."""
     config = load_config(run)
     model, _, _ = load_model(run, None, print)
-    return model, config.train.image_mean, config.train.image_std, config.vision.image_size
+    return model, config.train.image_mean, config.train.image_std, config.images.image_size
 
 
 def untrained_teacher_run(run: Path) -> tuple[StackModel, int]:
     """(model without weights on the meta device, image size) of a run folder."""
     config = load_config(run)
     with torch.device("meta"):
-        return config.model.build(), config.vision.image_size
+        return config.model.build(), config.images.image_size
 
 
 def check_architecture(expected: ModelConfig, saved: object, where: str) -> None:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from sret_scale.memory import SCHEDULES, MemoryConfig, apply_recomputation
-from sret_scale.model import Noise, SReT, SReTConfig, StageConfig
+from sret_scale.model import Noise, SReTConfig, StackConfig, StackModel, StageConfig
+from tests.backbone_configs import BACKBONES, drawn
 
 CONFIG = SReTConfig(
     image_size=32,
@@ -22,16 +23,18 @@ CONFIG = SReTConfig(
 FIXED_SCHEDULES = [name for name in SCHEDULES if name != "planned"]
 
 
-def make_model(config: SReTConfig = CONFIG) -> SReT:
-    torch.manual_seed(0)
-    return SReT(config).train()
+MODELS: dict[str, StackConfig] = {"sret": CONFIG, **BACKBONES}
 
 
-def gradients(model: SReT, *, autocast: bool, micro_steps: int = 2) -> dict[str, Tensor]:
+def make_model(config: StackConfig = CONFIG) -> StackModel:
+    return drawn(config).train()
+
+
+def gradients(model: StackModel, *, autocast: bool, micro_steps: int = 2) -> dict[str, Tensor]:
     """Gradients accumulated over micro-steps, each with its own noise, clipped as in training."""
     model.zero_grad()
     for micro_step in range(micro_steps):
-        images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(micro_step))
+        images = torch.randn(model.config.example(3).shape, generator=torch.Generator().manual_seed(micro_step))
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             logits = model(images, Noise(permutation_seed=micro_step, sample_seed=100 + micro_step))
         logits.float().square().sum().backward()
@@ -41,16 +44,18 @@ def gradients(model: SReT, *, autocast: bool, micro_steps: int = 2) -> dict[str,
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("schedule", FIXED_SCHEDULES)
-def test_gradients_of_a_model_are_unchanged_bit_for_bit(schedule: str, autocast: bool) -> None:
-    plain, model = make_model(), make_model()
+@pytest.mark.parametrize("kind", MODELS)
+def test_gradients_of_a_model_are_unchanged_bit_for_bit(kind: str, schedule: str, autocast: bool) -> None:
+    plain, model = make_model(MODELS[kind]), make_model(MODELS[kind])
     apply_recomputation(model, MemoryConfig(schedule=schedule, is_checked=True), repeats_norms=schedule != "none")
     expected, got = gradients(plain, autocast=autocast), gradients(model, autocast=autocast)
     assert got.keys() == expected.keys() == dict(model.named_parameters()).keys()
     assert [name for name in got if not torch.equal(got[name], expected[name])] == []
 
 
-def test_weights_after_training_steps_are_unchanged_bit_for_bit() -> None:
-    models = [make_model(), make_model()]
+@pytest.mark.parametrize("kind", MODELS)
+def test_weights_after_training_steps_are_unchanged_bit_for_bit(kind: str) -> None:
+    models = [make_model(MODELS[kind]), make_model(MODELS[kind])]
     apply_recomputation(models[1], MemoryConfig(schedule="binomial", slots=2))
     averages = []
     for model in models:
@@ -67,10 +72,11 @@ def test_weights_after_training_steps_are_unchanged_bit_for_bit() -> None:
         assert torch.equal(a, b)
 
 
-def test_evaluation_is_unchanged() -> None:
-    plain, model = make_model().eval(), make_model().eval()
+@pytest.mark.parametrize("kind", MODELS)
+def test_evaluation_is_unchanged(kind: str) -> None:
+    plain, model = make_model(MODELS[kind]).eval(), make_model(MODELS[kind]).eval()
     apply_recomputation(model, MemoryConfig(schedule="nested"))
-    images = torch.randn(2, 3, 32, 32)
+    images = torch.randn(MODELS[kind].example(2).shape)
     with torch.no_grad():
         assert torch.equal(plain(images), model(images))
 

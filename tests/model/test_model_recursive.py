@@ -160,10 +160,11 @@ def test_a_name_of_timm_makes_one() -> None:
 
 def test_the_page_runs() -> None:
     page = (ROOT / "docs" / "backbones.md").read_text()
-    first, second = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    names: dict[str, Any] = {}
-    code = (first + second).replace("num_loops=27", "num_loops=2").replace("1, 3, 224, 224", "1, 3, 32, 32")
+    first, second, tie = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names: dict[str, Any] = {"batches": [(torch.randn(2, 3, 32, 32), torch.tensor([1, 4]))]}
+    code = (first + second + tie).replace("num_loops=27", "num_loops=2").replace("1, 3, 224, 224", "1, 3, 32, 32")
     exec(code.replace('patch16_224"', 'patch16_224", img_size=32'), names)
+    assert names["before"] > 0 and names["after"] > 0
     assert names["scores"].shape == (1, 1000) and len(recursions(names["model"])[0]) == 12
 
 
@@ -175,7 +176,13 @@ def test_the_page_runs() -> None:
         ("vit", {"at": "layers"}, "at: VisionTransformer has no chain of blocks at layers; .* its parts: patch_embed"),
         ("vit", {"init": "keep"}, "init: expected one of mean, first, got 'keep'"),
         ("swin", {}, "layers.0.blocks: blocks 0 and 1 are not alike: .*shift_size is .* needs unit=2"),
-        ("resmlp", {"projections": "per_application"}, "projections: a ResBlock has no LayerNorm over the last axis"),
+        ("convmixer", {"projections": "per_application"}, "a Sequential has no norm over the last axis, which says"),
+        (
+            "gmlp",
+            {"conditioning": "norm_by_depth"},
+            "norm_by_depth shifts LayerNorms norm1 and norm2 of a block, which",
+        ),
+        ("resmlp", {"conditioning": "norm_per_loop"}, "which a ResBlock lacks"),
         (
             "convmixer",
             {"memory": MemoryConfig(schedule="binomial")},
@@ -193,3 +200,66 @@ def test_a_chain_whose_shapes_change_is_refused() -> None:
     model.blocks = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 8))
     with pytest.raises(ValueError, match=r"blocks 0 and 1 are not alike: bias is \(4,\) and \(8,\)"):
         make_recursive(model)
+
+
+@pytest.mark.parametrize("kind", ["norm_per_loop", "norm_by_depth"])
+@pytest.mark.parametrize("family", ["vit", "mixer", "cait"])
+def test_conditioning_tells_a_block_its_loop(family: str, kind: Any) -> None:
+    model, images = made(family)
+    plain = make_recursive(copy.deepcopy(model), num_blocks=2, num_loops=3)
+    told = make_recursive(copy.deepcopy(model), num_blocks=2, num_loops=3, conditioning=kind)
+    assert torch.equal(told(images), plain(images))
+    with torch.no_grad():
+        for own in recursions(told)[0].conditioning:
+            own.delta.add_(0.1 * torch.randn_like(own.delta))
+        for parameter in told.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    chain = recursions(told)[0]
+    # By hand: the norms of a block, moved for each loop and back.
+    x = _example(told, images)
+    by_hand = x
+    for block, loop in chain.applications():
+        moved = copy.deepcopy(chain.blocks[block])
+        for i, norm in enumerate((moved.norm1, moved.norm2)):
+            scale, bias = chain.conditioning[block].deltas(loop).norms[i]
+            norm.weight.data += scale
+            norm.bias.data += bias
+        by_hand = moved(by_hand)
+    torch.testing.assert_close(chain(x), by_hand)
+    expected = outcome(told, images)
+    chain.memory = MemoryConfig(schedule="binomial")
+    assert all(map(torch.equal, outcome(told, images), expected))
+    found = torch.autograd.grad(told(images).sum(), list(chain.conditioning.parameters()))
+    assert all(value.abs().max() > 0 for value in found)
+    if kind == "norm_by_depth":
+        set_loops(told, 5)
+        assert told(images).isfinite().all()
+    else:
+        with pytest.raises(ValueError, match="num_loops: expected no other, since each application has norms of its"):
+            set_loops(told, 5)
+
+
+def test_injection_adds_the_input_before_every_application() -> None:
+    model, images = made("resmlp")
+    chain = recursions(make_recursive(model, num_blocks=2, num_loops=2, injection="add"))[0]
+    x = _example(model, images)
+    state = x
+    for block, _ in chain.applications():
+        state = chain.blocks[block](state + x)
+    assert torch.equal(chain(x), state)
+
+
+@pytest.mark.parametrize("is_divided", [True, False])
+def test_a_step_size_of_one_over_depth_keeps_an_update_alike(is_divided: bool) -> None:
+    """The coordinate check of the scale around a whole block: how far one Adam step moves what a chain gives."""
+    moves = []
+    for loops in (8, 32, 96):
+        torch.manual_seed(0)
+        step_size = 1 / loops if is_divided else 1.0
+        chain = recursions(make_recursive(vit(depth=1, **SIZE), num_loops=loops, step_size=step_size))[0]
+        optimizer, x = torch.optim.Adam(chain.parameters(), lr=1e-3), torch.randn(8, 17, 16)
+        before = chain(x)
+        before.square().mean().backward()
+        optimizer.step()
+        moves.append(float((chain(x) - before).detach().square().mean().sqrt()))
+    assert (max(moves) < 2 * min(moves)) == is_divided

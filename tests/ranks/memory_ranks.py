@@ -1,5 +1,6 @@
 """A rank of the test that recomputation changes nothing under ZeRO: `python -m tests.ranks.memory_ranks OUT_FOLDER`."""
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -11,19 +12,21 @@ from safetensors.torch import save_file
 from sret_scale.config.run_config import OptimConfig
 from sret_scale.memory import MemoryConfig, apply_recomputation
 from sret_scale.memory.config import stem_repeats_norms
-from sret_scale.model import Noise, Stage
+from sret_scale.model import Noise, StackConfig, Stage
 from sret_scale.train.distributed import leave, ranks_from_environment
 from sret_scale.train.engine.engine import Engine, start_communication
 from sret_scale.train.optim import build_optimizer
-from tests.memory.test_memory_sret import make_model
+from tests.memory.test_memory_sret import MODELS, make_model
 
 DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
 MEMORY = {"plain": None, "binomial": MemoryConfig(schedule="binomial", slots=2), "none": MemoryConfig(schedule="none")}
 
 
-def train(ds_config: dict[str, Any], memory: MemoryConfig | None, rank: int) -> dict[str, torch.Tensor]:
+def train(
+    config: StackConfig, ds_config: dict[str, Any], memory: MemoryConfig | None, rank: int
+) -> dict[str, torch.Tensor]:
     """Weights after two updates of two micro-steps each."""
-    model = make_model()
+    model = make_model(config)
     if memory is not None:
         zero_stage = ds_config["zero_optimization"]["stage"]
         apply_recomputation(model, memory, repeats_norms=stem_repeats_norms(memory, zero_stage))
@@ -31,7 +34,7 @@ def train(ds_config: dict[str, Any], memory: MemoryConfig | None, rank: int) -> 
     engine = Engine(model, optimizer, ds_config, micro_batch_size=2, grad_accum_steps=2, z3_leaf_modules=(Stage,))
     for micro_step in range(4):
         seed = 10 * micro_step + rank
-        images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+        images = torch.randn(config.example(2).shape, generator=torch.Generator().manual_seed(seed))
         logits = engine.forward(images, Noise(permutation_seed=micro_step, sample_seed=seed))
         engine.backward(logits.float().square().mean())
         engine.step()
@@ -46,10 +49,10 @@ def main(folder: Path) -> None:
         if name == "zero3":
             # The shipped threshold keeps parameters of this size whole; here they must really be partitioned.
             ds_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-        for label, memory in MEMORY.items():
-            weights = train(ds_config, memory, ranks.rank)
+        for (kind, config), (label, memory) in itertools.product(MODELS.items(), MEMORY.items()):
+            weights = train(config, ds_config, memory, ranks.rank)
             if ranks.is_main:
-                save_file(weights, folder / f"{name}.{label}.safetensors")
+                save_file(weights, folder / f"{kind}.{name}.{label}.safetensors")
     leave()
 
 

@@ -196,7 +196,7 @@ def test_a_run_from_shards_to_text(shards: Path, tmp_path: Path, capfdbinary: py
         (["generate", str(run), "--temperature", "nan"], b"--temperature: expected 0, or 0.001 and more, got nan"),
         (["evaluate", str(run), "--loops", "0"], b"--loops: expected at least 1, got 0"),
         (["evaluate", str(run), "--image-size", "8"], b"for models of kind 'vision', got one of kind 'language'"),
-        (["evaluate", str(run), "--applications", "2,4"], b"for models of kind 'vision', got one of kind 'language'"),
+        (["evaluate", str(run), "--applications", "2,4"], b"for models of images, got one of kind 'language'"),
         (["evaluate", str(run), "--details", str(tmp_path / "d")], b"has task=language, and this is asked of classes"),
         (["predict", str(run), "a.png"], b"'vision', got one of kind 'language'"),
         (["export", str(run), str(tmp_path / "a.onnx")], b"'vision', got one of kind 'language'"),

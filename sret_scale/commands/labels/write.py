@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
         shards,
         teacher,
         data=data,
-        image_size=config.vision.image_size if args.image_size is None else args.image_size,
+        image_size=config.images.image_size if args.image_size is None else args.image_size,
         top_k=args.top_k,
         num_views=args.views,
         views_per_file=min(args.views, 8) if args.views_per_file is None else args.views_per_file,

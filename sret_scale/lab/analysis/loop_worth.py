@@ -61,7 +61,7 @@ def open_subject(run: Path, num_images: int, report: Callable[[str], None]) -> S
     for batch in evaluation_batches(
         shards,
         config.data,
-        image_size=config.vision.image_size,
+        image_size=config.images.image_size,
         batch_size=min(config.train.micro_batch_size, num_images),
         rank=0,
         world_size=1,

@@ -1,5 +1,6 @@
 """What one application of a chain costs: bytes and work, read off by the instrument on real or fake tensors."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -61,8 +62,6 @@ def measure_application(application: Chained, x: Tensor) -> ApplicationCost:
             sums.backward(end, gradient, entry, range(len(parameters)))
             backward_bytes = counter.peak - start
             del end, entry
-    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping={_FLASH_ON_CPU: _flash_flops}) as flops:
-        application(x)
     return ApplicationCost(
         boundary_bytes=size_bytes(x),
         output_bytes=output_bytes,
@@ -72,8 +71,15 @@ def measure_application(application: Chained, x: Tensor) -> ApplicationCost:
         backward_bytes=backward_bytes,
         moved_bytes=moved_bytes,
         launches=launches,
-        flops=flops.get_total_flops(),
+        flops=forward_flops(lambda: application(x)),
     )
+
+
+def forward_flops(call: Callable[[], object]) -> int:
+    """Operations of the products in a call, two for a multiply-add, on real or fake tensors."""
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_COUNTED_HERE) as counter:
+        call()
+    return counter.get_total_flops()
 
 
 def size_bytes(tensor: Tensor) -> int:
@@ -81,9 +87,15 @@ def size_bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-# torch's counter leaves the fused attention of CPUs out.
-_FLASH_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-
-
 def _flash_flops(query_shape: Any, key_shape: Any, value_shape: Any, *args: Any, **kwargs: Any) -> int:
     return 2 * prod(query_shape[:-1]) * key_shape[-2] * (query_shape[-1] + value_shape[-1])
+
+
+def _linear_flops(x_shape: Any, weight_shape: Any, *args: Any, **kwargs: Any) -> int:
+    return 2 * prod(x_shape) * weight_shape[0]
+
+
+# What CPUs compute attention and linear layers with (`model.matmul`); torch's counter leaves it out.
+_COUNTED_HERE: dict[Any, Any] = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _flash_flops}
+if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    _COUNTED_HERE[torch.ops.mkldnn._linear_pointwise] = _linear_flops

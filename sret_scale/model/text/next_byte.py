@@ -18,7 +18,6 @@ from sret_scale.model.operations.fused import NORM_EPS
 from sret_scale.model.stack import StackModel
 from sret_scale.model.stage import Stage
 from sret_scale.model.text.text_config import NUM_BYTES, TextConfig
-from sret_scale.model.vision.carry_weights import adapted_state
 
 CHUNK_TOKENS = 2048
 """Of so many tokens at a time there are scores: of a micro-batch they would be the largest tensor of a step."""
@@ -95,9 +94,3 @@ class NextByte(StackModel):
         # Scores are computed again in the backward pass.
         nats = [checkpoint(of_chunk, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
         return torch.cat(nats).view_as(next_BN)
-
-    def adapted(self, config: TextConfig) -> "NextByte":
-        """See `StackModel.adapted`. Projections and conditioning of loops that this model has not are new."""
-        model = NextByte(config).to(self.position.device, self.position.dtype).train(self.training)
-        model.load_state_dict(adapted_state(self.state_dict(), self.config, config, model.state_dict()))
-        return model

@@ -8,18 +8,23 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from sret_scale.model.layers import Block, LearnableResidual, NonLinearProjection
+from sret_scale.model.stack import StackModel
 from sret_scale.model.stage import Stage
 from sret_scale.model.vision.sret import SReT
 
 
-def folded(model: SReT) -> SReT:
+def folded(model: StackModel) -> StackModel:
     """A copy in evaluation mode that computes the same with fewer operations; it is not for training or saving.
+
+    Of a model that is no SReT it is a copy alone.
 
     Its permutations become constants, as an exporter needs them; ValueError where the config draws new ones every time.
     """
     if model.config.permutation == "random":
         raise ValueError("permutation='random' draws anew in every pass and cannot be made constant; use 'fixed'")
     model = copy.deepcopy(model).eval().requires_grad_(False)
+    if not isinstance(model, SReT):
+        return model
     for index, norm in enumerate(model.stem.norms):
         if isinstance(norm, nn.BatchNorm2d):
             conv = model.stem.convs[index]

@@ -22,7 +22,6 @@ from sret_scale.model.operations.fused import NORM_EPS
 from sret_scale.model.stack import StackModel
 from sret_scale.model.stage import Stage
 from sret_scale.model.stored_sizes import stored_sizes
-from sret_scale.model.vision.carry_weights import adapted_state
 from sret_scale.model.vision.padding import padded_state, unpadded_config
 from sret_scale.model.vision.stem import Stem
 
@@ -123,9 +122,3 @@ class SReT(StackModel):
     def with_image_size(self, image_size: int) -> "SReT":
         """A new model for images of another size, with this one's weights and its position tensor interpolated."""
         return self.adapted(replace(self.config, image_size=image_size))
-
-    def adapted(self, config: SReTConfig) -> "SReT":
-        """See `StackModel.adapted`."""
-        model = SReT(config).to(self.position.device, self.position.dtype).train(self.training)
-        model.load_state_dict(adapted_state(self.state_dict(), self.config, config, model.state_dict()))
-        return model

@@ -15,17 +15,17 @@ from torch import Tensor
 
 from data_pipelines.atomic_files import replacing
 from data_pipelines.checked_files import parse_checked
-from sret_scale.model.config import SReTConfig, StageConfig
+from sret_scale.model.config import ImageConfig, StackConfig, StageConfig
 from sret_scale.model.stack import StackModel
-from sret_scale.model.text.text_config import TextConfig
 
 
-def config_from_dict(fields: dict[str, Any]) -> SReTConfig | TextConfig:
+def config_from_dict(fields: dict[str, Any]) -> StackConfig:
     """The config that `dataclasses.asdict` was made of; ValueError for a field that is unknown or wrong."""
+    every: list[Any] = [*StackConfig.__subclasses__(), *ImageConfig.__subclasses__()]
+    kinds = {one.__dataclass_fields__["kind"].default: one for one in every}
     try:
         stages = tuple(StageConfig(**stage) for stage in fields["stages"])
-        kind: Any = TextConfig if fields.get("kind") == "language" else SReTConfig
-        return kind(**{**fields, "stages": stages})
+        return kinds[fields.get("kind", "vision")](**{**fields, "stages": stages})
     except (TypeError, KeyError, AttributeError, OverflowError) as error:
         raise ValueError(f"not a model config: {error}") from error
 

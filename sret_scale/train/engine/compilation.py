@@ -57,6 +57,8 @@ def wants_compiled(config: RunConfig, device_type: str) -> bool:
 
 
 def _hindrance(config: RunConfig) -> str | None:
+    if config.model.kind == "timm":
+        return f"timm:{config.model.name}, whose blocks are not ours to compile"
     if config.model.dropout:
         return "model.dropout, whose masks are drawn inside the blocks"
     if config.memory.is_checked:

@@ -177,10 +177,14 @@ def _look(application: Application, x_BND: Tensor, y_BND: Tensor) -> dict[str, T
     with application.autocast():
         qkv_BNC = block.qkv(application.block_inputs(x_BND)[0], slot.loop, slot.place)
     bias = None if application.hidden is None else block.attention.bias(application.hidden)
-    if block.attention.is_causal:
-        length = qkv_BNC.shape[1] // slot.groups
-        bias = qkv_BNC.new_full((length, length), HIDDEN, dtype=torch.float32).triu(1)
-    added = rms(out_BND).new_full((), math.nan)
+    added = entropy = rms(out_BND).new_full((), math.nan)
+    largest = out_BND.abs().max().float()
+    if qkv_BNC is not None:
+        if block.is_causal:
+            length = qkv_BNC.shape[1] // slot.groups
+            bias = qkv_BNC.new_full((length, length), HIDDEN, dtype=torch.float32).triu(1)
+        entropy = attention_entropy(qkv_BNC, slot.groups, block.num_heads, bias)
+        largest = torch.maximum(largest, qkv_BNC.abs().max().float())
     if not block.norms_after:
         kept_BND = _stream(application, application.skipped(x_BND))
         added = rms(out_BND - kept_BND) / rms(kept_BND)
@@ -190,21 +194,21 @@ def _look(application: Application, x_BND: Tensor, y_BND: Tensor) -> dict[str, T
         "step_ratio": rms(out_BND - skip_BND) / rms(out_BND),
         "token_cosine": token_cosine(out_BND),
         "rank_ratio": rank_ratio(out_BND),
-        "attention_entropy": attention_entropy(qkv_BNC, slot.groups, block.attention.num_heads, bias),
-        "max_abs": torch.maximum(out_BND.abs().max().float(), qkv_BNC.abs().max().float()),
+        "attention_entropy": entropy,
+        "max_abs": largest,
     }
 
 
 def _stream(application: Application, state_BND: Tensor) -> Tensor:
-    """The stream alone, without the stage's input and without channels that are padding."""
+    """The stream alone, without the stage's input and without channels that are padding, tokens in one dimension."""
     stream_BND = state_BND.chunk(2, dim=1)[0] if application.injected else state_BND
-    return stream_BND[..., : application.block.norm1.weight.numel()]
+    return stream_BND[..., : application.block.width].flatten(1, -2)
 
 
 def _coefficients(application: Application) -> dict[str, float]:
     """alpha and beta (multiplier included; means over the channels) of the block's residuals and of the projection."""
     slot, found = application.slot, {}
-    residuals = {"1": application.block.residual1, "2": application.block.residual2}
+    residuals = {str(number): residual for number, residual in enumerate(application.block.residuals, start=1)}
     if application.projection is not None:
         residuals["_projection"] = application.projection.residual
     for name, residual in residuals.items():
