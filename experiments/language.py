@@ -8,7 +8,7 @@
 
 The texts are in the public domain; the package claims CC BY 2.5 for its content. Its 42 texts of modern spelling are
 taken. Floors, in bits per byte of the test plays, go into OUTPUT/floors.csv: bzip2 and xz of these plays alone, what
-they add to the training plays, and an n-gram of 5 bytes of context over the training plays (Witten-Bell).
+they add to the training plays, and n-grams of 3 to 6 bytes of context over the training plays (Witten-Bell).
 """
 
 import argparse
@@ -25,7 +25,7 @@ from data_pipelines.text.pieces import TextWindows
 from data_pipelines.writing.write import WriteConfig, write_shards
 
 TEST, DEV = ("hamlet", "macbeth", "tempest"), ("othello", "twelfth_night")
-CONTEXT, WINDOW, CARRIED = 5, 256, 128
+CONTEXTS, WINDOW, CARRIED = (3, 4, 5, 6), 256, 128
 
 
 def split(texts: Path, output: Path) -> dict[str, list[bytes]]:
@@ -42,19 +42,19 @@ def split(texts: Path, output: Path) -> dict[str, list[bytes]]:
     return found
 
 
-def ngram_bits(training: Iterable[bytes], test: Iterable[bytes]) -> float:
-    """Bits that the test texts cost: counts of up to CONTEXT bytes, each mixed with those of one byte less."""
+def ngram_bits(training: Iterable[bytes], test: Iterable[bytes], most: int) -> float:
+    """Bits that the test texts cost: counts behind up to `most` bytes, each mixed with those of one byte less."""
     counts: dict[bytes, dict[int, int]] = defaultdict(lambda: defaultdict(int))
     for text in training:
         for place, byte in enumerate(text):
-            for length in range(min(CONTEXT, place) + 1):
+            for length in range(min(most, place) + 1):
                 counts[text[place - length : place]][byte] += 1
     totals = {context: (sum(seen.values()), len(seen)) for context, seen in counts.items()}
     bits = 0.0
     for text in test:
         for place, byte in enumerate(text):
             odds = 1 / 256
-            for length in range(min(CONTEXT, place) + 1):
+            for length in range(min(most, place) + 1):
                 context = text[place - length : place]
                 if context not in totals:
                     break
@@ -76,7 +76,8 @@ def floors(training: list[bytes], test: list[bytes]) -> dict[str, float]:
     for name, pack in packers.items():
         found[f"{name} of the test plays"] = 8 * len(pack(whole)) / len(whole)
         found[f"{name} behind the training plays"] = 8 * (len(pack(before + whole)) - len(pack(before))) / len(whole)
-    found[f"{CONTEXT + 1}-gram of the training plays"] = ngram_bits(training, test) / len(whole)
+    for most in CONTEXTS:
+        found[f"{most + 1}-gram of the training plays"] = ngram_bits(training, test, most) / len(whole)
     return found
 
 
