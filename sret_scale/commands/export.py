@@ -48,6 +48,7 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from data_pipelines.atomic_files import replacing
+    from sret_scale.model.config import ImageConfig
     from sret_scale.model.loop_export import keep_loops
     from sret_scale.model.vision.for_inference import folded
     from sret_scale.model.vision.weight_files import save_model
@@ -60,6 +61,8 @@ def run(args: argparse.Namespace) -> None:
         save_model(model, args.out, facts)
         print(f"{args.out}: safetensors")
         return
+    if not isinstance(model.config, ImageConfig):
+        raise ValueError(f"{args.format} is for models of images, got one of kind {model.config.kind!r}")
     if args.format == "onnx":
         for package in ("onnx", "onnxscript", "onnxruntime"):
             if importlib.util.find_spec(package) is None:

@@ -199,7 +199,7 @@ def test_a_run_from_shards_to_text(shards: Path, tmp_path: Path, capfdbinary: py
         (["evaluate", str(run), "--applications", "2,4"], b"for models of images, got one of kind 'language'"),
         (["evaluate", str(run), "--details", str(tmp_path / "d")], b"has task=language, and this is asked of classes"),
         (["predict", str(run), "a.png"], b"'vision', got one of kind 'language'"),
-        (["export", str(run), str(tmp_path / "a.onnx")], b"'vision', got one of kind 'language'"),
+        (["export", str(run), str(tmp_path / "a.onnx")], b"is for models of images, got one of kind 'language'"),
     ):
         with contextlib.chdir(tmp_path):
             Path("a.png").write_bytes(b"")
