@@ -38,6 +38,8 @@ def test_zero_stages_agree(folder: Path, kind: str, ds_config: str) -> None:
     for name, value in expected.items():
         if name.startswith("stem.convs") and name.endswith("bias"):
             continue  # BatchNorm follows: the true gradient is 0, and Adam follows the sign of its rounding errors
+        if name.endswith("mlp_tokens.fc2.bias"):
+            continue  # It adds the same to all channels of a token, which every norm takes out: again a gradient of 0.
         pair = [got[name], value]
         if name.endswith("qkv.bias"):
             # A key's bias adds the same to all scores of a query, which softmax removes: again a gradient of 0.
