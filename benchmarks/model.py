@@ -123,9 +123,14 @@ def compare(
         {key: functools.partial(infer, module) for key, module in {"model": small, **others}.items()}, repeats, clock
     )
     flops = 2 * describe(model.config)["macs"] * batch
+    return {"preset": name, "batch": batch, **ratios(train, inference, stored, flops, peak)}
+
+
+def ratios(
+    train: dict[str, float], inference: dict[str, float], stored: dict[str, int], flops: float, peak: float
+) -> dict[str, Any]:
+    """What the seconds of each model, and the bytes that it stores, mean beside one another and beside the peak."""
     return {
-        "preset": name,
-        "batch": batch,
         "train_s": train,
         "train_speedup": train["twin"] / train["model"],
         "train_over_published": over_published(train),

@@ -83,3 +83,8 @@ def log_memory(run: Run, clock: Clock) -> None:
         "memory",
         {"peak_rss_bytes": peak_rss, "peak_device_bytes": peak_device, "predicted_activation_bytes": predicted},
     )
+
+
+def log_stop(run: Run, clock: Clock) -> None:
+    """Say that a signal ended the run here."""
+    run.progress.say(f"stopped by a signal at {clock.samples:,} {run.task.unit}, saved; the same command continues")

@@ -22,6 +22,7 @@ from sret_scale.train.journal import (
     log_memory,
     log_start,
     log_step,
+    log_stop,
     log_telemetry,
 )
 from sret_scale.train.optim import WeightAverage
@@ -83,9 +84,7 @@ def train(config: RunConfig, folder: RunFolder, ranks: Ranks) -> bool:
                 logged = dataclasses.replace(clock, time_s=time.monotonic() - started)
             if is_stopping and not is_last:
                 run.writer.wait()
-                run.progress.say(
-                    f"stopped by a signal at {clock.samples:,} {run.task.unit}, saved; the same command continues"
-                )
+                log_stop(run, clock)
                 return False
         # ---- the end
         if not evaluate_weights(run, clock, stop, both=True):

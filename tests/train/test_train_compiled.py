@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from sret_scale.config.recipes import recipe
 from sret_scale.config.run_config import RunConfig
+from sret_scale.config.telemetry_config import TelemetryConfig
 from sret_scale.memory import MemoryConfig
 from sret_scale.model import SReT
 from sret_scale.runs.checkpoint import list_checkpoints
@@ -19,7 +20,7 @@ from sret_scale.train.engine import compilation
 from sret_scale.train.engine.compilation import check_compile, use_cache, wants_compiled
 from tests.ranks.compiled_ranks import STAGE
 from tests.ranks.engine_ranks import DS_CONFIGS
-from tests.runs import digest, run_two_ranks
+from tests.runs import complete_lines, digest, run_two_ranks
 from tests.tiny import ROOT, TINY_MODEL, sret_scale, tiny_config, tiny_shards, write_config
 from tests.train.golden_runs import config_of
 
@@ -141,3 +142,30 @@ def test_a_compiled_run_continues_to_the_bit_and_from_the_cache(
     second = start("stopped")
     assert digest(tmp_path / "stopped") == digest(tmp_path / "straight")
     assert second[0] == first[0] and second[1] < 0.5 * first[1]
+
+
+@pytest.mark.slow
+@pytest.mark.multi_process
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+def test_a_compiled_student_learns_and_is_looked_at_as_an_eager_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "code"))
+    eager = replace(
+        config_of("distilled", tiny_shards(tmp_path / "shards")), telemetry=TelemetryConfig(interval_steps=5)
+    )
+    lines = {}
+    for choice in ("none", "blocks"):
+        file = write_config(tmp_path / f"{choice}.yaml", with_compile(eager, choice))
+        process = sret_scale("train", file, "--run", tmp_path / choice, cwd=ROOT)
+        assert process.communicate(timeout=1200) and process.returncode == 0
+        lines[choice] = complete_lines(tmp_path / choice / "metrics.jsonl")
+    losses, looks = (
+        {choice: [line for line in found if line["kind"] == kind] for choice, found in lines.items()}
+        for kind in ("train", "telemetry")
+    )
+    assert len(losses["none"]) == 20 and len(looks["none"]) == 4
+    for one, other in zip(losses["none"], losses["blocks"], strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-3)
+    for one, other in zip(looks["none"], looks["blocks"], strict=True):
+        assert one.keys() == other.keys()
