@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sret_scale.cli import main
-from sret_scale.model import SReT, SReTConfig, StageConfig
+from sret_scale.model import SReT, SReTConfig, StackModel, StageConfig
 from sret_scale.model.config import BranchScheme, ConditioningKind, LoopOrder, NormPlacement
 from sret_scale.model.loop_export import keep_loops
 from sret_scale.model.vision import for_inference as inference
@@ -129,7 +129,7 @@ def test_export_agrees_with_the_model(file_format: str, tmp_path: Path) -> None:
 def test_an_export_with_other_weights_is_refused(
     file_format: str, loops: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def altered(model: SReT) -> SReT:
+    def altered(model: SReT) -> StackModel:
         small = folded(model)
         with torch.no_grad():
             small.head.bias[2] += 1e-3
