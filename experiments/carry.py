@@ -176,8 +176,9 @@ def train(applications: int, gradient: int, seed: int, steps: int, args: argpars
     }
 
 
-def prices(applications: int) -> None:
+def prices(applications: int) -> list[dict[str, object]]:
     """What a step with gradient through all applications takes, by schedule, and whether its gradients are the same."""
+    found: list[dict[str, object]] = []
     torch.manual_seed(0)
     reader = Reader(applications, 0.0)
     symbols, places, labels = rows(BATCH, applications, torch.Generator().manual_seed(0))
@@ -201,7 +202,17 @@ def prices(applications: int) -> None:
         seconds, grads = time.process_time() - started, [p.grad for p in reader.parameters()]
         first = first or [None if grad is None else grad.clone() for grad in grads]
         same = all(torch.equal(a, b) for a, b in zip(first, grads, strict=True) if a is not None and b is not None)
-        print(f"{applications} {name}: {taken[name]:,} bytes, {seconds:.2f} s, same gradients: {same}", flush=True)
+        found.append(
+            {
+                "applications": applications,
+                "schedule": name,
+                "bytes": taken[name],
+                "seconds": round(seconds, 2),
+                "same_gradients": same,
+            }
+        )
+        print(found[-1], flush=True)
+    return found
 
 
 @torch.no_grad()
@@ -231,9 +242,13 @@ def main() -> None:
     parser.add_argument("--equal-flops", action="store_true", help="as many steps as cost what --steps of k = N do")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    if args.prices:
-        prices(args.applications)
     args.folder.mkdir(parents=True, exist_ok=True)
+    if args.prices:
+        found = prices(args.applications)
+        with (args.folder / f"prices_{args.applications}.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, found[0])
+            writer.writeheader()
+            writer.writerows(found)
     table = args.folder / "runs.csv"
     key = ("applications", "gradient", "seed", "steps", "mark", "schedule", "budget")
     known = list(csv.DictReader(table.open())) if table.exists() else []
