@@ -49,6 +49,7 @@ def test_the_demo_goes_the_whole_way(
         assert (output / name).stat().st_size > 100
     page = (output / "report.html").read_text()
     assert page.index("What one model believes of one maze") < page.index("Accuracy over the depth of evaluation")
+    assert "Accuracy by path length: " in page and "path length 2 to 3" in page
     assert "Exact match ema" in page.replace("EMA", "ema") and "exact match, %" in page
     config = from_yaml(output / "model" / "config.yaml")
     assert config.task == "grid" and config.depth.max_loops == 12 and config.grid.ask_within == 0.5

@@ -107,7 +107,7 @@ def _by_bin(curve: DepthCurve, index: int) -> Chart | None:
     names = [name for name in curve.points[-1] if re.fullmatch(r".+_\d+_\d+", name)]
     if not names:
         return None
-    attribute = names[0].rsplit("_", 2)[0]
+    attribute = {"before": "path length"}.get(name := names[0].rsplit("_", 2)[0], name)  # Before a passage is closed.
     caption = Caption(
         name=f"evaluation_depth_{index}",
         title=f"Accuracy by {attribute}: {printable(curve.run, 30)}",
