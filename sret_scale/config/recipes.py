@@ -183,7 +183,7 @@ def _deit3_fine_tuning() -> RunConfig:
     return replace(config, model=preset("sret_s_384", drop_path=0.0), augment=AugmentConfig(erase_rate=0.0))
 
 
-def _demo(model: str, *, total_images: int, learning_rate: float, compiles: bool = False) -> RunConfig:
+def _demo(model: str, *, total_images: int, learning_rate: float) -> RunConfig:
     return RunConfig(
         model=preset(model),
         data=DataConfig(crop="padded", crop_padding=1, eval_crop_rate=1.0, workers=1),
@@ -198,9 +198,8 @@ def _demo(model: str, *, total_images: int, learning_rate: float, compiles: bool
         ),
         train=TrainConfig(
             total_images=total_images,
-            global_batch_size=32,
-            micro_batch_size=16,
-            compile="blocks" if compiles else "none",
+            global_batch_size=64,
+            micro_batch_size=32,
             eval_interval_images=total_images // 2,
             checkpoint_interval_images=total_images // 2,
             log_interval_steps=10,
@@ -341,19 +340,19 @@ RECIPES = {
         "`shards write text` (256 bytes). What it reaches on plays that it has not seen is in docs/language.md.",
     ),
     "demo_teacher": Recipe(
-        config=_demo("demo_teacher", total_images=30_000, learning_rate=2e-3),
+        config=_demo("demo_teacher", total_images=40_000, learning_rate=2e-3),
         about="A wider model without recursion on the sample images: a minute and a half on two CPU cores.",
     ),
     "demo_student_108": Recipe(
         config=replace(
-            _demo("demo_student_108", total_images=20_000, learning_rate=2e-3, compiles=True),
+            _demo("demo_student_108", total_images=24_000, learning_rate=2e-3),
             # Nearly all that it takes without recomputation: the planner recomputes what does not fit.
             memory=MemoryConfig(schedule="planned", budget_bytes=384 * 2**20),
         ),
-        about="108 applications of 10 blocks, compiled, distilled from the demo's teacher, within 384 MiB a rank.",
+        about="108 applications of 10 blocks, distilled from the demo's teacher, within 384 MiB a rank.",
     ),
     "demo_control_20": Recipe(
-        config=_demo("demo_control_20", total_images=20_000, learning_rate=2e-3),
+        config=_demo("demo_control_20", total_images=24_000, learning_rate=2e-3),
         about="The same 10 blocks at the published 2 loops, same teacher and number of images.",
     ),
 }
