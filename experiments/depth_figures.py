@@ -109,10 +109,10 @@ def draw_horizon(folder: Path) -> None:
             axes.plot(int(row["gradient"]) / count, float(row["accuracy"]), "o", color=colour, markersize=3.5)
     axes.axhline(12.5, color=MUTED, linewidth=1, linestyle=":")
     axes.axvline(0.5, color=MUTED, linewidth=1, linestyle=":")
-    axes.annotate("the mark is written before", (0.5, 62), color=MUTED, fontsize=9, ha="right", xytext=(0.49, 62))
+    axes.annotate("only from here on it\nreaches the mark", (0.51, 22), color=MUTED, fontsize=9)
     axes.annotate("chance", (0.02, 14.5), color=MUTED, fontsize=9)
     axes.set_ylim(0, 104)
-    axes.legend(frameon=False, fontsize=9, loc="upper left")
+    axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(0.0, 0.97))
     axes = panel(figure, 2, 2, "block applications, all with gradient", "bytes of activations of a step, MB")
     priced = table(folder / "carry_prices.csv")
     for name, colour in zip(dict.fromkeys(row["schedule"] for row in priced), (INK, *PALETTE), strict=False):
@@ -130,7 +130,7 @@ def draw_horizon(folder: Path) -> None:
     axes.set_yticks([0.3, 1, 3, 10, 30, 100], ["0.3", "1", "3", "10", "30", "100"], minor=False)
     axes.minorticks_off()
     axes.set_xlim(right=max(ticks) * 1.35)
-    axes.legend(frameon=False, fontsize=9, loc="upper left")
+    axes.legend(frameon=False, fontsize=9, loc="lower right")
     figure.subplots_adjust(left=0.05, right=0.985, top=0.88, bottom=0.15, wspace=0.16)
     save(figure, folder / "depth_horizon")
 
