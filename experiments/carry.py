@@ -114,8 +114,9 @@ def final_state(links: Sequence[Link], start: Tensor, schedule: Schedule) -> Ten
 
 def schedule_of(reader: Reader, gradient: int, kind: str, budget: int | None) -> tuple[Schedule, int]:
     """The schedule of a run and the bytes of activations that a step keeps; ValueError where they are too many."""
-    symbols, places, labels = rows(BATCH, gradient, torch.Generator().manual_seed(0))
-    links = reader.links(symbols, places)
+    # Rows shorter than twice the symbols have no place for a mark.
+    symbols, places, labels = rows(BATCH, max(gradient, 2 * SYMBOLS), torch.Generator().manual_seed(0))
+    links = reader.links(symbols, places)[-gradient:]
     if kind == "planned":
         # Within the budget, by what is measured: the loss has bytes of its own.
         schedule = plan_chain(links, torch.zeros(BATCH, TOKENS, WIDTH), 9 * (budget or 0) // 10)

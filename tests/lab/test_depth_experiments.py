@@ -73,3 +73,5 @@ def test_a_step_beyond_its_budget_is_refused_and_a_planned_one_fits(scripts: Any
         carry.schedule_of(reader, 40, "none", 1_000_000)
     schedule, taken = carry.schedule_of(reader, 40, "planned", 1_000_000)
     assert taken <= 1_000_000 and schedule.num_applications == 40
+    # Fewer applications with gradient than a row of every symbol, and its mark, has.
+    assert carry.schedule_of(reader, 12, "none", None)[0].num_applications == 12
