@@ -124,11 +124,11 @@ def test_the_demo_goes_the_whole_way(
     assert " 10 applications" in lines[1] and " 108 applications" in lines[2] and " 20 applications" in lines[3]
     configs = {role: from_yaml(output / role / "config.yaml") for role in demo.ROLES}
     student, control = configs["student"], configs["control"]
-    assert student.engine.ds_config.startswith("zero1") and student.memory.schedule == "segments"
+    assert student.engine.ds_config.startswith("zero1") and student.memory.schedule == "planned"
     assert student.distill.teacher == control.distill.teacher == f"run:{output / 'teacher'}"
     assert json.loads((output / "student" / "environment.json").read_text())["world_size"] >= 2
     different = [line.partition(":")[0] for line in differences(student, control)]
-    assert different == [*(f"model.stages.{stage}.num_loops" for stage in range(3)), "memory.schedule"]
+    assert different == [*(f"model.stages.{stage}.num_loops" for stage in range(3)), "memory.schedule", "memory.budget_bytes"]
     page = (output / "report.html").read_text()
     assert (
         "smoke test" in page
