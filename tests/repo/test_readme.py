@@ -128,7 +128,11 @@ def test_the_demo_goes_the_whole_way(
     assert student.distill.teacher == control.distill.teacher == f"run:{output / 'teacher'}"
     assert json.loads((output / "student" / "environment.json").read_text())["world_size"] >= 2
     different = [line.partition(":")[0] for line in differences(student, control)]
-    assert different == [*(f"model.stages.{stage}.num_loops" for stage in range(3)), "memory.schedule", "memory.budget_bytes"]
+    assert different == [
+        *(f"model.stages.{stage}.num_loops" for stage in range(3)),
+        "memory.schedule",
+        "memory.budget_bytes",
+    ]
     page = (output / "report.html").read_text()
     assert (
         "smoke test" in page
