@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from sret_scale.memory.planning.ledger import account, draw_rows
 from sret_scale.memory.schedule import Kind, Schedule
@@ -15,11 +16,7 @@ MAX_DRAWN = 3000
 
 def draw_schedules(schedules: Sequence[Schedule], path: Path, *, title: str) -> None:
     """Writes a picture (format by suffix: png, svg, pdf), one panel a schedule; ValueError if it could not be read."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    from matplotlib.collections import LineCollection
+    from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
     runs = max(account(schedule).total_untaped + 2 * schedule.num_applications for schedule in schedules)
@@ -27,59 +24,36 @@ def draw_schedules(schedules: Sequence[Schedule], path: Path, *, title: str) -> 
         raise ValueError(
             f"--draw: {runs} runs of applications are too many for a picture, expected at most {MAX_DRAWN}"
         )
-    figure, axes = pyplot.subplots(
-        len(schedules), 1, figsize=(8, 2.4 * len(schedules)), squeeze=False, layout="constrained"
-    )
-    for index, (schedule, axis) in enumerate(zip(schedules, axes[:, 0], strict=True)):
-        drawn, duration = strokes(schedule)
-        axis.add_collection(LineCollection(slot_lines(schedule), colors=SLOT_COLOUR, linewidths=1.2))
-        for kind, lines in drawn.items():
-            axis.add_collection(LineCollection(lines, colors=COLOURS[kind], linewidths=1.8))
-        axis.set(
-            xlim=(0, duration),
-            ylim=(schedule.num_applications, -0.03 * schedule.num_applications),
-            ylabel="application",
-        )
+    figure = Figure(figsize=(8, 2.4 * len(schedules)), layout="constrained")
+    for index, schedule in enumerate(schedules):
+        axis = figure.add_subplot(len(schedules), 1, index + 1)
+        _draw(axis, schedule)
         ledger = account(schedule)
-        axis.set_title(
-            f"stage {index}: {schedule.name}; {ledger.peak_slots} slots, {ledger.peak_taped} taped at once,"
-            f" r = {ledger.passes}",
-            fontsize=9,
-            loc="left",
-        )
-    axes[-1, 0].set_xlabel("time, in runs of one application (a gradient counts two)")
+        facts = f"{ledger.peak_slots} slots, {ledger.peak_taped} taped at once, r = {ledger.passes}"
+        axis.set_title(f"stage {index}: {schedule.name}; {facts}", fontsize=9, loc="left")
+    axis.set_xlabel("time, in runs of one application (a gradient counts two)")
     handles = [Line2D([], [], color=COLOURS[kind], label=label) for kind, label in LABELS.items()]
     handles.append(Line2D([], [], color=SLOT_COLOUR, label="boundary kept in a slot"))
     figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)
 
 
-Line = list[tuple[float, float]]
+def _draw(axis: Any, schedule: Schedule) -> None:
+    """A line for each run, a gradient's upwards, the others' downwards, and one for each boundary while it is kept."""
+    from matplotlib.collections import LineCollection
 
-
-def strokes(schedule: Schedule) -> tuple[dict[Kind, list[Line]], float]:
-    """Lines of all runs by kind, and the time when the last one ends. A gradient runs upwards, the rest downwards."""
-    drawn: dict[Kind, list[Line]] = {kind: [] for kind in COLOURS}
-    clock = 0.0
-    for kind, lo, hi, _ in draw_rows(schedule):
-        duration = (2 if kind is Kind.BACK else 1) * (hi - lo)
-        ends = (hi, lo) if kind is Kind.BACK else (lo, hi)
-        drawn[kind].append([(clock, ends[0]), (clock + duration, ends[1])])
-        clock += duration
-    return drawn, clock
-
-
-def slot_lines(schedule: Schedule) -> list[Line]:
-    """One horizontal line per kept boundary, from when it is kept until it is taken."""
-    lines: list[Line] = []
+    lines: dict[str, list[list[tuple[float, float]]]] = {colour: [] for colour in (SLOT_COLOUR, *COLOURS.values())}
     since: dict[int, float] = {}
     clock = 0.0
     for kind, lo, hi, kept in draw_rows(schedule):
-        for boundary in kept - since.keys():
-            since[boundary] = clock
-        for boundary in since.keys() - kept:
-            lines.append([(since.pop(boundary), boundary), (clock, boundary)])
-        clock += (2 if kind is Kind.BACK else 1) * (hi - lo)
-    return lines + [[(start, boundary), (clock, boundary)] for boundary, start in since.items()]
+        since |= dict.fromkeys(kept - since.keys(), clock)
+        lines[SLOT_COLOUR] += [[(since.pop(one), one), (clock, one)] for one in since.keys() - kept]
+        duration = (2 if kind is Kind.BACK else 1) * (hi - lo)
+        ends = (hi, lo) if kind is Kind.BACK else (lo, hi)
+        lines[COLOURS[kind]].append([(clock, ends[0]), (clock + duration, ends[1])])
+        clock += duration
+    for colour, drawn in lines.items():
+        axis.add_collection(LineCollection(drawn, colors=colour, linewidths=1.2 if colour == SLOT_COLOUR else 1.8))
+    top = -0.03 * schedule.num_applications
+    axis.set(xlim=(0, clock), ylim=(schedule.num_applications, top), ylabel="application")
