@@ -119,6 +119,8 @@ def timm_config(spec: str) -> TimmConfig:
         with torch.device("meta"):
             net, stages = config.network(), []
     except ValueError as error:
+        if not options:
+            raise
         raise ValueError(f"{error}; keys of ours: {', '.join((*_OF_STAGE, *_OF_MODEL))}") from error
     for chain in chains_of(net, config.at):
         blocks = [*net.get_submodule(chain).children()]
