@@ -14,6 +14,9 @@ from torch import nn
 
 from data_pipelines.extras import install_extra
 
+# Arguments of `timm.create_model` that lead out of the network.
+_OUTSIDE = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
+
 
 def import_timm() -> ModuleType:
     """timm, on CPU builds of torch too. ValueError with the command to install it when it is missing."""
@@ -41,11 +44,14 @@ def create_model(name: str, *, num_classes: int, checkpoint: Path | None, channe
 def make_network(name: str, arguments: Mapping[str, Any]) -> nn.Module:
     """The network of a name, or of a class such as `MlpMixer`, whose constructor leaves all sizes open.
 
-    ValueError for a name that timm lacks, or an argument that cannot be.
+    ValueError for a name that timm lacks, or an argument that cannot be, or would fetch or read weights.
     """
+    # The configuration of a run is data: it must not name a pickle to load, or what to fetch.
+    if outside := _OUTSIDE & arguments.keys():
+        raise ValueError(f"timm:{name}: {min(outside)} is not taken: weights are given by train.initial_weights")
     timm = import_timm()
     made = getattr(timm.models, name, None)
-    if not isinstance(made, type):
+    if not (isinstance(made, type) and issubclass(made, nn.Module)):
         check_name(timm, name)
         made = partial(timm.create_model, name)
     try:
@@ -70,12 +76,9 @@ def create_architecture(name: str, *, num_classes: int | None = None, channels: 
 
     ValueError for an unknown name.
     """
-    timm = import_timm()
-    check_name(timm, name)
     classes = {} if num_classes is None else {"num_classes": num_classes}
     with torch.device("meta"):
-        model: nn.Module = timm.create_model(name, pretrained=False, in_chans=channels, **classes)
-    return model
+        return make_network(name, {"in_chans": channels, **classes})
 
 
 def check_name(timm: ModuleType, name: str) -> None:

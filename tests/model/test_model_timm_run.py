@@ -206,6 +206,10 @@ def stage(**options: Any) -> tuple[StageConfig, ...]:
         (f"{SPECS['vit']}&num_loops=0", "num_loops must be a whole number of at least 1, got 0"),
         (f"{SPECS['vit']}&at=layers", "at: VisionTransformer has no chain of blocks at layers"),
         (f"{SPECS['vit']}&groups=4", "unexpected keyword argument 'groups'"),
+        ("timm:deit_tiny_patch16_224?checkpoint_path=net.pth", "checkpoint_path is not taken: weights are given by"),
+        ("timm:deit_tiny_patch16_224?timm.pretrained=true", "pretrained is not taken"),
+        ("timm:hf-hub:someone/model", "timm has no model 'hf-hub:someone/model'"),
+        ("timm:OrderedDict", "timm has no model 'OrderedDict'"),
     ],
 )
 def test_a_spec_that_cannot_be_is_refused(spec: str, message: str) -> None:
