@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from reach import MODEL, UNREACHED, distances, image_of, tree
 
-from sret_scale.lab.report.chart import GRID, INK, MUTED, PALETTE, PAPER, PNG_DPI, STYLE
+from sret_scale.lab.report.chart import GRID, INK, MUTED, PALETTE, PAPER, STYLE
 from sret_scale.model import SReT
 from sret_scale.model.read_out import read_outs
 
@@ -33,10 +33,8 @@ def table(file: Path) -> list[Row]:
 
 
 def save(figure: Figure, file: Path) -> None:
-    """As SVG, and as PNG for whoever shows no SVG."""
     with mpl.rc_context({"svg.hashsalt": file.name}):
         figure.savefig(file.with_suffix(".svg"), metadata={"Date": None})
-    figure.savefig(file.with_suffix(".png"), dpi=PNG_DPI)
 
 
 def panel(figure: Figure, place: int, of: int, x_label: str, y_label: str) -> Axes:
