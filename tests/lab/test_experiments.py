@@ -15,7 +15,7 @@ from tests.tiny import ROOT, tiny_shards
 
 FOLDER = ROOT / "experiments"
 NOT_RUN = ("imagenet_depth.yaml", "imagenet_reproduce.yaml")
-FASHION = {
+DEPTHS = {
     "fashion_depth": [10, 20, 50, 108, 250, 512],
     "fashion_flops": [10, 20, 50, 108, 250],
     "fashion_branch": [50, 108, 512],
@@ -23,6 +23,9 @@ FASHION = {
     "fashion_taught": [10, 20, 50, 108],
     "fashion_gpu": [20, 108, 300, 1000],
     "rate_transfer": [20, 50, 108],
+    "natural_images": [20, 108],
+    "maze_path": [80],
+    "maze_depth": [120],
 }
 
 
@@ -35,10 +38,10 @@ def _rehearsal(file: Path) -> list[str]:
     return words[3:]
 
 
-@pytest.mark.parametrize("name", sorted(FASHION))
-def test_the_fashion_experiments_have_the_depths_that_they_tell(name: str) -> None:
+@pytest.mark.parametrize("name", sorted(DEPTHS))
+def test_the_experiments_have_the_depths_that_they_tell(name: str) -> None:
     _, planned = load_experiment(FOLDER / f"{name}.yaml")
-    assert sorted({run.applications for run in planned}) == FASHION[name]
+    assert sorted({run.applications for run in planned}) == DEPTHS[name]
     if name == "fashion_flops":
         base = from_yaml(FOLDER / "fashion_base.yaml")
         flops = {run.applications: run.macs * run.config.train.total_images for run in planned}
@@ -46,8 +49,8 @@ def test_the_fashion_experiments_have_the_depths_that_they_tell(name: str) -> No
         assert max(flops.values()) / min(flops.values()) < 1.001
 
 
-@pytest.mark.parametrize("name", NOT_RUN)
-def test_an_imagenet_experiment_says_that_it_was_not_run_and_its_trial_fits_small_data(
+@pytest.mark.parametrize("name", (*NOT_RUN, "natural_images.yaml"))
+def test_an_experiment_says_that_it_was_not_run_and_its_trial_fits_small_data(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = FOLDER / name
