@@ -12,6 +12,7 @@ from data_pipelines.shards.index import open_shards
 def summarize_shards(folder: str | Path) -> dict[str, Any]:
     """Counts, bytes, pixels and class balance, ready for JSON."""
     shards = open_shards(folder, allow_remote=True)
+    sizes = ("window_bytes", "that_count") if shards.is_text else ("width", "height")
     counts = np.bincount(shards.label, minlength=shards.num_classes).tolist()
     return {
         "folder": str(folder),
@@ -20,10 +21,10 @@ def summarize_shards(folder: str | Path) -> dict[str, Any]:
         "shards": shards.num_shards,
         "members": " ".join(["text" if shards.is_text else "image", *shards.members]),
         "left_out": shards.manifest.num_rejected,
-        "image_bytes": int(shards.length.sum()),
+        "bytes": int(shards.length.sum()),
         "tar_bytes": sum(shard.bytes for shard in shards.manifest.shards),
-        "width": _spread(shards.width),
-        "height": _spread(shards.height),
+        sizes[0]: _spread(shards.width),
+        sizes[1]: _spread(shards.height),
         "fingerprint": shards.fingerprint,
         "class_counts": dict(zip(shards.class_names, counts, strict=True)),
         "writer": dict(shards.manifest.writer),

@@ -48,10 +48,12 @@ def overview(every: dict[str, dict[str, Any]]) -> str:
 
 def table(counts: dict[str, Any]) -> str:
     """The counts as aligned lines of text."""
+    published = accuracy(counts["preset"])
+    of_paper = f"  published top-1     {published:>15}   percent on ImageNet-1k at the preset's size"
     lines = [
         f"{counts['preset']} {_size(counts)}",
         f"  parameters          {counts['parameters']:>15,}",
-        f"  published top-1     {accuracy(counts['preset']):>15}   percent on ImageNet-1k at the preset's size",
+        *([of_paper] if published != "-" else []),
         f"  MACs                {counts['macs']:>15,}",
         f"  MACs as published   {counts['macs_published']:>15,}   without the head",
         f"  applications        {counts['applications']:>15,}",

@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
         print(f"{args.out}: safetensors")
         return
     if not isinstance(model.config, ImageConfig):
-        raise ValueError(f"{args.format} is for models of images, got one of kind {model.config.kind!r}")
+        raise ValueError(f"{args.format}: expected a model of images, got one of kind {model.config.kind!r}")
     if args.format == "onnx":
         for package in ("onnx", "onnxscript", "onnxruntime"):
             if importlib.util.find_spec(package) is None:

@@ -144,7 +144,7 @@ def table(name: str, plan: "Plan", largest: int, teacher: int) -> str:
         f"  forward runs without a tape per application: {plan.untaped_runs:.2f}"
         f" ({100 * plan.untaped_runs / 3:.0f} % more work than no recomputation)"
     )
-    lines.append(f"  modelled speed, for ranking only: {plan.modelled_images_per_s:,.0f} images/s")
+    lines.append(f"  modelled speed, for ranking only: {plan.modelled_images_per_s:,.0f} samples/s")
     for index, schedule in enumerate(plan.schedules):
         ledger = account(schedule)
         lines.append(

@@ -231,14 +231,14 @@ class RunConfig:
     def images(self) -> ImageConfig:
         """The model, for what is asked of images alone. ValueError where it reads something else."""
         if not isinstance(self.model, ImageConfig):
-            raise ValueError(f"this is for models of images, got one of kind {self.model.kind!r}")
+            raise ValueError(f"expected a model of images, got one of kind {self.model.kind!r}")
         return self.model
 
     @property
     def vision(self) -> SReTConfig:
         """The model, for what is asked of an SReT alone. ValueError where it is of another kind."""
         if not isinstance(self.model, SReTConfig):
-            raise ValueError(f"this is for models of kind 'vision', got one of kind {self.model.kind!r}")
+            raise ValueError(f"expected a model of kind 'vision', got one of kind {self.model.kind!r}")
         return self.model
 
 

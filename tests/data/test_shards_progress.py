@@ -23,8 +23,8 @@ def test_a_log_gets_a_line_every_ten_seconds(
             at(monkeypatch, seconds)
             show(Progress(samples=samples, bytes=samples * 110_000, total_samples=50_000))
     assert capsys.readouterr().err.splitlines() == [
-        "writing: 10,000 of 50,000 images, 1,000 images/s, 110.0 MB/s, 40 s remain",
-        "writing: 20,000 of 50,000 images, 1,000 images/s, 110.0 MB/s, 30 s remain",
+        "writing: 10,000 of 50,000 samples, 1,000 samples/s, 110.0 MB/s, 40 s remain",
+        "writing: 20,000 of 50,000 samples, 1,000 samples/s, 110.0 MB/s, 30 s remain",
     ]
 
 
@@ -41,4 +41,4 @@ def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
         at(monkeypatch, 110.0)
         show(Progress(samples=10_000, bytes=1_100_000_000, total_samples=50_000))
     text = terminal.getvalue()
-    assert "verifying" in text and "10000/50000" in text and "1,000 images/s 110.0 MB/s" in text
+    assert "verifying" in text and "10000/50000" in text and "1,000 samples/s 110.0 MB/s" in text

@@ -199,7 +199,7 @@ def test_a_run_from_shards_to_text(shards: Path, tmp_path: Path, capfdbinary: py
         (["evaluate", str(run), "--applications", "2,4"], b"for models of images, got one of kind 'language'"),
         (["evaluate", str(run), "--details", str(tmp_path / "d")], b"has task=language, and this is asked of classes"),
         (["predict", str(run), "a.png"], b"'vision', got one of kind 'language'"),
-        (["export", str(run), str(tmp_path / "a.onnx")], b"is for models of images, got one of kind 'language'"),
+        (["export", str(run), str(tmp_path / "a.onnx")], b"expected a model of images, got one of kind 'language'"),
     ):
         with contextlib.chdir(tmp_path):
             Path("a.png").write_bytes(b"")
@@ -264,4 +264,4 @@ def test_a_run_is_refused_before_it_starts(shards: Path, tmp_path: Path, capsys:
 @pytest.mark.multi_process
 def test_a_run_of_images_does_not_write_text(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", str(run)]) == 2
-    assert "generate is for models of kind 'language', got one of kind 'vision'" in capsys.readouterr().err
+    assert "generate: expected a model of kind 'language', got one of kind 'vision'" in capsys.readouterr().err

@@ -73,8 +73,8 @@ def test_a_sweep_varies_its_loops(folder: Path) -> None:
         ),
         (["train", "base.yaml", f"model={SPEC}&num_blocks=3"], "num_blocks: expected a divisor of the 4 of blocks"),
         (["evaluate", "run", "--loops", "0"], "--loops: expected at least 1, got 0"),
-        (["evaluate", "run", "--image-size", "56"], "this is for models of kind 'vision', got one of kind 'timm'"),
-        (["evaluate", "run", "--early-exit", "confidence"], "early exit is for models of kind 'vision'"),
+        (["evaluate", "run", "--image-size", "56"], "expected a model of kind 'vision', got one of kind 'timm'"),
+        (["evaluate", "run", "--early-exit", "confidence"], "early exit: expected a model of kind 'vision'"),
         (["train", "base.yaml", f"model={TIED}", "train.compile=blocks"], "whose blocks are not ours to compile"),
         (
             ["train", "base.yaml", f"model={TIED}", "model.num_loops=4", "--run", "run"],

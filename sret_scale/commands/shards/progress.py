@@ -12,7 +12,7 @@ _LINE_EVERY_S = 10.0
 
 @contextmanager
 def progress_bar(what: str) -> Iterator[Callable[[Progress], None]]:
-    """A function that shows progress, on stderr: images, images/s, MB/s, remaining time."""
+    """A function that shows progress, on stderr: samples, samples/s, MB/s, remaining time."""
     if sys.stderr.isatty():
         with _bar(what) as show:
             yield show
@@ -35,7 +35,7 @@ class _Lines:
         rate = progress.samples / (now - self._start)
         remaining_s = (progress.total_samples - progress.samples) / rate if rate else float("inf")
         print(
-            f"{self._what}: {progress.samples:,} of {progress.total_samples:,} images, {rate:,.0f} images/s,"
+            f"{self._what}: {progress.samples:,} of {progress.total_samples:,} samples, {rate:,.0f} samples/s,"
             f" {progress.bytes / (now - self._start) / 1e6:,.1f} MB/s, {remaining_s:,.0f} s remain",
             file=sys.stderr,
             flush=True,
@@ -55,7 +55,7 @@ def _bar(what: str) -> Iterator[Callable[[Progress], None]]:
 
         def show(progress: Progress) -> None:
             seconds = max(time.monotonic() - start, 1e-6)
-            rate = f"{progress.samples / seconds:,.0f} images/s {progress.bytes / seconds / 1e6:,.1f} MB/s"
+            rate = f"{progress.samples / seconds:,.0f} samples/s {progress.bytes / seconds / 1e6:,.1f} MB/s"
             bars.update(task, total=progress.total_samples, completed=progress.samples, rate=rate)
 
         yield show

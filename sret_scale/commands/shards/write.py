@@ -159,5 +159,5 @@ def _write(config: "WriteConfig", target: Path, args: argparse.Namespace) -> Non
     print(
         f"{target}: {manifest.num_samples:,} samples of {len(manifest.class_names)} classes in"
         f" {len(manifest.shards)} {'shard' if len(manifest.shards) == 1 else 'shards'}, {num_bytes / 2**20:,.1f} MiB,"
-        f" {manifest.num_rejected} images left out"
+        f" {manifest.num_rejected} left out"
     )

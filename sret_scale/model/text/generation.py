@@ -113,5 +113,5 @@ def tokens_of(data: bytes, model: NextByte) -> Tensor:
 def as_next_byte(model: StackModel, asked: str) -> NextByte:
     """The model itself; ValueError, naming what was asked of it, where it is of another kind."""
     if not isinstance(model, NextByte):
-        raise ValueError(f"{asked} is for models of kind 'language', got one of kind {model.config.kind!r}")
+        raise ValueError(f"{asked}: expected a model of kind 'language', got one of kind {model.config.kind!r}")
     return model

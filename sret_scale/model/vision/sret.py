@@ -34,7 +34,7 @@ def on_grid(x_BND: Tensor) -> Tensor:
 def as_sret(model: StackModel, asked: str) -> "SReT":
     """The model itself; ValueError, naming what was asked of it, where it is of another kind."""
     if not isinstance(model, SReT):
-        raise ValueError(f"{asked} is for models of kind 'vision', got one of kind {model.config.kind!r}")
+        raise ValueError(f"{asked}: expected a model of kind 'vision', got one of kind {model.config.kind!r}")
     return model
 
 
