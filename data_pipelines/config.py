@@ -4,8 +4,11 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from data_pipelines.field_checks import check_fields, require
+
 OrderKind = Literal["full", "block", "sequential"]
 LastBatch = Literal["drop", "pad"]
+Interpolation = Literal["bilinear", "bicubic"]
 
 # Pillow's own limit (its MAX_IMAGE_PIXELS), so that its warning cannot appear for an image that is accepted.
 MAX_PIXELS = 89_478_485
@@ -73,7 +76,7 @@ class DataConfig:
     num_views: int | None = None
     view_seed: int | None = None
     eval_crop_rate: float = 0.875
-    interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+    interpolation: Interpolation = "bicubic"
     max_pixels: int = MAX_PIXELS
     remote_reads: Literal["shards", "ranges"] = "shards"
     cache_folder: str | None = None
@@ -86,46 +89,22 @@ class DataConfig:
     quarantine_file: str | None = None
 
     def __post_init__(self) -> None:
-        _require(
-            len(self.mixture_weights) in (0, 1 + len(self.mixture_folders))
-            and all(w > 0 for w in self.mixture_weights),
-            "mixture_weights",
-            f"none, or {1 + len(self.mixture_folders)} above 0",
-            self.mixture_weights,
-        )
+        num_sets, weights = 1 + len(self.mixture_folders), self.mixture_weights
+        is_sound = len(weights) in (0, num_sets) and all(weight > 0 for weight in weights)
+        require(is_sound, "data.mixture_weights", f"none, or {num_sets} above 0", weights)
         is_name = self.transform is None or re.fullmatch(r"[\w.]+:\w+", self.transform) is not None
-        _require(is_name, "transform", "module:function, or null", self.transform)
-        _require(1 <= self.workers <= 1024, "workers", "1 to 1024", self.workers)
-        _require(1 <= self.prefetch_batches <= 1 << 20, "prefetch_batches", "1 to 1,048,576", self.prefetch_batches)
-        _require(self.block_window >= 1, "block_window", "at least 1", self.block_window)
-        _require(self.num_repeats >= 1, "num_repeats", "at least 1", self.num_repeats)
+        require(is_name, "data.transform", "module:function, or null", self.transform)
         low, high = self.crop_scale
-        _require(0 < low <= high <= 1, "crop_scale", "0 < low <= high <= 1", self.crop_scale)
+        require(0 < low <= high <= 1, "data.crop_scale", "0 < low <= high <= 1", self.crop_scale)
         low, high = self.crop_ratio
-        _require(0 < low <= high, "crop_ratio", "0 < low <= high", self.crop_ratio)
-        _require(0 <= self.crop_padding <= 1 << 12, "crop_padding", "0 to 4096", self.crop_padding)
-        _require(0 <= self.flip_rate <= 1, "flip_rate", "between 0 and 1", self.flip_rate)
-        _require(self.num_views is None or self.num_views >= 1, "num_views", "at least 1, or null", self.num_views)
-        _require(0 < self.eval_crop_rate <= 1, "eval_crop_rate", "above 0, at most 1", self.eval_crop_rate)
-        for name in ("cache_gib", "stall_s"):
-            _require(getattr(self, name) > 0, name, "above 0", getattr(self, name))
-        for name in ("fetch_threads", "fetch_ahead_steps", "fetch_attempts"):
-            _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        _require(0 <= self.max_bad_rate <= 1, "max_bad_rate", "between 0 and 1", self.max_bad_rate)
-        for name, choices in CHOICES.items():
-            _require(getattr(self, name) in choices, name, f"one of {', '.join(choices)}", getattr(self, name))
-
-
-CHOICES = {
-    "order": ("full", "block", "sequential"),
-    "last": ("drop", "pad"),
-    "remote_reads": ("shards", "ranges"),
-    "worker_kind": ("threads", "processes"),
-    "crop": ("resized", "padded", "centre", "none"),
-    "interpolation": ("bilinear", "bicubic"),
-}
-
-
-def _require(is_valid: bool, name: str, expected: str, got: object) -> None:
-    if not is_valid:
-        raise ValueError(f"data.{name}: expected {expected}, got {got!r}")
+        require(0 < low <= high, "data.crop_ratio", "0 < low <= high", self.crop_ratio)
+        bounds = {
+            "at least 1": "block_window num_repeats num_views fetch_threads fetch_ahead_steps fetch_attempts",
+            "above 0": "cache_gib stall_s",
+            "above 0, at most 1": "eval_crop_rate",
+            "between 0 and 1": "flip_rate max_bad_rate",
+            "0 to 4,096": "crop_padding",
+            "1 to 1,024": "workers",
+            "1 to 1,048,576": "prefetch_batches",
+        }
+        check_fields(self, "data", bounds)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data_pipelines.config import IMAGENET_MEAN, IMAGENET_STD
+from data_pipelines.field_checks import check_fields
 from data_pipelines.image.batch_memory import Recycler
 from data_pipelines.image.pixel_operations import apply_operations_
 from data_pipelines.image.policies import (
@@ -57,14 +58,12 @@ class AugmentConfig:
     cutmix_rate: float = 0.5
 
     def __post_init__(self) -> None:
-        for name in ("three_augment_rate", "erase_rate", "mix_rate", "cutmix_rate"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"augment.{name}: expected a share between 0 and 1, got {getattr(self, name)!r}")
-        for name in ("randaugment_ops", "color_jitter", "mixup_alpha", "cutmix_alpha"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"augment.{name}: expected 0 or more, got {getattr(self, name)!r}")
-        if not 0 <= self.randaugment_magnitude <= 30:
-            raise ValueError(f"augment.randaugment_magnitude: expected 0 to 30, got {self.randaugment_magnitude!r}")
+        bounds = {
+            "between 0 and 1": "three_augment_rate erase_rate mix_rate cutmix_rate",
+            "0 or more": "randaugment_ops color_jitter mixup_alpha cutmix_alpha",
+            "0 to 30": "randaugment_magnitude",
+        }
+        check_fields(self, "augment", bounds)
 
 
 _ERASE_TRIES = 10

@@ -2,17 +2,13 @@
 
 import io
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from PIL import Image, ImageOps
 
+from data_pipelines.field_checks import check_fields
 from data_pipelines.image.pillow_door import converted, opened
 from data_pipelines.writing.image_header import ImageHeader, orientation, read_header
-
-BadImagePolicy = Literal["fail", "skip", "quarantine"]
-BAD_IMAGE_POLICIES: tuple[str, ...] = get_args(BadImagePolicy)
-Check = Literal["header", "decode"]
-CHECKS: tuple[str, ...] = get_args(Check)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,21 +20,14 @@ class ImageOptions:
     all bytes. `metadata` adds a .json member with class and origin.
     """
 
-    on_bad: BadImagePolicy = "fail"
-    check: Check = "header"
+    on_bad: Literal["fail", "skip", "quarantine"] = "fail"
+    check: Literal["header", "decode"] = "header"
     resize: int | None = None
     quality: int = 95
     metadata: bool = True
 
     def __post_init__(self) -> None:
-        if self.on_bad not in BAD_IMAGE_POLICIES:
-            raise ValueError(f"on_bad {self.on_bad!r}: expected one of {', '.join(BAD_IMAGE_POLICIES)}")
-        if self.check not in CHECKS:
-            raise ValueError(f"check {self.check!r}: expected one of {', '.join(CHECKS)}")
-        if self.resize is not None and self.resize < 1:
-            raise ValueError(f"resize {self.resize}: expected the short side in pixels, 1 or more")
-        if not 1 <= self.quality <= 100:
-            raise ValueError(f"quality {self.quality}: expected 1 to 100")
+        check_fields(self, "image options", {"at least 1": "resize", "1 to 100": "quality"})
 
 
 def prepare_image(data: bytes, options: ImageOptions) -> tuple[bytes, ImageHeader]:

@@ -22,6 +22,7 @@ import yaml
 
 from data_pipelines.checked_files import read_bounded
 from data_pipelines.config import IMAGENET_MEAN, IMAGENET_STD
+from data_pipelines.field_checks import check_fields, require
 from data_pipelines.home_folder import with_home
 from data_pipelines.image.augment import AugmentConfig
 from data_pipelines.remote.shard_sets import open_training_data
@@ -98,29 +99,16 @@ class OptimConfig:
     their average."""
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "reference_batch_size", "eps"):
-            _require(getattr(self, name) > 0, f"optim.{name}", "above 0", getattr(self, name))
-        for name in (
-            "final_rate_ratio",
-            "warmup_images",
-            "weight_decay",
-            "ema_horizon_images",
-            "ema_statistics_images",
-        ):
-            _require(getattr(self, name) >= 0, f"optim.{name}", "0 or more", getattr(self, name))
-        for name in ("beta1", "beta2"):
-            _require(0 <= getattr(self, name) < 1, f"optim.{name}", "0 or more and less than 1", getattr(self, name))
-        _require(0 < self.layer_decay <= 1, "optim.layer_decay", "above 0 and at most 1", self.layer_decay)
+        bounds = {
+            "above 0": "learning_rate reference_batch_size eps",
+            "0 or more": "final_rate_ratio warmup_images weight_decay ema_horizon_images ema_statistics_images",
+            "0 or more and less than 1": "beta1 beta2",
+            "above 0, at most 1": "layer_decay",
+        }
+        check_fields(self, "optim", bounds)
         for group in typing.get_args(ParameterClass):
-            self._check_class(f"optim.{group}", getattr(self, group))
-
-    def _check_class(self, path: str, group: ClassConfig) -> None:
-        for name in ("rate_ratio", "weight_decay"):
-            value = getattr(group, name)
-            _require(value is None or value >= 0, f"{path}.{name}", "0 or more", value)
-        for name in ("eps", "clip_norm"):
-            value = getattr(group, name)
-            _require(value is None or value > 0, f"{path}.{name}", "above 0", value)
+            bounds = {"0 or more": "rate_ratio weight_decay", "above 0": "eps clip_norm"}
+            check_fields(getattr(self, group), f"optim.{group}", bounds)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,19 +164,13 @@ class TrainConfig:
     image_std: tuple[float, float, float] = IMAGENET_STD
 
     def __post_init__(self) -> None:
-        for name in (
-            *("total_images", "global_batch_size", "micro_batch_size", "keep_checkpoints", "log_interval_steps"),
-            *("hang_timeout_s", "max_skipped_steps"),
-        ):
-            _require(getattr(self, name) > 0, f"train.{name}", "above 0", getattr(self, name))
-        for name in ("seed", "eval_interval_images", "checkpoint_interval_images", "profile_steps"):
-            _require(getattr(self, name) >= 0, f"train.{name}", "0 or more", getattr(self, name))
-        _require(min(self.image_std) > 0, "train.image_std", "above 0", self.image_std)
-
-
-def _require(is_valid: bool, name: str, expected: str, got: object) -> None:
-    if not is_valid:
-        raise ValueError(f"{name}: expected {expected}, got {got!r}")
+        positive = "total_images global_batch_size micro_batch_size keep_checkpoints log_interval_steps"
+        bounds = {
+            "above 0": f"{positive} hang_timeout_s max_skipped_steps",
+            "0 or more": "seed eval_interval_images checkpoint_interval_images profile_steps",
+        }
+        check_fields(self, "train", bounds)
+        require(min(self.image_std) > 0, "train.image_std", "above 0", self.image_std)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,7 +186,7 @@ class GridConfig:
     """The attribute by which accuracy is told apart, in powers of two."""
 
     def __post_init__(self) -> None:
-        _require(self.ask_within is None or self.ask_within > 0, "grid.ask_within", "above 0, or null", self.ask_within)
+        check_fields(self, "grid", {"above 0": "ask_within"})
 
 
 @dataclass(frozen=True, kw_only=True)

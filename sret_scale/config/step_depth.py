@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data_pipelines.field_checks import check_fields, require
 from sret_scale.model import StackConfig
 from sret_scale.model.applications import post_norm
 from sret_scale.model.depth_plan import DepthPlan, StageDepth
@@ -61,34 +62,30 @@ class DepthConfig:
     def __post_init__(self) -> None:
         for name in ("supervised_loops", "supervision_weights", "mixed_loops", "mixed_weights"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        bounds = {
+            "at least 1": "min_loops max_loops backprop_loops supervise_every mean_loops",
+            "0 or more": "growth_images log_sigma",
+        }
+        check_fields(self, "depth", bounds)
         _require(not (self.supervise_every and self.supervised_loops), "supervise_every", "no supervised_loops", "both")
-        for name in ("min_loops", "max_loops", "backprop_loops", "supervise_every"):
-            value = getattr(self, name)
-            _require(value is None or value >= 1, name, "at least 1", value)
-        _require(self.growth_images >= 0, "growth_images", "0 or more", self.growth_images)
-        _require(self.log_sigma >= 0, "log_sigma", "0 or more", self.log_sigma)
         if self.loops == "all":
             for name, unused in (("min_loops", 1), ("max_loops", None), ("left_out", "last")):
                 _require(getattr(self, name) == unused, name, "a depth.loops that draws counts", getattr(self, name))
         is_growing = self.loops == "growing"
         _require(is_growing or not self.growth_images, "growth_images", "depth.loops=growing", self.growth_images)
-        is_poisson = self.loops in ("poisson", "lognormal_poisson")
+        has_mean = self.loops in ("poisson", "lognormal_poisson")
         _require(
-            (self.mean_loops is not None) == is_poisson, "mean_loops", "with the poisson draws only", self.mean_loops
+            (self.mean_loops is not None) == has_mean, "mean_loops", "with the poisson draws only", self.mean_loops
         )
-        _require(self.mean_loops is None or self.mean_loops >= 1, "mean_loops", "at least 1", self.mean_loops)
-        _require(
-            self.max_loops is None or self.min_loops <= self.max_loops, "min_loops", "at most max_loops", self.min_loops
-        )
+        is_range = self.max_loops is None or self.min_loops <= self.max_loops
+        _require(is_range, "min_loops", "at most max_loops", self.min_loops)
         _require(self.loops != "fixed" or self.max_loops is not None, "max_loops", "a count for fixed", None)
         for counts, weights in (("supervised_loops", "supervision_weights"), ("mixed_loops", "mixed_weights")):
-            values = getattr(self, counts)
-            _require(
-                len(values) == len(getattr(self, weights)), weights, f"one for each of {counts}", getattr(self, weights)
-            )
+            values, own = getattr(self, counts), getattr(self, weights)
+            _require(len(values) == len(own), weights, f"one for each of {counts}", own)
             _require(all(count >= 1 for count in values), counts, "counts of at least 1", values)
             _require(list(values) == sorted(set(values)), counts, "ascending counts", values)
-            _require(all(weight > 0 for weight in getattr(self, weights)), weights, "above 0", getattr(self, weights))
+            _require(all(weight > 0 for weight in own), weights, "above 0", own)
 
     @property
     def has_many_losses(self) -> bool:
@@ -97,8 +94,7 @@ class DepthConfig:
 
 
 def _require(is_valid: bool, name: str, expected: str, got: object) -> None:
-    if not is_valid:
-        raise ValueError(f"depth.{name}: expected {expected}, got {got!r}")
+    require(is_valid, f"depth.{name}", expected, got)
 
 
 def drawn_loops(config: DepthConfig, most: int, *, seed: int, step: int, progress: float) -> int:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from data_pipelines.field_checks import check_fields
+
 
 @dataclass(frozen=True, kw_only=True)
 class TelemetryConfig:
@@ -13,7 +15,4 @@ class TelemetryConfig:
     """Images of rank 0's micro-batch that a probe uses; their boundaries of all applications are in memory at once."""
 
     def __post_init__(self) -> None:
-        if self.interval_steps < 0:
-            raise ValueError(f"telemetry.interval_steps: expected 0 or more, got {self.interval_steps}")
-        if self.num_images < 1:
-            raise ValueError(f"telemetry.num_images: expected at least 1, got {self.num_images}")
+        check_fields(self, "telemetry", {"0 or more": "interval_steps", "at least 1": "num_images"})

@@ -3,15 +3,8 @@
 import dataclasses
 from typing import Literal
 
+from data_pipelines.field_checks import check_fields
 from sret_scale.distill.spec import parse_teacher
-
-CHOICES = {
-    "hard_loss": ("cross_entropy", "bce"),
-    "teacher_target": ("soft", "hard"),
-    "teacher_input": ("augmented", "view"),
-    "teacher_precision": ("auto", "bf16", "fp32"),
-    "teacher_placement": ("replicated", "sharded"),
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,36 +49,23 @@ class DistillConfig:
     teacher_compile: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("temperature", "temperature_end"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
-                raise ValueError(f"distill.{name}: expected a number above 0, got {value}")
-        for name in ("hard_weight", "hard_weight_end"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                raise ValueError(f"distill.{name}: expected 0 to 1, got {value}")
-        for name in ("feature_weight", "feature_weight_end"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < float("inf"):
-                raise ValueError(f"distill.{name}: expected 0 or more, got {value}")
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"distill.label_smoothing: expected 0 or more and less than 1, got {self.label_smoothing}")
+        bounds = {
+            "above 0": "temperature temperature_end",
+            "0 to 1": "hard_weight hard_weight_end",
+            "0 or more": "feature_weight feature_weight_end",
+            "0 or more and less than 1": "label_smoothing",
+            "at least 1": "teacher_micro_batch_size",
+        }
+        check_fields(self, "distill", bounds)
         if self.hard_loss == "bce" and self.label_smoothing:
             raise ValueError(
                 f"distill.label_smoothing: expected 0 with distill.hard_loss=bce, where every smoothed class would "
                 f"count as present, got {self.label_smoothing}"
             )
-        if self.teacher_micro_batch_size is not None and self.teacher_micro_batch_size < 1:
-            raise ValueError(
-                f"distill.teacher_micro_batch_size: expected 1 or more, got {self.teacher_micro_batch_size}"
-            )
         if self.teacher_compile and self.teacher_placement == "sharded":
             raise ValueError(
                 "distill.teacher_compile: does not work with distill.teacher_placement=sharded; change one of the two"
             )
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"distill.{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")
         if self.matches_features:
             self._require_features()
 

@@ -282,5 +282,5 @@ def test_normalise() -> None:
 
 
 def test_impossible_settings_are_named() -> None:
-    with pytest.raises(ValueError, match=r"augment.erase_rate: expected a share between 0 and 1, got 1.5"):
+    with pytest.raises(ValueError, match=r"augment.erase_rate: expected between 0 and 1, got 1.5"):
         AugmentConfig(erase_rate=1.5)

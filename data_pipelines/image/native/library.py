@@ -16,7 +16,7 @@ import sys
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -167,7 +167,7 @@ def check(path: Path) -> None:
     import simplejpeg
     import torch
 
-    from data_pipelines.config import CHOICES, DataConfig
+    from data_pipelines.config import DataConfig, Interpolation
     from data_pipelines.image.view import box_pixels
 
     library = _load(path)
@@ -178,10 +178,10 @@ def check(path: Path) -> None:
         for quality, subsampling in itertools.product((50, 90, 99, 100), ("444", "420")):
             data = bytes(simplejpeg.encode_jpeg(pixels_HWC, quality, "RGB", subsampling))
             whole_CHW = torch.from_numpy(simplejpeg.decode_jpeg(data)).permute(2, 0, 1)
-            for interpolation in CHOICES["interpolation"]:
+            for interpolation in get_args(Interpolation):
                 got_CHW = np.empty((3, 32, 32), np.uint8)
                 is_there = _view(library, data, (20, 30, 50, 70, 1), interpolation, got_CHW)
-                config = DataConfig(interpolation=interpolation)  # type: ignore[arg-type]
+                config = DataConfig(interpolation=interpolation)
                 expected_CHW = box_pixels(whole_CHW[:, 20:70, 30:100], 1, config, 32)
                 if not is_there or not np.array_equal(got_CHW, expected_CHW.numpy()):
                     raise ValueError("error: its pixels are not those of simplejpeg and torch")
