@@ -9,7 +9,6 @@ import zlib
 from collections import OrderedDict
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from data_pipelines.remote.cache import UnavailableError
@@ -103,9 +102,7 @@ class ShardReader:
     def __enter__(self) -> "ShardReader":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _read_somewhere(self, shard: int, length: int, offset: int) -> bytes:

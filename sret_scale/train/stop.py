@@ -1,7 +1,7 @@
 """Turns SIGTERM, SIGINT, SIGHUP and SIGUSR1 into a flag that the training loop looks at after every step."""
 
 import signal
-from types import FrameType, TracebackType
+from types import FrameType
 
 from sret_scale.runs.stop_signals import stop_signals
 
@@ -20,9 +20,7 @@ class StopFlag:
         self._previous = {number: signal.signal(number, self._handle) for number in stop_signals()}
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         for number, handler in self._previous.items():
             # A signal may still be on its way, the second, or this rank's first after another's has stopped the run: it
             # must not turn the orderly end into a death by signal.

@@ -16,7 +16,6 @@ import time
 import traceback
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Literal, get_args
 
 from data_pipelines.atomic_files import write_whole
@@ -76,9 +75,7 @@ class Watchdog:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._is_over.set()
         # A file system that stands still must not hold up the end of the run.
         self._thread.join(timeout=10.0)

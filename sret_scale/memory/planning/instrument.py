@@ -7,7 +7,6 @@ and measurement read the same scale. It does not see scratch space inside a kern
 import weakref
 from collections.abc import Callable, Iterable
 from functools import partial
-from types import TracebackType
 from typing import Any
 
 from torch import Tensor
@@ -37,10 +36,8 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
         for hook in self._hooks:
             hook.remove()
 
