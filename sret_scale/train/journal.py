@@ -39,7 +39,7 @@ def log_step(run: Run, clock: Clock, logged: Clock, numbers: dict[str, float]) -
     """The numbers of a step, with the speed since `logged`."""
     rate = (clock.samples - logged.samples) / (clock.time_s - logged.time_s)
     log(run, clock, "train", {**numbers, "images_per_s": rate})
-    run.progress.update(clock.samples, loss=numbers["loss"], samples_per_s=rate)
+    run.progress.update(clock.samples, f"loss {numbers['loss']:.4f}  {rate:,.0f} {run.task.unit}/s")
 
 
 def log_left_out(run: Run, clock: Clock, what: LeftOut) -> Clock:

@@ -1,7 +1,8 @@
-"""What a person sees of a run: a progress bar on a terminal, a line now and then in a log file. Rank 0 only."""
+"""What a person sees of long work: a progress bar on a terminal, a line now and then in a log file."""
 
 import sys
 import time
+from typing import Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -12,23 +13,35 @@ LOG_INTERVAL_S = 15.0
 
 
 class RunProgress:
-    """Shows samples seen, in the task's unit, their rate, loss and remaining time; silent on ranks other than 0."""
+    """Shows samples done, numbers and remaining time; silent where it is not to be shown, as on ranks other than 0.
 
-    def __init__(self, name: str, *, total_samples: int, unit: str, is_shown: bool) -> None:
+    What goes to stderr accompanies the work of a command: no line of it comes at once, and its bar goes at the end.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        total_samples: int,
+        unit: str,
+        is_shown: bool,
+        stream: Literal["stdout", "stderr"] = "stdout",
+    ) -> None:
         self._name, self._total_samples, self._start_samples = printable(name), total_samples, 0
-        self._unit = unit
-        self._is_shown = is_shown
+        self._unit, self._is_shown, self._stream = unit, is_shown, stream
         self._started = time.monotonic()
-        self._last_line = -float("inf")
+        self._is_patient = stream == "stderr"
+        self._last_line = self._started if self._is_patient else -float("inf")
         self._bar: Progress | None = None
-        if is_shown and sys.stdout.isatty():
+        if is_shown and getattr(sys, stream).isatty():
             self._bar = Progress(
                 TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TextColumn(f"{unit}  {{task.fields[numbers]}}"),
                 TimeRemainingColumn(),
-                console=Console(),
+                console=Console(stderr=stream == "stderr"),
+                transient=self._is_patient,
             )
             self._task = self._bar.add_task(self._name, total=total_samples, numbers="")
 
@@ -46,20 +59,22 @@ class RunProgress:
         self._start_samples = samples
         self._started = time.monotonic()
 
-    def update(self, samples: int, *, loss: float, samples_per_s: float) -> None:
-        """Show the state after an optimizer step."""
-        numbers = f"loss {loss:.4f}  {samples_per_s:,.0f} {self._unit}/s"
+    def update(self, samples: int, numbers: str, *, total_samples: int | None = None) -> None:
+        """Show the state: samples done so far, numbers beside them, and another total where it is known only now."""
+        self._total_samples = total_samples or self._total_samples
         if bar := self._living_bar():
-            bar.update(self._task, completed=samples, numbers=numbers)
+            bar.update(self._task, total=self._total_samples, completed=samples, numbers=numbers)
             return
         now = time.monotonic()
-        if self._is_shown and (now - self._last_line >= LOG_INTERVAL_S or samples >= self._total_samples):
+        is_end = samples >= self._total_samples and not self._is_patient
+        if self._is_shown and (now - self._last_line >= LOG_INTERVAL_S or is_end):
             self._last_line = now
             done = max(1, samples - self._start_samples)
             remaining_s = (now - self._started) / done * (self._total_samples - samples)
             print(
                 f"{self._name}: {samples:,} of {self._total_samples:,} {self._unit}  {numbers}  "
                 f"{format_s(remaining_s)} left",
+                file=getattr(sys, self._stream),
                 flush=True,
             )
 
@@ -73,7 +88,7 @@ class RunProgress:
 
     def _living_bar(self) -> Progress | None:
         """The bar, until its terminal is gone: lines come after it."""
-        if self._bar and not sys.stdout.isatty():
+        if self._bar and not getattr(sys, self._stream).isatty():
             self._bar.stop()
             # It ends without a line's end.
             print(flush=True)

@@ -60,12 +60,12 @@ def test_write_info_verify(shards: str, tmp_path: Path, capsys: pytest.CaptureFi
 def test_write_shows_progress_and_what_is_left(
     shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sret_scale.commands.shards.progress._LINE_EVERY_S", 0.0)
+    monkeypatch.setattr("sret_scale.train.progress.LOG_INTERVAL_S", 0.0)
     assert write(shards, tmp_path / "store") == 0
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("labels, counting views: ")]
     # Two views of each of 12 images, in batches of 4.
-    assert len(lines) == 6 and " 4 of 24 images" in lines[0] and " 24 of 24 images" in lines[-1]
-    assert all(line.endswith(" s remain") for line in lines) and lines[-1].endswith(" 0 s remain")
+    assert len(lines) == 6 and " 4 of 24 samples" in lines[0] and " 24 of 24 samples" in lines[-1]
+    assert all(line.endswith(" left") for line in lines) and lines[-1].endswith(" 0:00 left")
 
 
 def test_two_ranks_write_one_store(shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

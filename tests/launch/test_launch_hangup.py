@@ -162,11 +162,11 @@ from sret_scale.launch.rank_bootstrap import redirect_output
 from sret_scale.train.progress import RunProgress
 redirect_output(Path(sys.argv[1]), 0)
 with RunProgress("run", total_samples=100, unit="images", is_shown=True) as progress:
-    progress.update(10, loss=2.0, samples_per_s=1.0)
+    progress.update(10, "loss 2.0000  1 images/s")
     progress.say("on the terminal")
     os.write(int(sys.argv[2]), b"!")
     os.read(int(sys.argv[3]), 1)
-    progress.update(20, loss=1.0, samples_per_s=1.0)
+    progress.update(20, "loss 1.0000  1 images/s")
     progress.say("a line")
 """
     ours, theirs = pty.openpty()

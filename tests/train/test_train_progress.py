@@ -46,7 +46,7 @@ def test_off_a_terminal_lines_have_images_loss_rate_and_remaining_time(
 ) -> None:
     with RunProgress("deep", total_samples=10_000, unit="images", is_shown=True) as shown:
         clock[0] += 20
-        shown.update(2_000, loss=2.34567, samples_per_s=1234.5)
+        shown.update(2_000, "loss 2.3457  1,234 images/s")
     line = capsys.readouterr().out
     # 2,000 images took 20 s, so 8,000 will take 80 s.
     assert line == "deep: 2,000 of 10,000 images  loss 2.3457  1,234 images/s  1:20 left\n"
@@ -59,7 +59,7 @@ def test_off_a_terminal_lines_come_at_an_interval_and_at_the_end(
     with RunProgress("deep", total_samples=1_000, unit="images", is_shown=True) as shown:
         for images in range(100, 1_001, 100):
             clock[0] += LOG_INTERVAL_S / 3
-            shown.update(images, loss=1.0, samples_per_s=50.0)
+            shown.update(images, "loss 1.0000  50 images/s")
     seen = [line.split(" of ")[0] for line in capsys.readouterr().out.splitlines()]
     assert seen == ["deep: 100", "deep: 400", "deep: 700", "deep: 1,000"]
 
@@ -71,7 +71,7 @@ def test_remaining_time_counts_from_where_a_run_continues(
         clock[0] += 500
         shown.continue_from(9_000)
         clock[0] += 30
-        shown.update(9_500, loss=1.0, samples_per_s=17.0)
+        shown.update(9_500, "loss 1.0000  17 images/s")
     assert capsys.readouterr().out.endswith("0:30 left\n")
 
 
@@ -81,7 +81,7 @@ def test_other_ranks_are_silent(monkeypatch: pytest.MonkeyPatch, is_terminal: bo
     monkeypatch.setattr(sys, "stdout", stdout)
     with RunProgress("deep", total_samples=10, unit="images", is_shown=False) as shown:
         shown.continue_from(5)
-        shown.update(10, loss=1.0, samples_per_s=1.0)
+        shown.update(10, "loss 1.0000  1 images/s")
         shown.say("top-1 10.00%")
     assert stdout.getvalue() == ""
 
@@ -92,9 +92,9 @@ def test_on_a_terminal_there_is_a_bar_and_text_stands_above_it(monkeypatch: pyte
     terminal = Terminal()
     monkeypatch.setattr(sys, "stdout", terminal)
     with RunProgress("deep", total_samples=200, unit="images", is_shown=True) as shown:
-        shown.update(100, loss=2.34567, samples_per_s=1234.5)
+        shown.update(100, "loss 2.3457  1,234 images/s")
         shown.say("deep: [100] images: top-1 10.00%")
-        shown.update(200, loss=1.5, samples_per_s=99.0)
+        shown.update(200, "loss 1.5000  99 images/s")
     text = terminal.getvalue()
     # Square brackets are text here, not rich's markup, and the line is written once.
     assert text.count("deep: [100] images: top-1 10.00%") == 1
