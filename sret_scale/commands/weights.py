@@ -41,12 +41,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--loops", type=int, required=True, help="loops of the stage that has most, the others in proportion"
     )
     tie.add_argument("--blocks", required=True, help="blocks that each stage keeps, separated by commas")
-    tie.add_argument(
-        "--by",
-        choices=("mean", "first"),
-        default="mean",
-        help="a merged block is the mean, or the first, of its originals",
-    )
     tie.add_argument("--keep-norms", action="store_true", help="let each loop keep its own LayerNorms")
     to_native.add_argument("file", type=Path, help="the weights to read")
     to_published.add_argument("file", type=Path, help="folder of a run, or weights in safetensors")
@@ -118,7 +112,7 @@ def _change(args: argparse.Namespace) -> None:
             num_blocks = [int(text) for text in args.blocks.split(",")]
         except ValueError as error:
             raise ValueError(f"--blocks: expected numbers such as 1,2,1, got {args.blocks!r}") from error
-        changed = tied(as_sret(model, "weights tie"), num_blocks, by=args.by, keeps_norms=args.keep_norms)
+        changed = tied(as_sret(model, "weights tie"), num_blocks, keeps_norms=args.keep_norms)
     for name, one in (("before", model), ("after", changed)):
         result = measure(one.eval())
         parameters = sum(value.numel() for value in one.parameters())

@@ -52,13 +52,12 @@ def test_norms_that_differ_can_be_kept(order: str) -> None:
     assert not torch.allclose(tied(model, (2, 3))(IMAGES_BCHW), model(IMAGES_BCHW))
 
 
-def test_a_block_is_the_mean_or_the_first_of_those_it_stands_for() -> None:
+def test_a_block_is_the_mean_of_those_it_stands_for() -> None:
     model = untied(differs=("",))
     name = "attention.qkv.weight"
     old = [dict(block.named_parameters())[name] for block in model.stages[0].blocks]
-    mean, first = (tied(model, (2, 6), by=by).stages[0].blocks[1] for by in ("mean", "first"))
+    mean = tied(model, (2, 6)).stages[0].blocks[1]
     torch.testing.assert_close(dict(mean.named_parameters())[name], (old[2] + old[3]) / 2)
-    assert torch.equal(dict(first.named_parameters())[name], old[2])
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,8 @@ Everything else is kept: every application has the projection, the slices and th
 the tied model differs from the untied one as far as its blocks differ from each other, and not at all where they agree.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,18 +14,12 @@ from sret_scale.model.applications import application_slots, residual_constants,
 from sret_scale.model.config import SReTConfig, StageConfig
 from sret_scale.model.vision.sret import SReT
 
-TieBy = Literal["mean", "first"]
-_MERGE: dict[TieBy, Callable[[Sequence[Tensor]], Tensor]] = {
-    "mean": lambda values: torch.stack(list(values)).mean(dim=0),
-    "first": lambda values: values[0].clone(),
-}
 
-
-def tied(model: SReT, num_blocks: Sequence[int], *, by: TieBy = "mean", keeps_norms: bool = False) -> SReT:
+def tied(model: SReT, num_blocks: Sequence[int], *, keeps_norms: bool = False) -> SReT:
     """A model of `num_blocks` blocks a stage that loop as often as makes up the untied model's applications.
 
-    by: a block's weights are the mean of those that it stands for, or the first of them. keeps_norms: each loop keeps
-    the LayerNorms of the block that it was (conditioning `norm_per_loop`). ValueError where that cannot be.
+    keeps_norms: each loop keeps the LayerNorms of the block that it was (conditioning `norm_per_loop`). ValueError
+    where that cannot be.
     """
     config = tied_config(model.config, num_blocks, keeps_norms=keeps_norms)
     new = SReT(config).to(model.position.device, model.position.dtype).train(model.training)
@@ -35,7 +28,7 @@ def tied(model: SReT, num_blocks: Sequence[int], *, by: TieBy = "mean", keeps_no
         if not name.startswith("stages."):
             target[name] = state[name]
     for index in range(len(config.stages)):
-        _tie_stage(model.config, config, index, state, target, _MERGE[by])
+        _tie_stage(model.config, config, index, state, target)
     new.load_state_dict(target)
     return new
 
@@ -86,7 +79,6 @@ def _tie_stage(
     index: int,
     state: dict[str, Tensor],
     target: dict[str, Tensor],
-    merge: Callable[[Sequence[Tensor]], Tensor],
 ) -> None:
     """Fills in one stage's tensors of `target`."""
     old_slots, new_slots = application_slots(before, index), application_slots(after, index)
@@ -110,7 +102,7 @@ def _tie_stage(
         for name in [name.removeprefix(own) for name in target if name.startswith(own)]:
             if name == "conditioning.delta":
                 continue
-            value = merge([state[f"{prefix}blocks.{old}.{name}"] for old in blocks])
+            value = torch.stack([state[f"{prefix}blocks.{old}.{name}"] for old in blocks]).mean(dim=0)
             target[own + name] = value * factors[0] if name.endswith(".beta") else value
         if f"{own}conditioning.delta" in target:
             target[f"{own}conditioning.delta"] = torch.stack([
