@@ -1,12 +1,11 @@
 """`sret-scale doctor`: finds what would cost hours later, on this machine or on all nodes, and says what to do."""
 
 import argparse
-import json
 import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sret_scale.launch.doctor.checks import Finding
@@ -14,7 +13,6 @@ if TYPE_CHECKING:
 EXAMPLE = """example: sret-scale doctor --hostfile hosts --folder runs --shards shards/train
 
 Exit status: 0 when nothing failed, 1 otherwise."""
-_PROBE = "sret_scale.launch.doctor.rank_probe"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     if args.teacher and not args.shards:
         raise ValueError("--teacher needs --shards: the teacher is checked against their classes")
     if args.dry_run:
-        return _dry_run(args)
+        return _answers(args, args.folder)[0]
     failed = 0
     for finding in (*check_machine(args.folder), *check_shards(args.shards), *check_ranks(args)):
         print(finding.line(), flush=True)
@@ -52,45 +50,33 @@ def run(args: argparse.Namespace) -> int:
     return int(failed > 0)
 
 
-def _request(args: argparse.Namespace) -> str:
-    """What the ranks are to look at, as JSON."""
-    shards = [str(shards.resolve()) for shards in args.shards]
-    return json.dumps({"folder": str(args.folder.resolve()), "shards": shards, "teacher": args.teacher})
-
-
-def _dry_run(args: argparse.Namespace) -> int:
-    """Starts and writes nothing."""
+def _answers(args: argparse.Namespace, folder: Path) -> tuple[int, Any]:
+    """(exit status, what every rank measured), asked of ranks that are started as a run's are."""
+    from sret_scale.launch.doctor.rank_probe import probe_rank
     from sret_scale.launch.hostfile import hosts_of
-    from sret_scale.launch.launcher import launch
+    from sret_scale.launch.requests import ask
 
-    with tempfile.TemporaryDirectory() as temporary:
-        config = Path(temporary) / "config.yaml"
-        config.write_text(_request(args), encoding="utf-8")
-        return launch(
-            args.folder, config, num_ranks=args.ranks, hosts=hosts_of(args.hostfile), module=_PROBE, dry_run=True
-        )
+    shards = [str(shards.resolve()) for shards in args.shards]
+    request = {"folder": str(args.folder.resolve()), "shards": shards, "teacher": args.teacher}
+    hosts = hosts_of(args.hostfile)
+    return ask(probe_rank, request, folder, num_ranks=args.ranks, hosts=hosts, dry_run=args.dry_run)
 
 
 def check_ranks(args: argparse.Namespace) -> "Iterator[Finding]":
     """Starts ranks as a run would, which measure and meet each other; one on every node also checks that node."""
-    from data_pipelines.checked_files import read_checked
+    from pydantic import TypeAdapter
+
     from sret_scale.launch.doctor.checks import Finding
     from sret_scale.launch.doctor.measured import Probe, judge
-    from sret_scale.launch.hostfile import hosts_of
-    from sret_scale.launch.launcher import launch
 
     args.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="doctor-", dir=args.folder) as temporary:
-        folder = Path(temporary).resolve()
-        config = folder / "config.yaml"
-        config.write_text(_request(args), encoding="utf-8")
         try:
-            status = launch(folder, config, num_ranks=args.ranks, hosts=hosts_of(args.hostfile), module=_PROBE)
+            status, probes = _answers(args, Path(temporary).resolve())
         except (ValueError, OSError) as error:
             yield Finding(name="start", state="fail", text=str(error))
             return
-        if status != 0:
-            yield Finding(name="start", state="fail", text="the ranks did not finish; the reason is above")
-            return
-        probes = [read_checked(path, Probe) for path in sorted(folder.glob("probe-*.json"))]
-    yield from judge(probes, here=socket.gethostname())
+    if status != 0:
+        yield Finding(name="start", state="fail", text="the ranks did not finish; the reason is above")
+        return
+    yield from judge(TypeAdapter(list[Probe]).validate_python(probes), here=socket.gethostname())

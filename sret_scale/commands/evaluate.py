@@ -2,12 +2,11 @@
 
 import argparse
 import json
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sret_scale.train.evaluate_main import Work
+    from sret_scale.launch.requests import Work
 
 EXAMPLE = """examples:
   sret-scale evaluate runs/demo/student
@@ -206,27 +205,17 @@ def _result(args: argparse.Namespace, asked: dict[str, Any], work: "Work") -> tu
 
     A dry run prints what would be done, and starts and writes nothing.
     """
-    from data_pipelines.checked_files import read_checked
     from sret_scale.launch.hostfile import hosts_of
-    from sret_scale.launch.launcher import launch
-    from sret_scale.runs.run_folder import RunFolder, write_json
+    from sret_scale.launch.requests import ask
     from sret_scale.train.distributed import ranks_from_environment
     from sret_scale.train.load_run import load_config
 
     load_config(args.run)
-    request, folder = {**_request(args), **asked}, args.run / "evaluation"
-    if not (args.ranks or args.hostfile):
-        if args.dry_run:
-            print(f"evaluate in this process:\n{json.dumps(request, indent=1)}")
-            return 0, None
-        return 0, work({**request, "run": str(args.run), "shards": args.shards}, ranks_from_environment())
-    started: dict[str, Any] = {"num_ranks": args.ranks, "hosts": hosts_of(args.hostfile), "module": work.__module__}
+    request = {**_request(args), **asked}
+    if args.ranks or args.hostfile:
+        hosts = hosts_of(args.hostfile)
+        return ask(work, request, args.run / "evaluation", num_ranks=args.ranks, hosts=hosts, dry_run=args.dry_run)
     if args.dry_run:
-        with tempfile.TemporaryDirectory() as temporary:
-            write_json(Path(temporary) / "request.json", request)
-            return launch(folder, Path(temporary) / "request.json", **started, dry_run=True), None
-    folder.mkdir(exist_ok=True)
-    with RunFolder(folder).locked("launch.lock"):
-        write_json(folder / "request.json", request)
-        status = launch(folder, folder / "request.json", **started)
-        return status, None if status else read_checked(folder / "result.json", object)
+        print(f"evaluate in this process:\n{json.dumps(request, indent=1)}")
+        return 0, None
+    return 0, work({**request, "run": str(args.run), "shards": args.shards}, ranks_from_environment())

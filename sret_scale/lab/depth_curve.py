@@ -1,5 +1,5 @@
 """A trained model's answers after chosen numbers of block applications, all from one pass: how right they are, and
-whether the model has settled. Run as a module it is what every rank of such an evaluation runs.
+whether the model has settled.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from sret_scale.tasks import task_of
 from sret_scale.tasks.task import Task
 from sret_scale.train.distributed import Ranks, from_all_ranks
 from sret_scale.train.evaluate import evaluate
-from sret_scale.train.evaluate_main import answer, load_model_of, open_shards
+from sret_scale.train.evaluate_main import load_model_of, open_shards
 from sret_scale.train.telemetry.trackers import open_metrics
 
 MEAN_OF = 30
@@ -183,7 +183,3 @@ def curve_table(line: dict[str, Any]) -> str:
         interval = f"{point[f'{best}_low']:.2%} to {point[f'{best}_high']:.2%}"
         rows.append(f"{point['applications']:>12,} {point['read_out']:>8} {point[best]:>11.2%} {interval:>18}  {more}")
     return "\n".join(rows)
-
-
-if __name__ == "__main__":
-    answer(depth_curve)

@@ -9,8 +9,7 @@ convergence   stop when |x_k - x_(k-1)| / |x_k| of a loop falls to the threshold
 
 The first two are asked after every loop of the last stage's last block, whose stream the head understands (train it
 to, with `depth.supervised_loops`). Convergence is asked after every loop of every block; a row that stopped goes on
-with the next block. Where the loop order is `model`, a loop is one round over all blocks of a stage. Run as a module it
-is what every rank of such an evaluation runs.
+with the next block. Where the loop order is `model`, a loop is one round over all blocks of a stage.
 """
 
 import itertools
@@ -30,7 +29,7 @@ from sret_scale.model.applications import ApplicationSpec, application_slots
 from sret_scale.model.stage import chains_run_by
 from sret_scale.model.vision.sret import as_sret
 from sret_scale.train.distributed import Ranks, sum_over_ranks
-from sret_scale.train.evaluate_main import Measure, answer, evaluator_of
+from sret_scale.train.evaluate_main import Measure, evaluator_of
 
 ExitKind = Literal["confidence", "entropy", "convergence"]
 KINDS: tuple[ExitKind, ...] = get_args(ExitKind)
@@ -203,7 +202,3 @@ def check_thresholds(kind: ExitKind, thresholds: Sequence[float]) -> None:
         if not 0 < threshold < (math.inf if kind == "convergence" else 1):
             limit = "above 0" if kind == "convergence" else "above 0 and below 1"
             raise ValueError(f"--thresholds of {kind}: expected numbers {limit}, got {threshold:g}")
-
-
-if __name__ == "__main__":
-    answer(exit_points)

@@ -1,11 +1,6 @@
-"""What every rank of an evaluation runs: `python -m sret_scale.train.evaluate_main FOLDER/request.json`.
+"""The evaluation of a run on a shard set: what every rank does of it (`sret_scale.launch.requests`)."""
 
-The folder takes the place of a run folder for the launcher: status, logs and error records of the evaluation go there.
-"""
-
-import argparse
 import itertools
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,7 +8,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from data_pipelines.checked_files import read_checked
 from data_pipelines.remote.shard_sets import open_data
 from data_pipelines.shards.classes import classes_without_samples, renumbered
 from data_pipelines.shards.index import ShardSet
@@ -23,8 +17,7 @@ from sret_scale.config.step_depth import proportional_loops
 from sret_scale.model import StackModel
 from sret_scale.model.vision.carry_weights import new_projections
 from sret_scale.model.vision.sret import as_sret
-from sret_scale.runs.run_folder import EXIT_FINISHED, RunFolder, write_json
-from sret_scale.train.distributed import Ranks, from_all_ranks, leave, ranks_from_environment
+from sret_scale.train.distributed import Ranks, from_all_ranks, ranks_from_environment
 from sret_scale.train.evaluate import AfterBatch, Evaluation, evaluate
 from sret_scale.train.load_run import load_class_names, load_config, load_model
 
@@ -136,32 +129,6 @@ def load_model_of(
     return model, kind, step
 
 
-Work = Callable[[dict[str, Any], Ranks], Any]
-"""What every rank does of a request; its module, run by the launcher, calls `answer` with it."""
-
-
-def answer(work: Work) -> None:
-    """One rank's share of `work` on the request that the command line names; rank 0 leaves result.json beside it."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("request", type=Path)
-    file: Path = parser.parse_args().request
-    request = read_checked(file, dict[str, Any])
-    # Importing deepspeed costs seconds, and an evaluation in one process does without it.
-    from sret_scale.train.engine.engine import start_communication
-
-    ranks = ranks_from_environment()
-    start_communication(ranks)
-    result = work(request, ranks)
-    if ranks.is_main:
-        write_json(file.with_name("result.json"), result)
-        RunFolder(file.parent).write_status("finished", EXIT_FINISHED)
-    leave()
-
-
 def evaluation(request: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     """`evaluate_run` of what a request names."""
     return evaluate_run(Path(request.pop("run")), request.pop("shards"), request.pop("weights"), ranks, **request)
-
-
-if __name__ == "__main__":
-    answer(evaluation)

@@ -1,7 +1,6 @@
 """`sret-scale labels write`: a teacher's answers about V views of each image, in files."""
 
 import argparse
-import os
 from pathlib import Path
 
 EXAMPLE = """examples:
@@ -36,14 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--views-per-file", type=int, help="views in one file (default: 8, or all if there are fewer)")
     parser.add_argument("--batch-size", type=int, default=64, help="images per pass of the teacher (default: 64)")
     parser.add_argument("--device", help="where the teacher runs (default: the GPU of LOCAL_RANK, or the CPU)")
+    parser.add_argument("--rank", type=int, help="rank of this process (default: RANK, or 0)")
     parser.add_argument(
-        "--rank", type=int, default=int(os.environ.get("RANK", "0")), help="rank of this process (default: RANK, or 0)"
-    )
-    parser.add_argument(
-        "--world-size",
-        type=int,
-        default=int(os.environ.get("WORLD_SIZE", "1")),
-        help="number of processes that share the work (default: WORLD_SIZE, or 1)",
+        "--world-size", type=int, help="number of processes that share the work (default: WORLD_SIZE, or 1)"
     )
 
 
@@ -60,10 +54,14 @@ def run(args: argparse.Namespace) -> int:
     from sret_scale.config.run_config import RunConfig, override
     from sret_scale.distill import build_teacher
     from sret_scale.distill.label_writer import LabelJob, plan_labels, write_labels
+    from sret_scale.train.distributed import ranks_from_environment
     from sret_scale.train.load_run import check_teacher_classes, load_teacher_run
 
-    if not 0 <= args.rank < args.world_size:
-        raise ValueError(f"--rank: expected 0 to {args.world_size - 1}, got {args.rank}")
+    ranks = ranks_from_environment()
+    rank = ranks.rank if args.rank is None else args.rank
+    world_size = ranks.world_size if args.world_size is None else args.world_size
+    if not 0 <= rank < world_size:
+        raise ValueError(f"--rank: expected 0 to {world_size - 1}, got {rank}")
     config = configuration(args.recipe, args.set) if args.recipe else override(RunConfig(), args.set)
     transform = f"data.transform={config.data.transform}"
     if config.data.transform and transform not in args.set:
@@ -72,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     data = dataclasses.replace(config.data, view_seed=config.data.view_seed or 0)
     shards = open_shards(args.shards)
     check_teacher_classes(args.teacher, shards.class_names)
-    device = torch.device(args.device or default_device())
+    device = torch.device(args.device or ranks.device)
     teacher = build_teacher(
         args.teacher,
         num_classes=shards.num_classes,
@@ -98,19 +96,10 @@ def run(args: argparse.Namespace) -> int:
         print(f"[{time.monotonic() - started:7.1f} s] {text}", flush=True)
 
     with progress_bar("labels, counting views") as on_progress:
-        is_finished = write_labels(
-            job, rank=args.rank, world_size=args.world_size, report=report, on_progress=on_progress
-        )
+        is_finished = write_labels(job, rank=rank, world_size=world_size, report=report, on_progress=on_progress)
     if is_finished:
         views = f"data.num_views={args.views} data.view_seed={data.view_seed}"
         report(f"finished; train with distill.teacher=labels:{args.folder} distill.teacher_input=view {views}")
     else:
         report("this rank is done; other ranks have files to write")
     return 0
-
-
-def default_device() -> str:
-    """The GPU that a launcher gave to this process, or the CPU."""
-    import torch
-
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"

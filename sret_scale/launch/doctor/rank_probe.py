@@ -3,9 +3,7 @@
 Started like a run, by the launcher, so that ssh, the shared folder, ports and the network are those of a run.
 """
 
-import json
 import socket
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -14,13 +12,11 @@ from typing import Any
 
 import torch
 
-from data_pipelines.checked_files import read_checked
 from data_pipelines.shards.index import open_shards
 from sret_scale.launch.doctor.checks import Finding, check_machine
 from sret_scale.launch.doctor.inputs import check_shards, check_teacher
 from sret_scale.launch.doctor.measured import Probe
-from sret_scale.train.distributed import Ranks, barrier, leave, ranks_from_environment, sum_over_ranks
-from sret_scale.train.engine.engine import start_communication
+from sret_scale.train.distributed import Ranks, barrier, from_all_ranks, sum_over_ranks
 
 
 def matmul_rate(device: torch.device) -> float:
@@ -63,11 +59,8 @@ def check_node(request: Mapping[str, Any]) -> tuple[Finding, ...]:
     return tuple(findings)
 
 
-def main(config: Path) -> None:
-    """Writes this rank's Probe into the folder of `config`, the JSON that says what to check."""
-    folder = config.parent
-    ranks = ranks_from_environment()
-    start_communication(ranks)
+def probe_rank(request: dict[str, Any], ranks: Ranks) -> list[dict[str, Any]]:
+    """Every rank's Probe, in order; request: folder, shards and teacher to check on each node."""
     bandwidth = all_reduce_rate(ranks) if ranks.world_size > 1 else 0.0
     barrier()
     clock_s = time.time()
@@ -79,14 +72,6 @@ def main(config: Path) -> None:
         clock_s=clock_s,
         matmul_per_s=matmul_rate(ranks.device),
         all_reduce_bytes_per_s=bandwidth,
-        findings=check_node(read_checked(config, dict[str, Any])) if ranks.local_rank == 0 else (),
+        findings=check_node(request) if ranks.local_rank == 0 else (),
     )
-    (folder / f"probe-{ranks.rank:05d}.json").write_text(json.dumps(asdict(probe)), encoding="utf-8")
-    barrier()
-    if ranks.is_main:
-        (folder / "status.json").write_text(json.dumps({"state": "finished", "exit_code": 0}), encoding="utf-8")
-    leave()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    return from_all_ranks(asdict(probe))
