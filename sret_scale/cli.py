@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:]
     open_missing_streams()
     outlast("stderr")
-    is_printed = any(word.startswith(("--dry", "--slurm")) for word in words)
+    is_printed = any(word.startswith("--dry") for word in words)
     if not is_printed and (words[:1] in (["train"], ["sweep"], ["demo"]) or words[1:2] == ["write"]):
         outlast("stdout")
     status = _run(words)

@@ -1,6 +1,7 @@
 """`sret-scale slurm`: prints the batch file that runs a command on a Slurm cluster."""
 
 import argparse
+import dataclasses
 import pkgutil
 import sys
 from pathlib import Path
@@ -8,10 +9,11 @@ from pathlib import Path
 import sret_scale.commands
 from sret_scale.runs.rank_errors import in_words
 
-EXAMPLE = """example:
+EXAMPLE = """examples:
   sret-scale slurm --nodes 4 --gpus 8 --cpus 96 --time 1-00:00:00 -- train sret_t_1000 data.train_folder=shards > job.sh
   sbatch job.sh
   sret-scale slurm --nodes 1 --cpus 48 --time 12:00:00 --sbatch=--constraint=a100 --setup env.sh -- sweep depth.yaml
+  sret-scale slurm --array 16 --nodes 1 --cpus 12 --gpus 1 --time 12:00:00 -- sweep depth.yaml
 
 The job saves and requeues itself before its time limit, and continues after a preemption."""
 
@@ -34,6 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--sbatch", action="append", default=[], metavar="LINE", help="one more #SBATCH line, such as --qos=long"
+    )
+    parser.add_argument(
+        "--array", type=int, metavar="N", help="a sweep as a job array: each run a task of its own, N of them at once"
     )
     parser.add_argument(
         "--setup", type=Path, metavar="FILE", help="shell file to source before the command: modules, NCCL's variables"
@@ -60,37 +65,30 @@ def run(args: argparse.Namespace) -> None:
     ):
         raise ValueError(f"expected a command of sret-scale after --, such as train, got {args.arguments[:1]}")
     check_command(args)
-    options = BatchOptions(
-        nodes=args.nodes,
-        gpus_per_node=args.gpus,
-        cpus_per_node=args.cpus,
-        time=args.time,
-        partition=args.partition,
-        account=args.account,
-        job_name=args.name,
-        warning_s=args.warning,
-        memory=args.mem,
-        output=args.output,
-        is_exclusive=args.exclusive,
-        more_lines=tuple(args.sbatch),
-        setup_file=args.setup,
-    )
-    print(batch_file(options, args.arguments), end="")
+    options = {field.name: getattr(args, field.name) for field in dataclasses.fields(BatchOptions)}
+    print(batch_file(BatchOptions(**options), args.arguments), end="")
 
 
 def check_command(args: argparse.Namespace) -> None:
     """Raise ValueError for a run that its start would refuse; say on stderr what is missing here.
 
-    The nodes may have folders that this machine has not.
+    The nodes may have folders that this machine has not. A sweep as a job array gets a task for each of its runs.
     """
     from sret_scale.commands.actions import parsed
     from sret_scale.commands.train import folder_of
     from sret_scale.config.recipes import configuration
     from sret_scale.config.run_config import whole_paths
+    from sret_scale.lab.experiments.declared import load_experiment
     from sret_scale.launch.preflight import check_start
 
     name, *words = args.arguments
     given = parsed(name, words)
+    if args.array is not None:
+        if name != "sweep" or args.array < 1:
+            raise ValueError(f"--array {args.array}: expected how many tasks at once, 1 or more, and a sweep after --")
+        _, planned = load_experiment(given.experiment, changes=given.overrides, rehearsal=given.rehearse)
+        args.sbatch.append(f"--array=0-{len(planned) - 1}%{args.array}")
+        args.arguments.append("--array-task")
     if name != "train":
         return
     config = whole_paths(configuration(given.recipe, given.overrides))

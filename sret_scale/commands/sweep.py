@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import os
 import sys
 from pathlib import Path
 
@@ -9,7 +10,7 @@ EXAMPLE = """examples:
   sret-scale sweep depth.yaml --dry-run --measure --price-per-hour 2.5
   sret-scale sweep depth.yaml --folder runs/depth --jobs 8
   sret-scale sweep depth.yaml --hostfile hosts --per-gpu
-  sret-scale sweep depth.yaml --slurm time=12:00:00,gpus=1,cpus=12 --jobs 16 > job.sh && sbatch job.sh
+  sret-scale slurm --array 16 --nodes 1 --gpus 1 --cpus 12 --time 12:00:00 -- sweep depth.yaml > job.sh && sbatch job.sh
 
 Such a file:
   base: demo_control_20
@@ -43,14 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--per-gpu", action="store_true", help="with --hostfile: one run on every GPU of every node at the same time"
     )
     parser.add_argument(
-        "--slurm",
-        metavar="OPTIONS",
-        help="print the batch file of a job array, --jobs at a time; options: time=,cpus=,gpus=,partition=,account=",
-    )
-    parser.add_argument(
         "--array-task",
         action="store_true",
-        help="do only the run that SLURM_ARRAY_TASK_ID names (used by the --slurm file)",
+        help="do only the run that SLURM_ARRAY_TASK_ID names (what `slurm --array` runs)",
     )
     parser.add_argument(
         "--rehearse",
@@ -84,7 +80,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Returns the sweep's exit status."""
     from data_pipelines.checked_files import printable
-    from sret_scale.lab.experiments.array_job import array_file, array_task
     from sret_scale.lab.experiments.declared import load_experiment
     from sret_scale.lab.experiments.pool import run_sweep
     from sret_scale.lab.experiments.refusals import check_all, refusal
@@ -111,11 +106,8 @@ def run(args: argparse.Namespace) -> int:
     for name in ("measure", "speeds", "price_per_hour"):
         if getattr(args, name):
             raise ValueError(f"--{name.replace('_', '-')} belongs to --dry-run: add that, or leave it out")
-    if args.slurm is not None:
-        print(array_file(args.slurm, _same(args), folder, num_runs=len(planned), jobs=args.jobs), end="")
-        return 0
     if args.array_task:
-        planned = [planned[array_task(len(planned))]]
+        planned = [planned[_array_task(len(planned))]]
     if args.per_gpu:
         slots = device_slots(hosts, folder / ".sweep")
     elif hosts:
@@ -130,10 +122,14 @@ def run(args: argparse.Namespace) -> int:
     return status
 
 
-def _same(args: argparse.Namespace) -> list[str]:
-    """The arguments that decide what the runs compute."""
-    rehearsal = ["--rehearse", str(args.rehearse)] if args.rehearse < 1 else []
-    return [str(args.experiment), *args.overrides, *rehearsal]
+def _array_task(num_runs: int) -> int:
+    """Which run this task of the array is; ValueError outside an array, or in one of another experiment."""
+    text = os.environ.get("SLURM_ARRAY_TASK_ID", "")
+    if not text.isdecimal():
+        raise ValueError("--array-task: expected SLURM_ARRAY_TASK_ID to be set; submit what `slurm --array` prints")
+    if int(text) >= num_runs:
+        raise ValueError(f"--array-task: task {text} of an experiment of {num_runs} runs: print the batch file again")
+    return int(text)
 
 
 def _ranks_of_a_run(args: argparse.Namespace, devices: list[int]) -> list[int]:

@@ -21,48 +21,48 @@ _TIME = re.compile(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}|(?i:unlimited|infinite)")
 
 @dataclass(frozen=True, kw_only=True)
 class BatchOptions:
-    """What Slurm is asked for; an empty text leaves the choice to the cluster."""
+    """What Slurm is asked for, by the names of `sret-scale slurm`; an empty text leaves the choice to the cluster."""
 
     nodes: int
-    gpus_per_node: int
-    cpus_per_node: int
+    gpus: int
+    """A node, as are cpus and mem."""
+    cpus: int
     time: str
     """Slurm's format, for example 1-00:00:00."""
     partition: str = ""
     account: str = ""
-    job_name: str = "sret-scale"
-    warning_s: int = 300
+    name: str = "sret-scale"
+    warning: int = 300
     """Seconds before the time limit at which the ranks save and the job requeues itself."""
-    memory: str = ""
-    """Per node, in Slurm's format."""
+    mem: str = ""
     output: str = ""
-    is_exclusive: bool = False
-    more_lines: tuple[str, ...] = ()
+    exclusive: bool = False
+    sbatch: Sequence[str] = ()
     """Options of sbatch as they are written, such as `--constraint=a100`."""
-    setup_file: Path | None = None
+    setup: Path | None = None
     """Shell file that the job sources before the command."""
 
 
 def batch_file(options: BatchOptions, arguments: Sequence[str]) -> str:
     """The text for sbatch that runs `sret-scale ARGUMENTS` in this folder; ValueError for a value that is not plain."""
-    for name in ("nodes", "cpus_per_node"):
+    for name in ("nodes", "cpus"):
         if getattr(options, name) < 1:
             raise ValueError(f"{name}: expected at least 1, got {getattr(options, name)}")
-    if options.warning_s < 0:
-        raise ValueError(f"--warning: expected 0 or more seconds, got {options.warning_s}")
+    if options.warning < 0:
+        raise ValueError(f"--warning: expected 0 or more seconds, got {options.warning}")
     lines = {
-        "job-name": options.job_name,
+        "job-name": options.name,
         "nodes": str(options.nodes),
         "ntasks-per-node": "1",
-        "cpus-per-task": str(options.cpus_per_node),
-        "gpus-per-node": str(options.gpus_per_node) if options.gpus_per_node else "",
+        "cpus-per-task": str(options.cpus),
+        "gpus-per-node": str(options.gpus) if options.gpus else "",
         "time": options.time,
         "partition": options.partition,
         "account": options.account,
-        "mem": options.memory,
+        "mem": options.mem,
         "output": options.output,
         # To the batch step alone: its launcher passes one request to stop on to all ranks.
-        "signal": f"B:USR1@{options.warning_s}",
+        "signal": f"B:USR1@{options.warning}",
         "open-mode": "append",
     }
     for name, value in lines.items():
@@ -72,20 +72,20 @@ def batch_file(options: BatchOptions, arguments: Sequence[str]) -> str:
             )
     if not _TIME.fullmatch(options.time):
         raise ValueError(f"--time: expected Slurm's format, such as 12:00:00 or 1-00:00:00, got {options.time!r}")
-    for line in options.more_lines:
+    for line in options.sbatch:
         if not _LINE.fullmatch(line):
             raise ValueError(f"--sbatch: expected one option of sbatch, such as --qos=long, got {line!r}")
-    if options.setup_file and not options.setup_file.is_file():
-        raise FileNotFoundError(f"--setup {options.setup_file}: there is no such file")
-    setup = options.setup_file and shlex.quote(str(options.setup_file.absolute()))
+    if options.setup and not options.setup.is_file():
+        raise FileNotFoundError(f"--setup {options.setup}: there is no such file")
+    setup = options.setup and shlex.quote(str(options.setup.absolute()))
     command = [sys.executable, "-P", "-m", "sret_scale.cli", *arguments]
     search_path = os.environ.get("PYTHONPATH")
     return "\n".join(
         [
             "#!/bin/bash",
             *(f"#SBATCH --{name}={value}" for name, value in lines.items() if value),
-            *(["#SBATCH --exclusive"] if options.is_exclusive else []),
-            *(f"#SBATCH {line}" for line in options.more_lines),
+            *(["#SBATCH --exclusive"] if options.exclusive else []),
+            *(f"#SBATCH {line}" for line in options.sbatch),
             "#SBATCH --requeue",
             "",
             "# The same command continues the run: after a requeue, a preemption, or by sbatch once more.",

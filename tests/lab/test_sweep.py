@@ -19,8 +19,8 @@ import yaml
 from rich.console import Console
 
 from sret_scale import cli
+from sret_scale.commands.sweep import _array_task
 from sret_scale.config.run_config import from_yaml, override, to_yaml
-from sret_scale.lab.experiments.array_job import array_task
 from sret_scale.lab.experiments.declared import Experiment, load_experiment, plan_runs
 from sret_scale.lab.experiments.forecast import measure_speeds, read_speed, sweep_table
 from sret_scale.lab.experiments.matching import memory_of
@@ -426,20 +426,21 @@ def test_the_job_array_has_a_task_for_every_run(
     tmp_path: Path, base: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = _file(tmp_path, base=base, grid={"train.seed": [4, 5, 6]})
-    options = "time=01:00:00,cpus=8,gpus=1,partition=long"
-    assert cli.main(["sweep", str(file), "--slurm", options, "--jobs", "2"]) == 0
+    slurm = ["slurm", "--nodes", "1", "--cpus", "8", "--gpus", "1", "--time", "01:00:00", "--partition", "long"]
+    assert cli.main([*slurm, "--array", "2", "--", "sweep", str(file)]) == 0
     text = capsys.readouterr().out
-    assert text.startswith("#!/bin/bash\n#SBATCH --array=0-2%2\n") and "--partition=long" in text
-    assert "--array-task" in text and "--requeue" in text and "#SBATCH --gpus-per-node=1" in text
-    for bad in ("time=1", "cpus=8", "time=1,cpus=x", "tim=1,cpus=2", "time=1;rm,cpus=1"):
-        assert cli.main(["sweep", str(file), "--slurm", bad]) == 2, bad
+    assert "\n#SBATCH --array=0-2%2\n" in text and "--partition=long" in text
+    assert text.rstrip().endswith(f"sweep {file} --array-task")
+    assert "--requeue" in text and "#SBATCH --gpus-per-node=1" in text
+    for bad in (["0", "--", "sweep", str(file)], ["2", "--", "describe", "sret_t"]):
+        assert cli.main([*slurm, "--array", *bad]) == 2, bad
     monkeypatch.delenv("SLURM_ARRAY_TASK_ID", raising=False)
     assert cli.main(["sweep", str(file), "--array-task"]) == 2
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
     assert cli.main(["sweep", str(file), "--array-task"]) == 2
     assert "task 3 of an experiment of 3 runs" in capsys.readouterr().err
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
-    assert array_task(3) == 2
+    assert _array_task(3) == 2
 
 
 def test_the_live_table_shows_what_runs_first_and_never_more_than_a_screen(base: str) -> None:

@@ -21,7 +21,7 @@ from tests.cluster.slurm import Slurm, why_not
 pytestmark = [pytest.mark.slow, pytest.mark.multi_process, pytest.mark.skipif(bool(why_not()), reason=why_not())]
 
 ROOT = Path(__file__).parents[2]
-OPTIONS = BatchOptions(nodes=2, gpus_per_node=0, cpus_per_node=2, time="0:30:00")
+OPTIONS = BatchOptions(nodes=2, gpus=0, cpus=2, time="0:30:00")
 
 
 @dataclass(frozen=True)

@@ -149,7 +149,7 @@ def test_teacher_without_shards_is_refused(tmp_path: Path) -> None:
 
 
 def options(**changes: object) -> BatchOptions:
-    values: dict[str, object] = {"nodes": 2, "gpus_per_node": 8, "cpus_per_node": 16, "time": "1:00:00", **changes}
+    values: dict[str, object] = {"nodes": 2, "gpus": 8, "cpus": 16, "time": "1:00:00", **changes}
     return BatchOptions(**values)  # type: ignore[arg-type]
 
 
@@ -170,7 +170,7 @@ def test_arguments_survive_the_shell_as_they_are(arguments: list[str]) -> None:
 
 @pytest.mark.parametrize("value", ["1\n#SBATCH --uid=0", "a b", "$(x)", "`x`", "'x'", "-p", "a;b"])
 def test_value_that_is_not_plain_is_refused(value: str) -> None:
-    for name in ("time", "partition", "account", "job_name"):
+    for name in ("time", "partition", "account", "name"):
         with pytest.raises(ValueError, match="without blanks or quotes"):
             batch_file(options(**{name: value}), ["train"])
 
@@ -187,7 +187,7 @@ def test_the_time_limit_is_slurms(time: str, is_valid: bool, capsys: pytest.Capt
 def test_output_goes_where_slurm_may_write(output: str) -> None:
     assert f"#SBATCH --output={output}" in batch_file(options(output=output), ["train"]).splitlines()
     with pytest.raises(ValueError, match="--warning: expected 0 or more seconds, got -5"):
-        batch_file(options(warning_s=-5), ["train"])
+        batch_file(options(warning=-5), ["train"])
 
 
 SLURM = ["slurm", "--nodes", "2", "--cpus", "2", "--time", "60"]

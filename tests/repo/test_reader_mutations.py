@@ -234,7 +234,11 @@ CASES: dict[str, tuple[str, Callable[[Path, random.Random], None], tuple[str, ..
         )
         for name, mutate in (("config.yaml", mutate_yaml), ("checkpoints/step-000000001/state.json", mutate_json))
     },
-    "sweep": ("sweep.yaml", mutate_yaml, ("sweep", "sweep.yaml", "--slurm", "time=1:00:00,cpus=1")),
+    "sweep": (
+        "sweep.yaml",
+        mutate_yaml,
+        ("slurm", "--array", "2", "--nodes", "1", "--cpus", "1", "--time", "1:00:00", "--", "sweep", "sweep.yaml"),
+    ),
     "sweep table": ("sweep.yaml", mutate_yaml, ("sweep", "sweep.yaml", "--dry-run", "--speeds", "speeds.csv")),
     "sweep speeds": ("speeds.csv", mutate_text, ("sweep", "sweep.yaml", "--dry-run", "--speeds", "speeds.csv")),
     **{
