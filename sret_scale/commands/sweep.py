@@ -66,11 +66,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --dry-run: measure a few steps here again and again, to say between which times runs will take",
     )
     parser.add_argument(
-        "--speeds",
-        type=Path,
-        help="with --dry-run: estimate times from a CSV with macs and images_per_s, such as a report's summary.csv",
-    )
-    parser.add_argument(
         "--price-per-hour",
         type=float,
         help="with --dry-run: price of one hour of what a run occupies, to estimate the cost",
@@ -103,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
         print(printable(_table(args, planned, ranks)))
         check_all(planned, folder, ranks)
         return 0
-    for name in ("measure", "speeds", "price_per_hour"):
+    for name in ("measure", "price_per_hour"):
         if getattr(args, name):
             raise ValueError(f"--{name.replace('_', '-')} belongs to --dry-run: add that, or leave it out")
     if args.array_task:
@@ -142,16 +137,14 @@ def _ranks_of_a_run(args: argparse.Namespace, devices: list[int]) -> list[int]:
 
 
 def _table(args: argparse.Namespace, planned: list, ranks: list[int]) -> str:  # type: ignore[type-arg]
-    from sret_scale.lab.experiments.forecast import busy_warning, measure_speeds, read_speed, sweep_table
+    from sret_scale.lab.experiments.forecast import busy_warning, measure_speeds, sweep_table
 
-    if args.measure and args.speeds:
-        raise ValueError("give --measure or --speeds, not both")
     if args.measure and (warning := busy_warning()):
         print(warning, file=sys.stderr)
-    speeds = measure_speeds(planned) if args.measure else [read_speed(args.speeds)] if args.speeds else []
+    speeds = measure_speeds(planned) if args.measure else []
     if args.price_per_hour is not None:
         if not speeds:
-            raise ValueError("--price-per-hour needs times: add --measure or --speeds")
+            raise ValueError("--price-per-hour needs times: add --measure")
         if not 0 <= args.price_per_hour < float("inf"):
             raise ValueError(f"--price-per-hour: expected 0 or more, got {args.price_per_hour}")
     return sweep_table(planned, ranks_of_nodes=ranks, speeds=speeds, price_per_hour=args.price_per_hour)

@@ -22,7 +22,7 @@ from sret_scale import cli
 from sret_scale.commands.sweep import _array_task
 from sret_scale.config.run_config import from_yaml, override, to_yaml
 from sret_scale.lab.experiments.declared import Experiment, load_experiment, plan_runs
-from sret_scale.lab.experiments.forecast import measure_speeds, read_speed, sweep_table
+from sret_scale.lab.experiments.forecast import fit_speed, measure_speeds, sweep_table
 from sret_scale.lab.experiments.matching import memory_of
 from sret_scale.lab.experiments.metrics_tail import Standing
 from sret_scale.lab.experiments.pool import RunState, run_sweep
@@ -366,40 +366,15 @@ def test_packing_needs_a_hostfile_and_no_jobs(tmp_path: Path, base: str, capsys:
         assert "--per-gpu starts one run on every GPU of a --hostfile" in capsys.readouterr().err
 
 
-def test_the_table_says_what_each_run_costs(tmp_path: Path, base: str) -> None:
+def test_the_table_says_what_each_run_costs(base: str) -> None:
     planned = plan_runs(Experiment(base=base, grid={LOOPS: [1, 2]}))
-    speeds = tmp_path / "summary.csv"
-    rows = [f"{run.macs},{1 / (0.001 + 1e-9 * run.macs)}" for run in planned]
-    speeds.write_text("\n".join(["macs,images_per_s", *rows, "5,"]))
-    speed = read_speed(speeds)
+    speed = fit_speed([(run.macs, 0.001 + 1e-9 * run.macs) for run in planned])
     assert speed.fixed_s == pytest.approx(0.001) and speed.per_mac_s == pytest.approx(1e-9)
     lines = sweep_table(planned, speeds=[speed], price_per_hour=3600.0).splitlines()
     assert len(lines) == 4 and len({len(line) for line in lines}) == 1
     assert lines[0].split()[:2] == ["run", "applications"] and "iB" in lines[1]
     seconds = [run.config.train.total_images * (0.001 + 1e-9 * run.macs) for run in planned]
     assert lines[1].endswith(f"{seconds[0]:.2f}") and lines[3].endswith(f"{sum(seconds):.2f}")
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("a,b\n1,2\n", "no column 'macs'"),
-        (f"macs,images_per_s\n1,2\n3,{'9' * 200_000}\n", "line 2: field larger than"),
-        ("macs,images_per_s\n", "nothing was measured"),
-        ("macs,images_per_s\n1,x\n", "line 2: could not convert"),
-        ("macs,images_per_s\n0,4\n", "nothing was measured"),
-    ],
-)
-def test_a_bad_file_of_speeds_is_refused(tmp_path: Path, text: str, message: str) -> None:
-    (tmp_path / "speeds.csv").write_text(text)
-    with pytest.raises(ValueError, match=message):
-        read_speed(tmp_path / "speeds.csv")
-
-
-def test_a_file_of_speeds_that_a_spreadsheet_saved_is_read(tmp_path: Path) -> None:
-    for mark in (b"", b"\xef\xbb\xbf"):
-        (tmp_path / "speeds.csv").write_bytes(mark + b"macs,images_per_s\r\n1000,100\r\n2000,50\r\n")
-        assert read_speed(tmp_path / "speeds.csv").per_mac_s == pytest.approx(1e-5)
 
 
 def test_a_measured_speed_grows_with_the_macs(base: str) -> None:

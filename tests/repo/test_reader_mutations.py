@@ -100,7 +100,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # Beside the folder, since every other case copies that.
     torch.save({"model": to_published(published, SReT(published).state_dict())}, folder.with_name("published.pth"))
     (folder / "sweep.yaml").write_text("base: run/config.yaml\ngrid: {model.stages.1.num_loops: [2, 4]}\nretries: 1\n")
-    (folder / "speeds.csv").write_text("name,macs,images_per_s\na,1000000,50.5\nb,2000000,27\n")
     return folder
 
 
@@ -239,8 +238,7 @@ CASES: dict[str, tuple[str, Callable[[Path, random.Random], None], tuple[str, ..
         mutate_yaml,
         ("slurm", "--array", "2", "--nodes", "1", "--cpus", "1", "--time", "1:00:00", "--", "sweep", "sweep.yaml"),
     ),
-    "sweep table": ("sweep.yaml", mutate_yaml, ("sweep", "sweep.yaml", "--dry-run", "--speeds", "speeds.csv")),
-    "sweep speeds": ("speeds.csv", mutate_text, ("sweep", "sweep.yaml", "--dry-run", "--speeds", "speeds.csv")),
+    "sweep table": ("sweep.yaml", mutate_yaml, ("sweep", "sweep.yaml", "--dry-run")),
     **{
         f"head {name}": (f"shards/train/{name}", mutate, ("shards", "head", "shards/train", "o.png", "--count", "3"))
         for name, mutate in (
@@ -267,7 +265,7 @@ CASES: dict[str, tuple[str, Callable[[Path, random.Random], None], tuple[str, ..
 def test_a_mutated_file_ends_no_command_with_a_traceback(made: Path, tmp_path: Path, ask: Ask, name: str) -> None:
     rng = random.Random(name)
     file, mutate, command = CASES[name]
-    names = {"store", "run", "weights.safetensors", "published.pth", "sweep.yaml", "speeds.csv", "o", "o.html"}
+    names = {"store", "run", "weights.safetensors", "published.pth", "sweep.yaml", "o", "o.html"}
     names |= {"shards/train", "o.png", "exported.safetensors", "image.png"}
     copy = tmp_path / "made"
     for number in range(NUM_MUTATIONS if name.split()[0] not in ("report", "teacher", "published", "best") else 12):

@@ -1,20 +1,15 @@
 """What an experiment will cost, before it runs: parameters, MACs, bytes, and with a measured speed hours and money."""
 
-import csv
 import functools
-import io
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import psutil
 import torch
 import torch.nn.functional as F
 
-from data_pipelines.checked_files import read_bounded
 from sret_scale.config.ds_config import load_ds_config, precision_of
 from sret_scale.config.precision import autocast
 from sret_scale.config.run_config import EngineConfig, ModelConfig, RunConfig, TrainConfig
@@ -56,29 +51,6 @@ def fit_speed(points: Sequence[tuple[float, float]]) -> Speed:
         if fixed_s >= 0 and per_mac_s >= 0:
             return Speed(fixed_s=float(fixed_s), per_mac_s=float(per_mac_s))
     return Speed(fixed_s=0.0, per_mac_s=float(np.exp(np.mean(np.log(seconds / macs)))))
-
-
-def read_speed(file: Path) -> Speed:
-    """The speed from a CSV with the columns `macs` and `images_per_s`, such as a report's summary.csv.
-
-    Raises ValueError naming what is missing, FileNotFoundError.
-    """
-    # A spreadsheet's file may begin with a byte order mark.
-    reader = csv.DictReader(io.StringIO(read_bounded(file).decode("utf-8-sig", errors="replace"), newline=""))
-    points = []
-    try:
-        missing = [name for name in ("macs", "images_per_s") if name not in (reader.fieldnames or [])]
-        if missing:
-            raise ValueError(f"no column {missing[0]!r}: expected a CSV with macs and images_per_s")
-        for row in reader:
-            macs, images_per_s = float(row["macs"]), float(row["images_per_s"] or "nan")
-            if macs > 0 and 0 < images_per_s < math.inf:
-                points.append((macs, 1 / images_per_s))
-    except (TypeError, ValueError, csv.Error) as error:
-        raise ValueError(f"{file} line {reader.line_num}: {error}") from error
-    if not points:
-        raise ValueError(f"{file} has no row with macs and images_per_s above 0: nothing was measured")
-    return fit_speed(points)
 
 
 def busy_warning() -> str:
