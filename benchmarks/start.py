@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from data_pipelines.writing.write import WriteConfig, write_shards
-from sret_scale.cli import COMMANDS
+from sret_scale.commands import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 OPENED = re.compile(r'openat\([^"]*"(?P<path>[^"]+)"[^)]*\) = (?P<result>-?\d+)')

@@ -5,52 +5,16 @@ Only the module of that sub-command is imported, so that `--help` answers at onc
 
 import argparse
 import difflib
-import importlib
 import os
 import sys
 from collections.abc import Sequence
 
 from data_pipelines.home_folder import with_home
 from sret_scale import __version__
+from sret_scale.commands import COMMANDS
+from sret_scale.commands.arguments import parsed
 from sret_scale.launch.output import open_missing_streams, outlast
 from sret_scale.runs.rank_errors import in_words
-
-# Name of a sub-command -> what it does. Its parser and its work are in `sret_scale.commands.NAME`.
-COMMANDS = {
-    "demo": "run every part once on the sample images: teacher, student of 108 applications, control, report",
-    "train": "train a recipe or a preset on one node or many; repeat the command to continue a run",
-    "evaluate": "measure a run's accuracy on a whole test set",
-    "predict": "name what a trained model sees on images",
-    "generate": "go on with a text, by a trained language model",
-    "checkpoint": "list or verify a run's checkpoints",
-    "shards": "write, check and inspect webdataset shards",
-    "labels": "store a teacher's soft labels, to train from them without the teacher",
-    "describe": "show a model's parameters, multiply-adds and depth",
-    "config": "print every setting of a run: type, default, meaning",
-    "plan": "fit a model into a device's memory: choose micro-batch and recomputation, predict bytes",
-    "weights": "convert published weights in both directions; add loops to a trained model or tie its blocks",
-    "sweep": "run an experiment over depth or any other setting, and report on it",
-    "report": "draw one page from run folders: curves, tables, and how to repeat the runs",
-    "analyze": "analyse trained runs: what each loop is worth, through how many loops a gradient must go",
-    "doctor": "check this machine, or all nodes together, before a long run",
-    "slurm": "print a batch file that runs a command on a Slurm cluster",
-    "export": "write a trained model as ONNX or a torch program",
-}
-
-
-def build_parser(command: str) -> argparse.ArgumentParser:
-    """The parser of one sub-command."""
-    module = importlib.import_module(f"sret_scale.commands.{command}")
-    parser = argparse.ArgumentParser(
-        prog=f"sret-scale {command}",
-        description=COMMANDS[command],
-        epilog=module.EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    module.add_arguments(parser)
-    parser.set_defaults(run_command=module.run)
-    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -102,18 +66,13 @@ def _run(argv: Sequence[str]) -> int:
         near = "".join(f"did you mean {name}? " for name in difflib.get_close_matches(argv[0], COMMANDS, n=1))
         print(f"error: unknown command {argv[0]!r}: {near}see sret-scale --help", file=sys.stderr)
         return 2
-    parser = build_parser(top.parse_args(argv[:1]).command)
+    command = top.parse_args(argv[:1]).command
     try:
         words = [with_home(word) for word in argv[1:]]
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    try:
-        # Options may stand between positional arguments: `train NAME --run FOLDER section.field=value`.
-        args = parser.parse_intermixed_args(words)
-    except TypeError:
-        # argparse has no such order for a command that has sub-commands of its own.
-        args = parser.parse_args(words)
+    args = parsed(command, words)
     try:
         status = args.run_command(args)
     except BrokenPipeError:

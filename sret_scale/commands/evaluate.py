@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sret_scale.commands.arguments import HOSTFILE, WEIGHTS
+
 if TYPE_CHECKING:
     from sret_scale.launch.requests import Work
 
@@ -25,16 +27,10 @@ MOST_COUNTS = 100
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The run, what to evaluate of it, and where."""
     parser.add_argument("run", type=Path, help="folder of the run")
-    parser.add_argument(
-        "--weights",
-        choices=("raw", "ema", "best"),
-        help="which weights (default: the moving average, if the run keeps one)",
-    )
+    parser.add_argument("--weights", **WEIGHTS)
     parser.add_argument("--shards", help="folder or URL of the shards (default: the run's test shards)")
     parser.add_argument("--ranks", type=int, help="number of ranks on this machine (default: this process alone)")
-    parser.add_argument(
-        "--hostfile", type=Path, help="nodes to run on, in DeepSpeed's format: one line `NAME slots=N` each"
-    )
+    parser.add_argument("--hostfile", **HOSTFILE)
     parser.add_argument(
         "--loops",
         type=int,

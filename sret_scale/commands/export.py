@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines.extras import install_extra
+from sret_scale.commands.arguments import WEIGHTS
 
 EXAMPLE = """examples:
   sret-scale export runs/sret_t sret_t.onnx
@@ -21,11 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """FILE OUT --format."""
     parser.add_argument("file", type=Path, help="folder of a run, one of its checkpoints, or weights in safetensors")
     parser.add_argument("out", type=Path, help="the file to write")
-    parser.add_argument(
-        "--weights",
-        choices=("raw", "ema", "best"),
-        help="of a run: which weights (default: the moving average, if kept)",
-    )
+    parser.add_argument("--weights", **WEIGHTS)
     parser.add_argument(
         "--format",
         choices=("onnx", "torch", "safetensors"),

@@ -6,6 +6,8 @@ import math
 import sys
 from pathlib import Path
 
+from sret_scale.commands.arguments import WEIGHTS
+
 EXAMPLE = """examples:
   sret-scale generate runs/lm --prompt "HAMLET." --tokens 400
   sret-scale generate runs/lm --temperature 0 --loops 8"""
@@ -21,9 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default: 0)")
     parser.add_argument("--loops", type=int, help="loops of the stage that has most, the others in proportion")
-    parser.add_argument(
-        "--weights", choices=("raw", "ema", "best"), help="which weights (default: the moving average, if kept)"
-    )
+    parser.add_argument("--weights", **WEIGHTS)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -9,6 +9,8 @@ from glob import glob, has_magic
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sret_scale.commands.arguments import WEIGHTS
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -26,11 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run, one of its checkpoints, or safetensors")
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files, folders of them, or quoted patterns")
     parser.add_argument("--top", type=int, default=5, help="classes to name for each image (default: 5)")
-    parser.add_argument(
-        "--weights",
-        choices=("raw", "ema", "best"),
-        help="of a run: which weights (default: the moving average, if kept)",
-    )
+    parser.add_argument("--weights", **WEIGHTS)
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--csv", action="store_true", help="print CSV: a row an image, its classes from left to right")
     form.add_argument("--json", action="store_true", help="print JSON")

@@ -2,11 +2,11 @@
 
 import argparse
 import dataclasses
-import pkgutil
 import sys
 from pathlib import Path
 
-import sret_scale.commands
+from sret_scale.commands import COMMANDS
+from sret_scale.commands.arguments import parsed
 from sret_scale.runs.rank_errors import in_words
 
 EXAMPLE = """examples:
@@ -60,9 +60,7 @@ def run(args: argparse.Namespace) -> None:
     from sret_scale.launch.sbatch import BatchOptions, batch_file
 
     args.arguments = args.arguments[args.arguments[:1] == ["--"] :]
-    if not args.arguments or args.arguments[0] not in (
-        module.name for module in pkgutil.iter_modules(sret_scale.commands.__path__)
-    ):
+    if not args.arguments or args.arguments[0] not in COMMANDS:
         raise ValueError(f"expected a command of sret-scale after --, such as train, got {args.arguments[:1]}")
     check_command(args)
     options = {field.name: getattr(args, field.name) for field in dataclasses.fields(BatchOptions)}
@@ -74,7 +72,6 @@ def check_command(args: argparse.Namespace) -> None:
 
     The nodes may have folders that this machine has not. A sweep as a job array gets a task for each of its runs.
     """
-    from sret_scale.commands.actions import parsed
     from sret_scale.commands.train import folder_of
     from sret_scale.config.recipes import configuration
     from sret_scale.config.run_config import whole_paths

@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from sret_scale.commands.arguments import HOSTFILE
+
 EXAMPLE = """examples:
   sret-scale train small data.train_folder=shards/photos/train data.test_folder=shards/photos/val
   sret-scale train sret_t data.train_folder=shards/train data.test_folder=shards/val
@@ -25,9 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="configuration fields to change")
     parser.add_argument("--run", type=Path, help="folder of the run (default: runs/RECIPE)")
     parser.add_argument("--ranks", type=int, help="number of ranks on this machine (default: one per GPU, or 2 on CPU)")
-    parser.add_argument(
-        "--hostfile", type=Path, help="nodes to run on, in DeepSpeed's format: one line `NAME slots=N` each"
-    )
+    parser.add_argument("--hostfile", **HOSTFILE)
     parser.add_argument(
         "--elastic",
         metavar="MIN:MAX",

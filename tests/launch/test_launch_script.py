@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from sret_scale import __version__
-from sret_scale.cli import COMMANDS
+from sret_scale.commands import COMMANDS
 
 pytestmark = pytest.mark.multi_process
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from sret_scale.cli import main
-from sret_scale.commands.actions import parsed
+from sret_scale.commands.arguments import parsed
 from sret_scale.config.fields import fields_of
 from sret_scale.config.run_config import RunConfig
 from sret_scale.runs.rank_errors import in_words

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import random
-import re
 import shutil
 import subprocess
 import sys
@@ -165,12 +164,6 @@ def mutate_lines(file: Path, rng: random.Random) -> None:
 
 def mutate_bytes(file: Path, rng: random.Random) -> None:
     file.write_bytes(damaged(file.read_bytes(), rng))
-
-
-def mutate_text(file: Path, rng: random.Random) -> None:
-    words = re.split(r"([,\n])", file.read_text())
-    words[rng.randrange(len(words))] = str(rng.choice(HOSTILE))
-    file.write_text("".join(words), errors="backslashreplace")
 
 
 def mutate_weights(file: Path, rng: random.Random) -> None:

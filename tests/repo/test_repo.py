@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from sret_scale.cli import COMMANDS, build_parser
+from sret_scale.commands import COMMANDS
+from sret_scale.commands.arguments import build_parser
 
 ROOT = Path(__file__).parents[2]
 CODE_FOLDERS = ("sret_scale", "data_pipelines", "ds_configs", "benchmarks", "checks", "tests")

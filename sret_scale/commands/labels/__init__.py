@@ -2,7 +2,7 @@
 
 import argparse
 
-from sret_scale.commands.actions import add_actions, run_action
+from sret_scale.commands.arguments import add_actions, run_action
 
 EXAMPLE = "example: sret-scale labels info labels/vit"
 

@@ -1,8 +1,9 @@
 """`sret-scale shards index`: index and manifest for tars that someone else wrote."""
 
 import argparse
-import os
 from pathlib import Path
+
+from sret_scale.commands.arguments import WORKERS
 
 EXAMPLE = """examples:
   sret-scale shards index shards/from_elsewhere
@@ -23,9 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", type=Path, metavar="FOLDER", help="leave the tars alone: write the index here, for `train` to use"
     )
-    parser.add_argument(
-        "--workers", type=int, default=os.cpu_count() or 1, help="number of processes (default: one per core)"
-    )
+    parser.add_argument("--workers", **WORKERS)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -1,8 +1,9 @@
 """`sret-scale shards repair`: a new set without what is bad in another one."""
 
 import argparse
-import os
 from pathlib import Path
+
+from sret_scale.commands.arguments import WORKERS
 
 EXAMPLE = """example: sret-scale shards repair shards/train shards/train_good --copy /backup/shards/train
 Bad samples are replaced from the copy if it has them, and left out otherwise."""
@@ -14,9 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", type=Path, metavar="TARGET", help="folder of the new shard set")
     parser.add_argument("--copy", type=Path, help="another copy of the set, to replace bad samples from")
     parser.add_argument("--shard-samples", type=int, help="samples per shard (default: by size, 256 MiB)")
-    parser.add_argument(
-        "--workers", type=int, default=os.cpu_count() or 1, help="number of processes (default: one per core)"
-    )
+    parser.add_argument("--workers", **WORKERS)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -1,8 +1,9 @@
 """`sret-scale shards verify`: reads everything and reports what is wrong."""
 
 import argparse
-import os
 from pathlib import Path
+
+from sret_scale.commands.arguments import WORKERS
 
 EXAMPLE = """example: sret-scale shards verify shards/fashion/train
 Prints one line per problem, with shard, key, offset and reason; the exit status is then 1."""
@@ -14,9 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-decode", action="store_true", help="check bytes and structure only, without decoding images"
     )
-    parser.add_argument(
-        "--workers", type=int, default=os.cpu_count() or 1, help="number of processes (default: one per core)"
-    )
+    parser.add_argument("--workers", **WORKERS)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,11 +1,12 @@
 """`sret-scale shards write`: images to webdataset shards."""
 
 import argparse
-import os
 import re
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from sret_scale.commands.arguments import WORKERS
 
 if TYPE_CHECKING:
     from data_pipelines.grids.made import GridOptions
@@ -80,9 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--resize", type=int, help="shrink images whose short side is longer than this, in pixels")
     parser.add_argument("--quality", type=int, default=95, help="JPEG quality of shrunk images (default: 95)")
-    parser.add_argument(
-        "--workers", type=int, default=os.cpu_count() or 1, help="number of processes (default: one per core)"
-    )
+    parser.add_argument("--workers", **WORKERS)
 
 
 def run(args: argparse.Namespace) -> None:

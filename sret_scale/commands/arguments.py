@@ -1,9 +1,28 @@
-"""Commands that consist of actions (`shards write`, `labels info`): one module an action, found by its name."""
+"""The parsers of commands, which are found by their names, as are the actions of some (`shards write`); and the options
+that several have."""
 
 import argparse
 import importlib
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+from sret_scale.commands import COMMANDS
+
+WEIGHTS: dict[str, Any] = {
+    "choices": ("raw", "ema", "best"),
+    "help": "of a run: which weights (default: the moving average, if kept)",
+}
+HOSTFILE: dict[str, Any] = {
+    "type": Path,
+    "help": "nodes to run on, in DeepSpeed's format: one line `NAME slots=N` each",
+}
+WORKERS: dict[str, Any] = {
+    "type": int,
+    "default": os.cpu_count() or 1,
+    "help": "number of processes (default: one per core)",
+}
 
 
 class _Intermixed(argparse.ArgumentParser):
@@ -44,13 +63,27 @@ def run_action(args: argparse.Namespace) -> int | None:
     return status
 
 
+def build_parser(command: str) -> argparse.ArgumentParser:
+    """The parser of one sub-command."""
+    module = importlib.import_module(f"sret_scale.commands.{command}")
+    parser = argparse.ArgumentParser(
+        prog=f"sret-scale {command}",
+        description=COMMANDS[command],
+        epilog=module.EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    module.add_arguments(parser)
+    parser.set_defaults(run_command=module.run)
+    return parser
+
+
 def parsed(command: str, words: Sequence[str]) -> argparse.Namespace:
-    """The arguments of a command of `sret_scale.commands`; where they are wrong the process ends with its usage."""
-    parser = argparse.ArgumentParser(prog=f"sret-scale {command}")
-    parser.add_argument("--debug", action="store_true")
-    importlib.import_module(f"sret_scale.commands.{command}").add_arguments(parser)
+    """The arguments of one sub-command; where they are wrong the process ends with its usage."""
+    parser = build_parser(command)
     try:
+        # Options may stand between positional arguments: `train NAME --run FOLDER section.field=value`.
         return parser.parse_intermixed_args(words)
     except TypeError:
-        # Commands with actions of their own, as in `sret_scale.cli`.
+        # argparse has no such order for a command that has sub-commands of its own.
         return parser.parse_args(words)
