@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from sret_scale import cli
 from sret_scale.lab.readable_numbers import MISSING, binary_size, compact, duration, grouped, percent
 from sret_scale.lab.report.chart import INK, PALETTE, Caption, printable, run_colours
-from sret_scale.lab.report.compare import differing_fields, flatten, pareto_front, seed_groups
+from sret_scale.lab.report.compare import differing, flatten, pareto_front, seed_groups
 from sret_scale.lab.report.page import Report, write_report
 from sret_scale.lab.report.plots import Curve, line_chart, smoothed, spread
 from sret_scale.lab.report.run_record import load_run, load_runs
@@ -203,7 +203,7 @@ def test_the_command_says_what_it_wrote_and_refuses_what_is_not_there(
 
 def test_differing_fields_and_flattened_keys(tmp_path: Path) -> None:
     runs = [load_run(write_run(tmp_path / str(n), num_loops=n, images=640)) for n in (2, 3)]
-    fields = differing_fields(runs)
+    fields = differing([flatten(run.config) for run in runs])
     assert fields == {f"model.stages.{stage}.num_loops": ["2", "3"] for stage in range(3)}
     assert flatten({"a": {"b": [1, 2]}, "c": [], "d": [{"e": 1e-3}]}) == {"a.b": "[1, 2]", "c": "[]", "d.0.e": "0.001"}
 

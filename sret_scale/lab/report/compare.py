@@ -39,11 +39,10 @@ def _text(value: object) -> str:
     return "none" if value is None else str(value)
 
 
-def differing_fields(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
-    """The config fields that are not equal in all runs -> their text in each run, in the order of the first config."""
-    flat = [flatten(run.config) for run in runs]
-    keys = dict.fromkeys(key for fields in flat for key in fields)
-    columns = {key: [fields.get(key, ABSENT) for fields in flat] for key in keys}
+def differing(runs: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:
+    """The fields that are not equal in all runs -> their text in each run, in the order of the first run."""
+    keys = dict.fromkeys(key for fields in runs for key in fields)
+    columns = {key: [fields.get(key, ABSENT) for fields in runs] for key in keys}
     return {key: values for key, values in columns.items() if len(set(values)) > 1}
 
 

@@ -9,7 +9,7 @@ import jinja2
 from data_pipelines.atomic_files import write_whole
 from sret_scale.lab.readable_numbers import compact, duration, grouped, percent
 from sret_scale.lab.report.chart import Chart, css_colour, csv_text, depth_colours, run_colours
-from sret_scale.lab.report.compare import differing_fields, flatten
+from sret_scale.lab.report.compare import differing, flatten
 from sret_scale.lab.report.depth_curves import depth_figures
 from sret_scale.lab.report.evaluation_depth import curves_of, evaluation_depth_figures
 from sret_scale.lab.report.figures import basic_figures
@@ -19,7 +19,8 @@ from sret_scale.lab.report.run_record import RunRecord, load_runs
 from sret_scale.lab.report.settings import headline, settings_of, settings_table
 from sret_scale.lab.report.summary import COLUMNS, Summary, best_rows, columns_for, summarise, summary_table
 
-MOST_TILES = 4
+FEW_RUNS = 4
+"""Of so many at most the courses are the answer, of more the curves over depth."""
 FIRST_FIGURES = 3
 """So many stand before the table of a sweep's settings."""
 MOST_RUNS_ACROSS = 6  # With more runs than this, a table of differences has the runs as its rows.
@@ -47,13 +48,12 @@ def write_report(paths: Sequence[Path], page: Path, *, note: str = "", first: Se
     runs, left_out = load_runs(paths)
     summaries = [summarise(run) for run in runs]
     depths = [summary.applications for summary in summaries]
-    by_depth = len(runs) > MOST_TILES and len(set(depths)) > 1
+    by_depth = len(runs) > FEW_RUNS and len(set(depths)) > 1
     colours = depth_colours(depths) if by_depth else run_colours(len(runs))
     basic, depth = basic_figures(runs, colours, named=not by_depth), depth_figures(runs, summaries)
     basic += health_figures(runs) + memory_figures(summaries, colours)
     basic = evaluation_depth_figures([curve for run in runs for curve in curves_of(run)]) + basic
-    # Of many runs the depth curves are the answer; of a few the courses are.
-    charts = [*first, *(depth + basic if len(runs) > MOST_TILES else basic + depth)]
+    charts = [*first, *(depth + basic if len(runs) > FEW_RUNS else basic + depth)]
     legend = dict(sorted(zip(depths, map(css_colour, colours), strict=True))) if by_depth else {}
     folder = page.with_name(f"{page.stem}_files")
     text = render(runs, summaries, charts, colours, files=folder.name, left_out=left_out, note=note, legend=legend)
@@ -95,28 +95,26 @@ def render(
     remarks = [f"{run.name}: {remark}" for run in runs for remark in [*run.remarks, *alarms(run)]]
     remarks += [f"{run.name}: no metrics yet." for run in runs if not run.lines]
     remarks += [f"Left out: {reason}" for reason in left_out]
+    configs, facts = [flatten(run.config) for run in runs], [_facts(run) for run in runs]
     return environment.get_template("report.html").render(
         title=_title(runs),
         lead=headline(settings, accuracy) if len(settings) < len(rows) and settings else lead(summaries),
         page_note=note,
         rows=rows,
-        tiles=rows if 1 < len(rows) <= MOST_TILES and any(s.top1 is not None for s in summaries) else [],
         columns=columns_for(summaries),
         best=[best_rows(column, list(summaries)) for column in COLUMNS],
         charts=charts,
-        settings=settings_table(settings, accuracy) if len(rows) > MOST_TILES else [],
+        settings=settings_table(settings, accuracy) if len(rows) > FEW_RUNS else [],
         num_settings=len(settings),
         legend=legend,
-        first=FIRST_FIGURES if len(rows) > MOST_TILES else len(charts),
+        first=FIRST_FIGURES if len(rows) > FEW_RUNS else len(charts),
         files=files,
         remarks=remarks,
-        difference=_difference_table(runs),
-        shared_config=_shared([flatten(run.config) for run in runs]),
-        shared_environment=_shared([_facts(run) for run in runs]),
+        difference=_difference(runs, configs),
+        shared_config=_shared(configs),
+        shared_environment=_shared(facts),
         repeats=[(run.name, run.environment.get("command", "not recorded")) for run in runs],
-        environment_difference=_unequal_facts(runs),
-        percent=percent,
-        compact=compact,
+        environment_difference=_difference(runs, facts),
         grouped=grouped,
     )
 
@@ -151,20 +149,14 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
 
 
-def _difference_table(runs: Sequence[RunRecord]) -> Table | None:
-    """The config fields in which the runs differ; None if there are none, or nothing to compare."""
-    columns = differing_fields(runs)
-    if len(runs) < 2 or not columns:
+def _difference(runs: Sequence[RunRecord], fields: Sequence[Mapping[str, str]]) -> Table | None:
+    """The fields in which runs differ; None if there are none. Fields down and runs across, of many the other way."""
+    columns, names = differing(fields), [run.name for run in runs]
+    if not columns:
         return None
-    names = [run.name for run in runs]
-    return _table(columns, names, corner="field" if len(runs) <= MOST_RUNS_ACROSS else "run")
-
-
-def _table(columns: Mapping[str, Sequence[str]], names: Sequence[str], *, corner: str) -> Table:
-    """Fields down and runs across, or the other way round for many runs."""
-    if corner == "field":
-        return Table(header=(corner, *names), rows=tuple((key, *values) for key, values in columns.items()))
-    return Table(header=(corner, *columns), rows=tuple(zip(names, *columns.values(), strict=True)))
+    if len(runs) <= MOST_RUNS_ACROSS:
+        return Table(header=("field", *names), rows=tuple((key, *values) for key, values in columns.items()))
+    return Table(header=("run", *columns), rows=tuple(zip(names, *columns.values(), strict=True)))
 
 
 def _shared(fields: Sequence[Mapping[str, str]]) -> list[tuple[str, str]]:
@@ -175,13 +167,3 @@ def _shared(fields: Sequence[Mapping[str, str]]) -> list[tuple[str, str]]:
 def _facts(run: RunRecord) -> dict[str, str]:
     """The environment without the command, which each run has of its own."""
     return flatten({key: value for key, value in run.environment.items() if key != "command"})
-
-
-def _unequal_facts(runs: Sequence[RunRecord]) -> Table | None:
-    facts = [_facts(run) for run in runs]
-    keys = dict.fromkeys(key for fact in facts for key in fact)
-    columns = {key: [fact.get(key, "-") for fact in facts] for key in keys}
-    columns = {key: values for key, values in columns.items() if len(set(values)) > 1}
-    if not columns:
-        return None
-    return _table(columns, [run.name for run in runs], corner="field" if len(runs) <= MOST_RUNS_ACROSS else "run")
