@@ -31,7 +31,7 @@ from sret_scale.runs.checkpoint import (
     read_tensors,
     verify_checkpoint,
 )
-from tests.ranks.save_once import pieces, save
+from tests.ranks.save_once import save, tensors
 from tests.runs import Process, complete_lines, digest, digest_of, metrics_bytes, rank_processes, wait_for_images
 from tests.tiny import ROOT, sret_scale, tiny_config, tiny_shards, write_config
 
@@ -147,11 +147,11 @@ def state_of(folder: Path) -> int:
     step = int(state["step"])
     assert path.name == f"step-{step:09d}"
     assert state["images"] == step
-    for piece in pieces(step):
-        set_name = piece.fields[0].set_name
+    for one in tensors(step):
+        set_name = one.wholes[0].set_name
         saved = read_tensors(path, set_name)
         assert saved.keys() == {"a"}, set_name
-        assert torch.equal(saved["a"], piece.values), set_name
+        assert torch.equal(saved["a"], one.values), set_name
     return step
 
 

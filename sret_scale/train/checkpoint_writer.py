@@ -3,7 +3,7 @@
     loop     snapshot |------- next steps -------| snapshot ...
     thread            | gather, write, flush, rename, prune |
 
-At most one save is under way. The parts of the ranks come together over a process group of the threads' own, on the
+At most one save is under way. The fragments of the ranks come together over a process group of the threads' own, on the
 CPU, so that a save and the training never wait in each other's collectives. How a save ended is known on every rank.
 """
 
@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from sret_scale.runs.checkpoint import prune_checkpoints, save_checkpoint
-from sret_scale.train.distributed import Ranks, from_rank, gather_parts, new_cpu_group
-from sret_scale.train.engine.snapshot import Piece, Snapshot
+from sret_scale.train.distributed import Ranks, from_rank, gather_fragments, new_cpu_group
+from sret_scale.train.engine.snapshot import RankTensor, Snapshot
 
 END_S = 30.0
 """How long a run that ends with another error waits for a save: enough for a healthy disk, not for a dead peer."""
@@ -53,16 +53,16 @@ class CheckpointWriter:
         """True when a save could not be made; `wait` and `start` raise its error, on every rank."""
         return self._error is not None
 
-    def reserve(self, pieces: Iterable[Piece]) -> None:
-        """Make the memory that saves of such pieces need, once; later calls do nothing."""
+    def reserve(self, tensors: Iterable[RankTensor]) -> None:
+        """Make the memory that saves of such tensors need, once; later calls do nothing."""
         if not self._is_reserved:
             self._is_reserved = True
-            self._snapshot.reserve(pieces)
+            self._snapshot.reserve(tensors)
 
-    def start(self, pieces: Iterable[Piece], *, step: int, state: Mapping[str, Any]) -> None:
-        """Save the pieces as they are now; all ranks must call it. Raises OSError where the save before failed."""
+    def start(self, tensors: Iterable[RankTensor], *, step: int, state: Mapping[str, Any]) -> None:
+        """Save the tensors as they are now; all ranks must call it. Raises OSError where the save before failed."""
         self.wait()
-        self._snapshot.take(pieces)
+        self._snapshot.take(tensors)
         self._is_idle.clear()
         self._saves.put((step, state))
 
@@ -79,7 +79,7 @@ class CheckpointWriter:
 
     def _write(self, step: int, state: Mapping[str, Any]) -> None:
         try:
-            tensors = self._snapshot.whole(functools.partial(gather_parts, group=self._group))
+            tensors = self._snapshot.whole(functools.partial(gather_fragments, group=self._group))
             refusal = None
             if self._ranks.is_main:
                 try:

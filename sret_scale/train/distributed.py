@@ -152,21 +152,21 @@ def new_cpu_group() -> Group:
     return dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT) if dist.is_initialized() else None
 
 
-def gather_parts(part: torch.Tensor, *, group: Group) -> list[torch.Tensor]:
-    """On rank 0 the equally large parts of all ranks in order, elsewhere nothing; every rank must call it."""
+def gather_fragments(fragment: torch.Tensor, *, group: Group) -> list[torch.Tensor]:
+    """On rank 0 the equally large fragments of all ranks in order, elsewhere nothing; every rank must call it."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
-        return [part]
+        return [fragment]
     is_main = dist.get_rank() == 0
-    parts = [torch.empty_like(part) for _ in range(dist.get_world_size())] if is_main else []
-    dist.gather(part, parts or None, dst=0, group=group)
-    return parts
+    fragments = [torch.empty_like(fragment) for _ in range(dist.get_world_size())] if is_main else []
+    dist.gather(fragment, fragments or None, dst=0, group=group)
+    return fragments
 
 
-def whole_from_parts(part: torch.Tensor) -> torch.Tensor:
-    """The equal parts of all ranks, one after another; every rank must call it."""
-    parts = [torch.empty_like(part) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, part)
-    return torch.cat(parts)
+def whole_from_fragments(fragment: torch.Tensor) -> torch.Tensor:
+    """The equal fragments of all ranks, one after another; every rank must call it."""
+    fragments = [torch.empty_like(fragment) for _ in range(dist.get_world_size())]
+    dist.all_gather(fragments, fragment)
+    return torch.cat(fragments)
 
 
 def barrier() -> None:

@@ -8,18 +8,18 @@ from sret_scale.model.vision.weight_files import read_metadata, save_model
 from sret_scale.runs.checkpoint import newest_valid, read_state, read_tensors
 from sret_scale.train.assemble import Clock, Run
 from sret_scale.train.distributed import from_rank
-from sret_scale.train.engine.snapshot import Piece
+from sret_scale.train.engine.snapshot import RankTensor
 from sret_scale.train.evaluate import Evaluation
 from sret_scale.train.load_run import check_architecture, facts_of, initial_state
 
 
-def pieces_of(run: Run) -> Iterator[Piece]:
+def tensors_of(run: Run) -> Iterator[RankTensor]:
     """Every tensor that decides how the run goes on, as far as this rank has it."""
-    yield from run.engine.pieces("weights", run.engine.local_weights())
-    yield from run.engine.optimizer_pieces()
+    yield from run.engine.rank_tensors("weights", run.engine.local_weights())
+    yield from run.engine.optimizer_tensors()
     if run.average:
-        yield from run.engine.pieces("ema", run.average.averages)
-        yield from run.engine.pieces("ema_statistics", run.average.statistics)
+        yield from run.engine.rank_tensors("ema", run.average.averages)
+        yield from run.engine.rank_tensors("ema_statistics", run.average.statistics)
 
 
 def save(run: Run, clock: Clock) -> None:
@@ -37,7 +37,7 @@ def save(run: Run, clock: Clock) -> None:
         **facts_of(run.config, run.train_shards.class_names),
         "teacher": run.teacher_identity,
     }
-    run.writer.start(pieces_of(run), step=clock.step, state=state)
+    run.writer.start(tensors_of(run), step=clock.step, state=state)
 
 
 def keep_best(run: Run, clock: Clock, kind: str, result: Evaluation) -> None:

@@ -23,7 +23,7 @@ from sret_scale.train.distributed import Ranks, average_buffers, sum_over_ranks
 from sret_scale.train.divergence import LeftOut, left_out
 from sret_scale.train.engine.engine import Engine
 from sret_scale.train.optim import WeightAverage, learning_rate, set_rates
-from sret_scale.train.resume import pieces_of
+from sret_scale.train.resume import tensors_of
 from sret_scale.train.telemetry import Telemetry
 
 
@@ -94,7 +94,7 @@ def optimizer_step(run: Run, step: Step, clock: Clock, *, must_stop: Callable[[]
         what = None
         if is_updated:
             # Here at the latest there are moments: a start's first step pays for the memory, not its first save.
-            run.writer.reserve(pieces_of(run))
+            run.writer.reserve(tensors_of(run))
         else:
             norms, is_overflow = engine.last_norms, engine.has_overflowed
             what = left_out(step, run.train_shards, rank_losses=losses, norms=norms, is_overflow=is_overflow)

@@ -24,13 +24,13 @@ from sret_scale.train.distributed import (
     average_buffers,
     differentiable_sum,
     from_rank,
-    gather_parts,
+    gather_fragments,
     leave,
     ranks_from_environment,
     sum_over_ranks,
 )
 from sret_scale.train.engine.engine import Engine, start_communication
-from sret_scale.train.engine.snapshot import Field, Piece, Snapshot
+from sret_scale.train.engine.snapshot import RankTensor, Snapshot, WholeTensor
 from sret_scale.train.optim import WeightAverage, build_optimizer, set_rates
 from tests.tiny import TINY_MODEL
 
@@ -79,20 +79,20 @@ def train(engine: Engine, average: WeightAverage, steps: range, ranks: Ranks) ->
         average.update(engine.local_weights(), 16)
 
 
-def pieces(engine: Engine, average: WeightAverage) -> list[Piece]:
+def rank_tensors(engine: Engine, average: WeightAverage) -> list[RankTensor]:
     return [
-        *engine.pieces("weights", engine.local_weights()),
-        *engine.optimizer_pieces(),
-        *engine.pieces("ema", average.averages),
+        *engine.rank_tensors("weights", engine.local_weights()),
+        *engine.optimizer_tensors(),
+        *engine.rank_tensors("ema", average.averages),
     ]
 
 
 def state(engine: Engine, average: WeightAverage, ranks: Ranks) -> dict[str, dict[str, torch.Tensor]]:
     """What a checkpoint would hold, on every rank."""
     snapshot = Snapshot(is_main=ranks.is_main)
-    snapshot.take(pieces(engine, average))
+    snapshot.take(rank_tensors(engine, average))
     # By pickle, through the object broadcast: it is the test that needs the whole state everywhere, not the product.
-    return from_rank(snapshot.whole(functools.partial(gather_parts, group=None)))
+    return from_rank(snapshot.whole(functools.partial(gather_fragments, group=None)))
 
 
 def main(folder: Path) -> None:
@@ -134,7 +134,7 @@ def train_all(folder: Path, ranks: Ranks) -> None:
         norm = engine.grad_norm()
         # Trained on while it is written: the file must have the state of the call.
         with CheckpointWriter(folder / name, ranks, keep=1) as writer:
-            writer.start(pieces(engine, WeightAverage(engine.local_weights(), 100)), step=STEPS, state={})
+            writer.start(rank_tensors(engine, WeightAverage(engine.local_weights(), 100)), step=STEPS, state={})
             train(engine, WeightAverage(engine.local_weights(), 100), range(STEPS, STEPS + 1), ranks)
         norms = {"grad_norm": torch.tensor([norm, resumed.grad_norm()])}
         again = state(resumed, average, ranks)
@@ -150,8 +150,8 @@ def save_into_a_file(folder: Path, ranks: Ranks) -> None:
     blocked = folder / "blocked"
     blocked.write_text("not a folder")
     with contextlib.suppress(OSError), CheckpointWriter(blocked, ranks, keep=1) as writer:
-        entry = Field(set_name="weights", name="a", shape=torch.Size([2]))
-        writer.start([Piece(values=torch.ones(2), is_part=False, fields=(entry,))], step=1, state={})
+        entry = WholeTensor(set_name="weights", name="a", shape=torch.Size([2]))
+        writer.start([RankTensor(values=torch.ones(2), is_fragment=False, wholes=(entry,))], step=1, state={})
         try:
             writer.wait()
         except OSError as error:

@@ -50,8 +50,8 @@ def sizes(engine: Engine) -> dict[str, Any]:
     listed = internals.listed_parameters(optimizer, stage)
     return {
         "flat": [value.numel() for value in flat],
-        "averaged": [sum(piece.numel() for piece in pieces) for pieces in gradients],
-        "is_gradient_there": any(bool(piece.any()) for pieces in gradients for piece in pieces),
+        "averaged": [sum(one.numel() for one in tensors) for tensors in gradients],
+        "is_gradient_there": any(bool(one.any()) for tensors in gradients for one in tensors),
         "num_listed": sum(map(len, listed)),
         "num_parameters": len(list(engine.model.parameters())),
     }
@@ -74,9 +74,9 @@ def linked(engine: Engine) -> bool:
 
 def cut(engine: Engine) -> list[list[Any]]:
     return [
-        [None if part is None else part.numel(), None if shape is None else list(shape)]
+        [None if fragment is None else fragment.numel(), None if shape is None else list(shape)]
         for value in engine.model.parameters()
-        for part, shape in [(internals.stage_3_part(value), internals.stage_3_shape(value))]
+        for fragment, shape in [(internals.stage_3_fragment(value), internals.stage_3_shape(value))]
     ]
 
 

@@ -14,20 +14,20 @@ import torch
 
 from sret_scale.train.checkpoint_writer import CheckpointWriter
 from sret_scale.train.distributed import Ranks
-from sret_scale.train.engine.snapshot import Field, Piece
+from sret_scale.train.engine.snapshot import RankTensor, WholeTensor
 
 PR_SET_PTRACER = 0x59616D61  # prctl(2)
 MAIN = Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
 
 
-def pieces(step: int) -> list[Piece]:
-    """Two sets, of which the optimizer's is a part over the ranks, filled with the step."""
+def tensors(step: int) -> list[RankTensor]:
+    """Two sets, of which the optimizer's is a fragment over the ranks, filled with the step."""
     sizes = {"weights": (64, 64), "optimizer": (64,)}
     return [
-        Piece(
+        RankTensor(
             values=torch.full(size, float(step)),
-            is_part=name == "optimizer",
-            fields=(Field(set_name=name, name="a", shape=torch.Size(size)),),
+            is_fragment=name == "optimizer",
+            wholes=(WholeTensor(set_name=name, name="a", shape=torch.Size(size)),),
         )
         for name, size in sizes.items()
     ]
@@ -36,7 +36,7 @@ def pieces(step: int) -> list[Piece]:
 def save(folder: Path, step: int, *, keep: int = 1) -> None:
     """Raises OSError where the save failed."""
     with CheckpointWriter(folder, MAIN, keep=keep) as writer:
-        writer.start(pieces(step), step=step, state={"images": step})
+        writer.start(tensors(step), step=step, state={"images": step})
 
 
 def save_when_continued(folder: Path, step: int) -> int:

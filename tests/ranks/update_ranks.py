@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from sret_scale.config.ds_config import load_ds_config
 from sret_scale.config.run_config import OptimConfig
-from sret_scale.train.distributed import Ranks, from_rank, gather_parts, leave, ranks_from_environment
+from sret_scale.train.distributed import Ranks, from_rank, gather_fragments, leave, ranks_from_environment
 from sret_scale.train.engine.engine import Engine, start_communication
 from sret_scale.train.engine.snapshot import Snapshot
 from sret_scale.train.optim import build_optimizer, set_rates
@@ -64,8 +64,8 @@ def train(engine: Engine, steps: range, rank: int) -> None:
 
 def state(engine: Engine, ranks: Ranks) -> dict[str, dict[str, torch.Tensor]]:
     snapshot = Snapshot(is_main=ranks.is_main)
-    snapshot.take([*engine.pieces("weights", engine.local_weights()), *engine.optimizer_pieces()])
-    return from_rank(snapshot.whole(functools.partial(gather_parts, group=None)))
+    snapshot.take([*engine.rank_tensors("weights", engine.local_weights()), *engine.optimizer_tensors()])
+    return from_rank(snapshot.whole(functools.partial(gather_fragments, group=None)))
 
 
 def train_fp16(stage: int, ranks: Ranks) -> dict[str, torch.Tensor]:

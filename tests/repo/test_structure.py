@@ -79,6 +79,18 @@ def test_no_two_different_things_have_one_file_name() -> None:
     assert {stem: files for stem, files in places.items() if len(files) > 1 and stem != "upload"} == {}
 
 
+def test_what_a_rank_has_of_a_tensor_is_called_a_fragment() -> None:
+    """As docs/glossary.md says; slices are those of tokens, parts those of a micro-batch."""
+    other = re.compile(r"(?i)part|piece|slice|chunk")
+    found = {
+        f"{file.stem}.{node.name}"
+        for file in (ROOT / "sret_scale" / "train" / "engine").glob("*.py")
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ClassDef | ast.FunctionDef) and other.search(node.name)
+    }
+    assert found == {"whole_state.partition"}
+
+
 def test_imports_make_no_circle() -> None:
     found = imports()
     done: set[str] = set()

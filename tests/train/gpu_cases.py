@@ -23,7 +23,7 @@ from sret_scale.model import Noise, SReT, SReTConfig, StageConfig
 from sret_scale.model.depth_plan import DepthPlan, StageDepth
 from sret_scale.tasks.classification import Classification
 from sret_scale.train.engine.clip import measure
-from sret_scale.train.engine.zero_layout import gradient_chunks
+from sret_scale.train.engine.zero_layout import live_gradients
 from sret_scale.train.optim import WeightAverage, build_optimizer
 from sret_scale.train.telemetry.depth_probe import probe
 from tests.train.fake_gpu import CUDA, WatchedGpu, pretend
@@ -103,8 +103,8 @@ def update(rule: str, gpu: WatchedGpu) -> None:
         optimizer.step()
     average.update(model.state_dict(), 8)
     assert not gpu.waits
-    chunks = gradient_chunks(0, optimizer, optimizer.layout, False)
-    measure(chunks, optimizer.layout, optimizer.param_groups, used=set(), num_copies=1, loss_scale=1.0, device=CUDA)
+    gradients = live_gradients(0, optimizer, optimizer.layout, False)
+    measure(gradients, optimizer.layout, optimizer.param_groups, used=set(), num_copies=1, loss_scale=1.0, device=CUDA)
     assert len(gpu.waits) == 1 and "tolist" in next(iter(gpu.waits)), gpu.waits
     gpu.waits.clear()
 

@@ -14,12 +14,14 @@ from torch import Tensor
 from sret_scale.runs.checkpoint import list_checkpoints, read_tensors, save_checkpoint
 from sret_scale.train import checkpoint_writer as writer_module
 from sret_scale.train.checkpoint_writer import CheckpointWriter
-from sret_scale.train.engine.snapshot import Field, Piece, Snapshot
+from sret_scale.train.engine.snapshot import RankTensor, Snapshot, WholeTensor
 from tests.ranks.save_once import MAIN
 
 
-def piece(values: Tensor, name: str = "a") -> Piece:
-    return Piece(values=values, is_part=False, fields=(Field(set_name="weights", name=name, shape=values.shape),))
+def rank_tensor(values: Tensor, name: str = "a") -> RankTensor:
+    return RankTensor(
+        values=values, is_fragment=False, wholes=(WholeTensor(set_name="weights", name=name, shape=values.shape),)
+    )
 
 
 @pytest.fixture
@@ -39,12 +41,12 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
 def test_what_is_saved_is_the_state_at_the_call(tmp_path: Path, gate: threading.Event) -> None:
     values, count = torch.arange(12.0).view(3, 4), torch.tensor(3)
     with CheckpointWriter(tmp_path, MAIN, keep=2) as writer:
-        writer.start([piece(values), piece(count, "count")], step=1, state={})
+        writer.start([rank_tensor(values), rank_tensor(count, "count")], step=1, state={})
         values.mul_(-1)
         count.add_(1)
         assert list_checkpoints(tmp_path) == []
         gate.set()
-        writer.start([piece(values), piece(count, "count")], step=2, state={})
+        writer.start([rank_tensor(values), rank_tensor(count, "count")], step=2, state={})
     newest, oldest = list_checkpoints(tmp_path)
     assert torch.equal(read_tensors(oldest, "weights")["a"], torch.arange(12.0).view(3, 4))
     assert torch.equal(read_tensors(newest, "weights")["a"], values)
@@ -53,9 +55,9 @@ def test_what_is_saved_is_the_state_at_the_call(tmp_path: Path, gate: threading.
 
 def test_one_save_is_under_way_at_most(tmp_path: Path, gate: threading.Event) -> None:
     with CheckpointWriter(tmp_path, MAIN, keep=1) as writer:
-        writer.start([piece(torch.zeros(2))], step=1, state={})
+        writer.start([rank_tensor(torch.zeros(2))], step=1, state={})
         threading.Timer(0.2, gate.set).start()
-        writer.start([piece(torch.zeros(2))], step=2, state={})
+        writer.start([rank_tensor(torch.zeros(2))], step=2, state={})
         # The buffer is free again, because the save before is committed.
         assert [path.name for path in list_checkpoints(tmp_path)][-1] == "step-000000001"
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-000000002"]
@@ -65,12 +67,12 @@ def test_a_failed_save_is_raised_at_the_next_occasion_and_again(tmp_path: Path) 
     folder = tmp_path / "checkpoints"
     folder.write_text("a file is in the way")
     with pytest.raises(OSError, match="cannot save checkpoint") as raised, CheckpointWriter(folder, MAIN, keep=1) as w:
-        w.start([piece(torch.zeros(2))], step=1, state={})
+        w.start([rank_tensor(torch.zeros(2))], step=1, state={})
         with pytest.raises(OSError, match=r"step-000000001 \(8 bytes of tensors\)"):
             w.wait()
         assert w.has_failed
         with pytest.raises(OSError, match="cannot save"):
-            w.start([piece(torch.zeros(2))], step=2, state={})
+            w.start([rank_tensor(torch.zeros(2))], step=2, state={})
     assert raised.value.errno == errno.EEXIST
 
 
@@ -78,35 +80,35 @@ def test_another_error_of_the_run_is_not_hidden_by_the_save(tmp_path: Path) -> N
     folder = tmp_path / "checkpoints"
     folder.write_text("a file is in the way")
     with pytest.raises(ArithmeticError, match="diverged"), CheckpointWriter(folder, MAIN, keep=1) as writer:
-        writer.start([piece(torch.zeros(2))], step=1, state={})
+        writer.start([rank_tensor(torch.zeros(2))], step=1, state={})
         raise ArithmeticError("diverged")
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(1, 7), min_size=1, max_size=4), st.integers(1, 4), st.integers(0, 3))
-def test_parts_of_all_ranks_become_the_whole_that_was_cut(sizes: list[int], world_size: int, padding: int) -> None:
-    """Cut as ZeRO cuts: tensors end to end with gaps, padded to equal parts."""
+def test_fragments_of_all_ranks_become_the_whole_that_was_cut(sizes: list[int], world_size: int, padding: int) -> None:
+    """Cut as ZeRO cuts: tensors end to end with gaps, padded to equal fragments."""
     wholes = [torch.rand(size, 2) for size in sizes]
     starts, flat = [], torch.empty(0)
     for whole in wholes:
         starts.append(flat.numel())
         flat = torch.cat([flat, whole.flatten(), torch.full((padding,), torch.nan)])
     flat = torch.cat([flat, torch.full((-flat.numel() % world_size,), torch.nan)])
-    fields = tuple(
-        Field(set_name="optimizer", name=str(index), shape=whole.shape, start=start)
+    described = tuple(
+        WholeTensor(set_name="optimizer", name=str(index), shape=whole.shape, start=start)
         for index, (whole, start) in enumerate(zip(wholes, starts, strict=True))
     )
     extra = torch.rand(3)
     snapshots = [Snapshot(is_main=rank == 0) for rank in range(world_size)]
-    for snapshot, part in zip(snapshots, flat.chunk(world_size), strict=True):
-        # The whole piece stands first, so that the snapshot has to put the parts in front of it.
-        snapshot.take([piece(extra), Piece(values=part, is_part=True, fields=fields)])
+    for snapshot, fragment in zip(snapshots, flat.chunk(world_size), strict=True):
+        # The whole tensor stands first, so that the snapshot has to put the fragments in front of it.
+        snapshot.take([rank_tensor(extra), RankTensor(values=fragment, is_fragment=True, wholes=described)])
     # What each rank would send.
     sent: list[Tensor] = []
     for snapshot in reversed(snapshots):
 
-        def gathered(part: Tensor) -> list[Tensor]:
-            sent.insert(0, part)
+        def gathered(fragment: Tensor) -> list[Tensor]:
+            sent.insert(0, fragment)
             return list(sent)
 
         sets = snapshot.whole(gathered)

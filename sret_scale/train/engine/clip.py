@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sret_scale.model.upload import uploaded
 from sret_scale.train.distributed import sum_over_ranks
-from sret_scale.train.engine.zero_layout import Layout, slices
+from sret_scale.train.engine.zero_layout import Layout, fragment_views
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class GradientNorms:
 
 @torch.no_grad()
 def measure(
-    chunks: Mapping[Tensor, Sequence[Tensor]],
+    gradients: Mapping[Tensor, Sequence[Tensor]],
     layout: Layout,
     groups: Sequence[Mapping[str, Any]],
     *,
@@ -49,17 +49,17 @@ def measure(
 ) -> GradientNorms:
     """The norms of a gradient that was multiplied by `loss_scale`; every rank must call it.
 
-    chunks: this rank's gradients (`parts.gradient_chunks`).
+    gradients: this rank's gradients (`zero_layout.live_gradients`).
     used: parameters that received a gradient on this rank.
     num_copies: how many ranks hold the same gradient: all where it is whole, 1 where it is cut.
     """
     names = [name for group in groups for name in group["names"]]
     place = {name: index for index, name in enumerate(names)}
-    pieces = [piece for owner, tensors in chunks.items() for piece in slices(tensors, layout[owner])]
+    views = [found for owner, tensors in gradients.items() for found in fragment_views(tensors, layout[owner])]
     sums = torch.zeros(2, len(names), dtype=torch.float64, device=device)
-    if pieces:
-        norms = torch.stack(torch._foreach_norm([values for _, values in pieces])).to(device, torch.float64)
-        index = uploaded(torch.tensor([place[part.name] for part, _ in pieces]), device)
+    if views:
+        norms = torch.stack(torch._foreach_norm([values for _, values in views])).to(device, torch.float64)
+        index = uploaded(torch.tensor([place[part.name] for part, _ in views]), device)
         sums[0].index_add_(0, index, (norms / loss_scale).square() / num_copies)
     sums[1] = uploaded(torch.tensor([float(name in used) for name in names]), device)
     squares, uses = sum_over_ranks(sums).tolist()
@@ -92,7 +92,7 @@ def _factor(norm: float, bound: float) -> float:
 
 @torch.no_grad()
 def scale_gradients(
-    chunks: Mapping[Tensor, Sequence[Tensor]],
+    gradients: Mapping[Tensor, Sequence[Tensor]],
     layout: Layout,
     groups: Sequence[Mapping[str, Any]],
     factors: Mapping[str, float],
@@ -100,7 +100,7 @@ def scale_gradients(
     """Multiply this rank's gradients by the factor of their class, in place."""
     kinds = {name: group["kind"] for group in groups for name in group["names"]}
     of_factor: dict[float, list[Tensor]] = {}
-    for owner, tensors in chunks.items():
+    for owner, tensors in gradients.items():
         # A tensor of the optimiser holds parameters of one group; one without any is padding.
         factor = factors[kinds[layout[owner][0].name]] if layout[owner] else 1.0
         if factor != 1.0:

@@ -60,7 +60,7 @@ def listed_parameters(optimizer: Any, zero_stage: int) -> list[list[nn.Parameter
 
 
 def places(optimizer: Any) -> list[list[tuple[nn.Parameter, int]]]:
-    """At stages 1 and 2: each group's parameters as they lie in all ranks' parts end to end, and where each begins."""
+    """At stages 1 and 2: each group's parameters as they lie in the fragments of all ranks, and where each begins."""
     groups = zip(optimizer.round_robin_bit16_groups, optimizer.round_robin_bit16_offsets, strict=True)
     return [list(zip(parameters, starts, strict=True)) for parameters, starts in groups]
 
@@ -72,7 +72,7 @@ def own_fragment(parameter: nn.Parameter) -> tuple[int, int] | None:
 
 
 def averaged_gradients(optimizer: Any, group: int) -> list[Tensor]:
-    """At stages 1 to 3, after the last backward pass: the live gradient of a flat tensor, in pieces end to end."""
+    """At stages 1 to 3, after the last backward pass: the live gradient of a flat tensor, as tensors end to end."""
     return list(optimizer.averaged_gradients[group])
 
 
@@ -84,8 +84,8 @@ def link_moments(optimizer: Any) -> None:
     optimizer._lazy_init_hp_params_optimizer_state()
 
 
-def stage_3_part(parameter: nn.Parameter) -> Tensor | None:
-    """At stage 3: this rank's flat part, padded to equal length on all ranks; None at other stages."""
+def stage_3_fragment(parameter: nn.Parameter) -> Tensor | None:
+    """At stage 3: this rank's flat fragment, padded to equal length on all ranks; None at other stages."""
     return cast(Tensor | None, getattr(parameter, "ds_tensor", None))
 
 

@@ -28,7 +28,7 @@ from sret_scale.train.engine import deepspeed_internals
 from sret_scale.train.engine.clip import GradientNorms, clip_factors, measure, scale_gradients
 from sret_scale.train.engine.optimizer import Optimizer, Rule
 from sret_scale.train.engine.whole_state import WholeState
-from sret_scale.train.engine.zero_layout import gradient_chunks, layout_of
+from sret_scale.train.engine.zero_layout import layout_of, live_gradients
 
 ZERO_0_BUCKET = 1_000_000
 """Values that ranks add up at once at ZeRO 0. DeepSpeed takes all: 35 ms in place of 20 for SReT-T on a CPU, where a
@@ -144,9 +144,9 @@ class Engine(WholeState):
         if self._is_offloaded and self._device.type == "cuda":
             # DeepSpeed copies gradients to the host beside the computation.
             torch.cuda.synchronize()
-        chunks = gradient_chunks(self.zero_stage, self._optimizer, optimizer.layout, self._is_offloaded)
+        gradients = live_gradients(self.zero_stage, self._optimizer, optimizer.layout, self._is_offloaded)
         self.last_norms = measure(
-            chunks,
+            gradients,
             optimizer.layout,
             self.param_groups,
             used=self._used,
@@ -158,7 +158,7 @@ class Engine(WholeState):
         if is_updated:
             factors = clip_factors(self.last_norms, self.param_groups, common_bound=self._clip_norm)
             unscaled = {kind: factor / scale for kind, factor in factors.items()}
-            scale_gradients(chunks, optimizer.layout, self.param_groups, unscaled)
+            scale_gradients(gradients, optimizer.layout, self.param_groups, unscaled)
         with optimizer.holding(self.last_norms.unused, everything=not is_updated):
             self._engine.step()
         self._used.clear()
@@ -192,7 +192,7 @@ def shard_frozen(
     """A frozen network whose weights are cut over the ranks (ZeRO 3 without optimiser), as a function of its input.
 
     A layer's weights are gathered for its call and dropped again, at most `max_live_parameters` ahead of their use.
-    All ranks must call it equally often. Give the network on the CPU: each rank moves only its part to the device.
+    All ranks must call it equally often. Give the network on the CPU: each rank moves only its fragment to the device.
     """
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
@@ -211,7 +211,7 @@ def shard_frozen(
         for name, buffer in layer.named_buffers(recurse=False):
             setattr(layer, name, buffer.to(device))
         for value in layer.parameters(recurse=False):
-            value.data = value.data.contiguous()  # parts are cut from flat memory
+            value.data = value.data.contiguous()  # fragments are cut from flat memory
     # One by one: `initialize` alone would need all weights on the device at once.
     deepspeed.zero.Init(module=module, config_dict_or_path=config)
     engine, *_ = deepspeed.initialize(model=module, config=config)

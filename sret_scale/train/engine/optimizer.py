@@ -1,4 +1,4 @@
-"""The optimiser: AdamW, LAMB or Muon, for whole tensors and for the flat parts that ZeRO makes of them.
+"""The optimiser: AdamW, LAMB or Muon, for whole tensors and for the flat fragments that ZeRO makes of them.
 
 One class for all: DeepSpeed hands its flat tensors to `step`, and the layout says which parameters lie in them. So a
 parameter that took no part in a step stays as it is, moments and count of updates included, at every ZeRO stage, and
@@ -16,7 +16,7 @@ from torch.optim.adamw import adamw
 
 from sret_scale.model.upload import uploaded
 from sret_scale.train.engine.apex_door import ApexKernels
-from sret_scale.train.engine.zero_layout import Layout, Part
+from sret_scale.train.engine.zero_layout import Fragment, Layout
 
 Rule = Literal["adamw", "lamb", "muon"]
 
@@ -33,7 +33,7 @@ MUON_COEFFICIENTS = (3.4445, -4.775, 2.0315)
 MUON_STEPS = 5
 
 
-class _Slice(NamedTuple):
+class _MovingFragment(NamedTuple):
     """One parameter, or as much of it as lies in one tensor of the optimiser, with all that an update needs."""
 
     name: str
@@ -93,38 +93,40 @@ class Optimizer(torch.optim.Optimizer):
             if group["rule"] == "muon":
                 self._muon(group, owners)
                 continue
-            pieces = [piece for owner in owners for piece in self._pieces(owner)]
+            fragments = [fragment for owner in owners for fragment in self._moving(owner)]
             if owners and group["rule"] == "lamb":
                 # Every rank comes here: the norms of a parameter that is cut are summed over all of them.
-                self._lamb(group, pieces)
+                self._lamb(group, fragments)
             else:
-                self._adamw(group, pieces)
+                self._adamw(group, fragments)
         self._held -= absent
         self._count_missed(absent)
 
     def _without_gradient(self) -> frozenset[str]:
         owners = (owner for group in self.param_groups for owner in group["params"] if owner.grad is None)
-        return frozenset(part.name for owner in owners for part in self.layout[owner])
+        return frozenset(fragment.name for owner in owners for fragment in self.layout[owner])
 
-    def _pieces(self, owner: Tensor) -> list[_Slice]:
-        """The slices of `owner` that move.
+    def _moving(self, owner: Tensor) -> list[_MovingFragment]:
+        """The fragments of `owner` that move.
 
         Parameter by parameter, because the last elements of a tensor go through another code of torch's kernel, which
         rounds differently: so the bits do not depend on which parameters ZeRO laid end to end.
         """
         state = self._count(owner, ("exp_avg", "exp_avg_sq"))
-        updates, parts = int(state["step"]), self.layout[owner]
-        if all(part.name in self._held for part in parts):
+        updates, fragments = int(state["step"]), self.layout[owner]
+        if all(fragment.name in self._held for fragment in fragments):
             return []
         tensors = (owner, cast(Tensor, owner.grad), state["exp_avg"], state["exp_avg_sq"])
-        if len(parts) == 1 and parts[0].length == owner.numel():
+        if len(fragments) == 1 and fragments[0].length == owner.numel():
             # What ZeRO did not cut, in fewer words: there are hundreds of them in every step.
-            name = parts[0].name
-            return [_Slice(name, updates - self.missed.get(name, 0), *tensors)]
+            name = fragments[0].name
+            return [_MovingFragment(name, updates - self.missed.get(name, 0), *tensors)]
         return [
-            _Slice(part.name, updates - self.missed.get(part.name, 0), *values)
-            for part, values in zip(parts, zip(*(_cut(tensor, parts) for tensor in tensors), strict=True), strict=True)
-            if part.name not in self._held
+            _MovingFragment(fragment.name, updates - self.missed.get(fragment.name, 0), *values)
+            for fragment, values in zip(
+                fragments, zip(*(_cut(tensor, fragments) for tensor in tensors), strict=True), strict=True
+            )
+            if fragment.name not in self._held
         ]
 
     def _count(self, owner: Tensor, moments: Sequence[str]) -> dict[str, Tensor]:
@@ -136,18 +138,18 @@ class Optimizer(torch.optim.Optimizer):
         state["step"] += 1
         return state
 
-    def _adamw(self, group: dict[str, Any], pieces: Sequence[_Slice]) -> None:
+    def _adamw(self, group: dict[str, Any], fragments: Sequence[_MovingFragment]) -> None:
         """AdamW (Loshchilov and Hutter, arXiv 1711.05101)."""
-        if not pieces:
+        if not fragments:
             return
-        device = pieces[0].value.device
+        device = fragments[0].value.device
         if self.apex and device.type == "cuda":
-            self.apex.adamw(_lists(pieces), [piece.updates for piece in pieces], group)
+            self.apex.adamw(_lists(fragments), [fragment.updates for fragment in fragments], group)
             return
         beta1, beta2 = group["betas"]
         # torch counts up before it updates, and its fused kernel wants the counts on the device.
-        counts = uploaded(torch.tensor([piece.updates - 1.0 for piece in pieces]), device).unbind()
-        values, gradients, exp_avgs, exp_avg_sqs = _lists(pieces)
+        counts = uploaded(torch.tensor([fragment.updates - 1.0 for fragment in fragments]), device).unbind()
+        values, gradients, exp_avgs, exp_avg_sqs = _lists(fragments)
         adamw(
             values,
             gradients,
@@ -166,32 +168,32 @@ class Optimizer(torch.optim.Optimizer):
             eps=group["eps"],
         )
 
-    def _lamb(self, group: dict[str, Any], pieces: Sequence[_Slice]) -> None:
+    def _lamb(self, group: dict[str, Any], fragments: Sequence[_MovingFragment]) -> None:
         """LAMB (You et al., arXiv 1904.00962, algorithm 2, phi the identity); a tensor of the model is a layer.
 
         The ratio is 1 where a norm is 0, as for what starts at zero.
         """
-        if self.apex and not self.is_cut and pieces and pieces[0].value.is_cuda:
-            self.apex.lamb(_lists(pieces), [piece.updates for piece in pieces], group)
+        if self.apex and not self.is_cut and fragments and fragments[0].value.is_cuda:
+            self.apex.lamb(_lists(fragments), [fragment.updates for fragment in fragments], group)
             return
         beta1, beta2 = group["betas"]
         place = {name: index for index, name in enumerate(group["names"])}
-        device = pieces[0].value.device if pieces else torch.device("cpu")
+        device = fragments[0].value.device if fragments else torch.device("cpu")
         squares = torch.zeros(2, len(place), dtype=torch.float64, device=device)
         updates = []
-        for piece in pieces:
-            piece.exp_avg.lerp_(piece.gradient, 1 - beta1)
-            piece.exp_avg_sq.mul_(beta2).addcmul_(piece.gradient, piece.gradient, value=1 - beta2)
-            root = (piece.exp_avg_sq / (1 - beta2**piece.updates)).sqrt_()
-            update = (piece.exp_avg / (1 - beta1**piece.updates)).div_(root.add_(group["eps"]))
-            updates.append(update.add_(piece.value, alpha=group["weight_decay"]))
-            for row, tensor in enumerate((piece.value, update)):
-                squares[row, place[piece.name]] += torch.linalg.vector_norm(tensor, dtype=torch.float64).square()
+        for fragment in fragments:
+            fragment.exp_avg.lerp_(fragment.gradient, 1 - beta1)
+            fragment.exp_avg_sq.mul_(beta2).addcmul_(fragment.gradient, fragment.gradient, value=1 - beta2)
+            root = (fragment.exp_avg_sq / (1 - beta2**fragment.updates)).sqrt_()
+            update = (fragment.exp_avg / (1 - beta1**fragment.updates)).div_(root.add_(group["eps"]))
+            updates.append(update.add_(fragment.value, alpha=group["weight_decay"]))
+            for row, tensor in enumerate((fragment.value, update)):
+                squares[row, place[fragment.name]] += torch.linalg.vector_norm(tensor, dtype=torch.float64).square()
         weight_norms, update_norms = self.sum_over_ranks(squares).sqrt()
         is_adapted = (weight_norms > 0) & (update_norms > 0)
         ratios = torch.where(is_adapted, weight_norms / update_norms, 1.0).to(torch.float32)
-        for piece, update in zip(pieces, updates, strict=True):
-            piece.value.sub_(update.mul_(ratios[place[piece.name]]), alpha=group["lr"])
+        for fragment, update in zip(fragments, updates, strict=True):
+            fragment.value.sub_(update.mul_(ratios[place[fragment.name]]), alpha=group["lr"])
 
     def _muon(self, group: dict[str, Any], matrices: Sequence[Tensor]) -> None:
         """Muon on whole matrices, its step scaled to the size of AdamW's, so that one rate serves both."""
@@ -214,26 +216,26 @@ class Optimizer(torch.optim.Optimizer):
         )
 
 
-def _lists(pieces: Sequence[_Slice]) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
-    """Values, gradients and both moments of all `pieces`."""
+def _lists(fragments: Sequence[_MovingFragment]) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    """Values, gradients and both moments of all `fragments`."""
     return (
-        [piece.value for piece in pieces],
-        [piece.gradient for piece in pieces],
-        [piece.exp_avg for piece in pieces],
-        [piece.exp_avg_sq for piece in pieces],
+        [fragment.value for fragment in fragments],
+        [fragment.gradient for fragment in fragments],
+        [fragment.exp_avg for fragment in fragments],
+        [fragment.exp_avg_sq for fragment in fragments],
     )
 
 
-def _cut(tensor: Tensor, parts: Sequence[Part]) -> Sequence[Tensor]:
-    """The elements of each part; one that is the whole tensor keeps its shape."""
-    if len(parts) == 1 and parts[0].length == tensor.numel():
+def _cut(tensor: Tensor, fragments: Sequence[Fragment]) -> Sequence[Tensor]:
+    """The elements of each fragment; one that is the whole tensor keeps its shape."""
+    if len(fragments) == 1 and fragments[0].length == tensor.numel():
         return (tensor,)
     sizes, places, end = [], [], 0
-    for part in parts:
-        if part.start > end:
-            sizes.append(part.start - end)
+    for fragment in fragments:
+        if fragment.start > end:
+            sizes.append(fragment.start - end)
         places.append(len(sizes))
-        sizes.append(part.length)
-        end = part.start + part.length
-    pieces = torch.split(tensor.view(-1), [*sizes, tensor.numel() - end])
-    return [pieces[place] for place in places]
+        sizes.append(fragment.length)
+        end = fragment.start + fragment.length
+    cut = torch.split(tensor.view(-1), [*sizes, tensor.numel() - end])
+    return [cut[place] for place in places]

@@ -13,16 +13,16 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
-from sret_scale.train.distributed import whole_from_parts
+from sret_scale.train.distributed import whole_from_fragments
 from sret_scale.train.engine import deepspeed_internals
 from sret_scale.train.engine.optimizer import MOMENTS, Optimizer, Rule
-from sret_scale.train.engine.snapshot import Field, Piece
+from sret_scale.train.engine.snapshot import RankTensor, WholeTensor
 
 ADAM_MOMENTS = MOMENTS["adamw"]
 
 
 class WholeState:
-    """The part of `Engine` that moves state; what it reads of the engine is declared here."""
+    """What of `Engine` moves state; what it reads of the engine is declared here."""
 
     zero_stage: int
     _client_optimizer: Optimizer
@@ -40,13 +40,13 @@ class WholeState:
         return self._client_optimizer.missed
 
     def local_weights(self) -> dict[str, Tensor]:
-        """The live tensors that this rank holds of every parameter and buffer by name: whole ones, at ZeRO 3 its parts.
+        """The live tensors that this rank has of every parameter and buffer by name: whole, at ZeRO 3 its fragments.
 
         Parameters are fp32 at every stage, so these are the bits that the optimiser's own copy has.
         """
-        parts = {name: deepspeed_internals.stage_3_part(value) for name, value in self._parameters.items()}
+        fragments = {name: deepspeed_internals.stage_3_fragment(value) for name, value in self._parameters.items()}
         return {
-            name: (value if parts[name] is None else cast(Tensor, parts[name])).detach()
+            name: (value if fragments[name] is None else cast(Tensor, fragments[name])).detach()
             for name, value in self._parameters.items()
         } | self.buffers()
 
@@ -68,7 +68,7 @@ class WholeState:
     def partition(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The inverse of `assemble`: new tensors like those of `local_weights`."""
         return {
-            name: self._own_part(self._parameters[name], value)
+            name: self._own_fragment(self._parameters[name], value)
             if self.zero_stage == 3 and name in self._parameters
             else value.to(self._device, copy=True)
             for name, value in whole.items()
@@ -77,31 +77,33 @@ class WholeState:
     @torch.no_grad()
     def load_weights(self, whole: Mapping[str, Tensor]) -> None:
         """Set every parameter and buffer from whole tensors; `whole` has exactly the names of `local_weights`."""
-        parts = self.partition(whole)
+        fragments = self.partition(whole)
         for name, value in self.local_weights().items():
-            value.copy_(parts[name])
+            value.copy_(fragments[name])
         for name, parameter in self._trained_parameters():
             if self.zero_stage == 3:
-                safe_set_local_fp32_param(parameter, parts[name])
+                safe_set_local_fp32_param(parameter, fragments[name])
             elif self.zero_stage:
-                safe_set_full_fp32_param(parameter, parts[name])
+                safe_set_full_fp32_param(parameter, fragments[name])
 
-    def pieces(self, set_name: str, local: Mapping[str, Tensor]) -> Iterator[Piece]:
+    def rank_tensors(self, set_name: str, local: Mapping[str, Tensor]) -> Iterator[RankTensor]:
         """What this rank has of tensors like those of `local_weights`, for a snapshot."""
         shapes = {name: deepspeed_internals.stage_3_shape(value) for name, value in self._parameters.items()}
         for name, value in local.items():
             shape = shapes.get(name)
-            entry = Field(set_name=set_name, name=name, shape=shape or value.shape)
-            yield Piece(values=value, is_part=shape is not None, fields=(entry,))
+            entry = WholeTensor(set_name=set_name, name=name, shape=shape or value.shape)
+            yield RankTensor(values=value, is_fragment=shape is not None, wholes=(entry,))
 
-    def optimizer_pieces(self) -> Iterator[Piece]:
+    def optimizer_tensors(self) -> Iterator[RankTensor]:
         """What this rank has of the moments, as `MOMENT.NAME`, and of `step`; nothing before the first step."""
         entries = self._optimizer_entries()
         steps = [entry["step"] for entry in entries.values() if "step" in entry]
         if not steps:
             return
         step = torch.as_tensor(steps[0], dtype=torch.float32).reshape(())
-        yield Piece(values=step, is_part=False, fields=(Field(set_name="optimizer", name="step", shape=step.shape),))
+        yield RankTensor(
+            values=step, is_fragment=False, wholes=(WholeTensor(set_name="optimizer", name="step", shape=step.shape),)
+        )
         if self.zero_stage in (1, 2):
             yield from self._flat_moments(entries)
             return
@@ -113,24 +115,24 @@ class WholeState:
                     values = entries[parameter][moment]
                 cut = deepspeed_internals.stage_3_shape(parameter)
                 shape = parameter.shape if cut is None else cut
-                entry = Field(set_name="optimizer", name=f"{moment}.{name}", shape=shape)
-                yield Piece(values=values, is_part=self.zero_stage == 3, fields=(entry,))
+                entry = WholeTensor(set_name="optimizer", name=f"{moment}.{name}", shape=shape)
+                yield RankTensor(values=values, is_fragment=self.zero_stage == 3, wholes=(entry,))
 
-    def _flat_moments(self, entries: Mapping[Any, Mapping[str, Tensor]]) -> Iterator[Piece]:
-        # ZeRO 1 and 2 lay the parameters of a group end to end and cut the whole into equal parts.
+    def _flat_moments(self, entries: Mapping[Any, Mapping[str, Tensor]]) -> Iterator[RankTensor]:
+        # ZeRO 1 and 2 lay the parameters of a group end to end and cut the whole into equal fragments.
         names = {parameter: name for name, parameter in self._trained_parameters()}
         owners = deepspeed_internals.flat_weights(self._optimizer, self.zero_stage)
         for owner, group in zip(owners, deepspeed_internals.places(self._optimizer), strict=True):
             for moment in ADAM_MOMENTS:
-                fields = tuple(
-                    Field(set_name="optimizer", name=f"{moment}.{names[value]}", shape=value.shape, start=start)
+                wholes = tuple(
+                    WholeTensor(set_name="optimizer", name=f"{moment}.{names[value]}", shape=value.shape, start=start)
                     for value, start in group
                 )
-                yield Piece(values=entries[owner][moment], is_part=True, fields=fields)
+                yield RankTensor(values=entries[owner][moment], is_fragment=True, wholes=wholes)
 
     @torch.no_grad()
     def load_optimizer_state(self, state: Mapping[str, Tensor], missed_updates: Mapping[str, int]) -> None:
-        """Set moments and step from the whole tensors of `optimizer_pieces`, at any world size and stage.
+        """Set moments and step from the whole tensors of `optimizer_tensors`, at any world size and stage.
 
         Raises ValueError where they are those of another update rule.
         """
@@ -157,7 +159,7 @@ class WholeState:
                         "checkpoint is damaged; delete it, and the run continues from the one before"
                     )
                 if self.zero_stage == 3:
-                    safe_set_local_optimizer_state(parameter, self._own_part(parameter, value), moment)
+                    safe_set_local_optimizer_state(parameter, self._own_fragment(parameter, value), moment)
                 elif self.zero_stage:
                     safe_set_full_optimizer_state(parameter, value, moment)
                 else:
@@ -177,24 +179,24 @@ class WholeState:
     def _create_optimizer_entries(self, step: Tensor) -> None:
         """Zero moments at `step`, shaped as DeepSpeed keeps them: it makes them only in the first update."""
         entries = self._optimizer_entries()
-        for owner, parts in self._client_optimizer.layout.items():
-            moments = ADAM_MOMENTS if self.zero_stage else self._moments(parts[0].name)
+        for owner, fragments in self._client_optimizer.layout.items():
+            moments = ADAM_MOMENTS if self.zero_stage else self._moments(fragments[0].name)
             entries[owner] = {"step": step.clone(), **{moment: torch.zeros_like(owner) for moment in moments}}
 
-    def _own_part(self, parameter: nn.Parameter, value: Tensor) -> Tensor:
-        """This rank's flat ZeRO-3 part of `value`, zero-padded as DeepSpeed pads it.
+    def _own_fragment(self, parameter: nn.Parameter, value: Tensor) -> Tensor:
+        """This rank's flat ZeRO-3 fragment of `value`, zero-padded as DeepSpeed pads it.
 
         DeepSpeed's own setter of whole values fails where the ranks do not divide the size.
         """
-        part = cast(Tensor, deepspeed_internals.stage_3_part(parameter))
-        length = part.numel()
+        fragment = cast(Tensor, deepspeed_internals.stage_3_fragment(parameter))
+        length = fragment.numel()
         start = self._rank * length
-        own = value.to(part.device).flatten()[start : start + length]
+        own = value.to(fragment.device).flatten()[start : start + length]
         return nn.functional.pad(own, (0, length - own.numel()))
 
 
 def _whole(value: Tensor, shape: torch.Size | None) -> Tensor:
-    """A copy of `value`; with a `shape`, ZeRO-3 parts of all ranks put together to it."""
+    """A copy of `value`; with a `shape`, ZeRO-3 fragments of all ranks put together to it."""
     if shape is None:
         return value.clone()
-    return whole_from_parts(value)[: shape.numel()].view(shape)
+    return whole_from_fragments(value)[: shape.numel()].view(shape)
