@@ -45,7 +45,8 @@ class DepthConfig:
     left_out: Literal["last", "any"] = "last"
     """Which loops a count leaves out: the last ones, or a choice drawn per stage."""
     late_loops: Literal["refuse", "allow"] = "refuse"
-    """What to do where late loops that own parameters would be trained in few steps only."""
+    """What to do where late loops that own parameters would be trained in few steps only: with counts uniform
+    in 8 to 24 the last loop in one step of 17."""
     backprop_loops: int | None = None
     """Only the branches of the last so many loops get a gradient; None: all."""
     supervised_loops: tuple[int, ...] = ()

@@ -74,6 +74,7 @@ class Run:
     teacher_identity: dict[str, Any] | None
     memory: Prepared
     eval_model: StackModel
+    """A second one: weights that are swapped in and out of the trained one could stay swapped, and ZeRO cuts them."""
     metrics: MetricsLog
     telemetry: Telemetry | None
     progress: RunProgress

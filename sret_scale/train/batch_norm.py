@@ -47,7 +47,10 @@ def measured_statistics(model: StackModel, shards: ShardSet, config: RunConfig, 
 
 
 def training_batches(shards: ShardSet, config: RunConfig, ranks: Ranks) -> list[Batch]:
-    """This rank's share of the images; their order is another one than the training's."""
+    """This rank's share of the images; their order is another one than the training's.
+
+    Of a training loader, which replaces bad samples: an evaluation's reader would stop at the first.
+    """
     loader = TrainLoader(
         shards,
         dataclasses.replace(config.data, fetch_ahead_steps=1),

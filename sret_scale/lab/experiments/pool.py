@@ -197,6 +197,7 @@ class _Pool:
         write_whole(config, to_yaml(state.run.config))
         _await_release(state.folder)
         log = (self.own / f"{state.run.name}.log").open("ab")
+        # For one more slow import it stands alone: side by side with others, with a log, ended by the kernel with us.
         process = subprocess.Popen(
             self.command(config, state.folder, slot),
             stdin=subprocess.DEVNULL,

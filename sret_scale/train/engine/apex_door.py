@@ -19,7 +19,10 @@ KERNELS = ("multi_tensor_adam", "multi_tensor_lamb")
 
 @dataclass(frozen=True)
 class ApexKernels:
-    """Fused updates on CUDA tensors: lists of (values, gradients, exp_avgs, exp_avg_sqs), their counts of updates."""
+    """Fused updates on CUDA tensors: lists of (values, gradients, exp_avgs, exp_avg_sqs), their counts of updates.
+
+    Not its class FusedAdam, which counts updates once a group and has a state of its own.
+    """
 
     applier: Callable[..., object]
     multi_tensor_adam: object

@@ -82,7 +82,8 @@ class Engine(WholeState):
         self._rank, self._world_size = ranks.rank, ranks.world_size
         self._device = next(model.parameters()).device
         if self.zero_stage == 3 and z3_leaf_modules:
-            # A stage's recomputation is one autograd function: its parameters must be gathered as one.
+            # A stage's recomputation is one autograd function: its parameters must be gathered as one. Not the stem's:
+            # as images have no gradient, they would be given back before their own gradients are computed.
             set_z3_leaf_modules(model, list(z3_leaf_modules))
         deepspeed_internals.take_under_zero(Optimizer)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
@@ -110,6 +111,7 @@ class Engine(WholeState):
             optimizer.sum_over_ranks = lambda values: sum_over_ranks(values.to(self._device)).to(values.device)
         self._rule_of: dict[str, Rule] = {name: group["rule"] for group in self.param_groups for name in group["names"]}
         self._used: set[str] = set()
+        # Not by zeros: a gradient behind a layer that starts at 0 is zero, and DeepSpeed fills zeros in for the others.
         for name, parameter in self._trained_parameters():
             parameter.register_post_accumulate_grad_hook(lambda _, name=name: self._used.add(name))  # type: ignore[no-untyped-call]
 

@@ -12,7 +12,7 @@ LIMITS = {"fp16": 65504.0, "bf16": 3.39e38, "fp32": 3.40e38}
 """The largest number of each type that computes products."""
 
 GROWTH = 1.05  # a loop: 130-fold over a hundred
-TOTAL_GROWTH = 10.0
+TOTAL_GROWTH = 10.0  # twelve healthy loops grow 1.15-fold each, 4.7 in all
 COLLAPSE_COSINE = 0.99
 IDLE_STEP = 1e-4
 DEAD_GRADIENT = 1e-6
