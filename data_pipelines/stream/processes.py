@@ -1,6 +1,5 @@
 """Numbered jobs over worker processes that never outlive their command."""
 
-import ctypes
 import multiprocessing
 import os
 import signal
@@ -10,10 +9,9 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-Result = TypeVar("Result")
+from data_pipelines.parent_death import die_with_parent
 
-# Linux: prctl(PR_SET_PDEATHSIG, ...) has the kernel send a signal when the parent dies.
-_PR_SET_PDEATHSIG = 1
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,14 +60,6 @@ def run_jobs(
             pool.shutdown(cancel_futures=True)
 
 
-def die_with(parent: int) -> None:
-    """Ends this process, which `parent` started, when that one ends."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        # The parent died before this process asked to hear of it.
-        os._exit(1)
-
-
 # What `make_worker` made in this worker process.
 _WORKER: list[Callable[[int], Any]] = []
 
@@ -77,7 +67,7 @@ _WORKER: list[Callable[[int], Any]] = []
 def _start(parent: int, make_worker: Callable[..., Callable[[int], Any]], arguments: tuple[Any, ...]) -> None:
     # The command hears Ctrl-C and ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    die_with(parent)
+    die_with_parent(parent)
     _WORKER.append(make_worker(*arguments))
 
 

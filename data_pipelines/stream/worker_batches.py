@@ -19,9 +19,9 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torch.utils.data._utils import signal_handling
 
 from data_pipelines.image.batch_memory import Recycler
+from data_pipelines.parent_death import die_with_parent
 from data_pipelines.stream.order import Indices
 from data_pipelines.stream.prefetch import PADDING, Batch, empty_batch, fill_row
-from data_pipelines.stream.processes import die_with
 from data_pipelines.stream.reader import BadSampleError
 from data_pipelines.stream.samples import SampleSource
 from data_pipelines.stream.stalls import warn_of_stall
@@ -179,4 +179,4 @@ def _next(
 def _begin(parent: int, _worker: int) -> None:
     """The start of a worker."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    die_with(parent)
+    die_with_parent(parent)

@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
     if hosts and args.ranks is not None:
         raise ValueError("give --hostfile or --ranks, not both: the hostfile's slots are the ranks")
     ranks = _ranks_of_a_run(args, [len(host.devices) for host in hosts])
-    ranks = ranks or [len(host.devices) for host in choose_nodes().hosts]
+    ranks = ranks or choose_nodes().ranks_of_nodes
     experiment, planned = load_experiment(args.experiment, ranks, changes=args.overrides, rehearsal=args.rehearse)
     folder = args.folder or Path("runs") / (args.experiment.stem + "_rehearsal" * (args.rehearse < 1))
     if args.dry_run:

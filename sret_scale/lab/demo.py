@@ -43,7 +43,7 @@ def run_demo(output: Path, source: Path | None) -> int:
         raise OSError(error.errno, reason) from error
     origin = source or Path(str(files("data_pipelines") / "sample" / "fashion_mnist"))
     sets = {split: _shards(output, origin, split, started) for split in ("train", "test")}
-    world_size = choose_nodes().world_size
+    world_size = sum(choose_nodes().ranks_of_nodes)
     for role, name in ROLES.items():
         config = demo_config(name, output, world_size=world_size, has_teacher=role != "teacher")
         applications = config.model.num_applications

@@ -68,7 +68,7 @@ def run_reach_demo(output: Path) -> int:
     for name, options in MAZES.items():
         say(f"{options.count:,} mazes of {options.smallest} to {options.largest} pixels: {output / 'shards' / name}")
         write_shards(WriteConfig(kind="mazes", source=options, seed=None, shard_samples=2000), output / "shards" / name)
-    num_ranks = max(number for number in (1, 2, 4, 8, 16) if number <= choose_nodes().world_size)
+    num_ranks = max(number for number in (1, 2, 4, 8, 16) if number <= sum(choose_nodes().ranks_of_nodes))
     config, run, test = reach_config(output, num_ranks), output / "model", output / "shards" / "test"
     say(f"one block learns from {config.train.total_images:,} of them: {run}")
     status = start_run(config, run, num_ranks=num_ranks)

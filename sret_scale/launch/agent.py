@@ -21,9 +21,9 @@ from types import FrameType
 
 import psutil
 
-from sret_scale.launch.child_processes import die_with_parent
+from data_pipelines.parent_death import die_with_parent
 from sret_scale.launch.job import Job, deepspeed_command
-from sret_scale.launch.nodes import visible_gpus
+from sret_scale.launch.nodes import own_address, visible_gpus
 from sret_scale.runs.rank_errors import RankError, first_error, has_error, now_s, write_error
 from sret_scale.runs.stop_signals import STOP_SIGNALS, stop_signals
 
@@ -162,10 +162,8 @@ def job_interface(job: Job) -> str:
     Without it gloo listens on the address that the own host name has, which on Debian is 127.0.1.1.
     """
     for target in (job.master_addr, *job.world):
-        with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            # No packet is sent: connecting a datagram socket only chooses the route.
-            probe.connect((target, job.master_port))
-            own = probe.getsockname()[0]
+        with contextlib.suppress(OSError):
+            own = own_address(target)
             if own.startswith("127."):
                 continue
             for name, addresses in psutil.net_if_addrs().items():

@@ -27,9 +27,8 @@ def describe_run(config: RunConfig, place: Place) -> Iterator[str]:
     if missing:
         yield describe_missing(missing, test.folder)
     yield from describe_counts(to_plain(config), shards.num_samples)
-    ranks_of_nodes = [len(host.devices) for host in place.hosts]
-    yield describe_memory(config, sum(ranks_of_nodes))
-    for host, line in zip(place.hosts, describe_shards(config, ranks_of_nodes), strict=True):
+    yield describe_memory(config, sum(place.ranks_of_nodes))
+    for host, line in zip(place.hosts, describe_shards(config, place.ranks_of_nodes), strict=True):
         yield f"{host.name}: {line}"
 
 

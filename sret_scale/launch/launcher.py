@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from sret_scale.launch.child_processes import caught_signals
 from sret_scale.launch.hostfile import Host
 from sret_scale.launch.job import Job, deepspeed_command
 from sret_scale.launch.nodes import NodeStart, choose_nodes
@@ -29,6 +28,7 @@ from sret_scale.runs.rank_errors import (
     write_error,
 )
 from sret_scale.runs.run_folder import RunFolder, read_status
+from sret_scale.runs.stop_signals import caught_signals
 
 
 def launch(
@@ -38,7 +38,6 @@ def launch(
     num_ranks: int | None = None,
     hosts: Sequence[Host] = (),
     dry_run: bool = False,
-    master_port: int | None = None,
     module: str = "sret_scale.train.main",
     stop_grace_s: float = 120.0,
 ) -> int:
@@ -50,7 +49,7 @@ def launch(
     Raises ValueError or OSError for what can be said before anything is started.
     """
     run_folder, config_path = run_folder.resolve(), config_path.resolve()
-    place = choose_nodes(num_ranks=num_ranks, hosts=hosts, master_port=master_port, is_preview=dry_run)
+    place = choose_nodes(num_ranks=num_ranks, hosts=hosts, is_preview=dry_run)
     job = Job(
         run_folder=str(run_folder),
         working_folder=str(Path.cwd()),
@@ -63,7 +62,7 @@ def launch(
         stop_grace_s=stop_grace_s,
     )
     if dry_run:
-        print(describe_start(place.starts, job, config_path))
+        print(describe_start(place.starts, job))
         return 0
     run_folder.mkdir(parents=True, exist_ok=True)
     place.check_reachable(run_folder)
@@ -77,7 +76,7 @@ def launch(
     return status
 
 
-def describe_start(starts: Sequence[NodeStart], job: Job, config_path: Path) -> str:
+def describe_start(starts: Sequence[NodeStart], job: Job) -> str:
     """What `launch` would do, for --dry-run."""
     ranks, nodes = counted(job.world_size, "rank"), counted(len(job.world), "node")
     lines = [f"{ranks} on {nodes}, rendezvous at {job.master_addr}:{job.master_port}"]
@@ -87,7 +86,6 @@ def describe_start(starts: Sequence[NodeStart], job: Job, config_path: Path) -> 
         node_rank = start.node_rank if start.node_rank is not None else 0
         lines += [f"  which runs: {shlex.join(deepspeed_command(job, node_rank))}"]
     lines += [f"environment: {name}={value}" for name, value in sorted(job.environment.items())]
-    lines += [f"config {config_path}:", config_path.read_text(encoding="utf-8").rstrip()]
     return "\n".join(lines)
 
 

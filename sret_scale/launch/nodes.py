@@ -50,9 +50,9 @@ class Place:
     environment: Mapping[str, str] = field(default_factory=dict)
 
     @property
-    def world_size(self) -> int:
-        """Ranks on all nodes together."""
-        return sum(len(host.devices) for host in self.hosts)
+    def ranks_of_nodes(self) -> list[int]:
+        """How many ranks each node has."""
+        return [len(host.devices) for host in self.hosts]
 
     def check_reachable(self, run_folder: Path) -> None:
         """Raises OSError that names the first host which ssh cannot reach, or which lacks Python or the run folder."""
@@ -69,13 +69,7 @@ class Place:
             return {name: problem for name, problem in zip(remote, found, strict=True) if problem}
 
 
-def choose_nodes(
-    *,
-    num_ranks: int | None = None,
-    hosts: Sequence[Host] = (),
-    master_port: int | None = None,
-    is_preview: bool = False,
-) -> Place:
+def choose_nodes(*, num_ranks: int | None = None, hosts: Sequence[Host] = (), is_preview: bool = False) -> Place:
     """The hosts of a hostfile if any are given, else the Slurm allocation if there is one, else this machine.
 
     is_preview: nothing is started, and the hosts need no address here.
@@ -85,10 +79,10 @@ def choose_nodes(
     if hosts:
         if num_ranks is not None:
             raise ValueError("give a hostfile or a number of ranks, not both: the hostfile's slots are the ranks")
-        return _from_hosts(tuple(hosts), master_port, is_preview)
+        return _from_hosts(tuple(hosts), is_preview)
     if is_reached_by_srun():
-        return _from_slurm(num_ranks, master_port)
-    return _this_machine(num_ranks, master_port)
+        return _from_slurm(num_ranks)
+    return _this_machine(num_ranks)
 
 
 def visible_gpus() -> tuple[str, ...]:
@@ -111,7 +105,7 @@ def ssh_command(name: str, remote: str) -> list[str]:
     return ["ssh", "-T", *config, *(part for option in options for part in ("-o", option)), "--", name, remote]
 
 
-def _this_machine(num_ranks: int | None, master_port: int | None) -> Place:
+def _this_machine(num_ranks: int | None) -> Place:
     gpus = visible_gpus()
     if gpus and num_ranks is not None and num_ranks > len(gpus):
         raise ValueError(f"number of ranks: expected at most {len(gpus)}, one a GPU, got {num_ranks}")
@@ -122,12 +116,12 @@ def _this_machine(num_ranks: int | None, master_port: int | None) -> Place:
         hosts=(Host(name="localhost", devices=devices),),
         starts=(NodeStart(name="localhost", command=_AGENT, node_rank=0),),
         master_addr="127.0.0.1",
-        master_port=master_port or _free_local_port(),
+        master_port=_free_local_port(),
         environment=environment,
     )
 
 
-def _from_hosts(hosts: tuple[Host, ...], master_port: int | None, is_preview: bool) -> Place:
+def _from_hosts(hosts: tuple[Host, ...], is_preview: bool) -> Place:
     here = {*_LOCAL_NAMES, socket.gethostname()}
     if len(hosts) > 1 and any(host.name in _LOCAL_NAMES for host in hosts):
         raise ValueError("the hostfile mixes localhost with other hosts; name this machine as the others know it")
@@ -147,12 +141,12 @@ def _from_hosts(hosts: tuple[Host, ...], master_port: int | None, is_preview: bo
         hosts=hosts,
         starts=starts,
         master_addr=_chosen_address() or _master_address([host.name for host in hosts], is_preview),
-        master_port=master_port or random.SystemRandom().choice(_PORTS),
+        master_port=random.SystemRandom().choice(_PORTS),
         environment=passed,
     )
 
 
-def _from_slurm(num_ranks: int | None, master_port: int | None) -> Place:
+def _from_slurm(num_ranks: int | None) -> Place:
     """One agent a node of the allocation, all started by one srun."""
     hosts = granted_hosts(num_ranks)
     # The allocation gives the agent what the job has on every node; its ranks share it.
@@ -160,13 +154,9 @@ def _from_slurm(num_ranks: int | None, master_port: int | None) -> Place:
     srun += [f"--cpus-per-task={processors_per_node(len(hosts))}", "--cpu-bind=none", "--kill-on-bad-exit=0"]
     return Place(
         hosts=hosts,
-        starts=(
-            NodeStart(
-                name=counted(len(hosts), "node"), command=(*srun, "--kill-on-bad-exit=0", *_AGENT), node_rank=None
-            ),
-        ),
+        starts=(NodeStart(name=counted(len(hosts), "node"), command=(*srun, *_AGENT), node_rank=None),),
         master_addr=_chosen_address() or hosts[0].name,
-        master_port=master_port or _PORTS[int(os.environ["SLURM_JOB_ID"]) % len(_PORTS)],
+        master_port=_PORTS[int(os.environ["SLURM_JOB_ID"]) % len(_PORTS)],
     )
 
 
@@ -198,11 +188,16 @@ def _master_address(names: list[str], is_preview: bool) -> str:
             raise
         return names[0]
     if address.startswith("127.") and len(names) > 1 and names[0] == socket.gethostname():
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            # No packet is sent: connecting a datagram socket only chooses the route, and with it the own address.
-            probe.connect((_address_of(names[1]), 9))
-            return str(probe.getsockname()[0])
+        return own_address(_address_of(names[1]))
     return address
+
+
+def own_address(target: str) -> str:
+    """This machine's address on the way to `target`; OSError where there is no way."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        # No packet is sent: connecting a datagram socket only chooses the route.
+        probe.connect((target, 9))
+        return str(probe.getsockname()[0])
 
 
 def _problem(name: str, run_folder: Path) -> str | None:

@@ -1,7 +1,6 @@
 """Everything that is checked before a run's processes start, and their start."""
 
 import shutil
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -47,8 +46,7 @@ def start_run(
     """
     config = whole_paths(config)
     place = choose_nodes(num_ranks=num_ranks, hosts=hosts, is_preview=dry_run)
-    ranks_of_nodes = [len(host.devices) for host in place.hosts]
-    check_start(config, path, ranks_of_nodes, is_fresh=is_fresh)
+    check_start(config, path, place.ranks_of_nodes, is_fresh=is_fresh)
     folder = RunFolder(path)
     if dry_run:
         if is_fresh:
@@ -58,10 +56,9 @@ def start_run(
             if is_finished(folder, config.train.total_images):
                 print(f"{path} is finished: a start would do nothing; --fresh runs it again")
         print_all(describe_run(config, place))
-        with tempfile.TemporaryDirectory() as temporary:
-            file = Path(temporary) / "config.yaml"
-            file.write_text(to_yaml(config), encoding="utf-8")
-            return launch(path, file, num_ranks=num_ranks, hosts=hosts, dry_run=True)
+        launch(path, folder.config, num_ranks=num_ranks, hosts=hosts, dry_run=True)
+        print(f"config:\n{to_yaml(config).rstrip()}")
+        return 0
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -78,7 +75,7 @@ def start_run(
             print(f"{path} is finished: {config.train.total_images:,} images; --fresh runs it again")
             return EXIT_FINISHED
         place.check_reachable(path)
-        write_description(folder, config, sum(ranks_of_nodes))
+        write_description(folder, config, sum(place.ranks_of_nodes))
         library.build_at_first_use()
         return launch(path, folder.config, num_ranks=num_ranks, hosts=hosts)
 

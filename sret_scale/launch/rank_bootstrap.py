@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from sret_scale.launch.child_processes import die_with_parent
+from data_pipelines.parent_death import die_with_parent
 from sret_scale.launch.output import outlast
 from sret_scale.runs.rank_errors import RankError, in_words, log_path, now_s, write_error
 from sret_scale.runs.stop_signals import STOP_SIGNALS

@@ -6,9 +6,9 @@
 The folder takes the place of a run folder for the launcher: status, logs and error records of the work go there.
 """
 
+import json
 import pkgutil
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,9 +36,8 @@ def ask(
     started: dict[str, Any] = {"num_ranks": num_ranks, "hosts": hosts, "module": __spec__.name}
     request = {"work": f"{work.__module__}:{work.__qualname__}", **request}
     if dry_run:
-        with tempfile.TemporaryDirectory() as temporary:
-            write_json(Path(temporary) / "request.json", request)
-            return launch(folder, Path(temporary) / "request.json", **started, dry_run=True), None
+        print(f"request:\n{json.dumps(request, indent=1)}")
+        return launch(folder, folder / "request.json", **started, dry_run=True), None
     folder.mkdir(exist_ok=True)
     with RunFolder(folder).locked("launch.lock"):
         write_json(folder / "request.json", request)

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from sret_scale.launch.child_processes import caught_signals
-from sret_scale.runs.stop_signals import STOP_SIGNALS
+from sret_scale.runs.stop_signals import STOP_SIGNALS, caught_signals
 from sret_scale.train.stop import StopFlag
 from tests.data.shard_sources import make_tree
 from tests.launch.test_launch_run import ROOT, START, left_over, rank_pids, start

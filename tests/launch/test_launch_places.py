@@ -162,10 +162,9 @@ def test_job_survives_its_line() -> None:
 
 
 def test_dry_run_prints_and_starts_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "config.yaml").write_text("seed: 7\n")
     assert launch(tmp_path / "run", tmp_path / "config.yaml", num_ranks=3, dry_run=True) == 0
     output = capsys.readouterr().out
-    assert "3 ranks on 1 node," in output and "deepspeed.launcher.launch" in output and output.endswith("seed: 7\n")
+    assert "3 ranks on 1 node," in output and "deepspeed.launcher.launch" in output
     assert not (tmp_path / "run").exists()
 
 

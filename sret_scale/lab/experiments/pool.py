@@ -20,13 +20,14 @@ from pathlib import Path
 from typing import IO, Protocol
 
 from data_pipelines.atomic_files import write_whole
+from data_pipelines.parent_death import die_with_parent
 from sret_scale.config.run_config import from_yaml, split_differences, to_yaml
 from sret_scale.lab.experiments.declared import PlannedRun
 from sret_scale.lab.experiments.metrics_tail import Standing, standing_of
 from sret_scale.lab.experiments.run_slots import Slot
-from sret_scale.launch.child_processes import caught_signals, die_with_parent
 from sret_scale.launch.preflight import is_finished
 from sret_scale.runs.run_folder import EXIT_FINISHED, EXIT_STOPPED, RunFolder
+from sret_scale.runs.stop_signals import caught_signals
 
 EXIT_REFUSED = 2
 POLL_S = 0.2
