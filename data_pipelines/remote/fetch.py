@@ -53,7 +53,7 @@ class RemoteFolder:
     def read(self, name: str, start: int, end: int, *, may_be_shorter: bool = False) -> bytes:
         """The bytes of file `name` from `start` to before `end`, or to its end where that may come first."""
         for attempt in stamina.retry_context(
-            on=_is_worth_a_retry,
+            on=UnavailableError,
             attempts=self._attempts,
             timeout=None,
             wait_initial=0.1,
@@ -117,10 +117,6 @@ class _ShortReadError(OSError):
 def _is_missing(error: Exception) -> bool:
     """Whether a server said that there is no such file; huggingface_hub has an error of its own for that."""
     return isinstance(error, FileNotFoundError) or getattr(getattr(error, "response", None), "status_code", 0) == 404
-
-
-def _is_worth_a_retry(error: Exception) -> bool:
-    return isinstance(error, UnavailableError)
 
 
 def _need_package(url: str, scheme: str) -> None:

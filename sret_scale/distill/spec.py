@@ -78,7 +78,9 @@ def _parse_one(text: str) -> TeacherSpec:
     named, _, query = text.partition("?")
     kind, colon, value = named.partition(":")
     if kind not in FORMS:
-        raise ValueError(f"teacher {text!r}: unknown kind {kind!r}{nearest(kind, FORMS)}; forms: {_forms()}")
+        raise ValueError(
+            f"teacher {text!r}: unknown kind {kind!r}{nearest(kind, FORMS)}; forms: {', '.join(FORMS.values())}"
+        )
     if bool(colon) != (":" in FORMS[kind]) or (colon and not value):
         raise ValueError(f"teacher {text!r}: expected {FORMS[kind]}")
     options = {}
@@ -95,7 +97,3 @@ def nearest(name: str, choices: Iterable[str]) -> str:
     """`; did you mean A or B?` for a name that is not among the choices, or nothing when none is near."""
     found = difflib.get_close_matches(name, list(choices), n=3, cutoff=0.6)
     return f"; did you mean {' or '.join(found)}?" if found else ""
-
-
-def _forms() -> str:
-    return ", ".join(FORMS.values())

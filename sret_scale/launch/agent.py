@@ -61,7 +61,8 @@ class RankProcesses:
                     self.alive[rank] = child
         ended = {}
         for rank, process in list(self.alive.items()):
-            if _has_vanished(process):
+            if not process.is_running():
+                # Its parent has read its status.
                 self.vanished[rank] = self.seen_s
                 del self.alive[rank]
             elif (status := _exit_status(process)) is not None:
@@ -103,11 +104,6 @@ def _rank_of(process: psutil.Process) -> int | None:
         return int(rank) if rank is not None and "sret_scale.launch.rank_bootstrap" in process.cmdline() else None
     except psutil.Error:
         return None
-
-
-def _has_vanished(process: psutil.Process) -> bool:
-    """True when the process is gone and its exit status was read by its parent."""
-    return not process.is_running()
 
 
 def _exit_status(process: psutil.Process) -> int | None:

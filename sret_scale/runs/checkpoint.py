@@ -31,6 +31,7 @@ from typing_extensions import TypedDict
 
 from data_pipelines.atomic_files import sync_path
 from data_pipelines.checked_files import read_checked
+from sret_scale.runs.rank_errors import in_words
 
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{9})")
@@ -111,11 +112,10 @@ def save_checkpoint(
         sync_path(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        reason = _reason(error)
         raise OSError(
             getattr(error, "errno", None) or errno.EIO,
-            f"cannot save checkpoint {final} ({num_bytes:,} bytes of tensors): {reason}; earlier checkpoints are "
-            "intact: remove the cause and run the same command again",
+            f"cannot save checkpoint {final} ({num_bytes:,} bytes of tensors): {in_words(error)}; earlier checkpoints "
+            "are intact: remove the cause and run the same command again",
         ) from error
     _remove_leftovers(folder)
     return final
@@ -134,11 +134,6 @@ def _remove_leftovers(folder: Path) -> None:
     with contextlib.suppress(OSError):
         for leftover in folder.glob(f"{_TEMPORARY}*"):
             shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _reason(error: Exception) -> str:
-    # safetensors reports an OS error as text: "I/O error: No space left on device (os error 28)".
-    return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
 
 
 def _entry(file: Path) -> dict[str, Any]:

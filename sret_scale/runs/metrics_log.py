@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_pipelines.checked_files import parse_checked, read_bounded
+from sret_scale.runs.rank_errors import counted
 
 # Values whose loss of finiteness the reader must hear of, with the kind of line they stand in.
 WATCHED = (("train", "loss"), ("train", "grad_norm"), ("eval", "loss"), ("eval", "top1"), ("eval", "exact"))
@@ -57,9 +58,9 @@ def read_metrics(path: Path) -> tuple[list[Line], list[str]]:
     remarks = []
     if broken:
         where = ", ".join(map(str, broken[:3])) + (" ..." if len(broken) > 3 else "")
-        remarks.append(f"{_times(len(broken), 'half-written line')} of metrics.jsonl left out (line {where}).")
+        remarks.append(f"{counted(len(broken), 'half-written line')} of metrics.jsonl left out (line {where}).")
     if restarts:
-        remarks.append(f"{_times(restarts, 'restart')}; the steps that were repeated are counted once.")
+        remarks.append(f"{counted(restarts, 'restart')}; the steps that were repeated are counted once.")
     return list(kept.values()), remarks
 
 
@@ -86,7 +87,7 @@ def not_finite(lines: Sequence[Line]) -> list[str]:
         lost = [line for line in present if math.isnan(number(line[field]))]
         if lost:
             remarks.append(
-                f"{kind} {field} is not finite in {len(lost)} of {_times(len(present), 'line')}, first at "
+                f"{kind} {field} is not finite in {len(lost)} of {counted(len(present), 'line')}, first at "
                 f"{lost[0]['images']:,} images: shown as a gap."
             )
     return remarks
@@ -99,7 +100,3 @@ def number(value: object) -> float:
 
 def is_count(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < MOST
-
-
-def _times(count: int, noun: str) -> str:
-    return f"{count} {noun}" + ("" if count == 1 else "s")

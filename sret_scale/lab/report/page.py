@@ -95,7 +95,9 @@ def render(
     remarks = [f"{run.name}: {remark}" for run in runs for remark in [*run.remarks, *alarms(run)]]
     remarks += [f"{run.name}: no metrics yet." for run in runs if not run.lines]
     remarks += [f"Left out: {reason}" for reason in left_out]
-    configs, facts = [flatten(run.config) for run in runs], [_facts(run) for run in runs]
+    configs = [flatten(run.config) for run in runs]
+    # Each run has a command of its own.
+    facts = [flatten({key: value for key, value in run.environment.items() if key != "command"}) for run in runs]
     return environment.get_template("report.html").render(
         title=_title(runs),
         lead=headline(settings, accuracy) if len(settings) < len(rows) and settings else lead(summaries),
@@ -162,8 +164,3 @@ def _difference(runs: Sequence[RunRecord], fields: Sequence[Mapping[str, str]]) 
 def _shared(fields: Sequence[Mapping[str, str]]) -> list[tuple[str, str]]:
     """Keys with the same text everywhere."""
     return [(key, text) for key, text in fields[0].items() if all(other.get(key) == text for other in fields[1:])]
-
-
-def _facts(run: RunRecord) -> dict[str, str]:
-    """The environment without the command, which each run has of its own."""
-    return flatten({key: value for key, value in run.environment.items() if key != "command"})
