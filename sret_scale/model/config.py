@@ -6,7 +6,7 @@ A config that cannot be built raises `ValueError` at construction, with the numb
 import abc
 import math
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args, get_origin
 
 import torch
 from torch import Tensor
@@ -106,13 +106,7 @@ class StageConfig:
                 f"slices 'windows' takes a window of 2 or more in place of groups, got window {self.window!r} and "
                 f"groups {self.groups}"
             )
-        require_choice("loop_order", self.loop_order, LoopOrder)
-        require_choice("slices", self.slices, Slices)
-        require_choice("projections", self.projections, ProjectionPolicy)
-        require_choice("branch_scheme", self.branch_scheme, BranchScheme)
-        require_choice("skip", self.skip, Skip)
-        require_choice("norm_placement", self.norm_placement, NormPlacement)
-        require_choice("conditioning", self.conditioning, ConditioningKind)
+        require_choices(self)
 
     @property
     def num_applications(self) -> int:
@@ -180,8 +174,7 @@ class StackConfig(abc.ABC):
             require_number(name, getattr(self, name))
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
-        require_choice("permutation", self.permutation, PermutationPolicy)
-        require_choice("group_fit", self.group_fit, GroupFit)
+        require_choices(self)
 
     @abc.abstractmethod
     def num_tokens(self, index: int) -> int:
@@ -264,12 +257,8 @@ class SReTConfig(ImageConfig):
             require_whole("stem_strides", stride)
         if len(self.stem_strides) != 3 or not set(self.stem_strides) <= {1, 2}:
             raise ValueError(f"stem_strides must be three of 1 or 2, got {self.stem_strides}")
-        require_choice("stem", self.stem, StemKind)
         if self.stem == "pixels" and self.stem_strides != (1, 1, 1):
             raise ValueError(f"stem 'pixels' needs stem_strides (1, 1, 1), got {self.stem_strides}")
-        require_choice("stem_norm", self.stem_norm, StemNorm)
-        require_choice("positions", self.positions, Positions)
-        require_choice("head", self.head, Head)
         for before, after in zip(self.stages, self.stages[1:], strict=False):
             if after.width % before.width:
                 raise ValueError(
@@ -360,7 +349,9 @@ def require_list(name: str, value: object) -> tuple[Any, ...]:
     return tuple(value)
 
 
-def require_choice(name: str, value: object, choices: Any) -> None:
-    """ValueError unless the value is one of a Literal's."""
-    if value not in get_args(choices):
-        raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}; got {value!r}")
+def require_choices(config: "StageConfig | StackConfig") -> None:
+    """ValueError unless every field of a Literal type is one of its choices."""
+    for field in fields(config):
+        choices, value = get_args(field.type), getattr(config, field.name)
+        if get_origin(field.type) is Literal and value not in choices:
+            raise ValueError(f"{field.name} must be one of {', '.join(choices)}; got {value!r}")
