@@ -9,7 +9,7 @@ from torch import Tensor
 from data_pipelines.config import DataConfig
 from data_pipelines.image.augment import AugmentConfig, BatchAugment, as_unit
 from data_pipelines.labels.records import decode_records, record_views
-from data_pipelines.labels.store import LabelStore, check_files, check_labels, open_labels
+from data_pipelines.labels.store import LabelStore, check_labels, open_labels
 from data_pipelines.shards.index import ShardSet
 from data_pipelines.stream.prefetch import Batch
 from sret_scale.distill.config import DistillConfig
@@ -39,26 +39,6 @@ class StoredTeacher:
 
 AnyTeacher = Teacher | StoredTeacher
 """Where a student's soft labels come from: a network, or files."""
-
-
-def open_stored_teacher(
-    folder: Path,
-    config: DistillConfig,
-    *,
-    shards: ShardSet,
-    data: DataConfig,
-    augment: AugmentConfig,
-    run_seed: int,
-    rank: int,
-    world_size: int,
-) -> StoredTeacher:
-    """The store in a folder as the teacher of a run, checked for it: every rank reads its part of all files once.
-
-    Raises ValueError or OSError when it is damaged, unfinished, or does not belong to the run's shards and views.
-    """
-    store = open_matching_labels(folder, config, shards=shards, data=data, augment=augment, run_seed=run_seed)
-    check_files(folder, store.plan, rank=rank, world_size=world_size)
-    return StoredTeacher(store)
 
 
 def open_matching_labels(

@@ -14,7 +14,6 @@ from data_pipelines.stream.loader import check_node_cache, check_views
 from sret_scale.config.ds_config import load_ds_config, zero_stage_of
 from sret_scale.config.run_config import RunConfig, from_yaml, grad_accum_steps, split_differences, to_yaml, whole_paths
 from sret_scale.config.step_depth import check_depth
-from sret_scale.distill.label_teacher import open_matching_labels
 from sret_scale.distill.spec import parse_teacher
 from sret_scale.launch.dry_run import describe_run
 from sret_scale.launch.hostfile import Host
@@ -25,7 +24,13 @@ from sret_scale.runs.checkpoint import list_checkpoints, read_state
 from sret_scale.runs.run_folder import EXIT_FINISHED, RunFolder, environment, read_status, write_json
 from sret_scale.tasks import task_of
 from sret_scale.train.engine.compilation import check_compile
-from sret_scale.train.load_run import check_teacher_classes, initial_state, load_class_names, open_test_data
+from sret_scale.train.load_run import (
+    check_teacher_classes,
+    initial_state,
+    load_class_names,
+    open_labels_of,
+    open_test_data,
+)
 from sret_scale.train.optim import check_optimizer, learning_rate
 from sret_scale.train.recomputation import set_up_recomputation
 from sret_scale.train.telemetry.trackers import tracker_of
@@ -174,14 +179,7 @@ def check_teacher(config: RunConfig) -> None:
         if part.kind == "run":
             check_teacher_run(Path(part.value))
         elif part.kind == "labels":
-            open_matching_labels(
-                Path(part.value),
-                config.distill,
-                shards=open_training_data(config.data),
-                data=config.data,
-                augment=config.augment,
-                run_seed=config.train.seed,
-            )
+            open_labels_of(config, Path(part.value), open_training_data(config.data))
     check_teacher_classes(config.distill.teacher, open_training_data(config.data).class_names)
 
 

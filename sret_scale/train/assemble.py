@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from data_pipelines.labels.store import check_files
 from data_pipelines.remote.shard_sets import open_training_data
 from data_pipelines.shards.index import ShardSet
 from data_pipelines.stream.loader import LoaderState, TrainLoader
@@ -20,7 +21,6 @@ from sret_scale.distill import (
     StoredTeacher,
     Teacher,
     build_teacher,
-    open_stored_teacher,
     stored_labels,
 )
 from sret_scale.memory import Prepared
@@ -34,7 +34,7 @@ from sret_scale.train.distributed import Ranks, differentiable_sum
 from sret_scale.train.engine.apex_door import choose_kernels
 from sret_scale.train.engine.compilation import Compiled, compile_model
 from sret_scale.train.engine.engine import Engine, shard_frozen
-from sret_scale.train.load_run import load_teacher_run, open_test_data
+from sret_scale.train.load_run import load_teacher_run, open_labels_of, open_test_data
 from sret_scale.train.optim import WeightAverage, build_optimizer
 from sret_scale.train.progress import RunProgress
 from sret_scale.train.recomputation import set_up_recomputation
@@ -178,18 +178,11 @@ def set_up_teacher(config: RunConfig, ranks: Ranks, shards: ShardSet) -> AnyTeac
     """The teacher of the configuration, live or stored, outside everything that is trained, averaged or saved."""
     if config.distill.teacher is None:
         return None
-    store = stored_labels(config.distill.teacher)
-    if store:
-        return open_stored_teacher(
-            store,
-            config.distill,
-            shards=shards,
-            data=config.data,
-            augment=config.augment,
-            run_seed=config.train.seed,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
-        )
+    if folder := stored_labels(config.distill.teacher):
+        store = open_labels_of(config, folder, shards)
+        # Every rank reads its share of the files once.
+        check_files(folder, store.plan, rank=ranks.rank, world_size=ranks.world_size)
+        return StoredTeacher(store)
     return live_teacher(config, ranks.device)
 
 

@@ -11,12 +11,14 @@ from torch import Tensor, nn
 
 from data_pipelines.checked_files import parse_checked, read_bounded
 from data_pipelines.image.preprocessing import Preprocessing
+from data_pipelines.labels.store import LabelStore
 from data_pipelines.remote.shard_sets import open_data, open_training_data
 from data_pipelines.shards.classes import check_same_classes, renumbered
 from data_pipelines.shards.index import ShardSet
 from data_pipelines.sources.listing import are_class_names
 from sret_scale.config.run_config import ModelConfig, RunConfig, build, differences_of, from_yaml, to_plain
 from sret_scale.config.timm_config import TimmConfig
+from sret_scale.distill import open_matching_labels
 from sret_scale.distill.spec import parse_teacher
 from sret_scale.model import SReT, SReTConfig, StackModel, TextConfig
 from sret_scale.model.vision.carry_weights import adapted_state
@@ -118,6 +120,12 @@ def open_test_data(config: RunConfig, training: ShardSet) -> ShardSet:
     """The test set of a run with the classes of its training set. ValueError for one with others."""
     test = open_data(config.data.test_folder, config.data)
     return renumbered(test, training.class_names, owner=f"the train shards {training.folder}")
+
+
+def open_labels_of(config: RunConfig, folder: Path, shards: ShardSet) -> LabelStore:
+    """The stored labels of a run, unread. ValueError or OSError where they are not of its training shards and views."""
+    data, augment, run_seed = config.data, config.augment, config.train.seed
+    return open_matching_labels(folder, config.distill, shards=shards, data=data, augment=augment, run_seed=run_seed)
 
 
 def check_teacher_classes(spec: str, class_names: Sequence[str]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from data_pipelines.image.augment import AugmentConfig, BatchAugment, as_unit, normalise
 from data_pipelines.stream.loader import LoaderState, TrainLoader
-from sret_scale.distill import DistillConfig, StoredTeacher, distillation_loss, open_stored_teacher, student_batch
+from sret_scale.distill import DistillConfig, StoredTeacher, distillation_loss, open_matching_labels, student_batch
 from sret_scale.distill.label_writer import write_labels
 from tests.distill.distill_shards import DATA, NUM_CLASSES, make_job, make_shards, teacher
 
@@ -27,9 +27,7 @@ def stored(folder: Path, shards: Any, augment: AugmentConfig, **changes: Any) ->
     job = make_job(folder, shards, **changes)
     write_labels(job, rank=0, world_size=1, report=lambda text: None)
     config = DistillConfig(teacher_input="view")
-    return open_stored_teacher(
-        folder, config, shards=shards, data=DATA, augment=augment, run_seed=0, rank=0, world_size=1
-    )
+    return StoredTeacher(open_matching_labels(folder, config, shards=shards, data=DATA, augment=augment, run_seed=0))
 
 
 def train(shards: Any, source: Any, config: DistillConfig, augment: AugmentConfig) -> tuple[list[float], list[Tensor]]:

@@ -17,7 +17,7 @@ from data_pipelines.image.augment import AugmentConfig
 from data_pipelines.labels.records import coverage_sums
 from data_pipelines.labels.store import check_files, check_labels, open_labels
 from data_pipelines.shards.index import ShardSet
-from sret_scale.distill import DistillConfig, label_writer, open_stored_teacher
+from sret_scale.distill import DistillConfig, StoredTeacher, label_writer, open_matching_labels
 from sret_scale.distill.label_teacher import changes_views
 from sret_scale.distill.label_verify import plan_teacher, verify_records
 from sret_scale.distill.label_writer import LabelJob, plan_labels, write_labels
@@ -161,9 +161,9 @@ def test_reading_gives_the_answers_about_each_sample_and_view(written: LabelJob)
 
 
 def open_for_training(folder: Path, shards: ShardSet, *, data: Any = DATA, augment: Any = PLAIN, **config: Any) -> Any:
-    return open_stored_teacher(
-        folder, DistillConfig(**config), shards=shards, data=data, augment=augment, run_seed=0, rank=0, world_size=1
-    )
+    store = open_matching_labels(folder, DistillConfig(**config), shards=shards, data=data, augment=augment, run_seed=0)
+    check_files(folder, store.plan)
+    return StoredTeacher(store)
 
 
 @pytest.mark.parametrize(
