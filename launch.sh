@@ -244,7 +244,7 @@ run_tests() {
     trap "rm -f '$output'" EXIT
     if [[ ${1-} == --fast ]]; then
         shift
-        set -- -m "not multi_process and not slow" "$@"
+        set -- -m "not multi_process and not lengthy and not slow" "$@"
     else
         # .pre-commit-config.yaml has the same four commands.
         check "ruff check" "$python" -m ruff check .
@@ -274,7 +274,7 @@ Sets the project up in .venv when needed (once), then:
   ./launch.sh                    the demo on the data that ships with the project, into runs/demo
   ./launch.sh demo reach         what depth is for: mazes, in minutes, into runs/reach
   ./launch.sh test [...]         every check and test; arguments go to pytest
-  ./launch.sh test --fast [...]  only the tests that start no processes
+  ./launch.sh test --fast [...]  only tests that start no processes and take no seconds
   ./launch.sh setup [EXTRA ...]  only the set-up, and the packages of optional parts
   ./launch.sh COMMAND ...        a sret-scale command of the list below; COMMAND --help says more
 

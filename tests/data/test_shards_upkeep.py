@@ -45,6 +45,7 @@ def damage(folder: Path, rows: list[int]) -> None:
         path.write_bytes(data)
 
 
+@pytest.mark.multi_process
 @UNCLOSED
 def test_shards_of_webdatasets_own_writer_are_indexed(tmp_path: Path) -> None:
     pattern = str(tmp_path / "other-%04d.tar")

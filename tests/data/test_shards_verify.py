@@ -33,12 +33,14 @@ def folder(original: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(original, tmp_path / "copy"))
 
 
+@pytest.mark.multi_process
 def test_a_sound_set_has_no_findings(original: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert verify_shards(original) == []
     assert main(["shards", "verify", str(original), "--workers", "2"]) == 0
     assert capsys.readouterr().out == f"{original}: intact\n"
 
 
+@pytest.mark.lengthy
 def test_100_of_100_flipped_bits_are_found_with_their_sample(folder: Path) -> None:
     shards = open_shards(folder)
     rng = np.random.default_rng(0)

@@ -76,6 +76,7 @@ def test_the_sample_is_class_balanced() -> None:
         assert np.bincount(labels).tolist() == [share] * 10
 
 
+@pytest.mark.multi_process
 def test_bytes_do_not_depend_on_the_number_of_workers(written: Path, tmp_path: Path) -> None:
     write_shards(TEST_SPLIT, tmp_path / "again", num_workers=3)
     assert_same_files(written, tmp_path / "again")

@@ -59,6 +59,7 @@ def _loader(shards: ShardSet, config: DataConfig) -> TrainLoader:
     )
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("order", ["full", "block"])
 def test_batches_are_those_of_the_local_set(local: ShardSet, site: Site, config: DataConfig, order: str) -> None:
     config = replace(config, order=order, block_window=100)  # type: ignore[arg-type]
@@ -157,6 +158,7 @@ def test_a_changed_shard_never_enters_the_cache(
             assert reader.read(250)
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("what", ["missing", "changed"])
 def test_a_shard_that_goes_wrong_on_the_server_during_the_epoch(
     local: ShardSet, config: DataConfig, tmp_path: Path, what: str
@@ -251,6 +253,7 @@ def test_a_stuck_shard_is_named_while_it_is_waited_for(
     assert re.search(message, caplog.text)
 
 
+@pytest.mark.lengthy
 def test_a_mixture_of_remote_and_local_sets_is_that_of_local_ones(
     local: ShardSet, site: Site, config: DataConfig, tmp_path: Path
 ) -> None:

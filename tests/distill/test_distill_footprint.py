@@ -45,6 +45,7 @@ def test_bytes_of_an_architecture_are_those_of_the_loaded_network(name: str) -> 
     assert found.forward == pytest.approx(expected.forward, rel=0.05)
 
 
+@pytest.mark.lengthy
 def test_run_is_counted_from_its_configuration_and_labels_take_nothing(tmp_path: Path) -> None:
     found, expected = bytes_of(f"run:{tmp_path}"), measured(SReT(CONTROL), CONTROL.image_size)
     assert found.weights == expected.weights
@@ -59,6 +60,7 @@ def test_joined_teachers_are_all_held_and_answer_in_turn() -> None:
     assert both.forward == max(small.forward, large.forward)
 
 
+@pytest.mark.lengthy
 def test_budget_of_a_run_leaves_room_for_its_teacher() -> None:
     budget = MemoryConfig(schedule="planned", budget_bytes=90 * 2**20)
     config = override(

@@ -40,6 +40,7 @@ def test_a_run_is_evaluated_at_another_depth(run: Path, capsys: pytest.CaptureFi
     assert (found["loops"], found["applications"], found["num_samples"]) == ([2, 2], 12, 128)
 
 
+@pytest.mark.lengthy
 def test_early_exit_prints_and_draws_its_curve(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["evaluate", str(run), "--loops", "2", "--early-exit", "convergence", "--thresholds", "1e6,1e-9"]
     assert main([*command, "--json"]) == 0

@@ -65,6 +65,7 @@ def test_the_oracle_knows_what_a_search_of_the_seen_part_tells(scripts: Any) -> 
     assert oracle.flooded(free, source, target, oracle.windows(15), 20) == 21
 
 
+@pytest.mark.lengthy
 @pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # of inductor's own imports
 def test_a_step_beyond_its_budget_is_refused_and_a_planned_one_fits(scripts: Any) -> None:
     carry = scripts("carry")

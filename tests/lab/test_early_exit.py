@@ -164,6 +164,8 @@ def test_a_useless_threshold_is_refused(kind: early_exit.ExitKind, threshold: fl
         early_exit.check_thresholds(kind, [threshold])
 
 
+@pytest.mark.lengthy
+@pytest.mark.multi_process
 def test_inference_draws_nothing() -> None:
     code = (
         "import sys, sret_scale.lab.early_exit, sret_scale.lab.trained_model;"

@@ -55,6 +55,7 @@ for (const [width, medium] of frames) {
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's chromium: apt install chromium")
 
 
+@pytest.mark.multi_process
 def test_the_page_opens_from_disk_fits_every_medium_and_asks_for_nothing_else(tmp_path: Path) -> None:
     for loops in (1, 2, 4):
         write_run(tmp_path / "runs" / f"loops-{loops}", num_loops=loops, images=3200, has_telemetry=loops == 4)
@@ -108,6 +109,7 @@ onload="
 "></iframe></body>"""
 
 
+@pytest.mark.multi_process
 @pytest.mark.parametrize("width", [390, 1280])
 def test_settings_are_sorted_by_a_click_and_the_first_figure_is_near(tmp_path: Path, width: int) -> None:
     for loops, top1 in ((2, 0.7), (12, 0.8), (4, 0.6)):

@@ -108,6 +108,7 @@ def test_equal_parameters_trades_width_for_depth(base: str) -> None:
     assert all(run.config.model.stages[1].width == 2 * width for run, width in zip(runs, widths, strict=True))
 
 
+@pytest.mark.lengthy
 def test_equal_memory_lets_the_planner_choose_batch_and_schedule(base: str) -> None:
     experiment = Experiment(base=base, grid={LOOPS: [2, 12]}, fixed={"memory.schedule": "none"}, match="equal_memory")
     shallow, deep = (run.config for run in plan_runs(experiment))
@@ -128,6 +129,7 @@ def test_equal_memory_lets_the_planner_choose_batch_and_schedule(base: str) -> N
     assert prepared.activations < memory_of(plain, 1)
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("schedule", ["none", "nested"])
 def test_the_memory_of_a_run_is_what_the_run_itself_predicts(base: str, schedule: str) -> None:
     """What the stem stores depends on the schedule, in both."""
@@ -139,6 +141,7 @@ def test_the_memory_of_a_run_is_what_the_run_itself_predicts(base: str, schedule
     assert memory_of(config, 1) == state_bytes(costs, world_size=1, zero_stage=1).total + prepared.activations
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize(
     ("tree", "message"),
     [
@@ -366,6 +369,7 @@ def test_packing_needs_a_hostfile_and_no_jobs(tmp_path: Path, base: str, capsys:
         assert "--per-gpu starts one run on every GPU of a --hostfile" in capsys.readouterr().err
 
 
+@pytest.mark.lengthy
 def test_the_table_says_what_each_run_costs(base: str) -> None:
     planned = plan_runs(Experiment(base=base, grid={LOOPS: [1, 2]}))
     speed = fit_speed([(run.macs, 0.001 + 1e-9 * run.macs) for run in planned])
@@ -418,6 +422,7 @@ def test_the_job_array_has_a_task_for_every_run(
     assert _array_task(3) == 2
 
 
+@pytest.mark.lengthy
 def test_the_live_table_shows_what_runs_first_and_never_more_than_a_screen(base: str) -> None:
     planned = plan_runs(Experiment(base=base, grid={"train.seed": list(range(40))}))
     states = [RunState(run=run, folder=Path(run.name)) for run in planned]

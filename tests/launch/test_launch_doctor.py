@@ -241,6 +241,7 @@ def test_a_command_that_its_start_would_refuse_gives_no_file(
     assert shown.err.startswith("warning: not all of the command could be checked here") and "exec " in shown.out
 
 
+@pytest.mark.lengthy
 def test_a_preview_of_a_hostfile_needs_no_addresses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = write_config(tmp_path / "tiny.yaml", tiny_config(tiny_shards(tmp_path / "shards")))
     (tmp_path / "hosts").write_text("node-1.of.no.domain.invalid slots=1\nnode-2.of.no.domain.invalid slots=1\n")

@@ -56,6 +56,7 @@ def test_each_node_reads_what_is_said(config: RunConfig, students: list[int], or
     assert list(describe_shards(config, students)) == expected
 
 
+@pytest.mark.lengthy
 def test_memory_falls_with_the_schedule_and_counts_the_teacher(config: RunConfig) -> None:
     def total(config: RunConfig) -> float:
         number, unit = re.match(r"memory of a rank: ([\d.]+) (\w+)", describe_memory(config, 2)).groups()

@@ -285,7 +285,9 @@ def test_fast_tests_are_those_without_processes_and_nothing_else_is_checked(
         calls[arguments] = [line for line in taken_log(fake) if line.startswith("run ")]
     pytest_run = "run -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder"
     where = f" in {copy.parent}"
-    assert calls["--fast", "-k", "name"] == [f"{pytest_run} -m not multi_process and not slow -k name{where}"]
+    assert calls["--fast", "-k", "name"] == [
+        f"{pytest_run} -m not multi_process and not lengthy and not slow -k name{where}"
+    ]
     assert calls[()][-1] == f"{pytest_run}{where}" and "run -m mypy" + where in calls[()]
 
 

@@ -98,6 +98,7 @@ def unequal_chain(length: int) -> list[nn.Module]:
     return [wide if index % 3 else nn.Sequential(nn.Linear(16, 16), nn.GELU()) for index in range(length)]
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("length", [12, 70])
 def test_a_planned_chain_keeps_its_budget_and_its_gradients(length: int) -> None:
     chain, x = unequal_chain(length), torch.randn(64, 16)

@@ -46,6 +46,7 @@ def saved_bytes(output: Tensor, model: SReT) -> int:
     return sum(found.values())
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_compiled_tape_holds_no_more_than_the_eager_one_that_is_predicted(precision: str) -> None:
     torch._dynamo.reset()
@@ -89,6 +90,7 @@ def peak_bytes(loops: int, schedule: Any, backend: str | None) -> int:
     return peak
 
 
+@pytest.mark.lengthy
 def test_one_compiled_tape_lives_at_a_time_however_often_a_block_is_used() -> None:
     torch._dynamo.reset()
     few, many = (peak_bytes(loops, "per_application", PARTITIONED) for loops in (4, 20))

@@ -22,6 +22,7 @@ def test_examples_of_the_page_run(index: int) -> None:
     assert "schedule" in scope
 
 
+@pytest.mark.lengthy
 def test_plan_prints_a_table_and_json_and_draws(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     picture = tmp_path / "plan.svg"
     assert main([*SMALL, "--memory", "1GiB", "--micro-batch", "8", "--draw", str(picture)]) == 0
@@ -34,6 +35,7 @@ def test_plan_prints_a_table_and_json_and_draws(capsys: pytest.CaptureFixture[st
     assert all(f"stage {index}: {name}" in svg for index, name in enumerate(plan["schedules"]))
 
 
+@pytest.mark.lengthy
 def test_plan_makes_room_for_a_teacher(capsys: pytest.CaptureFixture[str]) -> None:
     plans = []
     for teacher in ([], ["--teacher", "timm:resnet18"]):
@@ -44,6 +46,7 @@ def test_plan_makes_room_for_a_teacher(capsys: pytest.CaptureFixture[str]) -> No
     assert plans[0]["budget_bytes"] > 2**30
 
 
+@pytest.mark.lengthy
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for what a machine without a GPU says")
 @pytest.mark.parametrize(
     ("arguments", "message"),
@@ -63,6 +66,7 @@ def test_plan_names_what_is_wrong(arguments: list[str], message: str, capsys: py
     assert message in error and "Traceback" not in error
 
 
+@pytest.mark.lengthy
 def test_describe_and_plan_take_a_run_its_file_and_changes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     run.mkdir()

@@ -56,6 +56,7 @@ def measured_peak(model: SReT, micro_batch_size: int, precision: str, depth: Dep
     return measure_peak(model.parameters(), step)
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize(("precision", "micro_batch_size"), [("fp32", 2), ("fp32", 5), ("bf16", 3)])
 @pytest.mark.parametrize("schedule", ["none", "per_application", "segments", "nested", "binomial"])
 @pytest.mark.parametrize("name", MODELS)
@@ -122,6 +123,7 @@ def batches() -> BatchSearch:
 STATE: dict[str, Any] = {"world_size": 2, "zero_stage": 0}
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("size", [1, 4, 8])
 @pytest.mark.parametrize("share", [0.02, 0.1, 0.2, 0.4, 2.0])
 def test_a_plan_keeps_its_budget_when_it_is_trained(batches: BatchSearch, share: float, size: int) -> None:

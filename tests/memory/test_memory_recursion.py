@@ -242,6 +242,7 @@ def test_projections_are_not_shared() -> None:
         Recursion(blocks, 2, projections=projections)
 
 
+@pytest.mark.multi_process
 def test_only_torch_is_needed() -> None:
     code = "import sys, sret_scale; sret_scale.Recursion; print([n for n in ('deepspeed', 'timm') if n in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

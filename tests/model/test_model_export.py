@@ -56,6 +56,7 @@ def nodes_and_bytes(config: SReTConfig, folder: Path, loops: str) -> tuple[int, 
     return count, out.stat().st_size
 
 
+@pytest.mark.lengthy
 def test_a_program_with_kept_loops_does_not_grow(tmp_path: Path) -> None:
     stage = replace(STAGE, groups=(1,), projections="per_block")
     few, many = (
@@ -67,6 +68,7 @@ def test_a_program_with_kept_loops_does_not_grow(tmp_path: Path) -> None:
     assert many[1] - few[1] <= 36 * 4 + 40
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("loop_order", ["block", "model"])
 def test_kept_loops_store_what_blocks_share_once(loop_order: LoopOrder, tmp_path: Path) -> None:
     # Two blocks with one projection a loop, and a permutation each.
@@ -79,6 +81,7 @@ def test_kept_loops_store_what_blocks_share_once(loop_order: LoopOrder, tmp_path
     assert indices < grown < 1.5 * (more - weights) + indices
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("loop_order", ["block", "model"])
 @pytest.mark.parametrize("conditioning", ["none", "norm_per_loop", "norm_by_depth", "low_rank", "input_gated"])
 def test_kept_loops_change_nothing(loop_order: LoopOrder, conditioning: ConditioningKind) -> None:
@@ -109,6 +112,7 @@ def scores(file: Path, file_format: str, images_BCHW: torch.Tensor) -> torch.Ten
     return torch.from_numpy(session.run(["scores"], {"images": images_BCHW.numpy()})[0])
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("file_format", ["onnx", "torch", "safetensors"])
 def test_export_agrees_with_the_model(file_format: str, tmp_path: Path) -> None:
     save_model(model := model_of(CONFIG), tmp_path / "model.safetensors")
@@ -124,6 +128,7 @@ def test_export_agrees_with_the_model(file_format: str, tmp_path: Path) -> None:
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("loops", ["unrolled", "kept"])
 @pytest.mark.parametrize("file_format", ["onnx", "torch"])
 def test_an_export_with_other_weights_is_refused(

@@ -21,6 +21,7 @@ def tied_gradient(stage: Stage, x_BND: Tensor) -> Tensor:
     return gradient.double()
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("num_loops", [20, 100, 400])
 def test_bf16_gradient_error_does_not_grow_with_loops(num_loops: int) -> None:
     torch.manual_seed(0)

@@ -27,6 +27,7 @@ def gradients(model: SReT) -> list[torch.Tensor]:
     return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize(("num_loops", "conditioning"), [(3, "none"), (6, "norm_per_loop")])
 def test_graphs_do_not_grow_with_loops_and_numbers_stay(num_loops: int, conditioning: ConditioningKind) -> None:
     torch._dynamo.reset()
@@ -48,6 +49,7 @@ def test_graphs_do_not_grow_with_loops_and_numbers_stay(num_loops: int, conditio
     torch._dynamo.reset()
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("loops", [5, 75])
 def test_20_and_300_applications_have_the_same_graphs_in_every_step(loops: int) -> None:
     torch._dynamo.reset()
@@ -62,6 +64,7 @@ def test_20_and_300_applications_have_the_same_graphs_in_every_step(loops: int) 
     torch._dynamo.reset()
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("norm_placement", ["pre", "deepnorm"])
 def test_steps_of_other_depths_take_the_graphs_of_the_first(norm_placement: Any) -> None:
     torch._dynamo.reset()

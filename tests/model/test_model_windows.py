@@ -188,6 +188,7 @@ def test_read_outs_are_those_of_models_of_so_many_loops() -> None:
     assert next(read_outs(model, images, (1,))).steps.isnan().all()
 
 
+@pytest.mark.lengthy
 def test_an_update_moves_the_scores_alike_at_every_depth() -> None:
     """The coordinate check of a step that settles: one AdamW step at one rate, from 20 to 300 loops."""
     config = replace(CONFIG, image_size=5)

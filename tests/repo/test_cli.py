@@ -33,6 +33,7 @@ def test_a_wrong_command_gets_the_nearest_name(capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().err == "error: unknown command 'trian': did you mean train? see sret-scale --help\n"
 
 
+@pytest.mark.lengthy
 def test_the_page_of_settings_is_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config"]) == 0
     page = capsys.readouterr().out

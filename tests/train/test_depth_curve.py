@@ -20,6 +20,7 @@ from tests.runs import complete_lines
 from tests.train.test_grid import batch
 
 
+@pytest.mark.lengthy
 def test_one_pass_gives_what_each_depth_gives_alone(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

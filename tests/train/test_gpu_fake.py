@@ -14,6 +14,7 @@ from tests.train import fake_gpu
 from tests.train.gpu_cases import CASES
 
 pytestmark = [
+    pytest.mark.multi_process,
     pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler"),
     pytest.mark.skipif(torch.backends.cuda.is_built(), reason="a torch with CUDA has a device of its own to register"),
 ]

@@ -91,6 +91,7 @@ def test_what_an_answer_needs_travels_with_the_checkpoint_and_every_export(
     assert session.get_inputs()[0].shape == ["batch", 3, 28, 28]
 
 
+@pytest.mark.multi_process
 def test_the_example_of_onnxruntime_is_right_as_often_as_evaluate_says(
     run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -119,6 +120,7 @@ def test_three_lines_of_python(run: Path, photos: Path, capsys: pytest.CaptureFi
         sret_scale.load(photos / "no run")
 
 
+@pytest.mark.multi_process
 def test_importing_the_package_is_cheap() -> None:
     code = "import sys, sret_scale; assert 'load' in dir(sret_scale); print('torch' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True) == "False\n"

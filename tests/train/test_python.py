@@ -47,6 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.multi_process
 def test_seven_lines_train(folder: Path) -> None:
     assert len([line for line in SHORT.splitlines() if line]) == 7
     code = small(SHORT).replace("for batch in loader:", "for batch, _ in zip(loader, range(3)):")
@@ -54,6 +55,7 @@ def test_seven_lines_train(folder: Path) -> None:
     assert run("import sys\n" + code + end, folder) == "tensor(3.) False\n"
 
 
+@pytest.mark.multi_process
 def test_thirty_lines_are_the_whole_of_it_and_continue(folder: Path, tmp_path: Path) -> None:
     assert len(WHOLE.splitlines()) <= 34
     (tmp_path / "shards").symlink_to(folder / "shards")

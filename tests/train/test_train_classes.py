@@ -152,6 +152,7 @@ def test_a_damaged_list_of_classes_is_named(run: Path, tmp_path: Path, refuse: R
     assert "classes.json" in refuse("evaluate", damaged)
 
 
+@pytest.mark.lengthy
 def test_names_travel_with_checkpoints_and_exports(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -174,6 +175,7 @@ def test_names_travel_with_checkpoints_and_exports(
     capsys.readouterr()
 
 
+@pytest.mark.lengthy
 def test_names_are_in_an_onnx_file(run: Path, tmp_path: Path) -> None:
     onnx = pytest.importorskip("onnx")
     assert main(["export", str(run), str(tmp_path / "run.onnx")]) == 0
