@@ -306,6 +306,7 @@ def test_a_target_that_may_not_be_written(tmp_path: Path) -> None:
         write_shards(WriteConfig(kind="folder", source=tree), tmp_path / "file" / "target")
 
 
+@pytest.mark.multi_process
 def test_a_killed_worker_is_reported() -> None:
     with pytest.raises(OSError, match="a worker process was killed"):
         list(run_jobs(_Suicide, (), range(4), 2))

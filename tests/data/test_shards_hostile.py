@@ -241,7 +241,9 @@ def test_a_manifest_that_names_another_folder_makes_no_file_there(folder: Path, 
     elsewhere = Path(shutil.copytree(folder, tmp_path / "elsewhere"))
     before = sorted(elsewhere.rglob("*"))
     _seal(folder, writer={**manifest["writer"], "location": str(elsewhere)})
-    for command in (["sidecars", folder], ["repair", folder, tmp_path / "out"], ["verify", folder], ["info", folder]):
+    alone = ("--workers", "1")
+    commands = (["sidecars", folder], ["repair", folder, tmp_path / "out", *alone], ["verify", folder, *alone])
+    for command in (*commands, ["info", folder]):
         main(["shards", *map(str, command)])
     assert sorted(elsewhere.rglob("*")) == before
     with pytest.raises(ValueError, match="its tars lie in"):

@@ -263,6 +263,7 @@ def test_the_reader_keeps_few_files_open(tmp_path: Path) -> None:
             assert len(reader._open) <= 3
 
 
+@pytest.mark.lengthy
 def test_memory_does_not_grow_with_epochs(shards: TarShards) -> None:
     """Allocators and threads settle within a hundred epochs; a leak of one decoded image an epoch would go on."""
     loader = _loader(shards, micro=50, crop="resized", image_size=96)

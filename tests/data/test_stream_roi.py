@@ -103,6 +103,7 @@ def _waves(height: int, width: int, noise: float) -> np.ndarray[Any, Any]:
     return np.repeat(pixels.clip(0, 255).round().astype(np.uint8)[:, :, None], 3, axis=2)
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("quality", [98, 99, 100])
 @pytest.mark.usefixtures("library")
 def test_photographs_of_high_quality_have_the_same_bits(quality: int) -> None:

@@ -65,6 +65,7 @@ def _same(left: Batch, right: Batch) -> bool:
     return all(torch.equal(getattr(left, name), getattr(right, name)) for name in names)
 
 
+@pytest.mark.multi_process
 def test_processes_give_the_batches_of_threads_and_resume(shards: TarShards, tmp_path: Path) -> None:
     files = [tmp_path / "threads.jsonl", tmp_path / "processes.jsonl"]
     with _batches(shards, workers=1, quarantine_file=str(files[0])) as threads:
@@ -85,6 +86,7 @@ def test_processes_give_the_batches_of_threads_and_resume(shards: TarShards, tmp
     assert records[0][0] == records[1][0] and records[0][0]["key"] == "00000024"
 
 
+@pytest.mark.multi_process
 def test_closed_workers_are_forgotten(shards: TarShards, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch refuses a later iterator at an address that it still knows."""
     known: dict[int, tuple[int, ...]] = {}
@@ -96,6 +98,7 @@ def test_closed_workers_are_forgotten(shards: TarShards, monkeypatch: pytest.Mon
     assert not known
 
 
+@pytest.mark.multi_process
 @pytest.mark.parametrize("kind", ["threads", "processes"])
 def test_errors_are_the_same_and_name_the_sample(shards: TarShards, kind: str) -> None:
     name = "tests.data.stream_transforms:fails_on_grey_20"
@@ -117,6 +120,7 @@ def test_too_many_bad_samples_stop_processes_too(shards: TarShards) -> None:
         list(islice(batches, 10))
 
 
+@pytest.mark.multi_process
 def test_a_worker_that_dies_is_named(shards: TarShards) -> None:
     name = "tests.data.stream_transforms:dies_on_grey_20"
     place = r"at .*shard-000001\.tar: sample '00000020' at offset \d+"

@@ -43,6 +43,7 @@ def photo(name: str, size: int) -> Tensor:
     return nn.functional.interpolate(square, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize(
     ("teacher", "name", "classes", "least_probability"),
     [
@@ -110,6 +111,7 @@ def test_timm_checkpoint_that_would_run_code_is_refused(tmp_path: Path, monkeypa
     assert not Path("code-has-run").exists()
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
 def test_a_mutated_timm_checkpoint_is_taken_or_refused_by_its_name(tmp_path: Path, suffix: str) -> None:
     rng = random.Random(suffix)

@@ -39,6 +39,7 @@ def _rehearsal(file: Path) -> list[str]:
     return words[3:]
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("name", sorted(DEPTHS))
 def test_the_experiments_have_the_depths_that_they_tell(name: str) -> None:
     _, planned = load_experiment(FOLDER / f"{name}.yaml")
@@ -50,6 +51,7 @@ def test_the_experiments_have_the_depths_that_they_tell(name: str) -> None:
         assert max(flops.values()) / min(flops.values()) < 1.001
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("name", (*NOT_RUN, "natural_images.yaml"))
 def test_an_experiment_says_that_it_was_not_run_and_its_trial_fits_small_data(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -66,6 +68,7 @@ def test_an_experiment_says_that_it_was_not_run_and_its_trial_fits_small_data(
             check_run(run.config, 1)
 
 
+@pytest.mark.lengthy
 def test_the_depths_and_controls_of_imagenet_are_those_that_the_file_tells() -> None:
     _, planned = load_experiment(FOLDER / "imagenet_depth.yaml")
     runs = {run.name: run for run in planned}
@@ -95,6 +98,7 @@ def test_the_hours_in_the_documentation_are_those_of_the_measured_speeds() -> No
         assert int(hours.replace(",", "")) == round(speed.run_s(run) / 3600)
 
 
+@pytest.mark.lengthy
 @pytest.mark.slow
 @pytest.mark.multi_process
 def test_a_trial_of_the_imagenet_experiment_trains_and_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,6 +30,7 @@ def output_and_gradients(stage: Stage, x_BND: Tensor, *, autocast: bool) -> tupl
     return y_BND.detach() - x_BND, shared
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("uses", [20, 100, 400, 1000])
 def test_bf16_errors_stay_below_one_percent(uses: int) -> None:
     x_BND = torch.randn(BATCH, TOKENS, WIDTH, generator=torch.Generator().manual_seed(1))

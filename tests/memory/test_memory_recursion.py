@@ -99,6 +99,7 @@ def test_the_start_has_no_gradient_but_lets_it_past() -> None:
         torch.testing.assert_close(parameter.grad, gradient)
 
 
+@pytest.mark.lengthy
 def test_a_budget_is_kept_and_none_would_not_keep_it() -> None:
     taken = {}
     for name, memory in (("none", SCHEDULES[0]), ("planned", SCHEDULES[3])):

@@ -53,6 +53,7 @@ def test_gradients_of_a_model_are_unchanged_bit_for_bit(kind: str, schedule: str
     assert [name for name in got if not torch.equal(got[name], expected[name])] == []
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("kind", MODELS)
 def test_weights_after_training_steps_are_unchanged_bit_for_bit(kind: str) -> None:
     models = [make_model(MODELS[kind]), make_model(MODELS[kind])]

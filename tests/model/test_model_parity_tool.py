@@ -176,6 +176,7 @@ def golden_of_the_twin(name: str, image_size: int) -> Entries:
     }
 
 
+@pytest.mark.lengthy
 def test_384_pixel_preset_goes_through_every_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     entries = golden_of_the_twin("sret_t_384", 384)
     assert entries["num_permutations"] > 0

@@ -97,6 +97,7 @@ def images_of(config: SReTConfig, batch: int = 2) -> Tensor:
     return torch.randn(batch, config.in_channels, side, side, generator=generator, dtype=torch.float64)
 
 
+@pytest.mark.lengthy
 @settings(max_examples=50, deadline=None)
 @given(model_options())
 def test_a_spec_is_refused_or_agrees_with_its_twin(options: dict[str, Any]) -> None:
@@ -118,6 +119,7 @@ def test_a_spec_is_refused_or_agrees_with_its_twin(options: dict[str, Any]) -> N
         assert float((grad - twin_grad).abs().max()) <= 1e-9 * scale, name
 
 
+@pytest.mark.lengthy
 @settings(max_examples=25, deadline=None)
 @given(model_options())
 def test_counts_equal_the_real_ones(options: dict[str, Any]) -> None:

@@ -110,6 +110,7 @@ def test_drop_path_leaves_a_whole_block_out_and_repeats_with_its_seed() -> None:
     assert torch.equal(model(images), model.eval()(images, NOISE))
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("kind", BACKBONES)
 def test_the_planner_keeps_a_budget_with_the_same_gradients(kind: str) -> None:
     config = replace(BACKBONES[kind], drop_path=0.0)

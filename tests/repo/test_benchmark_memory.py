@@ -27,6 +27,7 @@ def budget_of(config: SReTConfig, micro_batch_size: int) -> int:
     return plan.state.total + memory_gpu.OUTSIDE_BYTES + batches.search(micro_batch_size).smallest_bytes()
 
 
+@pytest.mark.lengthy
 def test_each_choice_has_a_row_with_its_prediction() -> None:
     budget = budget_of(CONFIG, 4)
     with patch.object(memory_gpu, "ROUND_S", 0.0):
@@ -38,6 +39,7 @@ def test_each_choice_has_a_row_with_its_prediction() -> None:
     assert "next cheaper choice" in found[3]["left_out"]
 
 
+@pytest.mark.lengthy
 def test_what_the_time_does_not_allow_is_listed() -> None:
     budget = budget_of(replace(CONFIG, image_size=32), 2)
     found = list(memory_gpu.rows({"toy": CONFIG}, [budget], torch.device("cpu"), -1))

@@ -139,6 +139,7 @@ def test_no_gpu_is_a_clear_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert capsys.readouterr().err.startswith("error: --device cuda needs a GPU")
 
 
+@pytest.mark.lengthy
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_the_table_runs_on_a_cpu_at_a_tiny_size(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     out = tmp_path / "table.json"
@@ -157,6 +158,7 @@ def test_the_table_runs_on_a_cpu_at_a_tiny_size(monkeypatch: pytest.MonkeyPatch,
     assert all(row["images_per_s"] > 0 and row["mfu"] > 0 for row in rows if "skipped" not in row)
 
 
+@pytest.mark.lengthy
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_graphs_are_counted_and_later_steps_add_none() -> None:
     torch._dynamo.reset()

@@ -76,6 +76,7 @@ def planted_labels(folder: Path, config: RunConfig, **changes: Any) -> Path:
     return folder
 
 
+@pytest.mark.lengthy
 def test_no_command_imports_what_a_run_names(
     config: RunConfig, tmp_path: Path, is_imported: Callable[[], bool]
 ) -> None:

@@ -11,6 +11,7 @@ from checks.faults import crashes_while_saving, mutations, state_of
 from sret_scale.runs.checkpoint import save_checkpoint
 
 
+@pytest.mark.multi_process
 @pytest.mark.skipif(shutil.which("strace") is None, reason="faults are injected by strace, which is not installed")
 @pytest.mark.parametrize("fault", ["signal=KILL", "error=EIO"])
 def test_a_crash_at_every_file_system_call_of_a_save_leaves_the_old_or_the_new_state(
