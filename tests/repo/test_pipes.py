@@ -16,7 +16,6 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "a hostfile": ("train", "demo_control_20", "--hostfile", "PIPE", "--dry-run"),
     "first weights": ("train", "RUN/config.yaml", "train.initial_weights=PIPE", "--run", "OUT", "--dry-run"),
     "a sweep": ("sweep", "PIPE", "--dry-run"),
-    "speeds": ("sweep", "SWEEP", "--dry-run", "--speeds", "PIPE"),
     "published weights": ("weights", "import", "PIPE", "OUT", "--preset", "sret_t"),
     "own weights": ("export", "PIPE", "OUT", "--format", "safetensors"),
     "an image": ("predict", "RUN", "PIPE"),

@@ -2,6 +2,10 @@
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sret_scale.config.run_config import RunConfig
 
 EXAMPLE = """examples:
   sret-scale labels write shards/train labels/lite0 --teacher efficientnet-lite0 --views 200 --top-k 10
@@ -50,23 +54,16 @@ def run(args: argparse.Namespace) -> int:
 
     from data_pipelines.shards.index import open_shards
     from sret_scale.commands.shards.progress import progress_bar
-    from sret_scale.config.recipes import configuration
-    from sret_scale.config.run_config import RunConfig, override
     from sret_scale.distill import build_teacher
     from sret_scale.distill.label_writer import LabelJob, plan_labels, write_labels
     from sret_scale.train.distributed import ranks_from_environment
     from sret_scale.train.load_run import check_teacher_classes, load_teacher_run
 
-    ranks = ranks_from_environment()
-    rank = ranks.rank if args.rank is None else args.rank
-    world_size = ranks.world_size if args.world_size is None else args.world_size
-    if not 0 <= rank < world_size:
-        raise ValueError(f"--rank: expected 0 to {world_size - 1}, got {rank}")
-    config = configuration(args.recipe, args.set) if args.recipe else override(RunConfig(), args.set)
-    transform = f"data.transform={config.data.transform}"
-    if config.data.transform and transform not in args.set:
-        # The recipe may be a run's config.yaml, which is data.
-        raise ValueError(f"{args.recipe} names code, which runs only when you say so: --set {transform}")
+    given = {name: vars(args)[name] for name in ("rank", "world_size") if vars(args)[name] is not None}
+    ranks = dataclasses.replace(ranks_from_environment(), **given)
+    if not 0 <= ranks.rank < ranks.world_size:
+        raise ValueError(f"--rank: expected 0 to {ranks.world_size - 1}, got {ranks.rank}")
+    config = _config(args.recipe, args.set)
     data = dataclasses.replace(config.data, view_seed=config.data.view_seed or 0)
     shards = open_shards(args.shards)
     check_teacher_classes(args.teacher, shards.class_names)
@@ -96,10 +93,24 @@ def run(args: argparse.Namespace) -> int:
         print(f"[{time.monotonic() - started:7.1f} s] {text}", flush=True)
 
     with progress_bar("labels, counting views") as on_progress:
-        is_finished = write_labels(job, rank=rank, world_size=world_size, report=report, on_progress=on_progress)
+        is_finished = write_labels(
+            job, rank=ranks.rank, world_size=ranks.world_size, report=report, on_progress=on_progress
+        )
     if is_finished:
         views = f"data.num_views={args.views} data.view_seed={data.view_seed}"
         report(f"finished; train with distill.teacher=labels:{args.folder} distill.teacher_input=view {views}")
     else:
         report("this rank is done; other ranks have files to write")
     return 0
+
+
+def _config(recipe: str | None, changes: list[str]) -> "RunConfig":
+    """How views are drawn. ValueError for code that a recipe names: it may be a run's config.yaml, which is data."""
+    from sret_scale.config.recipes import configuration
+    from sret_scale.config.run_config import RunConfig, override
+
+    config = configuration(recipe, changes) if recipe else override(RunConfig(), changes)
+    transform = f"data.transform={config.data.transform}"
+    if config.data.transform and transform not in changes:
+        raise ValueError(f"{recipe} names code, which runs only when you say so: --set {transform}")
+    return config
