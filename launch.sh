@@ -289,13 +289,13 @@ USAGE
     local name text
     while IFS=$'\t' read -r name text; do
         printf '  %-11s %s\n' "$name" "$text"
-    done < <(sed -n 's/^    "\([a-z]*\)": "\(.*\)",$/\1\t\2/p' "$root/sret_scale/cli.py")
+    done < <(sed -n 's/^    "\([a-z]*\)": "\(.*\)",$/\1\t\2/p' "$root/sret_scale/commands/__init__.py")
 }
 
 # A question with the command that was meant, where any Python can tell.
 nearest_command() {
     python3 -c 'import difflib, sys; print(*difflib.get_close_matches(sys.argv[1], sys.argv[2:], 1))' "$1" \
-        $(sed -n 's/^    "\([a-z]*\)": ".*",$/\1/p' "$root/sret_scale/cli.py") 2>/dev/null |
+        $(sed -n 's/^    "\([a-z]*\)": ".*",$/\1/p' "$root/sret_scale/commands/__init__.py") 2>/dev/null |
         sed -n 's/\(..*\)/did you mean \1? /p' || true
 }
 
@@ -323,7 +323,7 @@ main() {
     *[!a-z-]* | -*) fail "unknown option or command $command (--no-venv comes first); see ./launch.sh --help" ;;
     *)
         # A wrong name must not cost an installation first: the table of commands is read as text.
-        grep -q "^    \"$command\": " "$root/sret_scale/cli.py" ||
+        grep -q "^    \"$command\": " "$root/sret_scale/commands/__init__.py" ||
             fail "unknown command $command; $(nearest_command "$command")see ./launch.sh --help"
         prepare
         # The demo's files belong to the project; every other command works where the user stands.

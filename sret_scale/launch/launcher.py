@@ -39,9 +39,10 @@ def launch(
     hosts: Sequence[Host] = (),
     dry_run: bool = False,
     module: str = "sret_scale.train.main",
+    words: tuple[str, ...] = (),
     stop_grace_s: float = 120.0,
 ) -> int:
-    """Run `python -m MODULE CONFIG_PATH` on every rank through DeepSpeed's launcher; returns the run's exit status.
+    """Run `python -m MODULE CONFIG_PATH WORDS` on every rank by DeepSpeed's launcher; returns the run's exit status.
 
     `num_ranks` is for this machine alone (default: its GPUs, or 2 ranks on CPU) or the ranks a node inside Slurm.
     SIGTERM, SIGINT, SIGUSR1, and SIGHUP unless this process inherited it as ignored (nohup), reach the ranks as one
@@ -54,7 +55,7 @@ def launch(
         run_folder=str(run_folder),
         working_folder=str(Path.cwd()),
         module=module,
-        arguments=(str(config_path),),
+        arguments=(str(config_path), *words),
         world={host.name: host.devices for host in place.hosts},
         master_addr=place.master_addr,
         master_port=place.master_port,

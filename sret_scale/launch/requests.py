@@ -1,7 +1,7 @@
 """Work that ranks do on a request, a JSON object: a command asks, every rank answers, rank 0 leaves the result.
 
-    ask -> FOLDER/request.json -> launcher -> `python -m sret_scale.launch.requests FOLDER/request.json` on every rank
-        <- FOLDER/result.json  <-----------------------------------------------'
+    ask -> FOLDER/request.json -> launcher -> `python -m sret_scale.launch.requests REQUEST WORK` on every rank
+        <- FOLDER/result.json  <--------------------------------------------------------------------'
 
 The folder takes the place of a run folder for the launcher: status, logs and error records of the work go there.
 """
@@ -33,8 +33,9 @@ def ask(
     dry_run: bool = False,
 ) -> tuple[int, Any]:
     """(exit status, result) of `work` on ranks; no result where it failed. A dry run says what would be started."""
-    started: dict[str, Any] = {"num_ranks": num_ranks, "hosts": hosts, "module": __spec__.name}
-    request = {"work": f"{work.__module__}:{work.__qualname__}", **request}
+    # Told to the ranks in words of the command, not in the file: nothing that a file names is imported.
+    words = (f"{work.__module__}:{work.__qualname__}",)
+    started: dict[str, Any] = {"num_ranks": num_ranks, "hosts": hosts, "module": __spec__.name, "words": words}
     if dry_run:
         print(f"request:\n{json.dumps(request, indent=1)}")
         return launch(folder, folder / "request.json", **started, dry_run=True), None
@@ -45,7 +46,7 @@ def ask(
         return status, None if status else read_checked(folder / "result.json", object)
 
 
-def answer(file: Path) -> None:
+def answer(file: Path, work: Work) -> None:
     """One rank's share of the request in `file`; rank 0 leaves result.json beside it."""
     request = read_checked(file, dict[str, Any])
     # Importing deepspeed costs seconds, and the command that asks does without it.
@@ -53,7 +54,7 @@ def answer(file: Path) -> None:
 
     ranks = ranks_from_environment()
     start_communication(ranks)
-    result = pkgutil.resolve_name(request.pop("work"))(request, ranks)
+    result = work(request, ranks)
     if ranks.is_main:
         write_json(file.with_name("result.json"), result)
         RunFolder(file.parent).write_status("finished", EXIT_FINISHED)
@@ -61,4 +62,4 @@ def answer(file: Path) -> None:
 
 
 if __name__ == "__main__":
-    answer(Path(sys.argv[1]))
+    answer(Path(sys.argv[1]), pkgutil.resolve_name(sys.argv[2]))

@@ -68,13 +68,13 @@ def run(script: Path, *arguments: str, cwd: Path, path: str | None = None) -> "s
 def copy(tmp_path: Path) -> Path:
     """The script with what it reads, in a folder with a space."""
     folder = tmp_path / "a folder"
-    (folder / "sret_scale").mkdir(parents=True)
+    (folder / "sret_scale" / "commands").mkdir(parents=True)
     for name in (
         "launch.sh",
         "constraints.txt",
         "setup.cfg",
         "pyproject.toml",
-        "sret_scale/cli.py",
+        "sret_scale/commands/__init__.py",
         "sret_scale/__init__.py",
     ):
         shutil.copy(ROOT / name, folder / name)
