@@ -20,7 +20,11 @@ from sret_scale.memory.slots import DeviceSlots, HostSlots, Slots, require_uncha
 
 
 class Chained(Protocol):
-    """One link of a chain, such as an `nn.Module`: maps a tensor to a new tensor, with the same bits at every run."""
+    """One link of a chain, such as an `nn.Module`: maps a tensor to a new tensor, with the same bits at every run.
+
+    Tensors that it reads and that are neither its input nor leaves are its `context`, if it has that attribute; they
+    are among its parameters, and `with_context(tensors)` gives the same link with others in their place.
+    """
 
     def __call__(self, x: Tensor, /) -> Tensor: ...
 
@@ -40,6 +44,22 @@ def call_link(application: Chained, given: list[Tensor]) -> Tensor:
 def is_boxed(application: Chained) -> bool:
     """Whether the application takes its input in a list."""
     return getattr(application, "is_boxed", False)
+
+
+def detached(applications: Sequence[Chained]) -> tuple[list[Chained], dict[Tensor, Tensor]]:
+    """The applications with leaves in the place of their context, and the tensor that each leaf stands for.
+
+    The history of a context may lead to parameters that the applications use too. Where a leaf stands for it, their
+    gradients end at it, and what lies behind is propagated once, when the chain has returned its sum.
+    """
+    leaf_of: dict[Tensor, Tensor] = {}
+    found: list[Any] = list(applications)
+    for index, application in enumerate(found):
+        if context := getattr(application, "context", ()):
+            for tensor in context:
+                leaf_of.setdefault(tensor, tensor.detach().requires_grad_(tensor.requires_grad))
+            found[index] = application.with_context(tuple(leaf_of[tensor] for tensor in context))
+    return found, {leaf: tensor for tensor, leaf in leaf_of.items()}
 
 
 def run_chain(
@@ -67,7 +87,7 @@ def run_chain(
         return x
     slots = HostSlots(x.device) if is_offloaded else DeviceSlots()
     chain = _Chain(applications, schedule, slots, is_checked=is_checked, device_type=x.device.type)
-    return _ChainFunction.apply(chain, x, *chain.parameters)  # type: ignore[no-untyped-call]
+    return _ChainFunction.apply(chain, x, *chain.inputs)  # type: ignore[no-untyped-call]
 
 
 class _Drawn:
@@ -108,12 +128,13 @@ class _Chain:
         is_checked: bool,
         device_type: str,
     ) -> None:
-        self.applications = applications
+        self.applications, origins = detached(applications)
         self.schedule = schedule
         self.is_checked = is_checked
         index_of: dict[Tensor, int] = {}
-        self.used = [[index_of.setdefault(p, len(index_of)) for p in a.parameters()] for a in applications]
+        self.used = [[index_of.setdefault(p, len(index_of)) for p in a.parameters()] for a in self.applications]
         self.parameters = tuple(index_of)
+        self.inputs = tuple(origins.get(p, p) for p in self.parameters)
         self.autocast: Callable[[], torch.autocast] = _current_autocast(device_type)
         self.marks: list[_Mark | None] = [None] * len(applications)
         self.slots = slots

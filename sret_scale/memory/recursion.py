@@ -1,6 +1,7 @@
 """Recursion of anyone's blocks: a few modules applied many times, within the memory one asks for, in plain PyTorch."""
 
 import contextlib
+import copy
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, get_args
@@ -267,6 +268,18 @@ class _Link:
             if isinstance(value, Tensor) and value.requires_grad:
                 yield value
 
+    @property
+    def context(self) -> tuple[Tensor, ...]:
+        """Those of them that have a history."""
+        return tuple(value for value in tree_leaves((self.injected, self.kwargs)) if _has_history(value))
+
+    def with_context(self, context: Sequence[Tensor]) -> "_Link":
+        """The same link with other tensors for its context."""
+        other, given = copy.copy(self), iter(context)
+        values = self.injected, self.kwargs
+        other.injected, other.kwargs = tree_map(lambda value: next(given) if _has_history(value) else value, values)
+        return other
+
     @contextlib.contextmanager
     def _draws(self, device: torch.device) -> Iterator[None]:
         """Inside, torch's generators stand where this application's own seed puts them."""
@@ -276,6 +289,10 @@ class _Link:
         with torch.random.fork_rng([device] if device.type != "cpu" else [], device_type=device.type):
             torch.manual_seed(self.seed)
             yield
+
+
+def _has_history(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.grad_fn is not None
 
 
 def _positive(name: str, value: int) -> int:

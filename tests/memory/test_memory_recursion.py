@@ -50,6 +50,19 @@ def example(**options: Any) -> tuple[Recursion, Tensor, Tensor]:
     return recursion, torch.randn(3, 6, WIDTH, requires_grad=True), torch.randn(3, 6, WIDTH, requires_grad=True)
 
 
+@pytest.mark.parametrize("memory", SCHEDULES, ids=lambda memory: memory["schedule"])
+def test_what_comes_from_the_same_weights_is_propagated_once(memory: dict[str, Any]) -> None:
+    """A context, and an input that is injected, whose history leads to the weights that the chain uses."""
+    recursion, x, context = example(memory=sret_scale.MemoryConfig(**memory), injection="add")
+    grads = []
+    for run in (recursion, lambda x, **kwargs: plain_recursion(recursion, x, (), 5, 5, kwargs)[-1]):
+        kwargs = arguments(recursion.blocks[0].query(context))
+        y = run(run(x, **kwargs), **kwargs)
+        grads.append(torch.autograd.grad(y.square().sum(), [*recursion.parameters(), x, context]))
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("order", ["block", "model"])
 @pytest.mark.parametrize("memory", SCHEDULES, ids=lambda memory: memory["schedule"])
 def test_outputs_and_gradients_are_those_of_a_plain_loop(memory: dict[str, Any], order: Any) -> None:

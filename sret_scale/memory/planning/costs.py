@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sret_scale.memory.gradients import Exit, GradientSums, entered
 from sret_scale.memory.planning.instrument import LiveBytes
-from sret_scale.memory.recompute import Chained, call_link
+from sret_scale.memory.recompute import Chained, call_link, detached
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +38,7 @@ class ApplicationCost:
 
 def measure_application(application: Chained, x: Tensor) -> ApplicationCost:
     """The cost of `application` on an input like `x`, in the autocast state of now."""
+    ((application,), _) = detached([application])
     parameters = tuple(p for p in application.parameters() if p.requires_grad)
     sums = GradientSums(parameters)
     with LiveBytes(parameters) as counter:
