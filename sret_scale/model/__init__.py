@@ -5,7 +5,7 @@ from sret_scale.model.count import describe
 from sret_scale.model.noise import Noise
 from sret_scale.model.stack import ParameterTag, StackModel
 from sret_scale.model.stage import Application, Stage
-from sret_scale.model.text.text_config import TextConfig
+from sret_scale.model.text.text_config import TextConfig, TranslationConfig
 from sret_scale.model.vision.presets import PRESETS, preset
 from sret_scale.model.vision.sret import SReT
 from sret_scale.model.vision.stem import Stem
@@ -23,6 +23,7 @@ __all__ = [
     "StageConfig",
     "Stem",
     "TextConfig",
+    "TranslationConfig",
     "describe",
     "preset",
 ]

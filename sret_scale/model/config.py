@@ -180,6 +180,10 @@ class StackConfig(abc.ABC):
     def num_tokens(self, index: int) -> int:
         """Tokens of a sample in stage `index`."""
 
+    def has_memory(self, index: int) -> bool:
+        """Whether the tokens of stage `index` attend to a memory too."""
+        return False
+
     @abc.abstractmethod
     def example(self, micro_batch_size: int) -> Tensor:
         """An input of the model, without meaning, for those who measure what a step takes."""

@@ -21,11 +21,11 @@ from sret_scale.model.conditioning import NUM_DEPTH_FEATURES
 from sret_scale.model.config import SReTConfig, StackConfig
 from sret_scale.model.stack import StackModel
 from sret_scale.model.stage import Stage
-from sret_scale.model.text.text_config import NUM_BYTES, TextConfig
+from sret_scale.model.text.text_config import TextConfig
 
 
 def describe(config: StackConfig, image_size: int | None = None) -> dict[str, Any]:
-    """JSON-ready counts for one image, or one window of text.
+    """JSON-ready counts for one image, one window of text, or one row of translation, full on both sides.
 
     `macs` counts all; `macs_published` leaves the head out, as the paper does.
     """
@@ -42,7 +42,7 @@ def describe(config: StackConfig, image_size: int | None = None) -> dict[str, An
     measured = config.measured_macs()
     if isinstance(config, TextConfig):
         sizes = {"context": config.context}
-        scores = config.context * NUM_BYTES
+        scores = config.context * config.vocabulary
     else:
         sizes = {name: getattr(config, name) for name in ("image_size", "num_classes")}
         scores = sizes["num_classes"]
@@ -72,7 +72,7 @@ def describe(config: StackConfig, image_size: int | None = None) -> dict[str, An
 def _stage_row(config: StackConfig, index: int, model: StackModel) -> dict[str, Any]:
     stage, applications = config.stages[index], config.stages[index].num_applications
     sizes: dict[str, Any] = {"tokens": config.num_tokens(index), "macs": _stage_macs(config, index)}
-    sub_layers, layers = 2, 4
+    sub_layers, layers = (3, 6) if config.has_memory(index) else (2, 4)
     if isinstance(config, SReTConfig):
         grid = config.grids[index]
         sizes |= {"grid": grid, "tokens": grid * grid}
@@ -110,6 +110,11 @@ def _stage_macs(config: StackConfig, index: int) -> int:
     linear = 4 * width * width + 2 * width * stage.hidden_width
     if num_projections(stage):
         linear += 2 * width * stage.projection_hidden_width
+    memory = 0
+    if config.has_memory(index):
+        # Queries and output; attention over a source of as many tokens; keys and values once for each block.
+        linear += 2 * width * width
+        memory = num_tokens * width * (2 * num_tokens * stage.num_applications + 2 * width * stage.num_blocks)
     # Of causal scores the half that is hidden costs nothing.
     width_seen = width if config.is_causal else 2 * width
     attention = sum(width_seen * num_tokens // slot.groups for slot in application_slots(config, index))
@@ -122,7 +127,8 @@ def _stage_macs(config: StackConfig, index: int) -> int:
     }.get(stage.conditioning, 0)
     if stage.slices == "windows":
         weights += stage.num_heads * (2 * stage.window - 1) ** 2 * stage.window**4
-    return num_tokens * (stage.num_applications * linear + attention) + stage.num_applications * weights
+    body = num_tokens * (stage.num_applications * linear + attention) + stage.num_applications * weights
+    return body + memory
 
 
 def _stem_macs(config: SReTConfig) -> int:

@@ -21,6 +21,7 @@ from sret_scale.model.applications import (
 )
 from sret_scale.model.conditioning import LoopDeltas, conditioning
 from sret_scale.model.config import StageConfig
+from sret_scale.model.cross_attention import CrossAttention, Sight
 from sret_scale.model.operations import Affine, operations
 from sret_scale.model.operations import unfused as plain
 from sret_scale.model.operations.fused import NORM_EPS
@@ -86,16 +87,17 @@ class Attention(nn.Module):
             self.offsets = nn.Parameter(torch.zeros(stage.num_heads, len(pairs)))
             self.register_buffer("pairs", pairs, persistent=False)
 
-    def mix(self, qkv_BNC: Tensor, groups: int, hidden: Tensor | None = None) -> Tensor:
+    def mix(self, qkv_BNC: Tensor, groups: int, hidden: Tensor | None = None, sight: Sight | None = None) -> Tensor:
         """(B, N, D) attention of (B, N, 3D) queries, keys, values. Groups fold into the batch of one fused call.
 
         hidden: (G, 1, 1, L) of windows, added to the scores of keys beside the bias of their places.
+        sight: of tokens that are not sliced.
         """
         qkv = rearrange(qkv_BNC, "b (g l) (three h k) -> three (b g) h l k", g=groups, three=3, h=self.num_heads)
         # unbind, since the gradients of three indexings would be three full-size tensors of mostly zeros.
         query, key, value = qkv.unbind(0)
         if hidden is None:
-            mixed = self.attend(query, key, value)
+            mixed = self.attend(query, key, value, None if sight is None else sight.mask)
         else:
             mixed = self._mix_windows(query, key, value, hidden)
         if self.inner_norm is None or not self.padding:
@@ -105,10 +107,10 @@ class Attention(nn.Module):
         heads = rearrange(self.inner_norm(real_BND), "b n (h k) -> b n h k", h=self.num_heads)
         return F.pad(heads, (0, self.padding)).flatten(-2)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B G, H, L, K) of queries, keys and values of this shape."""
-        scale = self.head_width**-0.5
-        return F.scaled_dot_product_attention(query, key, value, is_causal=self.is_causal, scale=scale)
+        options = {"is_causal": self.is_causal, "scale": self.head_width**-0.5}
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, **options)
 
     def bias(self, hidden: Tensor) -> Tensor:
         """(G, H, L, L) what windows add to the scores."""
@@ -165,9 +167,10 @@ class Block(nn.Module):
     """The shared set of weights of a recursion: attention and feed-forward, each with norm and learnable residual.
 
     is_causal: tokens attend to those before them in their slice, and to themselves.
+    has_memory: they attend to a memory too, between the two.
     """
 
-    def __init__(self, stage: StageConfig, sizes: Sizes, *, is_causal: bool = False) -> None:
+    def __init__(self, stage: StageConfig, sizes: Sizes, *, is_causal: bool = False, has_memory: bool = False) -> None:
         super().__init__()
         scale, _ = branch_scales(stage)
         constants, _ = residual_constants(stage)
@@ -176,6 +179,8 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(stage.width, eps=NORM_EPS)
         self.attention = Attention(stage, sizes, is_causal=is_causal)
         self.residual1 = LearnableResidual(stage, sizes.width, scale, constants)
+        self.cross = CrossAttention(stage, sizes) if has_memory else None
+        self.residual_cross = LearnableResidual(stage, sizes.width, scale, constants) if has_memory else None
         self.norm2 = nn.LayerNorm(stage.width, eps=NORM_EPS)
         self.feed_forward = FeedForward(sizes.width, sizes.hidden_width, _inner_norm(stage, stage.hidden_width))
         self.residual2 = LearnableResidual(stage, sizes.width, scale, constants)
@@ -185,7 +190,8 @@ class Block(nn.Module):
     @property
     def residuals(self) -> tuple[LearnableResidual, ...]:
         """Those of its sub-layers, in their order."""
-        return self.residual1, self.residual2
+        between = () if self.residual_cross is None else (self.residual_cross,)
+        return self.residual1, *between, self.residual2
 
     def forward(
         self,
@@ -196,13 +202,14 @@ class Block(nn.Module):
         draw: Draw | None = None,
         place: LoopPosition | None = None,
         hidden: Tensor | None = None,
+        sight: Sight | None = None,
     ) -> Tensor:
         """The stream after one use of the block; masks (2, B, 1, 1) scales both branches of each sample.
 
-        place: where the loop stands, in a stage that runs other than all its loops. hidden: see `Attention.mix`.
+        place: where the loop stands, in a stage that runs other than all its loops. hidden, sight: `Attention.mix`.
         """
         constants = None if place is None else place.block
-        return self.transform(x_BND, self._deltas(loop, place), groups, masks, draw, constants, hidden)
+        return self.transform(x_BND, self._deltas(loop, place), groups, masks, draw, constants, hidden, sight)
 
     def transform(
         self,
@@ -213,6 +220,7 @@ class Block(nn.Module):
         draw: Draw | None,
         constants: Constants | None,
         hidden: Tensor | None = None,
+        sight: Sight | None = None,
     ) -> Tensor:
         """The stream after one use with what its loop adds; nothing else tells loops apart, so a graph serves them all.
 
@@ -223,13 +231,16 @@ class Block(nn.Module):
         attention = self.attention
         x_BND = operations().project_residual(
             x_BND,
-            attention.mix(self._qkv(x_BND, norm1, deltas), groups, hidden),
+            attention.mix(self._qkv(x_BND, norm1, deltas), groups, hidden, sight),
             attention.out.weight,
             attention.out.bias,
             **self.residual1.coefficients(x_BND, mask1, draw, constants),
         )
         if self.norms_after:
             x_BND = plain.layer_norm(x_BND, *norm1)
+        if self.cross is not None and self.residual_cross is not None:
+            # A sample's branch is dropped with that of its other attention.
+            x_BND = self.cross(x_BND, sight, self.residual_cross.coefficients(x_BND, mask1, draw, constants))
         fc1 = _shifted(self.feed_forward.fc1, deltas.fc1)
         before = None if self.norms_after else norm2
         coefficients = self.residual2.coefficients(x_BND, mask2, draw, constants)

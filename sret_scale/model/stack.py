@@ -27,6 +27,7 @@ _KINDS: dict[str, ParameterKind] = {
     "position": "position",
     "pools": "pool",
     "norm": "norm",
+    "memory_norm": "norm",
     "head": "head",
 }
 
@@ -76,11 +77,11 @@ class StackModel(nn.Module, abc.ABC):
         """What the last stage gives, and `forward_head` takes."""
 
     @abc.abstractmethod
-    def forward_stem(self, inputs: Tensor, noise: Noise | None = None) -> Tensor:
+    def forward_stem(self, inputs: Tensor, noise: Noise | None = None) -> Any:
         """What goes into the first stage."""
 
     @abc.abstractmethod
-    def planned_outputs(self, first: Tensor, noise: Noise | None, plan: DepthPlan) -> Iterator[Tensor]:
+    def planned_outputs(self, first: Any, noise: Noise | None, plan: DepthPlan) -> Iterator[Tensor]:
         """What the last stage gives at the plan's supervised loop counts and at its end, from what the stem gave."""
 
     @abc.abstractmethod
@@ -148,11 +149,12 @@ def layer_numbers(config: StackConfig) -> dict[str, int]:
             last += 1
             layers[f"pools.{index - 1}"] = last
         for block in range(stage.num_blocks):
-            layers[f"stages.{index}.blocks.{block}"] = last + 1 + block
+            for part in ("blocks", "memory"):
+                layers[f"stages.{index}.{part}.{block}"] = last + 1 + block
         for slot in application_slots(config, index):
             # One that blocks share goes with the last of them.
             if slot.projection is not None:
                 name = f"stages.{index}.projections.{slot.projection}"
                 layers[name] = max(layers.get(name, 0), last + 1 + slot.block)
         last += stage.num_blocks
-    return {**layers, "norm": last, "head": last + 1}
+    return {**layers, "norm": last, "memory_norm": last, "head": last + 1}

@@ -7,15 +7,17 @@ graph) replaces `Stage.run_chain` from outside; the stage knows nothing of it.
 import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from sret_scale.model.applications import ApplicationSpec, application_slots, drop_path_rates, num_projections
 from sret_scale.model.conditioning import InputInjection
 from sret_scale.model.config import SReTConfig, StackConfig
+from sret_scale.model.cross_attention import Sight
 from sret_scale.model.depth_plan import DepthPlan, planned_rates, planned_slots
 from sret_scale.model.layers import Block, NonLinearProjection
 from sret_scale.model.noise import Dropout, Noise, PermutationSource, drop_path_masks
@@ -34,6 +36,7 @@ class Application:
     token_order: which of the stage's permutations the tokens are in afterwards, None for the image's own order.
     masks: (2, B, 1, 1) factors of both branches per sample (stochastic depth).
     hidden: what windows add to the scores of keys (`layers.Attention.mix`).
+    sight: what the tokens see, with the keys and values of the block where there is a memory.
     autocast: the mode of the pass that built the chain; a re-run in the backward pass enters it again. The weight
         cache is off: with it, gradients of many uses of a weight are summed in bf16 (20 % error at 1000 uses against
         0.5 %).
@@ -53,6 +56,7 @@ class Application:
     is_detached: bool
     dropout: Dropout | None
     hidden: Tensor | None = None
+    sight: Sight | None = None
 
     is_boxed = True
     """A call may also be given its input alone in a list, which it empties: it is free once it was reordered."""
@@ -98,14 +102,24 @@ class Application:
     def _transform(self, x_BND: Tensor) -> Tensor:
         draw = None if self.dropout is None else self.dropout.masks(x_BND)
         slot = self.slot
-        x_BND = self.block(x_BND, slot.loop, slot.groups, self.masks, draw, slot.place, self.hidden)
+        x_BND = self.block(x_BND, slot.loop, slot.groups, self.masks, draw, slot.place, self.hidden, self.sight)
         x_BND = x_BND if self.projection is None else self.projection(x_BND, draw, slot.place)
         return self.block.finished(x_BND)
 
-    def parameters(self) -> tuple[nn.Parameter, ...]:
-        """Every parameter that a call reads."""
+    def parameters(self) -> tuple[Tensor, ...]:
+        """Every parameter that a call reads, and its context."""
         parts: list[nn.Module] = [self.block] if self.projection is None else [self.block, self.projection]
-        return tuple(parameter for part in parts for parameter in part.parameters())
+        return *(parameter for part in parts for parameter in part.parameters()), *self.context
+
+    @property
+    def context(self) -> tuple[Tensor, ...]:
+        """What a call reads beside its input and is no parameter: it has a history, and gets a gradient."""
+        return () if self.sight is None else self.sight.memory
+
+    def with_context(self, context: tuple[Tensor, ...]) -> "Application":
+        """The same application with other tensors for its context."""
+        assert self.sight is not None
+        return replace(self, sight=self.sight._replace(memory=context))
 
 
 Chain = Callable[[Sequence["Application"], Tensor], Tensor]
@@ -124,6 +138,16 @@ def chains_run_by(stages: Iterable[nn.Module], way: Callable[[int], Chain]) -> I
     finally:
         for stage, chain in zip(ours, before, strict=True):
             stage.run_chain = chain
+
+
+def context_of(applications: Iterable[Application]) -> tuple[Tensor, ...]:
+    """The context of all applications, each tensor once."""
+    return tuple(dict.fromkeys(tensor for application in applications for tensor in application.context))
+
+
+def chain_of(function: Callable[..., Tensor], *given: object) -> Chain:
+    """The way of an autograd function that takes what is given, the applications, their input and their context."""
+    return lambda applications, x_BND: function(*given, applications, x_BND, *context_of(applications))
 
 
 def run_in_turn(applications: Sequence[Application], x_BND: Tensor) -> Tensor:
@@ -147,8 +171,11 @@ class Stage(nn.Module):
         self.injected = stage.conditioning in ("input_add", "input_gated", "input_tied")
         self.drop_path_rates = [drop_path_rates(config)[index][slot.block] for slot in self.slots]
         sizes = stored_sizes(config, index)
-        made = blocks or (Block(stage, sizes, is_causal=config.is_causal) for _ in range(stage.num_blocks))
-        self.blocks = nn.ModuleList(made)
+        kind = {"is_causal": config.is_causal, "has_memory": config.has_memory(index)}
+        self.blocks = nn.ModuleList(blocks or (Block(stage, sizes, **kind) for _ in range(stage.num_blocks)))
+        # Keys and values of the memory, once for all loops of a block.
+        num_readers = stage.num_blocks if config.has_memory(index) else 0
+        self.memory = nn.ModuleList(nn.Linear(sizes.width, 2 * sizes.width) for _ in range(num_readers))
         self.projections = nn.ModuleList(NonLinearProjection(stage, sizes) for _ in range(num_projections(stage)))
         self.windows = None
         if stage.slices == "windows":
@@ -159,13 +186,20 @@ class Stage(nn.Module):
         self.chain_number = 0
         """Which chain of a pass `run_chain` is called for: there are several where scores are taken on the way."""
 
-    def forward(self, x_BND: Tensor, noise: Noise | None = None, plan: DepthPlan | None = None) -> Tensor:
+    def forward(
+        self, x_BND: Tensor, noise: Noise | None = None, plan: DepthPlan | None = None, sight: Sight | None = None
+    ) -> Tensor:
         """The stream after all applications, tokens in their first order. It stays fp32 under autocast."""
-        *_, x_BND = self.outputs(x_BND, noise, plan)
+        *_, x_BND = self.outputs(x_BND, noise, plan, sight=sight)
         return x_BND
 
     def outputs(
-        self, x_BND: Tensor, noise: Noise | None = None, plan: DepthPlan | None = None, counts: Sequence[int] = ()
+        self,
+        x_BND: Tensor,
+        noise: Noise | None = None,
+        plan: DepthPlan | None = None,
+        counts: Sequence[int] = (),
+        sight: Sight | None = None,
     ) -> Iterator[Tensor]:
         """The stream after each of these numbers of loops of the last block, and at last after all applications."""
         slots = self.slots if plan is None else planned_slots(self.config, plan, self.index)
@@ -173,6 +207,9 @@ class Stage(nn.Module):
             x_BND = self.windows.padded(x_BND)
         order = TokenOrder(self._draw_permutations(slots, x_BND, noise))
         applications = self.chain(slots, x_BND, order, noise, plan)
+        if sight is not None:
+            sights = self._sights(sight)
+            applications = [replace(one, sight=sights[one.slot.block]) for one in applications]
         state = torch.cat([x_BND, x_BND], dim=1) if self.injected else x_BND
         done, self.chain_number = 0, 0
         for end in [*(cut_after(slots, count) for count in counts), len(slots)]:
@@ -227,6 +264,18 @@ class Stage(nn.Module):
                 )
             )
         return applications
+
+    def _sights(self, sight: Sight) -> list[Sight]:
+        """That of each block, with the keys and values that it has of the memory."""
+        memory = self.keys_and_values(*sight.memory) if len(sight.memory) == 1 else sight.memory
+        return [sight._replace(memory=memory[2 * block : 2 * block + 2]) for block in range(len(self.blocks))]
+
+    def keys_and_values(self, memory_BSD: Tensor) -> tuple[Tensor, ...]:
+        """(B, H, S, K) keys and values of a memory for each block in turn: what a `Sight` may hold in its place."""
+        heads = self.config.stages[self.index].num_heads
+        with uncached_autocast(memory_BSD.device.type)():
+            made = [rearrange(one(memory_BSD), "b s (two h k) -> two b h s k", two=2, h=heads) for one in self.memory]
+        return tuple(part for both in made for part in both.unbind(0))
 
     def _draw_permutations(self, slots: Sequence[ApplicationSpec], x_BND: Tensor, noise: Noise | None) -> Tensor | None:
         groups, num_tokens = [slot.groups for slot in slots if slot.permuted], x_BND.shape[1]

@@ -13,7 +13,7 @@ from sret_scale.memory import MemoryConfig, prepare_memory
 from sret_scale.model import Noise, StageConfig, TextConfig, describe
 from sret_scale.model.depth_plan import first_loops
 from sret_scale.model.permutation import ascending_slices, strided_order
-from sret_scale.model.text import next_byte
+from sret_scale.model.text import token_model
 from sret_scale.model.text.next_byte import NextByte
 
 NOISE = Noise(permutation_seed=3, sample_seed=4)
@@ -29,6 +29,7 @@ def config(**fields: Any) -> TextConfig:
 def built(model_config: TextConfig) -> NextByte:
     torch.manual_seed(1)
     model = model_config.build().double()
+    assert isinstance(model, NextByte)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
@@ -152,7 +153,7 @@ def test_scores_of_a_micro_batch_are_never_whole(monkeypatch: pytest.MonkeyPatch
     """In chunks of 5 of 24 tokens: as in one, gradients included, and no tensor of scores has more."""
     model, inputs, sizes = built(config()), rows(), []
     whole = torch.autograd.grad(model(inputs).sum(), list(model.parameters()))
-    monkeypatch.setattr(next_byte, "CHUNK_TOKENS", 5)
+    monkeypatch.setattr(token_model, "CHUNK_TOKENS", 5)
     model.head.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
     parts = torch.autograd.grad(model(inputs).sum(), list(model.parameters()))
     # Forward, and again backward.

@@ -6,7 +6,7 @@ measures one application of each kind and notes how much memory the rest of the 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from sret_scale.memory.planning.costs import ApplicationCost, measure_applicatio
 from sret_scale.memory.planning.instrument import LiveBytes
 from sret_scale.model import Application, Noise, StackConfig, StackModel
 from sret_scale.model.depth_plan import DepthPlan
+from sret_scale.model.stage import chain_of, context_of
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 
@@ -90,12 +91,13 @@ class _Probe:
         self.stages: list[tuple[ApplicationCost, ...]] = []
         self.stage_of: list[int] = []
         self.used: list[set[Tensor]] = []
+        self.contexts: list[int] = []
         # A chain may have an input without gradient; its backward pass is noted all the same.
         anchor = torch.empty(0, requires_grad=True)
         self.before: list[tuple[int, int]] = []  # when the forward pass of a stage begins
         self.after: list[tuple[int, int]] = []  # when its backward pass begins, last stage first
         for index, stage in enumerate(model.stages):
-            stage.run_chain = partial(_ProbeFunction.apply, self, index, anchor)  # type: ignore[assignment]
+            stage.run_chain = chain_of(_ProbeFunction.apply, self, index, anchor)  # type: ignore[assignment]
 
     def note(self, notes: list[tuple[int, int]]) -> None:
         """Writes down where the counter is."""
@@ -113,12 +115,18 @@ class _Probe:
                 costs[kind] = measure_application(application, x_BND)
         self.stages.append(tuple(costs[_kind(application)] for application in applications))
         self.used.append({parameter for application in applications for parameter in application.parameters()})
+        self.contexts.append(sum(map(size_bytes, context_of(applications))))
         counter.peak, counter.moved, counter.launches = before
 
     def _waiting(self, number: int) -> int:
         """Gradients that later chains gave to parameters of earlier ones too: autograd holds them for the sum."""
         later, others = (set().union(*chains) for chains in (self.used[number + 1 :], self.used[: number + 1]))
         return sum(size_bytes(parameter) for parameter in later & others)
+
+    def _held_backward(self, waiting: list[int]) -> tuple[int, ...]:
+        """What each chain finds alive, with the sums of its context's gradients, which it holds to its end."""
+        rows = zip(reversed(self.after), waiting, self.contexts, strict=True)
+        return tuple(live + wait + context for (live, _), wait, context in rows)
 
     def result(self) -> StepCosts:
         """All notes of a finished step."""
@@ -128,7 +136,7 @@ class _Probe:
             stages=tuple(self.stages),
             stage_of=tuple(self.stage_of),
             held_forward=tuple(live for live, _ in self.before),
-            held_backward=tuple(live + wait for (live, _), wait in zip(reversed(self.after), waiting, strict=True)),
+            held_backward=self._held_backward(waiting),
             peaks_before=(*(peak for _, peak in self.before), self.after[0][1]),
             peaks_after=(
                 self.counter.peak,
@@ -147,21 +155,27 @@ class _ProbeFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, probe: _Probe, stage: int, anchor: Tensor, applications: Sequence[Application], x_BND: Tensor
+        ctx: Any,
+        probe: _Probe,
+        stage: int,
+        anchor: Tensor,
+        applications: Sequence[Application],
+        x_BND: Tensor,
+        *context: Tensor,
     ) -> Tensor:
         probe.note(probe.before)
         probe.stage_of.append(stage)
         probe.measure(applications, x_BND.detach())
-        ctx.probe, ctx.applications = probe, applications
+        ctx.probe, ctx.applications, ctx.context = probe, applications, context
         return torch.empty_like(x_BND)
 
     boxed_grads_call = True  # a real chain frees the gradient that comes in; its bytes are the chain's own
 
     @staticmethod
-    def backward(ctx: Any, grads: list[Tensor] | Tensor) -> tuple[None, None, None, None, Tensor]:
+    def backward(ctx: Any, grads: list[Tensor] | Tensor) -> tuple[Tensor | None, ...]:
         shape = (grads.pop() if isinstance(grads, list) else grads).shape
         ctx.probe.note(ctx.probe.after)
-        return None, None, None, None, torch.empty(shape)
+        return None, None, None, None, torch.empty(shape), *map(torch.empty_like, ctx.context)
 
 
 def _kind(application: Application) -> tuple[object, ...]:

@@ -1,18 +1,13 @@
-"""Text that a language model writes, byte by byte, with the keys and values of earlier bytes kept.
-
-Applications of one block in different loops have different inputs, so each keeps its own keys and values (the policy
-that others call `each`): what is written is to rounding what whole passes would write. V is as in `next_byte`.
-"""
+"""Text that a language model writes, byte by byte, with the keys and values of earlier bytes kept (`kept_keys`)."""
 
 from collections.abc import Iterator
-from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sret_scale.model.stack import StackModel
+from sret_scale.model.text.kept_keys import KeptKeys
 from sret_scale.model.text.next_byte import NextByte
 
 
@@ -43,37 +38,13 @@ class LoopCache:
     """Reads every byte once. For models whose applications attend to all tokens: slices would need a table each."""
 
     def __init__(self, model: NextByte) -> None:
-        self._model, self.num_read = model, 0
-        # Of every application in the order in which they run: keys and values (1, heads, bytes read, head width).
-        self._kept: list[tuple[Tensor, Tensor]] = []
-        self._number = 0
+        self._model, self._keys, self.num_read = model, KeptKeys(model.stages), 0
 
     def scores(self, piece: bytes) -> Tensor:
-        model, end = self._model, self.num_read + len(piece)
-        assert self.num_read == 0 or len(piece) == 1, "the mask of a later piece would be another one"
-        x_1ND = model.stem(tokens_of(piece, model)) + model.position[self.num_read : end]
-        attentions: list[Any] = [block.attention for stage in model.stages for block in stage.blocks]  # type: ignore[union-attr]
-        self._number = 0
-        try:
-            for attention in attentions:
-                attention.attend = partial(self._attend, attention.head_width**-0.5)
-            for stage in model.stages:
-                x_1ND = stage(x_1ND)
-        finally:
-            for attention in attentions:
-                del attention.attend
-        self.num_read = end
-        return model.forward_head(x_1ND[:, -1])[0]
-
-    def _attend(self, scale: float, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        if self.num_read:
-            before_key, before_value = self._kept[self._number]
-            key, value = torch.cat([before_key, key], dim=2), torch.cat([before_value, value], dim=2)
-            self._kept[self._number] = key, value
-        else:
-            self._kept.append((key, value))
-        self._number += 1
-        return F.scaled_dot_product_attention(query, key, value, is_causal=not self.num_read, scale=scale)
+        model, begin = self._model, self.num_read
+        self.num_read += len(piece)
+        x_1ND = model.stem(tokens_of(piece, model)) + model.position[begin : self.num_read]
+        return model.forward_head(self._keys.read(x_1ND)[:, -1])[0]
 
 
 def reader_of(model: NextByte) -> Reader:

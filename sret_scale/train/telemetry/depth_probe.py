@@ -7,7 +7,6 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from sret_scale.config.precision import Precision, autocast
 from sret_scale.model import Application, Noise, StackModel
-from sret_scale.model.stage import chains_run_by
+from sret_scale.model.stage import chain_of, chains_run_by, context_of
 from sret_scale.model.windows import HIDDEN
 from sret_scale.train.telemetry.statistics import attention_entropy, rank_ratio, rms, token_cosine
 
@@ -73,7 +72,7 @@ def undisturbed(model: StackModel, device: torch.device, precision: Precision) -
 
 def _walked(model: StackModel, walk: "_Walk") -> contextlib.AbstractContextManager[None]:
     """The model's chains run by `walk`."""
-    return chains_run_by(model.stages, lambda index: partial(_WalkFunction.apply, walk, index))
+    return chains_run_by(model.stages, lambda index: chain_of(_WalkFunction.apply, walk, index))
 
 
 class _Walk:
@@ -98,19 +97,23 @@ class _Walk:
 
     def backward(
         self, stage: int, applications: Sequence[Application], inputs: list[Tensor], grad_BND: Tensor
-    ) -> Tensor:
-        """The gradient of the chain's input."""
+    ) -> tuple[Tensor, ...]:
+        """The gradients of the chain's input and of its context."""
+        sums = {tensor: torch.zeros_like(tensor) for tensor in context_of(applications)}
         for application in reversed(applications):
             leaf = inputs.pop().detach().requires_grad_()
             weights = _block_weights(application.block)
+            context = tuple(tensor.detach().requires_grad_() for tensor in application.context)
             with torch.enable_grad():
-                y_BND = application(leaf)
-            grad_BND, *gradients = torch.autograd.grad(y_BND, [leaf, *weights], grad_BND)
+                y_BND = (application.with_context(context) if context else application)(leaf)
+            grad_BND, *gradients = torch.autograd.grad(y_BND, [leaf, *weights, *context], grad_BND)
+            for tensor in reversed(application.context):
+                sums[tensor] += gradients.pop()
             place = stage, application.slot.block
             gradient = torch.cat([value.flatten() for value in gradients])
             later = self.agreement.setdefault(place, _Agreement())
             self.uses[place][application.slot.position].update(later.add(gradient))
-        return grad_BND
+        return grad_BND, *sums.values()
 
     def blocks(self) -> list[BlockUses]:
         """The notes as numbers."""
@@ -152,16 +155,18 @@ class _WalkFunction(torch.autograd.Function):
     """A chain that is run, and run back, by a walk."""
 
     @staticmethod
-    def forward(ctx: Any, walk: _Walk, stage: int, applications: Sequence[Application], x_BND: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, walk: _Walk, stage: int, applications: Sequence[Application], x_BND: Tensor, *context: Tensor
+    ) -> Tensor:
         y_BND, inputs = walk.forward(stage, applications, x_BND)
         ctx.state = walk, stage, applications, inputs
         return y_BND
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_BND: Tensor) -> tuple[None, None, None, Tensor]:
+    def backward(ctx: Any, grad_BND: Tensor) -> tuple[Tensor | None, ...]:
         walk, stage, applications, inputs = ctx.state
-        return None, None, None, walk.backward(stage, applications, inputs, grad_BND)
+        return None, None, None, *walk.backward(stage, applications, inputs, grad_BND)
 
 
 def _block_weights(block: nn.Module) -> list[nn.Parameter]:
@@ -183,6 +188,8 @@ def _look(application: Application, x_BND: Tensor, y_BND: Tensor) -> dict[str, T
         if block.is_causal:
             length = qkv_BNC.shape[1] // slot.groups
             bias = qkv_BNC.new_full((length, length), HIDDEN, dtype=torch.float32).triu(1)
+        if application.sight is not None and (mask := application.sight.mask) is not None:
+            bias = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, HIDDEN)[:, None]
         entropy = attention_entropy(qkv_BNC, slot.groups, block.num_heads, bias)
         largest = torch.maximum(largest, qkv_BNC.abs().max().float())
     if not block.norms_after:
