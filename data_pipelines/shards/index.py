@@ -27,7 +27,7 @@ from data_pipelines.shards.manifest import (
 )
 from data_pipelines.shards.npz_columns import Columns, parse_columns, render_columns
 from data_pipelines.shards.packed_strings import PackedStrings
-from data_pipelines.text.pieces import KIND
+from data_pipelines.text.pieces import KIND, PAIR_KINDS
 
 # Column -> little-endian type. One value per sample, except for `key_bytes`.
 COLUMNS = {
@@ -90,7 +90,12 @@ class ShardSet:
     @property
     def is_text(self) -> bool:
         """Whether samples are windows of text: `width` is then their bytes, and `height` those that count."""
-        return self.manifest.writer.get("kind") == KIND
+        return self.manifest.writer.get("kind") == KIND or self.is_pairs
+
+    @property
+    def is_pairs(self) -> bool:
+        """Whether they are pairs of texts: `width` is then the bytes of the source, and `height` of the target."""
+        return self.manifest.writer.get("kind") in PAIR_KINDS
 
     @property
     def class_names(self) -> list[str]:

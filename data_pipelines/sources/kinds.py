@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from data_pipelines.grids.made import GridReader, list_grids
-from data_pipelines.sources import folder, idx, ilsvrc, parquet, tars, texts
+from data_pipelines.sources import folder, idx, ilsvrc, pairs, parquet, tars, texts
 from data_pipelines.sources.listing import Listing, Reader
 from data_pipelines.sources.ranges import FileReader, RangeReader
 
@@ -24,6 +24,8 @@ KINDS = {
     "tars": SourceKind(tars.list_samples, tars.TarReader),
     "idx": SourceKind(idx.list_samples, idx.IdxReader),
     "text": SourceKind(texts.list_windows, RangeReader),
+    "moses": SourceKind(pairs.list_pairs, pairs.PairReader),
+    "tsv": SourceKind(pairs.list_pairs, pairs.PairReader),
     "mazes": SourceKind(list_grids, GridReader),
     "products": SourceKind(list_grids, GridReader),
 }

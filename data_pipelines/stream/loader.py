@@ -156,7 +156,7 @@ class TrainLoader:
             reader = stack.enter_context(ShardReader(self._shards))
             filler = BatchFiller(
                 source.over(reader, self.quarantine.add),
-                row_shape=row_shape(self._image_size, self._context),
+                row_shape=row_shape(self._shards, self._image_size, self._context),
                 num_threads=self._config.workers,
                 stall_s=self._config.stall_s,
                 in_progress=reader.in_progress,
@@ -192,7 +192,7 @@ class TrainLoader:
         batches = worker_batches(
             source,
             of_steps(),
-            row_shape=row_shape(self._image_size, self._context),
+            row_shape=row_shape(self._shards, self._image_size, self._context),
             maps=tuple(map_names(self._shards.members)),
             num_workers=self._config.workers,
             prefetch_batches=self._config.prefetch_batches,
@@ -291,8 +291,10 @@ def check_node_cache(
     loader.check_cache(LoaderState())
 
 
-def row_shape(image_size: int, context: int | None) -> tuple[int, ...]:
-    """Of a sample in a batch: pixels, or bytes of text."""
+def row_shape(shards: ShardSet, image_size: int, context: int | None) -> tuple[int, ...]:
+    """Of a sample in a batch: pixels, bytes of text, or those of both sides of a pair, as many as the longest has."""
+    if shards.is_pairs:
+        return 2, int(max(shards.width.max(initial=1), shards.height.max(initial=1)))
     return (3, image_size, image_size) if context is None else (context,)
 
 
@@ -305,12 +307,12 @@ def check_views(shards: ShardSet, config: DataConfig, image_size: int, context: 
         kinds = ("images", "text")
         raise ValueError(
             f"{shards.folder}: expected shards of {kinds[not shards.is_text]}, got shards of {kinds[shards.is_text]}: "
-            "task=language reads text, other tasks images"
+            "task=language reads text, task=translation pairs of it, other tasks images"
         )
     if context is not None:
         if config.transform:
             raise ValueError(f"{shards.folder}: text is not transformed: set data.transform=null")
-        if (longest := int(shards.width.max(initial=0))) > context:
+        if not shards.is_pairs and (longest := int(shards.width.max(initial=0))) > context:
             raise ValueError(
                 f"{shards.folder}: windows of {longest:,} bytes do not fit into a context of {context:,}: set "
                 f"model.context={longest}, or write the shards with --window {context}"
@@ -352,7 +354,7 @@ def evaluation_batches(
         source = EvaluationSamples(reader, shards, config)
         filler = BatchFiller(
             source,
-            row_shape=row_shape(image_size, context),
+            row_shape=row_shape(shards, image_size, context),
             num_threads=config.workers,
             stall_s=config.stall_s,
             in_progress=reader.in_progress,

@@ -34,11 +34,11 @@ PADDING = -1
 class Batch:
     """Rows of one micro batch. In padding of evaluation `valid` is False, `indices` is -1 and the rest is zero."""
 
-    images: Tensor  # uint8 (B, 3, H, W); of text its bytes (B, N), zeros behind the last one
+    images: Tensor  # uint8 (B, 3, H, W); of text its bytes (B, N), of pairs (B, 2, N), zeros behind the last one
     labels: Tensor  # int64 (B,)
     indices: Tensor  # int64 (B,) sample index in the shard set
     valid: Tensor  # bool (B,)
-    views: Tensor  # int32 (B, 5): top, left, height, width of the box, 1 for a flip; of text those that count
+    views: Tensor  # int32 (B, 5): top, left, height, width of the box, 1 for a flip; of text what counts
     view_numbers: Tensor  # int32 (B,) which view of its sample a row shows
     # `map`: uint8 (B, H, W) labels of pixels, 255 where nothing is asked; attributes by name: int32 (B, H, W)
     maps: Mapping[str, Tensor] = field(default_factory=dict)

@@ -17,6 +17,7 @@ from data_pipelines.image.view import View, centre_pixels, draw_view, training_p
 from data_pipelines.keyed_random import keyed_words
 from data_pipelines.shards.index import ShardSet
 from data_pipelines.stream.reader import BadSampleError, ShardReader, sample_name
+from data_pipelines.text.pieces import TARGET
 from data_pipelines.user_functions import function_of_user
 
 # Substitutes that are tried for one bad sample before the run stops.
@@ -44,7 +45,15 @@ class SampleSource(Protocol):
 
 
 def read_text(reader: ShardReader, shards: ShardSet, index: int, out_N: NDArray[np.uint8], number: int) -> Sample:
-    """Writes a window's bytes to `out_N`, zeros behind them; its view is the part that counts: start, and length."""
+    """Writes a window's bytes to `out_N`, zeros behind them; its view is the part that counts: start, and length.
+
+    Of a pair source and target to (2, N); the view says their lengths at the same places.
+    """
+    if shards.is_pairs:
+        sides = reader.read(index), reader.read(index, TARGET)
+        for data, out in zip(sides, out_N, strict=True):
+            out[: len(data)], out[len(data) :] = np.frombuffer(data, np.uint8), 0
+        return Sample(int(shards.label[index]), index, (0, len(sides[0]), 1, len(sides[1]), 0), number)
     data, counted = reader.read(index), int(shards.height[index])
     out_N[: len(data)], out_N[len(data) :] = np.frombuffer(data, np.uint8), 0
     return Sample(int(shards.label[index]), index, (0, len(data) - counted, 1, counted, 0), number)

@@ -23,6 +23,7 @@ from data_pipelines.shards.index import ShardSet
 from data_pipelines.stream.loader import LoaderState, TrainingSource, TrainLoader, check_views
 from data_pipelines.stream.reader import ShardReader
 from data_pipelines.stream.samples import TrainingSamples
+from data_pipelines.text.pieces import TARGET
 
 
 def to_webdataset(
@@ -79,9 +80,11 @@ class _Samples(torch.utils.data.IterableDataset[dict[str, Any]]):
     ) -> dict[str, Any]:
         if self._image_size is None:
             image = reader.read(index)
-            found = "txt" if self._shards.is_text else "img"
+            found = "source" if self._shards.is_pairs else "txt" if self._shards.is_text else "img"
             ending = next((name for head, name in _ENDINGS.items() if image.startswith(head)), found)
             content: dict[str, Any] = {ending: image, "cls": str(int(self._shards.label[index])).encode()}
+            if self._shards.is_pairs:
+                content[TARGET] = reader.read(index, TARGET)
         else:
             pixels_CHW = np.empty((3, self._image_size, self._image_size), np.uint8)
             sample = views(epoch, index, repeat, pixels_CHW)

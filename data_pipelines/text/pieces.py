@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 KIND = "text"
 """The kind of source that a set of texts was written from, as its manifest says."""
+PAIR_KINDS = ("moses", "tsv")
+"""Those of sets of pairs, whose samples have a second member, TARGET."""
+TARGET = "target"
 MAX_WINDOW = 1 << 16
 
 
@@ -15,7 +18,7 @@ MAX_WINDOW = 1 << 16
 class TextWindows:
     """Windows of `window` bytes, of which each but a document's first repeats `carried` bytes.
 
-    What is read back in order, without repetition, is the document.
+    What is read back in order, without repetition, is the document. Of pairs `window` is the most that a side may have.
     """
 
     window: int = 256

@@ -48,6 +48,8 @@ def repair_shards(
     nothing is wrong, or when nothing is left.
     """
     shards = open_shards(folder, check_tars=False)
+    if shards.is_text:
+        raise ValueError(f"{folder}: text is not repaired here; write the shards again from their source")
     bad, is_damaged = _bad_rows(shards, num_workers, on_progress)
     if not is_damaged:
         raise ValueError(f"{folder}: nothing in it is wrong, so there is nothing to repair")

@@ -18,6 +18,7 @@ from data_pipelines.shards.index import MemberColumns, ShardSet, open_shards
 from data_pipelines.shards.tar_scan import TarError, TarSample, mapped, scan_samples
 from data_pipelines.shards.tar_write import frame_crc
 from data_pipelines.stream.processes import Progress, run_jobs
+from data_pipelines.text.pieces import TARGET
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,7 +211,11 @@ class _Checker:
             offset = int(self._shards.offset[row])
             if self._shards.is_text:
                 sizes = int(self._shards.length[row]), int(self._shards.width[row]), int(self._shards.height[row])
-                if sizes[0] != sizes[1] or not 0 < sizes[2] <= sizes[1]:
+                if self._shards.is_pairs:
+                    is_right = sizes[2] == int(self._shards.members[TARGET].length[row])
+                else:
+                    is_right = 0 < sizes[2] <= sizes[1]
+                if sizes[0] != sizes[1] or not is_right:
                     self._report(row, offset, f"is {sizes[0]} bytes, the index says {sizes[1]}, and {sizes[2]} count")
                 continue
             try:

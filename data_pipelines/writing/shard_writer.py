@@ -7,7 +7,7 @@ The same plan gives the same bytes, so that it does not matter who writes a shar
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
@@ -19,8 +19,9 @@ from data_pipelines.shards.hashes import FileHash
 from data_pipelines.shards.index import WORK_FOLDER
 from data_pipelines.shards.tar_write import END_OF_ARCHIVE, Record, make_record
 from data_pipelines.sources.listing import ListedImage, Reader
+from data_pipelines.sources.pairs import check_pair
 from data_pipelines.sources.ranges import WHOLE, member_path
-from data_pipelines.text.pieces import TextWindows
+from data_pipelines.text.pieces import TARGET, TextWindows
 from data_pipelines.writing.image_header import ImageHeader, orientation
 from data_pipelines.writing.prepare import ImageOptions, prepare_image
 from data_pipelines.writing.rows import DoneShard, Rejected, RowTable, done_path, save_done
@@ -57,7 +58,7 @@ def write_shard(plan: Plan, index: int, folder: Path, *, options: ImageOptions, 
             members = {name: reader.read(path, listed.offset, WHOLE) for name, path in paths.items()}
             try:
                 if text:
-                    stored, header = image, text_header(listed, TextWindows(**text))
+                    stored, header = image, text_header(listed, image, members, TextWindows(**text))
                 else:
                     stored, header = prepare_image(image, options)
                 decode_maps(members, members.__getitem__, header.height, header.width, len(class_names))
@@ -74,8 +75,14 @@ def write_shard(plan: Plan, index: int, folder: Path, *, options: ImageOptions, 
     return done
 
 
-def text_header(listed: ListedImage, windows: TextWindows) -> ImageHeader:
-    """What the index says of a window of text: its bytes and those that count, where images have width and height."""
+def text_header(listed: ListedImage, data: bytes, members: Mapping[str, bytes], windows: TextWindows) -> ImageHeader:
+    """What the index says of a window of text: its bytes and those that count, where images have width and height.
+
+    Of a pair: the bytes of its source and of its target. Raises BadImageError for one that is bad.
+    """
+    if TARGET in members:
+        check_pair(data, members[TARGET], windows.window)
+        return ImageHeader(extension="source", width=len(data), height=len(members[TARGET]))
     return ImageHeader(extension="txt", width=listed.length, height=windows.num_counted(listed.offset, listed.length))
 
 

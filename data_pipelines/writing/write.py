@@ -27,7 +27,7 @@ from data_pipelines.shards.manifest import INDEX_BYTES_A_SAMPLE, MANIFEST_NAME, 
 from data_pipelines.sources.kinds import source_kind
 from data_pipelines.sources.listing import Listing
 from data_pipelines.stream.processes import Progress
-from data_pipelines.text.pieces import KIND, TextWindows
+from data_pipelines.text.pieces import KIND, PAIR_KINDS, TextWindows
 from data_pipelines.writing.finish import check_sizes, finish_shards
 from data_pipelines.writing.prepare import ImageOptions
 from data_pipelines.writing.rows import DoneShard, done_path, load_done
@@ -68,7 +68,7 @@ class WriteConfig:
             raise ValueError(
                 f"source {self.source}: expected GridOptions for mazes and products, a path for other kinds"
             )
-        if (self.kind == KIND) != (self.text is not None):
+        if (self.kind in (KIND, *PAIR_KINDS)) != (self.text is not None):
             raise ValueError(f"kind {self.kind}: expected TextWindows for text and for nothing else, got {self.text}")
         for name, value in (("shard_bytes", self.shard_bytes), ("shard_samples", self.shard_samples)):
             if value is not None and value < 1:

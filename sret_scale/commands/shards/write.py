@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from data_pipelines.writing.write import WriteConfig
 
 # As in `data_pipelines.sources.kinds`, which imports too much for --help.
-KINDS = ("folder", "idx", "ilsvrc", "mazes", "parquet", "products", "tars", "text")
+KINDS = ("folder", "idx", "ilsvrc", "mazes", "moses", "parquet", "products", "tars", "text", "tsv")
 PUZZLES = {"mazes": ("reach", "twins", "path"), "products": ("z2", "s3", "a5")}
 
 # As in `data_pipelines.shards.hashes`, which imports xxhash.
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "source",
         type=Path,
         metavar="SOURCE",
-        help="images or texts; mazes and products have only a TARGET",
+        help="images or texts; of moses two files, as train.de,train.en; mazes and products have only a TARGET",
     )
     parser.add_argument(
         "target", type=Path, metavar="TARGET", nargs="?", help="folder of the shard set; created if missing"
@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--braid", type=float, default=0.0, help="share of a maze's dead ends to open (default: 0)")
     parser.add_argument("--snake", action="store_true", help="products go back in every second row")
-    parser.add_argument("--window", type=int, help="bytes of a window of text (default: 256)")
+    parser.add_argument("--window", type=int, help="bytes of a window, or at most of a side of a pair (default: 256)")
     parser.add_argument(
         "--carried", type=int, help="bytes that a window repeats of the one before it, as its context (default: 0)"
     )
@@ -87,13 +87,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Write the shards and say what was written."""
     from data_pipelines.sources.listing import class_names_from
-    from data_pipelines.text.pieces import KIND, TextWindows
+    from data_pipelines.text.pieces import KIND, PAIR_KINDS, TextWindows
     from data_pipelines.writing.prepare import ImageOptions
     from data_pipelines.writing.write import WriteConfig
 
     made = _made(args) if args.kind in PUZZLES else None
     idle: tuple[str, ...] = ("split", "classes") if made else ("count", "puzzle", "braid", "snake")
-    idle += ("resize", "classes") if args.kind == KIND else ("window", "carried")
+    is_text = args.kind in (KIND, *PAIR_KINDS)
+    idle += ("resize", "classes") if is_text else ("window",)
+    idle += () if args.kind == KIND else ("carried",)
     if unused := [f"--{name}" for name in idle if getattr(args, name)]:
         raise ValueError(f"shards write {args.kind}: has no use for {' '.join(unused)}; leave that out")
     if (args.target is None) != (made is not None):
@@ -109,12 +111,12 @@ def run(args: argparse.Namespace) -> None:
             check=args.check,
             resize=args.resize,
             quality=args.quality,
-            # A window's key says all that there is to say of it.
-            metadata=not args.no_metadata and args.kind != KIND,
+            # The key of a window or of a pair says all that there is to say of it.
+            metadata=not args.no_metadata and not is_text,
         ),
         hash_name=args.hash,
         class_names=class_names_from(Path(args.classes)) if args.classes else None,
-        text=TextWindows(window=args.window or 256, carried=args.carried or 0) if args.kind == KIND else None,
+        text=TextWindows(window=args.window or 256, carried=args.carried or 0) if is_text else None,
     )
     for split, target in {None: args.source}.items() if made else _sets(args).items():
         _write(replace(config, split=split), target, args)
