@@ -24,6 +24,7 @@ class DataConfig:
     train_folder, test_folder: folder or URL of a shard set.
     mixture_folders: more training sets.
     mixture_weights: those of all training sets, that of train_folder first; none: by number of samples.
+    tokens: file of a sentencepiece model by which task=translation reads its pairs; null: byte by byte.
     order: `full` permutes whole epochs, `block` shards and a window of samples, `sequential` nothing.
     last: what becomes of samples that fill no global batch.
     block_window: samples that one may be moved by in `block` order: more mixes better, and needs more shards at a time.
@@ -60,6 +61,7 @@ class DataConfig:
     test_folder: str = "shards/test"
     mixture_folders: tuple[str, ...] = ()
     mixture_weights: tuple[float, ...] = ()
+    tokens: str | None = None
     order: OrderKind = "full"
     last: LastBatch = "drop"
     block_window: int = 8192

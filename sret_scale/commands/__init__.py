@@ -6,6 +6,7 @@ COMMANDS = {
     "train": "train a recipe or a preset on one node or many; repeat the command to continue a run",
     "evaluate": "measure a run's accuracy on a whole test set",
     "predict": "name what a trained model sees on images",
+    "translate": "translate lines, by a trained translator",
     "generate": "go on with a text, by a trained language model",
     "checkpoint": "list or verify a run's checkpoints",
     "shards": "write, check and inspect webdataset shards",

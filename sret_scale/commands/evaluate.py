@@ -48,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="let each image stop looping by this rule; draws accuracy over multiply-adds into RUN/early_exit",
     )
     parser.add_argument("--thresholds", help="thresholds of the rule, separated by commas (default: a range of them)")
+    parser.add_argument("--beam", type=int, metavar="N", help="translate too, with N beginnings: BLEU and chrF")
     parser.add_argument("--predictions", type=Path, metavar="FILE", help="write CSV: what each sample was taken for")
     parser.add_argument(
         "--details",
@@ -63,22 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate in this process, or on ranks where some were asked for; returns the exit status."""
-    if args.loops is not None and args.loops < 1:
-        raise ValueError(f"--loops: expected at least 1, got {args.loops}")
-    if args.thresholds and not args.early_exit:
-        raise ValueError("--thresholds belongs to --early-exit: give that too, or leave it out")
     has_answers = bool(args.predictions or args.details)
-    if has_answers and args.early_exit:
-        raise ValueError("--predictions and --details belong to an evaluation without --early-exit")
-    if args.image_size is not None and not 1 <= args.image_size <= 1 << 14:
-        raise ValueError(f"--image-size: expected 1 to {1 << 14:,} pixels, got {args.image_size}")
-    if args.applications is not None:
-        for name, other in (("--loops", args.loops), ("--early-exit", args.early_exit), ("--details", has_answers)):
-            if other:
-                raise ValueError(f"--applications is another evaluation than {name}: leave one of them out")
-        args.applications = _counts(args.applications)
-    if args.early_exit and args.image_size is not None:
-        raise ValueError("--early-exit knows the run's own image size alone: leave --image-size out")
+    _check(args, has_answers=has_answers)
     if args.early_exit:
         return _early_exit(args)
     if args.applications:
@@ -89,10 +76,15 @@ def run(args: argparse.Namespace) -> int:
     if status or args.dry_run:
         return status
     answers = result.pop("answers", [])
+    if args.beam:
+        from sret_scale.lab.translation_scores import translation_scores
+
+        result |= translation_scores(args.run, args.shards, args.weights, args.loops, args.beam)
     if args.json:
         print(json.dumps(result, indent=1))
     else:
-        unit = "windows" if "bits_per_byte" in result else "images"
+        of_text = {"bits_per_byte": "windows", "saved": "pairs"}
+        unit = next((unit for name, unit in of_text.items() if name in result), "images")
         print(
             f"{result['run']} at step {result['step']}, {result['weights']} weights, "
             f"{result['applications']:,} applications, "
@@ -113,11 +105,45 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check(args: argparse.Namespace, *, has_answers: bool) -> None:
+    """ValueError for options that do not go together. Turns --applications into its numbers."""
+    if args.loops is not None and args.loops < 1:
+        raise ValueError(f"--loops: expected at least 1, got {args.loops}")
+    if args.thresholds and not args.early_exit:
+        raise ValueError("--thresholds belongs to --early-exit: give that too, or leave it out")
+    if has_answers and args.early_exit:
+        raise ValueError("--predictions and --details belong to an evaluation without --early-exit")
+    if args.image_size is not None and not 1 <= args.image_size <= 1 << 14:
+        raise ValueError(f"--image-size: expected 1 to {1 << 14:,} pixels, got {args.image_size}")
+    if args.applications is not None:
+        for name, other in (("--loops", args.loops), ("--early-exit", args.early_exit), ("--details", has_answers)):
+            if other:
+                raise ValueError(f"--applications is another evaluation than {name}: leave one of them out")
+        args.applications = _counts(args.applications)
+    if args.early_exit and args.image_size is not None:
+        raise ValueError("--early-exit knows the run's own image size alone: leave --image-size out")
+    if args.beam is not None:
+        from sret_scale.tasks.translation import check_beam
+
+        check_beam(args.beam)
+        if args.early_exit or args.applications or has_answers:
+            raise ValueError("--beam is of translations: leave the options for images out")
+
+
 def _in_words(result: dict[str, Any]) -> str:
     if "top1" in result:
         return f"top-1 {result['top1']:.2%}, top-5 {result['top5']:.2%}"
     if "bits_per_byte" in result:
         return f"{result['bits_per_byte']:.4f} bits per byte"
+    if "bleu" in result:
+        signatures = "; ".join(result[f"{name}_signature"] for name in ("bleu", "chrf"))
+        return (
+            f"BLEU {result['bleu']:.2f} and chrF {result['chrf']:.2f} (copies of the sources have "
+            f"{result['bleu_of_copy']:.2f} and {result['chrf_of_copy']:.2f}; {signatures}; "
+            f"{result['sentences_per_s']:.1f} sentences/s)"
+        )
+    if "saved" in result:
+        return f"{result['saved']:.2%} saved of what equal odds cost"
     return f"exact match {result['exact']:.2%}, balanced accuracy of tokens {result['balanced']:.2%}"
 
 

@@ -21,7 +21,7 @@ from sret_scale.config.step_depth import DepthConfig
 from sret_scale.config.telemetry_config import TelemetryConfig
 from sret_scale.distill import DistillConfig
 from sret_scale.memory import MemoryConfig
-from sret_scale.model import PRESETS, StageConfig, TextConfig, preset
+from sret_scale.model import PRESETS, StageConfig, TextConfig, TranslationConfig, preset
 
 IMAGENET_IMAGES = 1_281_167
 # Crop and flip alone; those belong to the data.
@@ -277,6 +277,27 @@ def _language() -> RunConfig:
     )
 
 
+def _translation() -> RunConfig:
+    """Choices of this project, not tuned, for an hour on a core."""
+    stage = StageConfig(width=128, num_heads=4, num_blocks=2, num_loops=3)
+    return RunConfig(
+        task="translation",
+        model=TranslationConfig(stages=(stage, stage), vocabulary=4000, context=256),
+        data=DataConfig(train_folder="shards/pairs/train", test_folder="shards/pairs/dev", workers=1),
+        augment=NO_AUGMENTATION,
+        memory=MemoryConfig(schedule="none"),
+        optim=OptimConfig(learning_rate=3e-3, batch_scaling="none", warmup_images=4_000, weight_decay=0.05, beta2=0.98),
+        train=TrainConfig(
+            total_images=60_000,
+            global_batch_size=32,
+            micro_batch_size=32,
+            compile="none",
+            checkpoint_interval_images=2_000,
+            log_interval_steps=20,
+        ),
+    )
+
+
 RECIPES = {
     "small": Recipe(
         config=_small(),
@@ -338,6 +359,11 @@ RECIPES = {
         config=_language(),
         about="A language model over bytes of 0.73 million parameters, 2 blocks applied 4 times each, on windows of "
         "`shards write text` (256 bytes). What it reaches on plays that it has not seen is in docs/language.md.",
+    ),
+    "nmt_tiny": Recipe(
+        config=_translation(),
+        about="A translator of 1.9 million parameters, 2 blocks applied 3 times each on either side, on pairs of "
+        "`shards write tsv` or `moses` in 4,000 pieces (data.tokens). What it reaches is in docs/language.md.",
     ),
     "demo_teacher": Recipe(
         config=_demo("demo_teacher", total_images=40_000, learning_rate=2e-3),

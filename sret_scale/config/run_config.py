@@ -35,10 +35,10 @@ from sret_scale.config.telemetry_config import TelemetryConfig
 from sret_scale.config.timm_config import TimmConfig, timm_config
 from sret_scale.distill import DistillConfig
 from sret_scale.memory import MemoryConfig
-from sret_scale.model import SReTConfig, TextConfig, preset
+from sret_scale.model import SReTConfig, TextConfig, TranslationConfig, preset
 from sret_scale.model.config import ImageConfig
 
-ModelConfig = SReTConfig | TextConfig | TimmConfig
+ModelConfig = SReTConfig | TextConfig | TranslationConfig | TimmConfig
 """The kinds of models that a run may train, told apart by `kind`; the first is meant where that is absent."""
 
 ParameterClass = Literal["tied", "projection", "residual", "stem_head"]
@@ -193,10 +193,11 @@ class GridConfig:
 class RunConfig:
     """All that decides what a run computes.
 
-    task: a class for every image, with `grid` a label for every token, or with `language` the next byte of a text.
+    task: a class for every image, with `grid` a label for every token, with `language` the next byte of a text, or with
+        `translation` the next token of a sentence that says the same as another.
     """
 
-    task: Literal["classification", "grid", "language"] = "classification"
+    task: Literal["classification", "grid", "language", "translation"] = "classification"
     model: ModelConfig = field(default_factory=lambda: preset("sret_t"))
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -521,6 +522,7 @@ def whole_paths(config: RunConfig) -> RunConfig:
         test_folder=whole(data.test_folder),
         mixture_folders=tuple(map(whole, data.mixture_folders)),
         cache_folder=data.cache_folder and whole(data.cache_folder),
+        tokens=data.tokens and whole(data.tokens),
     )
     engine = EngineConfig(ds_config=whole(ds_config) if ds_config.endswith(".json") else ds_config)
     return dataclasses.replace(config, data=data, engine=engine)

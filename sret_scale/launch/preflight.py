@@ -140,9 +140,12 @@ def check_data(config: RunConfig, world_size: int) -> None:
     A test set may lack classes.
     """
     shards = open_training_data(config.data)
-    if shards.is_text or config.task == "language":
+    if shards.is_text or config.task in ("language", "translation"):
         for part in (shards, open_data(config.data.test_folder, config.data)):
             check_views(part, config.data, 0, config.model.sample_size.get("context"))
+            if part.is_pairs != (config.task == "translation"):
+                kind = "pairs" if part.is_pairs else "windows"
+                raise ValueError(f"{part.folder}: shards of {kind} are not for task={config.task}")
     if shards.num_classes != config.model.num_classes:
         raise ValueError(
             f"the train shards {shards.folder} have {shards.num_classes} classes, the model has "
@@ -203,6 +206,10 @@ def check_configuration(folder: RunFolder, config: RunConfig) -> list[str]:
         shards = open_training_data(config.data)
         before = load_class_names(folder.path) or []
         check_same_classes(shards.class_names, before, where=str(shards.folder), owner=f"the run {folder.path}")
+    if folder.tokens.exists() and folder.tokens.read_bytes() != Path(str(config.data.tokens)).read_bytes():
+        raise ValueError(
+            f"{config.data.tokens}: other tokens than {folder.path} was trained with: choose another --run"
+        )
     old, seen, total_images = whole_paths(from_yaml(folder.config)), images_seen(folder), config.train.total_images
     is_same_length = old.train.total_images == total_images
     refused, allowed = split_differences(old, config, is_finished=is_same_length and is_finished(folder, total_images))
@@ -232,6 +239,8 @@ def write_description(folder: RunFolder, config: RunConfig, world_size: int) -> 
     """What is computed, by what, and how large it is."""
     write_json(folder.classes, open_training_data(config.data).class_names)
     write_whole(folder.config, to_yaml(config))
+    if config.data.tokens is not None:
+        write_whole(folder.tokens, Path(config.data.tokens).read_bytes())
     write_json(folder.model, describe(config.model))
     write_json(folder.environment, environment(world_size))
 
@@ -262,6 +271,7 @@ def remove_results(folder: RunFolder) -> None:
         folder.classes,
         folder.config,
         folder.model,
+        folder.tokens,
         folder.best,
         folder.metrics,
         folder.status,

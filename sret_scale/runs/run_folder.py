@@ -2,6 +2,7 @@
 
 classes.json        the names of the classes, in the order of their numbers
 config.yaml         the resolved configuration; `train` takes it back
+tokens.model        the sentencepiece model, where the run reads by one
 model.json          preset name and counts (sret_scale.model.describe)
 environment.json    command, versions, commit, world size; the machine of rank 0, and of every node
 metrics.jsonl       one JSON object a line
@@ -47,6 +48,7 @@ class RunFolder:
         self.classes = path / "classes.json"
         self.config = path / "config.yaml"
         self.model = path / "model.json"
+        self.tokens = path / "tokens.model"
         self.environment = path / "environment.json"
         self.metrics = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"

@@ -7,14 +7,18 @@ from sret_scale.tasks.classification import Classification
 from sret_scale.tasks.grid import Grid
 from sret_scale.tasks.language import Language
 from sret_scale.tasks.task import Task
+from sret_scale.tasks.translation import Translation
 
 
 def task_of(config: RunConfig, *, teacher: AnyTeacher | None = None, features: FeatureMatch | None = None) -> Task:
     """The task that a configuration names, with its teacher. ValueError where the rest does not fit it."""
     if config.task == "language":
         return Language(config)
+    if config.task == "translation":
+        return Translation(config)
     if isinstance(config.model, TextConfig):
-        raise ValueError(f"task={config.task} is of images: set task=language for a model of kind 'language'")
+        kind = config.model.kind
+        raise ValueError(f"task={config.task} is of images: set task={kind} for a model of kind {kind!r}")
     if config.task == "grid":
         return Grid(config)
     if config.model.head == "tokens":

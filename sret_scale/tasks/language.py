@@ -65,7 +65,7 @@ def counted_bytes(batch: Batch) -> Tensor:
 
 def check_language(config: RunConfig) -> None:
     """ValueError unless the model is one of language, and nobody teaches it."""
-    if not isinstance(config.model, TextConfig):
+    if not isinstance(config.model, TextConfig) or config.model.kind != "language":
         raise ValueError(f"task=language: expected a model of kind 'language', got {config.model.kind!r}")
     if config.distill.teacher is not None:
         raise ValueError(f"task=language has no teacher: set distill.teacher=null, got {config.distill.teacher}")

@@ -48,6 +48,8 @@ def load_config(run: Path) -> RunConfig:
     data = config.data
     train, test, *mixture = map(found, (data.train_folder, data.test_folder, *data.mixture_folders))
     data = replace(data, train_folder=train, test_folder=test, mixture_folders=tuple(mixture))
+    if (tokens := RunFolder(run).tokens).exists():
+        data = replace(data, tokens=str(tokens))
     return replace(config, data=data)
 
 

@@ -62,4 +62,4 @@ def test_no_message_has_a_command_of_its_own() -> None:
     text = {path: path.read_text() for room in ("sret_scale", "data_pipelines") for path in (ROOT / room).rglob("*.py")}
     assert [path for path, code in text.items() if "pip install" in code.replace(extras.__file__, "")] == []
     named = {name for code in text.values() for name in re.findall(r"install_extra\([\"\'](\w+)", code)}
-    assert named == {"export", "parquet", "remote", "teachers", "timm"}
+    assert named == {"export", "parquet", "remote", "teachers", "text", "timm"}

@@ -10,20 +10,20 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = ("sret_scale", "data_pipelines")
 # Product lines (*.py, *.c, *.h, *.html) that a room may have. Raising one is a decision: say why in docs/log.md.
 LINE_BUDGETS = {
-    "data_pipelines": 9_060,
-    "sret_scale/commands": 2_290,
-    "sret_scale/config": 1_745,
+    "data_pipelines": 9_257,
+    "sret_scale/commands": 2_362,
+    "sret_scale/config": 1_769,
     "sret_scale/distill": 1_280,
-    "sret_scale/lab": 4_590,
+    "sret_scale/lab": 4_628,
     "sret_scale/launch": 1_980,
-    "sret_scale/memory": 2_590,
-    "sret_scale/model": 4_080,
+    "sret_scale/memory": 2_633,
+    "sret_scale/model": 4_498,
     "sret_scale/runs": 625,
     "sret_scale/tasks": 530,
     "sret_scale/timm": 820,
-    "sret_scale/train": 4_250,
+    "sret_scale/train": 4_256,
 }
-TOTAL_BUDGET = 33_683
+TOTAL_BUDGET = 34_683
 MOST_FILES = 20
 
 

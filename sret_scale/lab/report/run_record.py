@@ -86,7 +86,7 @@ class RunRecord:
     @property
     def accuracy(self) -> tuple[str, str]:
         """(field, words) of the number that an evaluation of the run's task is best in."""
-        known = {"grid": ("exact", "exact match"), "language": ("saved", "bits saved")}
+        known = {"grid": ("exact", "exact match"), "language": (saved := ("saved", "bits saved")), "translation": saved}
         return known.get(self.config.get("task", ""), ("top1", "top-1"))
 
     @property
