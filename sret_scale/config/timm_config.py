@@ -3,7 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import yaml
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _OF_STAGE = ("num_blocks", "num_loops", "loop_order", "projections", "projection_ratio", "conditioning")
 _OF_OUR_BLOCKS = ("groups", "slices", "norm_placement", "mlp_ratio")
 _PLAIN = StageConfig(width=1, num_heads=1, num_blocks=1)
-_OF_MODEL = ("image_size", "num_classes", "in_channels", "drop_path", "step_size", "unit", "at")
+_OF_MODEL = ("image_size", "num_classes", "in_channels", "head", "drop_path", "step_size", "unit", "at")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,6 @@ class TimmConfig(ImageConfig):
     unit, at: as of `make_recursive`.
     """
 
-    head: ClassVar[str] = "classes"
     kind: Literal["timm"] = "timm"
     name: str
     arguments: tuple[str, ...] = ()
@@ -63,38 +62,35 @@ class TimmConfig(ImageConfig):
 
         own = dict(item.partition("=")[::2] for item in self.arguments)
         shape = {"num_classes": self.num_classes, "in_chans": self.in_channels, "img_size": self.image_size}
-        return make_network(self.name, shape | {key: yaml.safe_load(text) for key, text in own.items()})
+        pooling = {"global_pool": ""} if self.head == "tokens" else {}
+        return make_network(self.name, shape | {key: yaml.safe_load(text) for key, text in own.items()} | pooling)
 
-    def build(self) -> "TimmModel":
-        """See `StackConfig.build`. Of the blocks that become one the first is taken: a mean of random ones is small."""
-        return self.recursive(self.network(), init="first")
+    def build(self, trained: Path | None = None) -> "TimmModel":
+        """See `StackConfig.build`. Of the blocks that become one the first is taken: a mean of random ones is small.
 
-    def tied(self, file: Path) -> "TimmModel":
-        """This model of the trained weights of its untied network: of the blocks that become one the mean is taken.
-
-        ValueError or OSError for a file that is not there, or does not fit; no code in it is run.
+        trained: a file with weights of the untied network, of whose blocks the means are taken; no code in it is run.
+        ValueError or OSError where it is not there, or does not fit.
         """
         from sret_scale.timm.door import with_weights
-
-        return self.recursive(with_weights(self.network(), self.name, file), init="mean")
-
-    def recursive(self, net: nn.Module, init: Literal["mean", "first"]) -> "TimmModel":
-        """A network as of `network`, perhaps with trained weights, as this model; it is taken over."""
         from sret_scale.timm.recursive import chains_of, make_recursive
         from sret_scale.timm.timm_stack import TimmModel
 
+        net, init = self.network(), "mean" if trained else "first"
+        if trained:
+            net = with_weights(net, self.name, trained)
         names = chains_of(net, self.at)
         if len(names) != len(self.stages):
             raise ValueError(f"stages: expected one for each of {', '.join(names)}, got {len(self.stages)}")
         for name, stage in zip(names, self.stages, strict=True):
-            counts: dict[str, Any] = {"num_blocks": stage.num_blocks, "num_loops": stage.num_loops}
-            make_recursive(net, order=stage.loop_order, init=init, unit=self.unit, at=name, **counts)
+            counts: dict[str, Any] = {"num_blocks": stage.num_blocks, "num_loops": stage.num_loops, "init": init}
+            make_recursive(net, order=stage.loop_order, unit=self.unit, at=name, **counts)
         return TimmModel(self, net, self.step_size)
 
     def measured_macs(self) -> int:
         """Those of the products in one image's pass, counted in it."""
         with torch.device("meta"):
-            model = self.build().eval()
+            # Torch's counter of products looks for the gradient of every tensor that needs one.
+            model = self.build().eval().requires_grad_(False)
         with FakeTensorMode(allow_non_fake_inputs=True):
             model.to_empty(device="cpu")
             return forward_flops(lambda: model(self.example(1))) // 2

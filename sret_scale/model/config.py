@@ -213,11 +213,13 @@ class ImageConfig(StackConfig):
 
     image_size, in_channels: side of the square input in pixels, and its colours.
     num_classes: those of the training set; `auto` takes them from it.
+    head: scores of "classes" from the mean of the last tokens (published), or of each of the last "tokens".
     """
 
     image_size: int = 224
     in_channels: int = 3
     num_classes: int = 1000
+    head: Head = "classes"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -242,7 +244,6 @@ class SReTConfig(ImageConfig):
     stem: three "convolutions" (published), or a linear layer of single "pixels", whose strides are 1.
     stem_norm: "batch" is published; "sync_batch" takes its moments over all ranks (see `stem.SyncBatchNorm`).
     positions: a "learned" tensor is added to the first tokens (published), or "none", which serves any image size.
-    head: scores of "classes" from the mean of the last tokens (published), or of each of the last "tokens".
     """
 
     kind: Literal["vision"] = "vision"
@@ -250,7 +251,6 @@ class SReTConfig(ImageConfig):
     stem: StemKind = "convolutions"
     stem_norm: StemNorm = "batch"
     positions: Positions = "learned"
-    head: Head = "classes"
 
     def __post_init__(self) -> None:
         super().__post_init__()

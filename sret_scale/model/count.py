@@ -46,9 +46,10 @@ def describe(config: StackConfig, image_size: int | None = None) -> dict[str, An
     else:
         sizes = {name: getattr(config, name) for name in ("image_size", "num_classes")}
         scores = sizes["num_classes"]
+    if getattr(config, "head", None) == "tokens":
+        scores *= (config.grids[-1] if isinstance(config, SReTConfig) else sizes["image_size"]) ** 2
     if isinstance(config, SReTConfig):
         stem_macs, pool_macs = _stem_macs(config), _pool_macs(config)
-        scores *= config.grids[-1] ** 2 if config.head == "tokens" else 1
     head_macs = config.stages[-1].width * scores
     if measured is None:
         body_macs = stem_macs + pool_macs + sum(row["macs"] for row in stages)

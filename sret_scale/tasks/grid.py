@@ -15,6 +15,7 @@ from data_pipelines.image.normalise import Normaliser
 from data_pipelines.keyed_random import keyed_words
 from data_pipelines.stream.loader import Batch
 from sret_scale.config.run_config import RunConfig
+from sret_scale.model import SReTConfig
 from sret_scale.model.upload import uploaded
 from sret_scale.tasks.task import Inputs
 
@@ -140,10 +141,10 @@ def bins(attribute: Tensor) -> Tensor:
 
 def check_grid(config: RunConfig) -> None:
     """ValueError unless the model labels every token of the whole image, and nobody teaches it."""
-    model = config.vision
+    model = config.images
     if model.head != "tokens":
         raise ValueError(f"task=grid needs a label for every token: set model.head=tokens, got {model.head}")
-    if model.grids[-1] != model.image_size:
+    if isinstance(model, SReTConfig) and model.grids[-1] != model.image_size:
         raise ValueError(
             f"task=grid: expected a token a pixel, got {model.grids[-1]} tokens a side of {model.image_size} pixels: "
             "use one stage, and model.stem_strides=[1,1,1]"

@@ -18,19 +18,26 @@ from sret_scale.model import conditioning as told
 from sret_scale.model.applications import LoopPosition, ResidualConstants
 from sret_scale.model.config import LoopOrder, SReTConfig, StageConfig
 from sret_scale.model.layers import NonLinearProjection
-from sret_scale.model.stored_sizes import stored_sizes
+from sret_scale.model.stored_sizes import Sizes, stored_sizes
 from sret_scale.timm.door import import_timm
 
 Init = Literal["mean", "first"]
 Projections = Literal["none", "per_application"]
 
 
-def shifted_norms(block: nn.Module, deltas: told.LoopDeltas) -> dict[str, Tensor]:
-    """Scale and bias of `norm1` and `norm2` as they are in a loop; nothing where it changes none."""
-    if deltas.norms is None:
-        return {}
+def in_loop(
+    block: nn.Module, own: told.Conditioning | None, loop: int, place: LoopPosition | None, x: Tensor, **kwargs: Any
+) -> Tensor:
+    """What a block gives in one of its loops, with scale and bias of `norm1` and `norm2` as they are there.
+
+    own: what tells the block its loops, which may change none; place: of the loop, where depth is not the trained one.
+    """
+    norms = None if own is None else own.deltas(loop, place).norms
+    if norms is None:
+        return cast(Tensor, block(x, **kwargs))
     places = [(f"norm{i + 1}.{name}", (i, k)) for i in range(2) for k, name in enumerate(("weight", "bias"))]
-    return {name: block.get_parameter(name) + deltas.norms[place] for name, place in places}
+    shifted = {name: block.get_parameter(name) + norms[place] for name, place in places}
+    return cast(Tensor, functional_call(block, shifted, (x,), kwargs))
 
 
 def conditioned(block: nn.Module, stage: StageConfig) -> told.Conditioning | None:
@@ -41,7 +48,11 @@ def conditioned(block: nn.Module, stage: StageConfig) -> told.Conditioning | Non
     norms = [getattr(block, norm, None) for norm in ("norm1", "norm2")]
     if kind.startswith("norm") and not all(isinstance(norm, nn.LayerNorm) and norm.bias is not None for norm in norms):
         raise ValueError(f"conditioning: {kind} shifts LayerNorms norm1 and norm2 of a block, which a {name} lacks")
-    return told.conditioning(stage, stored_sizes(SReTConfig(stages=(stage,)), 0))
+    return told.conditioning(stage, _sizes(stage))
+
+
+def _sizes(stage: StageConfig) -> Sizes:
+    return stored_sizes(SReTConfig(stages=(stage,)), 0)
 
 
 class _InLoop(nn.Module):
@@ -53,26 +64,29 @@ class _InLoop(nn.Module):
         self.place = LoopPosition(loop, num_loops, ResidualConstants(1.0, 1.0), ResidualConstants(1.0, 1.0))
 
     def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
-        deltas = cast(Any, self.own).deltas(self.place.position, self.place)
-        return functional_call(self.block, shifted_norms(self.block, deltas), (x,), kwargs)
+        return in_loop(self.block, cast(Any, self.own), self.place.position, self.place, x, **kwargs)
 
 
 class RecursiveBlocks(Recursion):
     """What stands in a model's `blocks`. Its elements are applications: timm counts, iterates, slices and checkpoints
-    them. conditioning: a module for every block, or none."""
+    them. conditioning: what tells each block its loops, or nothing."""
 
     stop: int | None = None
 
-    @property
-    def told(self) -> Sequence[nn.Module]:
-        """What tells each block its loops; none where nothing does."""
-        return list(getattr(self, "conditioning", ()))
+    def __init__(self, blocks: Sequence[nn.Module], num_loops: int, **options: Any) -> None:
+        super().__init__(blocks, num_loops, **options)
+        # Registered by timm's own names for the blocks of a chain, by which its layer decay and its checkpoints go.
+        del self.blocks
+        self.__dict__["blocks"] = list(blocks)
+        for index, block in enumerate(self.blocks):
+            self.add_module(str(index), block)
+        self.conditioning: Any = nn.ModuleList()
 
     def _links(self, plan: Sequence[tuple[int, int]], *args: Any, **kwargs: Any) -> list[Any]:
         links: list[Any] = super()._links(plan, *args, **kwargs)
         loops = 1 + max(loop for _, loop in plan)
-        for link in links if self.told else ():
-            link.modules[0] = _InLoop(link.modules[0], self.told[link.block], link.loop, loops)
+        for link in links if self.conditioning else ():
+            link.modules[0] = _InLoop(link.modules[0], self.conditioning[link.block], link.loop, loops)
         return links
 
     def applications(self, num_loops: int | None = None) -> list[tuple[int, int]]:
@@ -149,13 +163,15 @@ def make_recursive(
             for i in range(kept)
         ]
         loops = share if num_loops is None else num_loops
-        own = _projections(tied[0], kept, loops, projection_ratio) if projections == "per_application" else ()
         options: dict[str, Any] = {"order": order, "injection": injection, "step_size": step_size, "memory": memory}
-        chain = RecursiveBlocks(tied, loops, projections=own, **options)
+        chain = RecursiveBlocks(tied, loops, **options)
+        if not projections == conditioning == "none":
+            own: dict[str, Any] = {"projection_ratio": projection_ratio, "conditioning": conditioning}
+            stage = StageConfig(width=width_of(tied[0]), num_heads=1, num_blocks=kept, num_loops=loops, **own)
+        if projections != "none":
+            chain.projections.extend(NonLinearProjection(stage, _sizes(stage)) for _ in chain.applications())
         if conditioning != "none":
-            width = width_of(tied[0])
-            stage = StageConfig(width=width, num_heads=1, num_blocks=1, num_loops=loops, conditioning=conditioning)
-            chain.conditioning = nn.ModuleList(conditioned(block, stage) or block for block in tied)
+            chain.conditioning.extend(conditioned(block, stage) or block for block in tied)
         setattr(model.get_submodule(parent), last, chain)
     _tell_features(model)
     return model
@@ -170,7 +186,7 @@ def set_loops(model: nn.Module, num_loops: int) -> None:
     """Another number of loops for every chain; ValueError below 1, or where loops have weights of their own."""
     for chain in recursions(model):
         owned = "its projection" if chain.projections else "norms of its own"
-        if num_loops < 1 or chain.projections or any(isinstance(own, told.NormPerLoop) for own in chain.told):
+        if num_loops < 1 or chain.projections or any(isinstance(own, told.NormPerLoop) for own in chain.conditioning):
             wanted = f"no other, since each application has {owned}" if num_loops >= 1 else "at least 1"
             raise ValueError(f"num_loops: expected {wanted}, got {num_loops}")
         chain.num_loops = num_loops
@@ -276,10 +292,3 @@ def width_of(block: nn.Module) -> int:
             f"a {type(block).__name__} has no norm over the last axis, which says how many channels it has"
         )
     return int(width)
-
-
-def _projections(block: nn.Module, num_blocks: int, num_loops: int, ratio: float) -> list[nn.Module]:
-    width = width_of(block)
-    stage = StageConfig(width=width, num_heads=1, num_blocks=num_blocks, num_loops=num_loops, projection_ratio=ratio)
-    sizes = stored_sizes(SReTConfig(stages=(stage,)), 0)
-    return [NonLinearProjection(stage, sizes) for _ in range(num_blocks * num_loops)]

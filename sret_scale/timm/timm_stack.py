@@ -9,15 +9,13 @@ from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from sret_scale.model.conditioning import LoopDeltas
-from sret_scale.model.config import StackConfig
+from sret_scale.model.config import ImageConfig, StackConfig
 from sret_scale.model.depth_plan import DepthPlan
 from sret_scale.model.noise import Noise
 from sret_scale.model.stack import ParameterTag, StackModel
 from sret_scale.model.stage import Stage
-from sret_scale.timm.recursive import RecursiveBlocks, conditioned, shifted_norms, width_of
+from sret_scale.timm.recursive import RecursiveBlocks, conditioned, in_loop, width_of
 
 
 class ForeignBlock(nn.Module):
@@ -39,8 +37,7 @@ class ForeignBlock(nn.Module):
     def forward(self, x_BND: Tensor, loop: int, groups: int, masks: Tensor | None = None, *others: Any) -> Tensor:
         """One use, with the arguments of `layers.Block`; of the others only the place of the loop matters."""
         place = others[1] if len(others) > 1 else None
-        deltas = LoopDeltas() if self.conditioning is None else self.conditioning.deltas(loop, place)
-        y_BND: Tensor = functional_call(self.inner, shifted_norms(self.inner, deltas), (x_BND,))
+        y_BND = in_loop(self.inner, self.conditioning, loop, place, x_BND)
         if masks is not None:
             return x_BND + self.step_size * masks[0].view(-1, *[1] * (x_BND.ndim - 1)) * (y_BND - x_BND)
         return y_BND if self.step_size == 1.0 else x_BND + self.step_size * (y_BND - x_BND)
@@ -63,9 +60,10 @@ class TimmModel(StackModel):
     step_size: of every application. ValueError where a run cannot train the network.
     """
 
+    config: ImageConfig
     net: Any
 
-    def __init__(self, config: StackConfig, net: nn.Module, step_size: float) -> None:
+    def __init__(self, config: ImageConfig, net: nn.Module, step_size: float) -> None:
         super().__init__()
         _require_repeatable(net)
         chains = {name: module for name, module in net.named_modules() if isinstance(module, RecursiveBlocks)}
@@ -90,7 +88,7 @@ class TimmModel(StackModel):
         if plans is not None:
             return super().forward(inputs, noise, plans)
         self._pass = noise, None
-        return self.net(inputs)
+        return self._on_grid(self.net(inputs))
 
     def forward_features(self, inputs: Tensor, noise: Noise | None = None) -> Tensor:
         self._pass = noise, None
@@ -106,7 +104,19 @@ class TimmModel(StackModel):
         yield from self.net.forward_features(first).chunk(len(plan.ends))
 
     def forward_head(self, features: Tensor) -> Tensor:
-        return self.net.forward_head(features)
+        return self._on_grid(self.net.forward_head(features))
+
+    def _on_grid(self, scores: Tensor) -> Tensor:
+        """(B, C) as they are; of tokens (B, N, C) as (B, C, H, W). ValueError where these are not the pixels."""
+        if self.config.head == "classes":
+            return scores
+        side, got = self.config.image_size, tuple(scores.shape[1:-1])
+        if got != (side * side,):
+            raise ValueError(
+                f"head=tokens: expected a token for each of {side} x {side} pixels, got {got} of "
+                f"{type(self.net).__name__}: set patch_size=1, and class_token=false where there is one"
+            )
+        return scores.mT.reshape(len(scores), -1, side, side)
 
     def parameter_tags(self) -> dict[str, ParameterTag]:
         """As of `StackModel`; what the network itself keeps from decay does not decay, nor do vectors of any shape."""

@@ -202,7 +202,7 @@ def initial_state(source: str, config: ModelConfig) -> dict[str, Tensor]:
         if kind == "run" and path:
             model = load_model(Path(path), None, print)[0]
         elif isinstance(config, TimmConfig):
-            model = config.tied(Path(source))
+            model = config.build(Path(source))
         elif source.endswith(".safetensors"):
             model = load_native(Path(source))
         elif isinstance(config, SReTConfig):

@@ -257,6 +257,12 @@ def test_projections_are_not_shared() -> None:
 
 
 @pytest.mark.multi_process
-def test_only_torch_is_needed() -> None:
-    code = "import sys, sret_scale; sret_scale.Recursion; print([n for n in ('deepspeed', 'timm') if n in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+def test_only_torch_is_needed_and_its_import_is_what_takes_time() -> None:
+    """Two seconds are the limit, of which torch takes one and a half: a third of its processor time is left."""
+    code = (
+        "import sys, time, torch; ours = time.process_time(); import sret_scale; sret_scale.Recursion; "
+        "print([n for n in ('deepspeed', 'timm') if n in sys.modules], ours, time.process_time() - ours)"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    names, of_torch, ours = said.rsplit(maxsplit=2)
+    assert names == "[]" and float(ours) < float(of_torch) / 3

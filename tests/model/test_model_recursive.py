@@ -1,6 +1,7 @@
 """timm's backbones made recursive: the same function where nothing is tied, and what ties, counts and refuses."""
 
 import copy
+import importlib
 import re
 from collections.abc import Callable
 from functools import partial
@@ -56,12 +57,28 @@ def test_without_ties_it_is_the_model_to_the_bit(family: str, is_training: bool)
     model, images = made(family)
     expected = outcome(copy.deepcopy(model).train(is_training), images)
     schedules = ["none"] if family == "convmixer" else ["none", "per_application", "binomial"]
+    unit = UNIT.get(family, 1)
     for schedule in schedules:
-        ours = make_recursive(
-            copy.deepcopy(model), unit=UNIT.get(family, 1), memory=MemoryConfig(schedule=schedule)
-        ).train(is_training)
+        ours = make_recursive(copy.deepcopy(model), unit=unit, memory=MemoryConfig(schedule=schedule)).train(
+            is_training
+        )
+        if unit == 1:
+            assert ours.state_dict().keys() == model.state_dict().keys()
         for left, right in zip(outcome(ours, images), expected, strict=True):
             assert (left is None and right is None) or torch.equal(left, right)
+
+
+def test_arguments_of_blocks_go_to_every_application() -> None:
+    """Eva goes through its blocks itself, and hands each a rotary table."""
+    torch.manual_seed(0)
+    model = timm.models.Eva(patch_size=7, embed_dim=16, depth=4, num_heads=2, use_rot_pos_emb=True, **SIZE)
+    images = torch.randn(2, 3, 28, 28)
+    expected = outcome(copy.deepcopy(model), images)
+    for left, right in zip(outcome(make_recursive(copy.deepcopy(model)), images), expected, strict=True):
+        assert (left is None and right is None) or torch.equal(left, right)
+    tied = make_recursive(copy.deepcopy(model), num_blocks=2, num_loops=3, init="first")
+    model.blocks = nn.ModuleList([model.blocks[index] for index in (0, 0, 0, 2, 2, 2)])
+    assert torch.equal(tied(images), model(images))
 
 
 @pytest.mark.parametrize("order", ["block", "model"])
@@ -79,8 +96,7 @@ def test_equal_blocks_tied_are_the_same_function_with_fewer_weights(family: str,
     torch.testing.assert_close(ours(images), expected)
     assert sum(p.numel() for p in ours.parameters()) < 0.7 * before
     assert [len(chain) for chain in recursions(ours)] == [4 // unit] * len(chains)
-    names = ours.state_dict()
-    assert not any("blocks.blocks.1" in name for name in names)
+    assert not any(re.search(r"blocks\.[1-9]", name) for name in ours.state_dict())
     set_loops(ours, 7)
     assert recursions(ours)[0].describe(_example(ours, images))["applications"] == 7
 
@@ -141,6 +157,11 @@ def test_timms_own_ways_see_applications() -> None:
     expected = outcome(ours, images)
     ours.set_grad_checkpointing()
     assert all(map(torch.equal, outcome(ours, images), expected))
+    # Tied weights are those of any number of loops.
+    other = make_recursive(made("vit")[0], num_blocks=2, num_loops=5).eval()
+    other.load_state_dict(ours.state_dict())
+    set_loops(other, 3)
+    assert torch.equal(other(images), ours(images))
     ours.prune_intermediate_layers([2], prune_head=False)
     assert len(recursions(ours)[0]) == 3 and ours(images).shape == (2, 5)
     again = copy.deepcopy(ours)
@@ -154,6 +175,11 @@ def test_a_name_of_timm_makes_one() -> None:
     assert (len(chain), len(chain.blocks)) == (6, 3) and model(torch.zeros(1, 3, 32, 32)).shape == (1, 7)
     features = timm.create_model("recursive.deit_tiny_patch16_224", num_blocks=1, num_loops=20, features_only=True)
     assert [one.shape for one in features(torch.zeros(1, 3, 224, 224))] == [(1, 192, 14, 14)] * 3
+    optimizer = importlib.import_module("timm.optim").create_optimizer_v2(model, opt="adamw", lr=1.0, layer_decay=0.5)
+    scales = {id(one): group["lr_scale"] for group in optimizer.param_groups for one in group["params"]}
+    named = {name: scales[id(parameter)] for name, parameter in model.named_parameters()}
+    assert [named[f"blocks.{index}.norm1.bias"] for index in range(3)] == [0.125, 0.25, 0.5]
+    assert (named["patch_embed.proj.bias"], named["head.bias"]) == (0.0625, 1.0)
     with pytest.raises(ValueError, match="recursive: expected the name of a model of timm behind the dot"):
         timm.create_model("recursive")
 

@@ -16,8 +16,9 @@ from sret_scale.model import Noise, StackConfig, StageConfig, describe
 from sret_scale.model.depth_plan import DepthPlan, StageDepth, first_loops
 from sret_scale.model.read_out import read_outs
 from sret_scale.model.vision.weight_files import load_model, save_model
-from sret_scale.timm import make_recursive
+from sret_scale.timm import import_timm, make_recursive
 from sret_scale.timm.recursive import recursions
+from sret_scale.timm.timm_stack import TimmModel
 from sret_scale.train.telemetry.depth_probe import probe
 from tests.backbone_configs import BACKBONES, TINY_MIXER, TINY_VIT, drawn
 
@@ -134,14 +135,55 @@ def test_the_planner_keeps_a_budget_with_the_same_gradients(kind: str) -> None:
 
 
 def test_telemetry_reads_attention_where_it_is_like_ours() -> None:
-    for config, is_readable in ((TINY_VIT, True), (TINY_MIXER, False)):
+    others = [timm_config(SPECS[name]) for name in ("cait", "swin")]
+    for config in (TINY_VIT, TINY_MIXER, *others):
+        is_readable = config is TINY_VIT
         model = drawn(config).train()
         blocks = probe(model, images_of(config), lambda scores: scores.square().mean(), NOISE, "fp32")
         for block in blocks:
             entropies = block.values["attention_entropy"]
             assert all((value == value) == is_readable for value in entropies)
             assert all(value > 0 for value in block.values["gradient_norm"])
-        assert [len(block.values["rms"]) for block in blocks] == [config.stages[0].num_loops] * 2
+        loops = [one.num_loops for one in config.stages for _ in range(one.num_blocks)]
+        assert [len(block.values["rms"]) for block in blocks] == loops
+
+
+@pytest.mark.parametrize("kind", ["input_add", "input_gated", "input_tied"])
+def test_the_input_of_a_chain_is_injected_before_every_block(kind: Any) -> None:
+    stage = replace(TINY_VIT.stages[0], conditioning=kind, projections="none")
+    model: Any = drawn(replace(TINY_VIT, stages=(stage,), step_size=1.0)).eval()
+    x = state = torch.randn(3, 17, 16)
+    for block in model.stages[0].blocks:
+        for loop in range(stage.num_loops):
+            state = block.inner(block.conditioning(state, x, loop))
+    torch.testing.assert_close(model.run_stage(0, x), state)
+
+
+PIXELS = "patch_size=1&embed_dim=16&image_size=5&num_classes=3&head=tokens"
+TOKENS = {
+    "vit": f"timm:VisionTransformer?{PIXELS}&depth=4&num_heads=2&class_token=false&num_blocks=2",
+    "mixer": f"timm:MlpMixer?{PIXELS}&timm.num_blocks=4&num_blocks=1",
+}
+
+
+@pytest.mark.parametrize("family", TOKENS)
+def test_a_token_head_scores_every_pixel_where_it_lies(family: str) -> None:
+    model = drawn(timm_config(TOKENS[family]))
+    images = images_of(model.config)
+    scores = model(images)
+    features = model.forward_features(images)
+    for row, column in ((0, 0), (1, 3), (4, 2)):
+        expected = features[:, 5 * row + column] @ model.head.weight.T + model.head.bias
+        torch.testing.assert_close(scores[:, :, row, column], expected)
+    assert torch.equal(scores, model.forward_head(features)) and scores.shape == (3, 3, 5, 5)
+    planned = model(images, plans=[first_loops(model.config, [1])])
+    assert planned.shape == (1, 3, 3, 5, 5)
+    # Blocks that change nothing leave every score to its own pixel.
+    still = drawn(replace(timm_config(TOKENS[family]), step_size=0.0))
+    (slope,) = torch.autograd.grad(still(images.requires_grad_())[:, :, 1, 3].sum(), images)
+    assert slope.abs().sum(dim=(0, 1)).nonzero().tolist() == [[1, 3]]
+    counts = describe(timm_config(TOKENS[family]))
+    assert counts["macs"] - counts["macs_published"] == 25 * 3 * 16
 
 
 def test_every_parameter_has_a_tag_and_vectors_do_not_decay() -> None:
@@ -177,6 +219,7 @@ def test_counts_are_those_of_the_network() -> None:
     assert counts["macs"] == 6 * (linear + attention) + 16 * 3 * 49 * width + width * 5
     assert counts["macs_published"] == counts["macs"] - width * 5
     assert (counts["applications"], counts["residual_sublayers"], counts["weight_layers"]) == (6, 12, 24)
+    assert all(describe(timm_config(spec))["macs"] > 0 for spec in SPECS.values())
     projected = describe(timm_config(f"{SPECS['vit']}&projections=per_block"))
     assert projected["macs"] - counts["macs"] == 6 * tokens * 2 * width * width
 
@@ -185,11 +228,13 @@ def test_trained_weights_of_the_untied_network_become_means(tmp_path: Path) -> N
     config = timm_config(SPECS["vit"])
     net = config.network()
     torch.save(net.state_dict(), tmp_path / "net.pth")
-    model = config.tied(tmp_path / "net.pth")
+    model = config.build(tmp_path / "net.pth")
     found = model.state_dict()["stages.0.blocks.1.inner.mlp.fc1.weight"]
     torch.testing.assert_close(found, (net.blocks[2].mlp.fc1.weight + net.blocks[3].mlp.fc1.weight) / 2)
     with pytest.raises(ValueError, match=r"net\.pth does not fit VisionTransformer"):
-        replace(config, arguments=("patch_size=7", "embed_dim=32", "depth=4", "num_heads=2")).tied(tmp_path / "net.pth")
+        replace(config, arguments=("patch_size=7", "embed_dim=32", "depth=4", "num_heads=2")).build(
+            tmp_path / "net.pth"
+        )
 
 
 def stage(**options: Any) -> tuple[StageConfig, ...]:
@@ -222,6 +267,10 @@ def test_a_spec_that_cannot_be_is_refused(spec: str, message: str) -> None:
     "config, message",
     [
         (replace(TINY_VIT, stages=stage(num_blocks=3)), "num_blocks: expected a divisor of the 4 of blocks, got 3"),
+        (
+            replace(TINY_VIT, head="tokens"),
+            r"head=tokens: expected a token for each of 28 x 28 pixels, got \(17,\) of VisionTransformer: set patch_",
+        ),
         (replace(TINY_VIT, stages=stage(width=8)), r"model.stages.0.width: expected 16, that of blocks, got 8"),
         (replace(TINY_VIT, stages=2 * stage()), "stages: expected one for each of blocks, got 2"),
         (replace(TINY_VIT, stages=stage(conditioning="low_rank")), "conditioning: low_rank changes layers of SReT's"),
@@ -250,6 +299,13 @@ def test_a_spec_that_cannot_be_is_refused(spec: str, message: str) -> None:
 def test_what_a_run_cannot_train_is_refused(config: TimmConfig, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         config.build()(config.example(1))
+
+
+def test_statistics_of_a_batch_are_refused() -> None:
+    """Those of a tied block would be of all its loops together, and count each run of it."""
+    net = import_timm().models.ConvMixer(dim=16, depth=4, kernel_size=3, patch_size=7, num_classes=10)
+    with pytest.raises(ValueError, match=r"of ConvMixer \(BatchNorm2d\) counts every run of a block"):
+        TimmModel(TINY_VIT, make_recursive(net), step_size=1.0)
 
 
 def test_fields_of_our_own_blocks_are_refused() -> None:

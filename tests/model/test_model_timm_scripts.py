@@ -25,20 +25,11 @@ pytestmark = pytest.mark.multi_process
 timm = import_timm()
 SCRIPTS = os.environ.get("SRET_TIMM_SCRIPTS")
 # A class is a mean brightness, so that a working training cannot fail to find it.
-MODEL = [
-    "--model",
-    "demo_control_20",
-    "--num-classes",
-    "2",
-    "--img-size",
-    "28",
-    "--device",
-    "cpu",
-    "-j",
-    "0",
-    "-b",
-    "8",
-]
+MODELS = {
+    "sret": ["--model", "demo_control_20", "--img-size", "28"],
+    "recursive": ["--model", "recursive.test_vit", "--img-size", "32", "--model-kwargs", "num_blocks=2", "num_loops=2"],
+}
+COMMON = ["--num-classes", "2", "--device", "cpu", "-j", "0", "-b", "8"]
 TRAINING = [
     *("--opt", "adamw", "--lr", "2e-3", "--layer-decay", "0.9", "--warmup-epochs", "0", "--sched", "cosine"),
     *("--drop-path", "0.1", "--smoothing", "0", "--model-ema", "--model-ema-decay", "0.5", "--grad-checkpointing"),
@@ -82,19 +73,18 @@ def run_script(name: str, arguments: list[str], folder: Path) -> str:
     return done.stdout
 
 
-def train_arguments(folder: Path, output: Path, experiment: str, epochs: int) -> list[str]:
-    places = ["--data-dir", str(folder), "--output", str(output), "--experiment", experiment]
-    return [*places, *MODEL, *TRAINING, *PIXELS, "--epochs", str(epochs)]
-
-
 @pytest.mark.slow
-def test_the_scripts_train_resume_and_validate(folder: Path, tmp_path: Path) -> None:
-    run_script("train.py", train_arguments(folder, tmp_path, "first", 2), tmp_path)
-    last = tmp_path / "first" / "last.pth.tar"
-    text = run_script("train.py", [*train_arguments(folder, tmp_path, "second", 4), "--resume", str(last)], tmp_path)
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_scripts_train_resume_and_validate(folder: Path, tmp_path: Path, kind: str) -> None:
+    shared = ["--data-dir", str(folder), *MODELS[kind], *COMMON, *PIXELS]
+    training = [*shared, *TRAINING, "--output", str(tmp_path)]
+    run_script("train.py", [*training, "--experiment", "first", "--epochs", "2"], tmp_path)
+    last = str(tmp_path / "first" / "last.pth.tar")
+    more = ["--experiment", "second", "--epochs", "4", "--resume", last]
+    text = run_script("train.py", [*training, *more], tmp_path)
     assert "Train: 2 [" in text and "Train: 1 [" not in text
     results, best = tmp_path / "results.json", tmp_path / "second" / "model_best.pth.tar"
-    evaluate = ["--data-dir", str(folder), *MODEL, *PIXELS, "--checkpoint", str(best), "--use-ema"]
+    evaluate = [*shared, "--checkpoint", str(best), "--use-ema"]
     run_script("validate.py", [*evaluate, "--results-file", str(results), "--results-format", "json"], tmp_path)
     assert json.loads(results.read_text())["top1"] == 100.0
 

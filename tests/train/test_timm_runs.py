@@ -5,8 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from sret_scale.config.timm_config import timm_config
 from sret_scale.memory import MemoryConfig
+from sret_scale.train.load_run import load_model
 from tests.forked import sret_scale_forked
 from tests.tiny import tiny_config, tiny_shards, write_config
 
@@ -97,6 +100,46 @@ def test_a_checkpoint_with_other_loops_is_refused(folder: Path) -> None:
         assert "was made by another architecture: stages.0.num_loops: 3 -> 4" in said
     finally:
         config.write_text(text)
+
+
+def test_weights_of_the_untied_network_start_a_run_as_their_means(folder: Path) -> None:
+    """A rate of nothing leaves them as they came in."""
+    net = timm_config(TIED).network().state_dict()
+    torch.save(net, folder / "net.pth")
+    start = ["train", "base.yaml", f"model={TIED}", "train.initial_weights=net.pth"]
+    say(folder, *start, "optim.learning_rate=1e-30", "optim.weight_decay=0", "--run", "healed", "--ranks", "1")
+    found = load_model(folder / "healed", None, print)[0].state_dict()
+    expected = (net["blocks.2.mlp.fc1.weight"] + net["blocks.3.mlp.fc1.weight"]) / 2
+    torch.testing.assert_close(found["stages.0.blocks.1.inner.mlp.fc1.weight"], expected)
+    assert torch.equal(found["net.patch_embed.proj.weight"], net["patch_embed.proj.weight"])
+    wrong = f"model={TIED.replace('embed_dim=16', 'embed_dim=32')}"
+    said = say(folder, *start, wrong, "--run", "wrong", "--ranks", "1", status=2)
+    assert "net.pth does not fit VisionTransformer with 10 classes" in said
+
+
+def test_a_cait_trains_with_telemetry(folder: Path) -> None:
+    """Its class token, the network's first parameter, joins behind the chain."""
+    spec = f"{SPEC.replace('VisionTransformer', 'Cait')}&num_blocks=1&num_loops=2"
+    options = [f"model={spec}", "telemetry.interval_steps=1", "--run", "cait"]
+    say(folder, "train", "base.yaml", *options, "--ranks", "1")
+    records = [json.loads(line) for line in (folder / "cait" / "metrics.jsonl").read_text().splitlines()]
+    looks = [record for record in records if record["kind"] == "telemetry"]
+    assert [look["step"] for look in looks] == [0, 1]
+    assert all(value > 0 for look in looks for value in look["blocks"][0]["gradient_norm"])
+
+
+def test_a_backbone_labels_every_pixel_of_a_maze(folder: Path) -> None:
+    for name, count in (("train", "64"), ("test", "8")):
+        say(folder, "shards", "write", "mazes", f"mazes/{name}", "--count", count, "--size", "5", "--puzzle", "reach")
+    sizes = "patch_size=1&embed_dim=16&timm.num_blocks=4&num_blocks=2&image_size=5&num_classes=2&head=tokens"
+    grid = ["task=grid", f"model=timm:MlpMixer?{sizes}", "data.crop=none", "data.flip_rate=0"]
+    places = ["data.train_folder=mazes/train", "data.test_folder=mazes/test"]
+    say(folder, "train", "base.yaml", *grid, *places, "--run", "maze", "--ranks", "1")
+    found = json.loads(say(folder, "evaluate", "maze", "--loops", "3", "--json"))
+    assert 0 <= found["exact"] <= found["balanced"] <= 1 and found["applications"] == 6
+    classes = [one.replace("&head=tokens", "") for one in grid]
+    said = say(folder, "train", "base.yaml", *classes, *places, "--run", "none", "--ranks", "1", status=2)
+    assert "task=grid needs a label for every token: set model.head=tokens, got classes" in said
 
 
 def test_weights_of_a_run_start_another_and_other_kinds_are_refused(folder: Path) -> None:

@@ -44,8 +44,9 @@ def probe(
     walk = _Walk()
     with undisturbed(model, images_BCHW.device, precision), _walked(model, walk):
         loss = loss_of(model(images_BCHW, noise))
-        # Asking for one gradient leaves all accumulated ones, and DeepSpeed's hooks on them, alone.
-        torch.autograd.grad(loss, next(model.stem.parameters()))
+        # Asking for gradients leaves all accumulated ones, and DeepSpeed's hooks on them, alone. All are asked for:
+        # the first one of a timm network may join behind the chain (CaiT's class token).
+        torch.autograd.grad(loss, list(model.stem.parameters()), allow_unused=True)
     return walk.blocks()
 
 
