@@ -11,20 +11,11 @@ import time
 
 from sret_scale.config.run_config import RunConfig
 from sret_scale.runs.run_folder import RunFolder
+from sret_scale.train import journal
 from sret_scale.train.assemble import Clock, Run, set_up
 from sret_scale.train.batch_norm import measured_statistics
 from sret_scale.train.distributed import Ranks
 from sret_scale.train.evaluate import evaluate
-from sret_scale.train.journal import (
-    log_compilation,
-    log_evaluation,
-    log_left_out,
-    log_memory,
-    log_start,
-    log_step,
-    log_stop,
-    log_telemetry,
-)
 from sret_scale.train.optim import WeightAverage
 from sret_scale.train.resume import keep_best, restore, save
 from sret_scale.train.step import optimizer_step
@@ -39,7 +30,7 @@ def train(config: RunConfig, folder: RunFolder, ranks: Ranks) -> bool:
         # ---- set up, or take up again
         run = set_up(config, folder, ranks, stack)
         clock = restore(run)
-        log_start(run, clock)
+        journal.log_start(run, clock)
         if not clock.is_evaluated and evaluate_weights(run, clock, stop, both=False):
             clock = dataclasses.replace(clock, is_evaluated=True)
         started = time.monotonic() - clock.time_s
@@ -54,8 +45,8 @@ def train(config: RunConfig, folder: RunFolder, ranks: Ranks) -> bool:
             before, result = clock, optimizer_step(run, batches, clock, must_stop=lambda: stop.is_set)
             is_stopping = result.is_stopping
             step_is_done()
-            log_telemetry(run, before)
-            log_compilation(run)
+            journal.log_telemetry(run, before)
+            journal.log_compilation(run)
             clock = Clock(
                 step=before.step + 1,
                 samples=before.samples + run.loader.global_batch_size,
@@ -65,9 +56,9 @@ def train(config: RunConfig, folder: RunFolder, ranks: Ranks) -> bool:
             )
             is_last = clock.samples >= total
             if result.left_out:
-                clock = log_left_out(run, clock, result.left_out)
+                clock = journal.log_left_out(run, clock, result.left_out)
             elif clock.step % settings.log_interval_steps == 0 or is_last or is_stopping:
-                log_step(run, clock, logged, result.numbers)
+                journal.log_step(run, clock, logged, result.numbers)
                 logged = clock
             # ---- evaluate, before the save: a run that is killed in between measures again instead of never
             if is_due(before, clock, settings.eval_interval_images) and not is_last:
@@ -84,12 +75,12 @@ def train(config: RunConfig, folder: RunFolder, ranks: Ranks) -> bool:
                 logged = dataclasses.replace(clock, time_s=time.monotonic() - started)
             if is_stopping and not is_last:
                 run.writer.wait()
-                log_stop(run, clock)
+                journal.log_stop(run, clock)
                 return False
         # ---- the end
         if not evaluate_weights(run, clock, stop, both=True):
             return False
-        log_memory(run, clock)
+        journal.log_memory(run, clock)
         run.watchdog.progress(clock.step, "saving")
     return True
 
@@ -121,7 +112,7 @@ def evaluate_weights(run: Run, clock: Clock, stop: StopFlag, *, both: bool) -> b
                     f"{run.folder.path.name}: a signal broke an evaluation off; it is made after the restart"
                 )
                 return False
-            log_evaluation(run, clock, kind, result)
+            journal.log_evaluation(run, clock, kind, result)
             keep_best(run, clock, kind, result)
     return True
 
