@@ -17,17 +17,9 @@ from torch import Tensor
 
 from data_pipelines.config import IMAGENET_MEAN, IMAGENET_STD
 from data_pipelines.field_checks import check_fields
+from data_pipelines.image import policies
 from data_pipelines.image.batch_memory import Recycler
 from data_pipelines.image.pixel_operations import apply_operations_
-from data_pipelines.image.policies import (
-    LAYER_UNIFORMS,
-    POLICIES,
-    Layer,
-    Uniforms,
-    jitter_layers,
-    randaugment_layer,
-    three_augment_layer,
-)
 from data_pipelines.keyed_random import keyed_words
 
 
@@ -80,8 +72,8 @@ class BatchAugment:
         self.num_classes = num_classes
         self._recycler = Recycler()
         used = (config.randaugment_ops, config.three_augment_rate, config.color_jitter, config.erase_rate)
-        most = LAYER_UNIFORMS * (config.randaugment_ops + 1) + 6 + 2 * _ERASE_TRIES + 4
-        self._num_uniforms = most if any(used) else LAYER_UNIFORMS * (config.randaugment_ops + 1)
+        most = policies.LAYER_UNIFORMS * (config.randaugment_ops + 1) + 6 + 2 * _ERASE_TRIES + 4
+        self._num_uniforms = most if any(used) else policies.LAYER_UNIFORMS * (config.randaugment_ops + 1)
 
     def __call__(
         self, images_BCHW: Tensor, labels: Tensor, *, seed: int, keys: Sequence[tuple[int, ...]] | None = None
@@ -105,7 +97,7 @@ class BatchAugment:
         if layers:
             images_BCHW = self._memory(images_BCHW, torch.uint8).copy_(images_BCHW)
         for layer in layers:
-            apply_operations_(images_BCHW, layer.names, layer.strengths, POLICIES[config.policy].fill)
+            apply_operations_(images_BCHW, layer.names, layer.strengths, policies.POLICIES[config.policy].fill)
         if not (config.erase_rate or config.mixup_alpha or config.cutmix_alpha):
             return images_BCHW, target_BC
         unit_BCHW = self._memory(images_BCHW, torch.float32).copy_(images_BCHW).div_(255)
@@ -119,16 +111,16 @@ class BatchAugment:
             return self._recycler.take(like.shape, dtype)
         return torch.empty_like(like, dtype=dtype)
 
-    def _layers(self, uniforms_BU: Uniforms, height: int, width: int) -> Iterator[Layer]:
+    def _layers(self, uniforms_BU: policies.Uniforms, height: int, width: int) -> Iterator[policies.Layer]:
         config = self.config
-        end = LAYER_UNIFORMS * (config.randaugment_ops + 1)
+        end = policies.LAYER_UNIFORMS * (config.randaugment_ops + 1)
         parts = np.split(uniforms_BU[:, :end], config.randaugment_ops + 1, axis=1)
         for part_BU in parts[:-1]:
-            yield randaugment_layer(config.policy, part_BU, config.randaugment_magnitude, height, width)
+            yield policies.randaugment_layer(config.policy, part_BU, config.randaugment_magnitude, height, width)
         if config.three_augment_rate:
-            yield three_augment_layer(parts[-1], config.three_augment_rate)
+            yield policies.three_augment_layer(parts[-1], config.three_augment_rate)
         if config.color_jitter:
-            yield from jitter_layers(uniforms_BU[:, end:], config.color_jitter)
+            yield from policies.jitter_layers(uniforms_BU[:, end:], config.color_jitter)
 
     def _mix_(self, unit_BCHW: Tensor, target_BC: Tensor, seed: int) -> Tensor:
         """Each sample with the one before it, in the same parts in the whole batch, as torchvision's; the targets."""
@@ -158,7 +150,7 @@ def _part(place: float, size: int, share: float) -> slice:
     return slice(max(middle - reach, 0), min(middle + reach, size))
 
 
-def erase_(unit_BCHW: Tensor, uniforms_BU: Uniforms, rate: float, seeds: Sequence[int]) -> None:
+def erase_(unit_BCHW: Tensor, uniforms_BU: policies.Uniforms, rate: float, seeds: Sequence[int]) -> None:
     """Noise in a box of 2 to 33 % of a share of the images, in place: torchvision's RandomErasing.
 
     It has mean 0.5 and deviation 0.25: about N(0, 1) after normalisation, as in timm.

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from data_pipelines.atomic_files import write_whole
 from data_pipelines.config import DataConfig
+from data_pipelines.labels import store
 from data_pipelines.labels.records import (
     Records,
     coverage_sums,
@@ -28,16 +29,6 @@ from data_pipelines.labels.records import (
     encode_records,
     record_dtype,
     render_file,
-)
-from data_pipelines.labels.store import (
-    HEADER_NAME,
-    PLAN_NAME,
-    LabelPlan,
-    Unit,
-    label_view,
-    read_header,
-    read_plan,
-    render_header,
 )
 from data_pipelines.shards.index import ShardSet
 from data_pipelines.stream.loader import check_views
@@ -60,7 +51,7 @@ class LabelJob:
     """A store to be written: what, from which images, by whom."""
 
     folder: Path
-    plan: LabelPlan
+    plan: store.LabelPlan
     shards: ShardSet
     data: DataConfig
     teacher: Teacher
@@ -77,11 +68,11 @@ def plan_labels(
     num_views: int,
     views_per_file: int,
     batch_size: int,
-) -> LabelPlan:
+) -> store.LabelPlan:
     """The plan of a store. Raises ValueError for numbers or views that cannot be."""
     check_views(shards, data, image_size)
     counts = np.bincount(shards.shard_of, minlength=shards.num_shards).tolist()
-    return LabelPlan(
+    return store.LabelPlan(
         fingerprint=shards.fingerprint,
         shards=list(zip(shards.shard_names, counts, strict=True)),
         num_classes=shards.num_classes,
@@ -91,7 +82,7 @@ def plan_labels(
         batch_size=batch_size,
         teacher=cast(Any, teacher.describe()),
         image_size=image_size,
-        view=label_view(data, run_seed=0),
+        view=store.label_view(data, run_seed=0),
     )
 
 
@@ -134,11 +125,11 @@ def write_labels(
     return finish(job.folder, job.plan)
 
 
-def save_plan(folder: Path, plan: LabelPlan) -> None:
+def save_plan(folder: Path, plan: store.LabelPlan) -> None:
     """Write plan.json, or check that the one there is the same. ValueError names what differs."""
-    if not (folder / PLAN_NAME).exists():
-        write_whole(folder / PLAN_NAME, plan.to_json())
-    there = read_plan(folder)
+    if not (folder / store.PLAN_NAME).exists():
+        write_whole(folder / store.PLAN_NAME, plan.to_json())
+    there = store.read_plan(folder)
     before, now = ({item.name: getattr(one, item.name) for item in dataclasses.fields(one)} for one in (there, plan))
     differing = "; ".join(f"{name} {old}, now {new}" for name, old, new in _different(before, now))
     if differing:
@@ -155,15 +146,15 @@ def _different(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tu
             yield name, old, new
 
 
-def is_written(job: LabelJob, unit: Unit) -> bool:
+def is_written(job: LabelJob, unit: store.Unit) -> bool:
     """Whether a unit's file is there; ValueError when it is there and not what was planned."""
     if not (job.folder / job.plan.file_name(unit)).exists():
         return False
-    read_header(job.folder, job.plan, unit)
+    store.read_header(job.folder, job.plan, unit)
     return True
 
 
-def write_unit(job: LabelJob, unit: Unit, filler: BatchFiller, count: Callable[[int], None]) -> Counter[str]:
+def write_unit(job: LabelJob, unit: store.Unit, filler: BatchFiller, count: Callable[[int], None]) -> Counter[str]:
     """Ask the teacher about a unit and write its file; the sums of its coverage."""
     num_samples = job.plan.shards[unit.shard][1]
     records_VN = np.empty((unit.last_view - unit.first_view + 1, num_samples), record_dtype(job.plan.top_k))
@@ -177,7 +168,7 @@ def write_unit(job: LabelJob, unit: Unit, filler: BatchFiller, count: Callable[[
     return sums
 
 
-def unit_answers(job: LabelJob, unit: Unit, filler: BatchFiller) -> Iterator[tuple[int, int, Answer]]:
+def unit_answers(job: LabelJob, unit: store.Unit, filler: BatchFiller) -> Iterator[tuple[int, int, Answer]]:
     """(view, place in the shard, answer) of a unit in its order.
 
     Sorting and measuring an answer takes 7 ms for 64 images of 1000 classes on one core of a 2-core AMD EPYC
@@ -205,7 +196,7 @@ def encode_answer(job: LabelJob, view: int, batch: Batch, logits_BC: Tensor) -> 
     return records, coverage_sums(log_probs_BC, records, batch.labels)
 
 
-def unit_batches(job: LabelJob, unit: Unit, filler: BatchFiller) -> Iterator[tuple[int, int, Batch]]:
+def unit_batches(job: LabelJob, unit: store.Unit, filler: BatchFiller) -> Iterator[tuple[int, int, Batch]]:
     """(view, place in the shard, batch) of a unit, decoded ahead of their use."""
     first = sum(num_samples for _, num_samples in job.plan.shards[: unit.shard])
     num_samples, batch_size = job.plan.shards[unit.shard][1], job.plan.batch_size
@@ -226,19 +217,19 @@ def unit_batches(job: LabelJob, unit: Unit, filler: BatchFiller) -> Iterator[tup
         ) from error
 
 
-def finish(folder: Path, plan: LabelPlan) -> bool:
+def finish(folder: Path, plan: store.LabelPlan) -> bool:
     """Write header.json when all units are there; False when some are missing."""
     units = list(plan.units())
     if not all((folder / plan.file_name(unit)).exists() for unit in units):
         return False
     for leftover in folder.glob("*.tmp"):  # of a writer that was killed
         # Ranks that finish together all come here: one may be at its header, and another have cleaned up.
-        if not leftover.name.startswith(f"{HEADER_NAME}."):
+        if not leftover.name.startswith(f"{store.HEADER_NAME}."):
             leftover.unlink(missing_ok=True)
-    parts = [read_header(folder, plan, unit)[0]["coverage_sums"] for unit in units]
+    parts = [store.read_header(folder, plan, unit)[0]["coverage_sums"] for unit in units]
     # A store that was begun before a figure was measured does not have it.
     sums = Counter({name: sum(part[name] for part in parts) for name in set.intersection(*map(set, parts))})
-    write_whole(folder / HEADER_NAME, render_header(plan, mean_coverage(sums)))
+    write_whole(folder / store.HEADER_NAME, store.render_header(plan, mean_coverage(sums)))
     return True
 
 

@@ -18,15 +18,7 @@ from sret_scale.launch.hostfile import Host
 from sret_scale.launch.job import Job, deepspeed_command
 from sret_scale.launch.nodes import NodeStart, choose_nodes
 from sret_scale.launch.sbatch import requeue_running_job
-from sret_scale.runs.rank_errors import (
-    RankError,
-    clear_errors,
-    counted,
-    first_error,
-    now_s,
-    show_first_error,
-    write_error,
-)
+from sret_scale.runs import rank_errors
 from sret_scale.runs.run_folder import RunFolder, read_status
 from sret_scale.runs.stop_signals import caught_signals
 
@@ -68,7 +60,7 @@ def launch(
     run_folder.mkdir(parents=True, exist_ok=True)
     place.check_reachable(run_folder)
     (run_folder / "status.json").unlink(missing_ok=True)
-    clear_errors(run_folder)
+    rank_errors.clear_errors(run_folder)
     with caught_signals() as requests:
         all_ended_well = _supervise(place.starts, job, requests)
         status = exit_status(run_folder, all_ended_well, requests)
@@ -79,7 +71,7 @@ def launch(
 
 def describe_start(starts: Sequence[NodeStart], job: Job) -> str:
     """What `launch` would do, for --dry-run."""
-    ranks, nodes = counted(job.world_size, "rank"), counted(len(job.world), "node")
+    ranks, nodes = rank_errors.counted(job.world_size, "rank"), rank_errors.counted(len(job.world), "node")
     lines = [f"{ranks} on {nodes}, rendezvous at {job.master_addr}:{job.master_port}"]
     lines += [f"{name}: devices {','.join(devices)}" for name, devices in job.world.items()]
     for start in starts:
@@ -156,8 +148,8 @@ def _note_lost(names: Sequence[str], agents: dict[str, "subprocess.Popen[str]"],
         status = agents[name].returncode
         if status == 255 or status < 0:
             message = f"host {name} was lost (its connection ended with status {status}); see that it is up"
-            record = RankError(time_s=now_s(), rank=-1, host=name, message=message, exit_code=1)
-            write_error(Path(job.run_folder), record)
+            record = rank_errors.RankError(time_s=rank_errors.now_s(), rank=-1, host=name, message=message, exit_code=1)
+            rank_errors.write_error(Path(job.run_folder), record)
 
 
 def exit_status(run_folder: Path, all_ended_well: bool, requests: Sequence[int]) -> int:
@@ -167,13 +159,13 @@ def exit_status(run_folder: Path, all_ended_well: bool, requests: Sequence[int])
     """
     status = read_status(RunFolder(run_folder))
     code = status.get("exit_code")
-    error = first_error(run_folder)
+    error = rank_errors.first_error(run_folder)
     # A failed rank makes DeepSpeed's launcher send SIGTERM to the others, which then say "stopped" in good faith.
     has_stopped = status.get("state") == "stopped" and all_ended_well and error is None
     if isinstance(code, int) and (status.get("state") == "finished" or has_stopped):
         return code
     if error is not None:
-        for line in show_first_error(run_folder, error):
+        for line in rank_errors.show_first_error(run_folder, error):
             print(line, file=sys.stderr)
         return error.exit_code or 1
     if requests:

@@ -20,17 +20,7 @@ from data_pipelines.stream.loader import evaluation_batches
 from sret_scale.config.step_depth import share_of
 from sret_scale.distill import DistillConfig
 from sret_scale.lab.readable_numbers import binary_size
-from sret_scale.lab.report.chart import (
-    INK,
-    STYLE,
-    Caption,
-    Chart,
-    canvas_above_legend,
-    finish,
-    legend,
-    log_count_axis,
-    run_colours,
-)
+from sret_scale.lab.report import chart
 from sret_scale.memory import MemoryConfig, apply_recomputation, predict_activations
 from sret_scale.memory.planning.micro_batch import BatchSearch
 from sret_scale.memory.planning.step_cost import DEVICES
@@ -151,9 +141,9 @@ def in_words(points: Sequence[HorizonPoint]) -> str:
     )
 
 
-def horizon_figure(name: str, points: Sequence[HorizonPoint], index: int) -> Chart:
+def horizon_figure(name: str, points: Sequence[HorizonPoint], index: int) -> chart.Chart:
     """Cosines by class of parameters, and the gain of a step, over the loops with gradient."""
-    caption = Caption(
+    caption = chart.Caption(
         name=f"horizon_{index}",
         title=f"How deep the gradient of {name} must go",
         text="Cosine between gradients through the last loops and through all, by class of parameters; dashed: what a "
@@ -163,15 +153,15 @@ def horizon_figure(name: str, points: Sequence[HorizonPoint], index: int) -> Cha
     )
     kinds, counts, full = list(points[0].cosines), [point.loops for point in points], points[-1].gain
     gains = [point.gain / full if full else math.nan for point in points]
-    with mpl.rc_context(STYLE):
-        figure, axes = canvas_above_legend(caption, len(kinds) + 1)
-        for kind, colour in zip(kinds, run_colours(len(kinds)), strict=True):
+    with mpl.rc_context(chart.STYLE):
+        figure, axes = chart.canvas_above_legend(caption, len(kinds) + 1)
+        for kind, colour in zip(kinds, chart.run_colours(len(kinds)), strict=True):
             axes.plot(counts, [one.cosines[kind] for one in points], "o-", color=colour, markersize=3.5, label=kind)
-        axes.plot(counts, gains, color=INK, linestyle=(0, (4, 3)), label="gain of a step")
-        log_count_axis(axes, counts)
-        legend(figure)
+        axes.plot(counts, gains, color=chart.INK, linestyle=(0, (4, 3)), label="gain of a step")
+        chart.log_count_axis(axes, counts)
+        chart.legend(figure)
         table: list[tuple[object, ...]] = [
             ("loops_with_gradient", *(f"cosine_{kind}" for kind in kinds), "gain", "none_bytes", "planned_bytes")
         ]
         table += [(one.loops, *one.cosines.values(), one.gain, one.none_bytes, one.planned_bytes) for one in points]
-        return finish(figure, caption, table)
+        return chart.finish(figure, caption, table)

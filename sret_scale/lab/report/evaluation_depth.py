@@ -10,17 +10,7 @@ import matplotlib as mpl
 import pydantic
 from typing_extensions import TypedDict
 
-from sret_scale.lab.report.chart import (
-    STYLE,
-    Caption,
-    Chart,
-    canvas_above_legend,
-    finish,
-    legend,
-    log_count_axis,
-    printable,
-    run_colours,
-)
+from sret_scale.lab.report import chart
 from sret_scale.lab.report.run_record import RunRecord
 from sret_scale.runs.metrics_log import Line, number
 
@@ -73,7 +63,7 @@ def curve_of(run: str, line: Line) -> DepthCurve | None:
     return DepthCurve(run=run, **{**known, "points": tuple(points)}) if points else None  # type: ignore[arg-type]
 
 
-def evaluation_depth_figures(curves: Sequence[DepthCurve]) -> list[Chart]:
+def evaluation_depth_figures(curves: Sequence[DepthCurve]) -> list[chart.Chart]:
     """Accuracy over applications of all curves, then of each with an attribute its accuracy by bins of that."""
     if not curves:
         return []
@@ -81,9 +71,9 @@ def evaluation_depth_figures(curves: Sequence[DepthCurve]) -> list[Chart]:
     return [_accuracy(curves), *(chart for chart in by_bin if chart)]
 
 
-def _accuracy(curves: Sequence[DepthCurve]) -> Chart:
+def _accuracy(curves: Sequence[DepthCurve]) -> chart.Chart:
     words = " or ".join(dict.fromkeys(curve.best_in_words for curve in curves))
-    caption = Caption(
+    caption = chart.Caption(
         name="evaluation_depth",
         title="Accuracy over the depth of evaluation",
         text="Solid: scores after the last application. Dashed: mean of those after the last 30 loops. Shaded: 95 % of "
@@ -94,7 +84,7 @@ def _accuracy(curves: Sequence[DepthCurve]) -> Chart:
     shown = curves[:MOST_CURVES]
     lines = [
         (f"{curve.run}: {curve.split}" if kind == "last" else "", colour, kind, curve.of(kind), curve.best)
-        for curve, colour in zip(shown, run_colours(len(shown)), strict=True)
+        for curve, colour in zip(shown, chart.run_colours(len(shown)), strict=True)
         for kind in ("last", "mean")
     ]
     names = list(dict.fromkeys(name for curve in curves for point in curve.points for name in point))
@@ -103,43 +93,43 @@ def _accuracy(curves: Sequence[DepthCurve]) -> Chart:
     return _figure(caption, lines, table)
 
 
-def _by_bin(curve: DepthCurve, index: int) -> Chart | None:
+def _by_bin(curve: DepthCurve, index: int) -> chart.Chart | None:
     names = [name for name in curve.points[-1] if re.fullmatch(r".+_\d+_\d+", name)]
     if not names:
         return None
     attribute = {"before": "path length"}.get(name := names[0].rsplit("_", 2)[0], name)  # Before a passage is closed.
-    caption = Caption(
+    caption = chart.Caption(
         name=f"evaluation_depth_{index}",
-        title=f"Accuracy by {attribute}: {printable(curve.run, 30)}",
+        title=f"Accuracy by {attribute}: {chart.printable(curve.run, 30)}",
         text=f"{curve.split}: right tokens of those whose {attribute} lies in a range, after the last application.",
         x_label="block applications in evaluation",
         y_label="right tokens, %",
     )
     lines = [
         (f"{attribute} {' to '.join(name.rsplit('_', 2)[1:])}", colour, "last", curve.of("last"), name)
-        for name, colour in zip(names, run_colours(len(names)), strict=True)
+        for name, colour in zip(names, chart.run_colours(len(names)), strict=True)
     ]
     table: list[tuple[object, ...]] = [("applications", *names)]
     table += [(point["applications"], *(point.get(name, "") for name in names)) for point in curve.of("last")]
     return _figure(caption, lines, table)
 
 
-def _figure(caption: Caption, lines: Sequence[tuple[Any, ...]], table: list[tuple[object, ...]]) -> Chart:
+def _figure(caption: chart.Caption, lines: Sequence[tuple[Any, ...]], table: list[tuple[object, ...]]) -> chart.Chart:
     """Lines of (label or nothing, colour, read-out, points, name of the number)."""
     counts = sorted({point["applications"] for *_, points, _ in lines for point in points})
-    with mpl.rc_context(STYLE):
-        figure, axes = canvas_above_legend(caption, sum(bool(label) for label, *_ in lines))
+    with mpl.rc_context(chart.STYLE):
+        figure, axes = chart.canvas_above_legend(caption, sum(bool(label) for label, *_ in lines))
         for label, colour, kind, points, name in lines:
             known = (name, f"{name}_low", f"{name}_high")
             own = [point for point in points if all(isinstance(point.get(one), int | float) for one in known)]
             depth = [point["applications"] for point in own]
             value, low, high = ([100 * point[one] for point in own] for one in known)
             line = "-" if kind == "last" else (0, (4, 3))
-            text = printable(label, 60) or None
+            text = chart.printable(label, 60) or None
             axes.plot(depth, value, linestyle=line, marker="o", markersize=3.5, color=colour, label=text)
             if kind == "last":
                 axes.fill_between(depth, low, high, color=colour, alpha=0.12, linewidth=0)
-        log_count_axis(axes, counts[:: -(-len(counts) // 8)])
+        chart.log_count_axis(axes, counts[:: -(-len(counts) // 8)])
         axes.set_ylim(-3, 103)
-        legend(figure)
-        return finish(figure, caption, table)
+        chart.legend(figure)
+        return chart.finish(figure, caption, table)
