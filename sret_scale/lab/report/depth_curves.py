@@ -5,6 +5,7 @@ one kind (see `series`) are joined by a line.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -12,19 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from sret_scale.lab.readable_numbers import binary_size, compact
-from sret_scale.lab.report.chart import (
-    INK,
-    MUTED,
-    STYLE,
-    Caption,
-    Chart,
-    byte_axis,
-    canvas_above_legend,
-    finish,
-    legend,
-    printable,
-    run_colours,
-)
+from sret_scale.lab.report import chart
 from sret_scale.lab.report.compare import pareto_front
 from sret_scale.lab.report.run_record import RunRecord
 from sret_scale.lab.report.series import RATE, Line, Point, gather, lines_of, rates_of
@@ -53,7 +42,7 @@ COSTS: dict[str, tuple[str, str, Callable[[Summary], float]]] = {
 }
 
 
-def depth_figures(runs: Sequence[RunRecord], summaries: Sequence[Summary]) -> list[Chart]:
+def depth_figures(runs: Sequence[RunRecord], summaries: Sequence[Summary]) -> list[chart.Chart]:
     """The figures, where at least two evaluated runs differ in depth; none otherwise."""
     points = gather(runs, summaries, {name: cost for name, (_, _, cost) in COSTS.items()})
     if len({point.depth for point in points}) < 2:
@@ -65,22 +54,23 @@ def depth_figures(runs: Sequence[RunRecord], summaries: Sequence[Summary]) -> li
     return [*charts, rates] if rates else charts
 
 
-def _figure(name: str, lines: Sequence[Line]) -> Chart:
+def _figure(name: str, lines: Sequence[Line]) -> chart.Chart:
     title, x_label, _ = COSTS[name]
     drawn = [(index, point) for index, line in enumerate(lines) for point in line.points if point.costs[name] > 0]
     points = [point for _, point in drawn]
     cost = np.array([point.costs[name] for point in points])
     mean = np.array([100 * point.mean for point in points])
     front = pareto_front(cost, mean)
-    colours = run_colours(len(lines))
-    caption = Caption(name=name, title=title, text=_words(name, points), x_label=x_label, y_label="top-1, %")
-    with mpl.rc_context(STYLE):
+    colours = chart.run_colours(len(lines))
+    caption = chart.Caption(name=name, title=title, text=_words(name, points), x_label=x_label, y_label="top-1, %")
+    with mpl.rc_context(chart.STYLE):
         has_legend = 1 < len(lines) <= MOST_LINE_LABELS
-        figure, axes = canvas_above_legend(caption, len(lines) if has_legend else 0)
-        axes.step(cost[front], mean[front], where="post", color=MUTED, linewidth=1.0, linestyle=(0, (4, 3)), zorder=1)
+        figure, axes = chart.canvas_above_legend(caption, len(lines) if has_legend else 0)
+        dashed: dict[str, Any] = {"color": chart.MUTED, "linewidth": 1.0, "linestyle": (0, (4, 3)), "zorder": 1}
+        axes.step(cost[front], mean[front], where="post", **dashed)
         for index, line in enumerate(lines):
             own = sorted((p.costs[name], 100 * p.mean) for p in line.points if p.costs[name] > 0)
-            label = printable(line.label, 60) if has_legend else None
+            label = chart.printable(line.label, 60) if has_legend else None
             axes.plot(*zip(*own, strict=True) if own else ((), ()), color=colours[index], linewidth=1.2, label=label)
         for place, (index, point) in enumerate(drawn):
             _draw(axes, point, cost[place], colours[index], on_front=place in front)
@@ -89,8 +79,8 @@ def _figure(name: str, lines: Sequence[Line]) -> Chart:
         if len(points) <= MOST_POINT_LABELS:
             _name_points(axes, points, cost, mean, by_depth=has_legend)
         if has_legend:
-            legend(figure)
-        return finish(figure, caption, _table(lines, name, front, x_label))
+            chart.legend(figure)
+        return chart.finish(figure, caption, _table(lines, name, front, x_label))
 
 
 def _draw(axes: Axes, point: Point, cost: float, colour: str, *, on_front: bool) -> None:
@@ -112,7 +102,7 @@ def _name_points(axes: Axes, points: Sequence[Point], cost: Floats, mean: Floats
         if any(abs(pixel - other).max() < LABEL_ROOM_PIXELS for other in taken):
             continue
         taken.append(pixel)
-        text = f"{depth:g}" if by_depth or depths.count(depth) == 1 else printable(point.runs[0], 16)
+        text = f"{depth:g}" if by_depth or depths.count(depth) == 1 else chart.printable(point.runs[0], 16)
         left = x > middle
         axes.annotate(
             text,
@@ -121,7 +111,7 @@ def _name_points(axes: Axes, points: Sequence[Point], cost: Floats, mean: Floats
             textcoords="offset points",
             ha="right" if left else "left",
             va="bottom",
-            color=INK,
+            color=chart.INK,
         )
 
 
@@ -133,7 +123,7 @@ def _cost_axis(axes: Axes, cost: Floats, *, is_bytes: bool = False) -> None:
         axes.margins(x=0.15)
         axes.xaxis.set_major_formatter(formatter)
         if is_bytes:
-            byte_axis(axes.xaxis)
+            chart.byte_axis(axes.xaxis)
         else:
             axes.xaxis.set_major_locator(MaxNLocator(3))
         return
@@ -172,12 +162,12 @@ def _table(lines: Sequence[Line], name: str, front: list[int], x_label: str) -> 
     return table
 
 
-def _rate_figure(points: Sequence[Point]) -> Chart | None:
+def _rate_figure(points: Sequence[Point]) -> chart.Chart | None:
     """The best learning rate over depth for each kind, where rates were swept at two depths or more."""
     swept = [(line, group) for line, group in rates_of(points) if len(line.points) > 1]
     if not swept:
         return None
-    caption = Caption(
+    caption = chart.Caption(
         name="rate_transfer",
         title="Best learning rate over depth",
         text="Large: the most accurate rate of each depth; small: the others. A flat line means that a rate found on "
@@ -185,10 +175,10 @@ def _rate_figure(points: Sequence[Point]) -> Chart | None:
         x_label="block applications",
         y_label="learning rate",
     )
-    colours = run_colours(len(swept))
+    colours = chart.run_colours(len(swept))
     table: list[tuple[object, ...]] = [("line", "applications", "learning_rate", "top1", "eval_loss", "is_best")]
-    with mpl.rc_context(STYLE):
-        figure, axes = canvas_above_legend(caption, len(swept) if len(swept) > 1 else 0)
+    with mpl.rc_context(chart.STYLE):
+        figure, axes = chart.canvas_above_legend(caption, len(swept) if len(swept) > 1 else 0)
         figure.subplots_adjust(left=0.16)
         for (line, group), colour in zip(swept, colours, strict=True):
             for point in group:
@@ -196,7 +186,7 @@ def _rate_figure(points: Sequence[Point]) -> Chart | None:
                 axes.plot(point.depth, rate, "o", color=colour, markersize=7 if is_best else 2.5)
                 table.append((line.label, int(point.depth), rate, point.mean, point.loss, int(is_best)))
             best = [(point.depth, float(point.fields[RATE])) for point in line.points]
-            label = printable(line.label, 60) or None
+            label = chart.printable(line.label, 60) or None
             axes.plot(*zip(*best, strict=True), color=colour, linewidth=1.2, label=label)
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=8))
@@ -205,5 +195,5 @@ def _rate_figure(points: Sequence[Point]) -> Chart | None:
         _cost_axis(axes, np.array([point.depth for _, group in swept for point in group]))
         axes.margins(y=0.14)
         if len(swept) > 1:
-            legend(figure)
-        return finish(figure, caption, table)
+            chart.legend(figure)
+        return chart.finish(figure, caption, table)
