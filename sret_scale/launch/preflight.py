@@ -23,14 +23,8 @@ from sret_scale.model import describe
 from sret_scale.runs.checkpoint import list_checkpoints, read_state
 from sret_scale.runs.run_folder import EXIT_FINISHED, RunFolder, environment, read_status, write_json
 from sret_scale.tasks import task_of
+from sret_scale.train import load_run
 from sret_scale.train.engine.compilation import check_compile
-from sret_scale.train.load_run import (
-    check_teacher_classes,
-    initial_state,
-    load_class_names,
-    open_labels_of,
-    open_test_data,
-)
 from sret_scale.train.optim import check_optimizer, learning_rate
 from sret_scale.train.recomputation import set_up_recomputation
 from sret_scale.train.telemetry.trackers import tracker_of
@@ -97,7 +91,7 @@ def check_start(config: RunConfig, path: Path, ranks_of_nodes: Sequence[int], *,
     check_cache(config, ranks_of_nodes)
     # A run that goes on has its own weights; those that it began with may be gone by then.
     if config.train.initial_weights and (is_fresh or not RunFolder(path).checkpoints.exists()):
-        initial_state(config.train.initial_weights, config.model)
+        load_run.initial_state(config.train.initial_weights, config.model)
 
 
 def check_run(config: RunConfig, world_size: int) -> None:
@@ -151,7 +145,7 @@ def check_data(config: RunConfig, world_size: int) -> None:
             f"the train shards {shards.folder} have {shards.num_classes} classes, the model has "
             f"{config.model.num_classes}: set model.num_classes={shards.num_classes}"
         )
-    open_test_data(config, shards)
+    load_run.open_test_data(config, shards)
     if shards.num_samples < config.train.global_batch_size:
         raise ValueError(
             f"{shards.folder} has {shards.num_samples} samples, fewer than one global batch of "
@@ -182,8 +176,8 @@ def check_teacher(config: RunConfig) -> None:
         if part.kind == "run":
             check_teacher_run(Path(part.value))
         elif part.kind == "labels":
-            open_labels_of(config, Path(part.value), open_training_data(config.data))
-    check_teacher_classes(config.distill.teacher, open_training_data(config.data).class_names)
+            load_run.open_labels_of(config, Path(part.value), open_training_data(config.data))
+    load_run.check_teacher_classes(config.distill.teacher, open_training_data(config.data).class_names)
 
 
 def check_teacher_run(path: Path) -> None:
@@ -204,7 +198,7 @@ def check_configuration(folder: RunFolder, config: RunConfig) -> list[str]:
         return []
     if folder.classes.exists():
         shards = open_training_data(config.data)
-        before = load_class_names(folder.path) or []
+        before = load_run.load_class_names(folder.path) or []
         check_same_classes(shards.class_names, before, where=str(shards.folder), owner=f"the run {folder.path}")
     if folder.tokens.exists() and folder.tokens.read_bytes() != Path(str(config.data.tokens)).read_bytes():
         raise ValueError(

@@ -10,14 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sret_scale.train.engine.deepspeed_internals import (
-    averaged_gradients,
-    flat_weights,
-    listed_parameters,
-    own_fragment,
-    stage_3_fragment,
-    stage_3_shape,
-)
+from sret_scale.train.engine import deepspeed_internals
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +34,8 @@ def layout_of(zero_stage: int, optimizer: Any, names: Mapping[nn.Parameter, str]
     if zero_stage == 0:
         parameters = [value for group in optimizer.param_groups for value in group["params"]]
         return {value: (Fragment(name=names[value], start=0, length=value.numel()),) for value in parameters}
-    owners = flat_weights(optimizer, zero_stage)
-    groups = listed_parameters(optimizer, zero_stage)
+    owners = deepspeed_internals.flat_weights(optimizer, zero_stage)
+    groups = deepspeed_internals.listed_parameters(optimizer, zero_stage)
     if zero_stage == 3:
         return {owner: tuple(_end_to_end(group, names, rank)) for owner, group in zip(owners, groups, strict=True)}
     return {
@@ -55,7 +48,7 @@ def layout_of(zero_stage: int, optimizer: Any, names: Mapping[nn.Parameter, str]
 def _end_to_end(group: Sequence[nn.Parameter], names: Mapping[nn.Parameter, str], rank: int) -> Iterator[Fragment]:
     start = 0
     for parameter in group:
-        own, shape = stage_3_fragment(parameter), stage_3_shape(parameter)
+        own, shape = deepspeed_internals.stage_3_fragment(parameter), deepspeed_internals.stage_3_shape(parameter)
         assert own is not None and shape is not None
         room = own.numel()
         # The rest is padding that nobody ever wrote to: a norm must not see it.
@@ -66,7 +59,7 @@ def _end_to_end(group: Sequence[nn.Parameter], names: Mapping[nn.Parameter, str]
 
 def _fragments(group: Sequence[nn.Parameter], names: Mapping[nn.Parameter, str]) -> Iterator[Fragment]:
     for parameter in group:
-        if place := own_fragment(parameter):
+        if place := deepspeed_internals.own_fragment(parameter):
             yield Fragment(name=names[parameter], start=place[0], length=place[1])
 
 
@@ -74,7 +67,7 @@ def live_gradients(zero_stage: int, optimizer: Any, layout: Layout, is_offloaded
     """The gradient of every tensor of `layout` as live tensors that make it up, end to end; after the last backward."""
     if zero_stage == 0 or is_offloaded:
         return {owner: [] if owner.grad is None else [owner.grad] for owner in layout}
-    return {owner: averaged_gradients(optimizer, index) for index, owner in enumerate(layout)}
+    return {owner: deepspeed_internals.averaged_gradients(optimizer, index) for index, owner in enumerate(layout)}
 
 
 def fragment_views(tensors: Sequence[Tensor], fragments: Sequence[Fragment]) -> Iterator[tuple[Fragment, Tensor]]:
