@@ -20,6 +20,9 @@ from data_pipelines.image.pillow_door import BadImageError
 from data_pipelines.image.view import View, box_pixels, draw_view
 from tests.data.stream_shards import encoded, jpeg, smooth_image
 
+# The library is compiled.
+pytestmark = pytest.mark.multi_process
+
 
 @pytest.fixture(scope="module", params=["cc", "cc -DROI_PLAIN"])
 def library(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[None]:

@@ -81,6 +81,7 @@ def test_the_depths_and_controls_of_imagenet_are_those_that_the_file_tells() -> 
     assert runs["untied_108"].parameters > 3 * runs["t_108"].parameters
 
 
+@pytest.mark.lengthy
 def test_the_hours_in_the_documentation_are_those_of_the_measured_speeds() -> None:
     with (FOLDER / "imagenet_speeds.csv").open(newline="") as file:
         speed = fit_speed([(float(row["macs"]), 1 / float(row["images_per_s"])) for row in csv.DictReader(file)])

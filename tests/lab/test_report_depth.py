@@ -4,6 +4,7 @@ import csv
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from sret_scale.lab.readable_numbers import evenly
@@ -30,6 +31,7 @@ def _run(folder: Path, *, config: dict[str, Any] | None = None, scheme: str = "p
     return run
 
 
+@pytest.mark.lengthy
 def test_depths_of_one_kind_are_one_line_and_kinds_are_named(tmp_path: Path) -> None:
     for scheme, top1 in (("published", 0.8), ("loop_aware", 0.82)):
         for loops in (1, 2, 4):
@@ -46,6 +48,7 @@ def test_depths_of_one_kind_are_one_line_and_kinds_are_named(tmp_path: Path) -> 
     assert "equal FLOPs" in flops and "loop_aware" in aware and "published" in published
 
 
+@pytest.mark.lengthy
 def test_of_a_sweep_over_rates_each_depth_keeps_its_best(tmp_path: Path) -> None:
     rates = (0.001, 0.002, 0.004)
     for scheme, best in (("published", {2: 0.004, 4: 0.001}), ("loop_aware", {2: 0.002, 4: 0.002})):

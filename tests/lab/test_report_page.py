@@ -100,6 +100,7 @@ def test_a_young_run_and_a_diverged_run_still_make_a_page(tmp_path: Path) -> Non
     assert "train loss is not finite" in page.text
 
 
+@pytest.mark.lengthy
 def test_seeds_of_one_configuration_are_one_point_of_the_depth_curves(tmp_path: Path) -> None:
     for loops in (1, 2, 4):
         for seed in range(3):
@@ -151,6 +152,7 @@ def _sweep(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.lengthy
 def test_the_page_of_a_sweep_answers_by_settings(tmp_path: Path) -> None:
     assert cli.main(["report", str(_sweep(tmp_path / "depth")), "-o", str(tmp_path / "page.html")]) == 0
     html, page = (tmp_path / "page.html").read_text(), _Page(tmp_path / "page.html")
@@ -187,6 +189,7 @@ def test_a_card_without_a_course_is_left_out(tmp_path: Path) -> None:
     assert "Training loss" in page.text and "Evaluation loss" not in page.text
 
 
+@pytest.mark.lengthy
 def test_the_command_says_what_it_wrote_and_refuses_what_is_not_there(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -386,6 +386,7 @@ def test_a_measured_speed_grows_with_the_macs(base: str) -> None:
     assert len(speeds) == 2 and all(speed.fixed_s >= 0 and speed.per_mac_s > 0 for speed in speeds)
 
 
+@pytest.mark.lengthy
 def test_what_is_measured_is_a_range_with_a_warning_on_a_busy_machine(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -468,6 +469,7 @@ def test_a_thousand_runs_are_planned_and_written_as_one_table(base: str) -> None
     assert len(sweep_table(planned).splitlines()) == 1002
 
 
+@pytest.mark.lengthy
 def test_a_dry_run_starts_nothing_and_refuses_what_a_start_would(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

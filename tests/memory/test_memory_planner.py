@@ -138,6 +138,7 @@ def test_a_plan_keeps_its_budget_when_it_is_trained(batches: BatchSearch, share:
     assert plan.total_bytes <= plan.budget_bytes
 
 
+@pytest.mark.lengthy
 def test_a_budget_between_recomputation_and_none_is_used(batches: BatchSearch) -> None:
     """The more bytes, the faster: 25 budgets from what `per_application` needs to what `none` needs, without a gap."""
     search = batches.search(4)
@@ -152,6 +153,7 @@ def test_a_budget_between_recomputation_and_none_is_used(batches: BatchSearch) -
     assert max(b - a for a, b in pairwise(rates)) <= 0.1 * (rates[-1] - rates[0])
 
 
+@pytest.mark.lengthy
 def test_a_micro_batch_is_chosen_among_those_allowed(batches: BatchSearch) -> None:
     sizes = (3, 6, 12)
     plan = plan_for(batches, budget_bytes=2**29, micro_batch_sizes=sizes, **STATE)
@@ -162,6 +164,7 @@ def test_a_micro_batch_is_chosen_among_those_allowed(batches: BatchSearch) -> No
         plan_for(batches, budget_bytes=2**16, micro_batch_sizes=sizes, **STATE)
 
 
+@pytest.mark.lengthy
 def test_more_memory_never_makes_a_plan_slower(batches: BatchSearch) -> None:
     smallest = batches.search(4).smallest_bytes()
     rates = []
@@ -173,6 +176,7 @@ def test_more_memory_never_makes_a_plan_slower(batches: BatchSearch) -> None:
     assert batches.search(4).fastest(int(0.97 * smallest)) is None
 
 
+@pytest.mark.lengthy
 def test_a_free_micro_batch_uses_the_memory(batches: BatchSearch) -> None:
     plan = plan_for(batches, budget_bytes=2**29, **STATE)
     for size in (1, 2, 8):
@@ -198,6 +202,7 @@ def test_an_impossible_budget_names_the_next_cheaper_choice(batches: BatchSearch
         plan_for(batches, budget_bytes=state + room, micro_batch_size=512, **STATE)
 
 
+@pytest.mark.lengthy
 def test_training_is_prepared_within_a_budget_or_refused() -> None:
     model = SReT(DEEP).train()
     state: dict[str, Any] = {"micro_batch_size": 4, "precision": "fp32", "world_size": 1, "zero_stage": 0}
@@ -257,6 +262,7 @@ SETTLING = SReTConfig(
 )
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("share", [0.2, 0.5, 2.0])
 @pytest.mark.parametrize(("config", "num_detached", "supervised"), [(SETTLING, 36, (42, 48, 54)), (DEEP, 2, (4,))])
 def test_losses_on_the_way_and_a_start_without_gradient_are_planned(
@@ -284,6 +290,7 @@ def test_losses_on_the_way_and_a_start_without_gradient_are_planned(
         prepare_memory(model, replace(budget, budget_bytes=state + 1000), **settings, depth=depth)
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("config", [SETTLING, DEEP])
 def test_planned_chains_keep_the_gradients(config: SReTConfig) -> None:
     config = replace(config, drop_path=0.0)

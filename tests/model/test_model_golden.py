@@ -14,6 +14,7 @@ from sret_scale.model import PRESETS, describe, preset
 GOLDEN = Path(__file__).parents[1] / "golden" / "sret_parity.npz"
 
 
+@pytest.mark.lengthy
 def test_published_outputs_are_reproduced(capsys: pytest.CaptureFixture[str]) -> None:
     assert parity.main([str(GOLDEN)]) == 0
     assert "4 of 4 models agree" in capsys.readouterr().out
@@ -87,6 +88,7 @@ def test_describe_prints_the_three_measures_of_depth(capsys: pytest.CaptureFixtu
     assert "error: stage 0: 8 groups do not divide 169 tokens" in capsys.readouterr().err
 
 
+@pytest.mark.lengthy
 def test_describe_alone_lists_every_preset(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["describe"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -100,6 +102,7 @@ def test_every_deep_preset_has_the_depth_in_its_name() -> None:
     assert {108, 300, 1000} <= set(deep.values())
 
 
+@pytest.mark.lengthy
 def test_the_table_of_presets_in_the_documentation_is_true() -> None:
     page = (Path(__file__).parents[2] / "docs" / "model.md").read_text()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| `")]
