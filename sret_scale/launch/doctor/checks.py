@@ -4,7 +4,6 @@ import importlib.metadata
 import importlib.util
 import os
 import shutil
-import socket
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -46,7 +45,6 @@ def check_machine(folder: Path) -> Iterator[Finding]:
     yield check_devices()
     yield check_decoder(roi.is_in_use(), roi.is_stale())
     yield check_folder(folder)
-    yield check_own_name()
 
 
 def check_versions(version_of: Callable[[str], str]) -> Iterator[Finding]:
@@ -126,14 +124,3 @@ def check_folder(folder: Path) -> Finding:
         advice = "make room: checkpoints, logs and shards need more than 20 GiB in long runs"
         return Finding(name="disk", state="warn", text=text, advice=advice)
     return Finding(name="disk", state="ok", text=text)
-
-
-def check_own_name() -> Finding:
-    """The machine's own name has an address, which gloo and NCCL may listen on."""
-    name = socket.gethostname()
-    try:
-        address = socket.gethostbyname(name)
-    except OSError:
-        advice = f"add {name} to /etc/hosts, or set GLOO_SOCKET_IFNAME to the network's interface"
-        return Finding(name="own name", state="warn", text=f"{name} has no address", advice=advice)
-    return Finding(name="own name", state="ok", text=f"{name} is {address}")
