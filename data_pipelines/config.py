@@ -103,7 +103,7 @@ class DataConfig:
         bounds = {
             "at least 1": "block_window num_repeats num_views fetch_threads fetch_ahead_steps fetch_attempts",
             "above 0": "cache_gib stall_s",
-            "above 0, at most 1": "eval_crop_rate",
+            "above 0 and at most 1": "eval_crop_rate",
             "between 0 and 1": "flip_rate max_bad_rate",
             "0 to 4,096": "crop_padding",
             "1 to 1,024": "workers",

@@ -10,7 +10,7 @@ _BOUNDS: dict[str, Callable[[Any], bool]] = {
     "above 0": lambda value: 0 < value < float("inf"),
     "0 or more": lambda value: 0 <= value < float("inf"),
     "at least 1": lambda value: value >= 1,
-    "above 0, at most 1": lambda value: 0 < value <= 1,
+    "above 0 and at most 1": lambda value: 0 < value <= 1,
     "0 or more and less than 1": lambda value: 0 <= value < 1,
 }
 
@@ -28,13 +28,16 @@ def check_fields(config: object, section: str, bounds: Mapping[str, str]) -> Non
     between. None is no number.
     """
     kind: Any = type(config)
-    for name, choices in _choices(kind).items():
-        value = getattr(config, name)
-        require(value in choices, f"{section}.{name}", f"one of {', '.join(map(str, choices))}", value)
+    hints = _hints(kind)
+    for name, hint in hints.items():
+        choices, value = typing.get_args(hint), getattr(config, name)
+        is_valid = typing.get_origin(hint) is not Literal or value in choices
+        require(is_valid, f"{section}.{name}", f"one of {', '.join(map(str, choices))}", value)
     for expected, names in bounds.items():
         for name in names.split():
-            value = getattr(config, name)
-            require(value is None or _is_within(value, expected), f"{section}.{name}", expected, value)
+            value, may_be_none = getattr(config, name), type(None) in typing.get_args(hints[name])
+            is_valid = value is None or _is_within(value, expected)
+            require(is_valid, f"{section}.{name}", f"{expected}, or null" if may_be_none else expected, value)
 
 
 def _is_within(value: Any, expected: str) -> bool:
@@ -45,6 +48,5 @@ def _is_within(value: Any, expected: str) -> bool:
 
 
 @functools.cache
-def _choices(kind: Any) -> dict[str, tuple[Any, ...]]:
-    hints = typing.get_type_hints(kind)
-    return {name: typing.get_args(hint) for name, hint in hints.items() if typing.get_origin(hint) is Literal}
+def _hints(kind: Any) -> dict[str, Any]:
+    return typing.get_type_hints(kind)

@@ -103,7 +103,7 @@ class OptimConfig:
             "above 0": "learning_rate reference_batch_size eps",
             "0 or more": "final_rate_ratio warmup_images weight_decay ema_horizon_images ema_statistics_images",
             "0 or more and less than 1": "beta1 beta2",
-            "above 0, at most 1": "layer_decay",
+            "above 0 and at most 1": "layer_decay",
         }
         check_fields(self, "optim", bounds)
         for group in typing.get_args(ParameterClass):

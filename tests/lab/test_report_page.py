@@ -51,6 +51,7 @@ def trio(tmp_path_factory: pytest.TempPathFactory) -> Report:
     return write_report([folder / "runs"], folder / "report.html")
 
 
+@pytest.mark.lengthy
 def test_the_page_is_self_contained_and_its_files_are_written(trio: Report) -> None:
     report, page = trio, _Page(trio.page)
     assert "script" not in page.tags and "img" not in page.tags and page.tags.count("svg") == 11

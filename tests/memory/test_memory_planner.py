@@ -193,6 +193,7 @@ def test_the_state_shrinks_with_the_zero_stage(batches: BatchSearch) -> None:
     assert totals == sorted(totals, reverse=True)
 
 
+@pytest.mark.lengthy
 def test_an_impossible_budget_names_the_next_cheaper_choice(batches: BatchSearch) -> None:
     with pytest.raises(ValueError, match=r"needs at least .* next cheaper choice is a budget of .* (KiB|MiB)"):
         plan_for(batches, budget_bytes=2**16, micro_batch_size=64, **STATE)

@@ -20,6 +20,7 @@ def test_published_outputs_are_reproduced(capsys: pytest.CaptureFixture[str]) ->
     assert "4 of 4 models agree" in capsys.readouterr().out
 
 
+@pytest.mark.lengthy
 def test_parity_fails_on_a_wrong_logit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with np.load(GOLDEN) as file:
         golden = {entry: file[entry] for entry in file.files if entry.startswith("sret_t_no_slice/")}

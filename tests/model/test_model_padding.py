@@ -30,6 +30,7 @@ def odd(options: dict[str, Any]) -> SReTConfig:
     return build(options | {"stage_options": stages})
 
 
+@pytest.mark.lengthy
 @settings(max_examples=30, deadline=None)
 @given(model_options())
 def test_a_padded_model_is_the_plain_one_and_its_zeros_stay(options: dict[str, Any]) -> None:

@@ -40,6 +40,7 @@ def test_loss_at_init_is_near_chance(name: str) -> None:
     assert abs(float(loss.detach()) - math.log(10)) < 0.5
 
 
+@pytest.mark.lengthy
 def test_one_batch_can_be_overfitted() -> None:
     model = tiny_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)

@@ -58,6 +58,7 @@ def plain_gradient(run: Path, num_loops: int) -> dict[str, torch.Tensor]:
     return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
 
 
+@pytest.mark.lengthy
 def test_points_are_what_plain_gradients_give(mazes: Path) -> None:
     points = horizon(mazes, 8)
     assert [point.loops for point in points] == [1, 2, 4, 6]
@@ -86,6 +87,7 @@ def test_a_step_is_as_long_as_it_says_and_is_taken_back(mazes: Path) -> None:
     assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
 
 
+@pytest.mark.lengthy
 def test_the_command_draws_and_says_it(
     mazes: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -117,6 +119,7 @@ def test_bad_input_is_said(mazes: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert "is not a run folder" in capsys.readouterr().err
 
 
+@pytest.mark.lengthy
 def test_grids_are_evaluated_at_many_depths_and_other_sizes(
     mazes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -66,6 +66,7 @@ def test_features_are_what_the_head_sees(
     assert torch.allclose(model.features(found["images"][5]), torch.from_numpy(found["features"][5]), atol=1e-6)
 
 
+@pytest.mark.lengthy
 def test_what_an_answer_needs_travels_with_the_checkpoint_and_every_export(
     run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

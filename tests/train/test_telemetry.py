@@ -262,6 +262,7 @@ def told(scheme: BranchScheme, num_loops: int, rates: list[float]) -> list[list[
     return found
 
 
+@pytest.mark.lengthy
 def test_a_run_that_grows_alarms_and_a_healthy_one_does_not() -> None:
     # Found on Fashion-MNIST too: the published branches grow 1.4- to 1.9-fold a loop at 108 (docs/results.md).
     rates = [8e-3] * 4

@@ -154,7 +154,7 @@ def test_muon_is_refused_where_zero_cuts_matrices() -> None:
     ("values", "message"),
     [
         ({"layer_decay": 0.0}, "optim.layer_decay: expected above 0 and at most 1, got 0.0"),
-        ({"tied": ClassConfig(clip_norm=0.0)}, "optim.tied.clip_norm: expected above 0, got 0.0"),
+        ({"tied": ClassConfig(clip_norm=0.0)}, "optim.tied.clip_norm: expected above 0, or null, got 0.0"),
         ({"residual": ClassConfig(rate_ratio=-1.0)}, "optim.residual.rate_ratio: expected 0 or more, got -1.0"),
     ],
 )
