@@ -252,3 +252,19 @@ def test_a_run_is_refused_before_it_starts(shards: Path, tmp_path: Path, capsys:
         changes = ["model.vocabulary=256"] if name == "nmt_tiny" else []
         assert main(["train", name, *folders, *changes, "--run", str(tmp_path / "run"), "--ranks", "1"]) == 2
         assert message in (err := capsys.readouterr().err), err
+
+
+@pytest.mark.slow
+@pytest.mark.multi_process
+def test_zero_3_computes_the_same(shards: Path, tmp_path: Path) -> None:
+    """It gathers the weights of the stages, the keys of the memory among them, and the embedding again for the head."""
+    folders = [f"data.train_folder={shards}", f"data.test_folder={shards}"]
+    changes = ["train.total_images=32", "optim.warmup_images=8", "memory.schedule=per_application"]
+    changes += ["train.global_batch_size=8", "train.micro_batch_size=4"]
+    found = []
+    for name in ("zero0", "zero3"):
+        run = ["--run", str(tmp_path / name), "--ranks", "2", f"engine.ds_config={name}"]
+        assert main(["train", "nmt_tiny", *run, *TINY, *folders, *changes]) == 0
+        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        found.append([line["loss"] for line in lines if line["kind"] in ("train", "eval")])
+    assert len(found[0]) > 1 and found[0] == pytest.approx(found[1], rel=1e-6)
