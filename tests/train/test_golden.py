@@ -9,8 +9,9 @@ from tests.tiny import tiny_shards
 from tests.train.golden_runs import FILE, NUM_STEPS, RANKS, machine, recorded, train
 
 pytestmark = pytest.mark.multi_process
-TOLERANCE = 1e-5
-"""Relative, of losses on another processor or torch; AVX2's kernels in the place of AVX-512's move them by 2.5e-7."""
+FIRST, TOLERANCE, LATE_TOLERANCE = 5, 1e-5, 1e-4
+"""Relative, of the first losses and of all on another processor or torch. Rounding grows by the step: an AMD EPYC without
+AVX-512 is within 1e-6 in the first five, and 2.3e-5 off in the last of the twenty."""
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +24,7 @@ def test_a_small_run_has_the_losses_and_weights_that_were_recorded(name: str, sh
     expected = dict(recorded())[name]
     found = train(name, shards)
     assert len(found.losses) == len(expected.losses) == NUM_STEPS
-    assert found.losses == pytest.approx(expected.losses, rel=TOLERANCE)
+    assert found.losses[:FIRST] == pytest.approx(expected.losses[:FIRST], rel=TOLERANCE)
+    assert found.losses == pytest.approx(expected.losses, rel=LATE_TOLERANCE)
     if machine() == json.loads(FILE.read_text())["machine"]:
         assert found == expected
