@@ -10,8 +10,8 @@ from tests.train.golden_runs import FILE, NUM_STEPS, RANKS, machine, recorded, t
 
 pytestmark = pytest.mark.multi_process
 FIRST, TOLERANCE, LATE_TOLERANCE = 5, 1e-5, 1e-4
-"""Relative, of the first losses and of all on another processor or torch. Rounding grows by the step: an AMD EPYC without
-AVX-512 is within 1e-6 in the first five, and 2.3e-5 off in the last of the twenty."""
+"""Relative, of the first losses and of all on another processor or torch. Rounding grows by the step: without AVX-512
+an AMD EPYC gives the first five to the bit, and 2.3e-5 more or less in the last of the twenty."""
 
 
 @pytest.fixture(scope="module")

@@ -162,7 +162,7 @@ def test_a_configuration_without_a_task_is_of_classification(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        (["task=grids"], "task: expected 'classification', 'grid' or 'language', got 'grids'"),
+        (["task=grids"], "task: expected 'classification', 'grid', 'language' or 'translation', got 'grids'"),
         (["grid.ask_within=0"], "grid.ask_within: expected above 0, or null, got 0"),
         (["model.head=classes"], "task=grid needs a label for every token: set model.head=tokens"),
         (["task=classification"], "model.head=tokens labels every token: set task=grid"),

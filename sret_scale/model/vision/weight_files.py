@@ -51,7 +51,7 @@ def load_model(path: Path) -> StackModel:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             for name in file.keys():  # noqa: SIM118 - the file is not a mapping
-                # In memory of its own: in the file's a tensor lies at any address, where AVX2's products may round otherwise.
+                # Into memory of its own: at odd addresses, as in the file, AVX2's products may round otherwise.
                 state[name] = file.get_tensor(name).clone()
     except SafetensorError as error:
         raise ValueError(f"{path} is not a complete safetensors file: {error}") from error
