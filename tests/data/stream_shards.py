@@ -42,7 +42,7 @@ class TarShards:
         self.num_classes = max(labels, default=0) + 1
         self.class_names = [str(label) for label in range(self.num_classes)]
         self.members: dict[str, Any] = {}
-        self.is_text = False
+        self.is_text = self.is_pairs = False
         self.fingerprint = f"{zlib.crc32(b''.join(images)):064x}"
         self.shard_of = np.arange(len(images), dtype=np.int32) // shard_size
         self.num_shards = -(-len(images) // shard_size)
