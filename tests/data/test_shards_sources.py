@@ -321,7 +321,11 @@ def test_a_source_tar_cut_off(tmp_path: Path) -> None:
         ("tars", None, r"no \.tar files"),
         ("tars", "x", "a folder of tars has none"),
         ("parquet", "train", r"no train-\*\.parquet"),
-        ("zip", None, "source kind 'zip': expected one of folder, idx, ilsvrc, mazes, parquet, products, tars"),
+        (
+            "zip",
+            None,
+            "source kind 'zip': expected one of folder, idx, ilsvrc, mazes, moses, parquet, products, tars, text, tsv",
+        ),
     ],
 )
 def test_sources_that_are_not_there(tmp_path: Path, kind: str, split: str | None, message: str) -> None:

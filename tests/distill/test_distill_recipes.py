@@ -6,8 +6,9 @@ from sret_scale.config.recipes import IMAGENET_IMAGES, RECIPES
 from sret_scale.config.run_config import differences
 from sret_scale.train.optim import peak_rate, schedule_factor
 
-# `small` is for own images of any kind, `reach` for mazes and `lm_tiny` for text: nobody published them.
-IMAGENET = [name for name in RECIPES if not name.startswith("demo") and name not in ("small", "reach", "lm_tiny")]
+# For own images of any kind, mazes, text and pairs of it: nobody published them.
+OF_OUR_OWN = ("small", "reach", "lm_tiny", "nmt_tiny")
+IMAGENET = [name for name in RECIPES if not name.startswith("demo") and name not in OF_OUR_OWN]
 
 
 @pytest.mark.parametrize("name", IMAGENET)
