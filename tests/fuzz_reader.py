@@ -39,6 +39,9 @@ def _too_long(_signal: int, _frame: object) -> None:
 if __name__ == "__main__":
     import torch
 
+    # Imported before the clock starts: on a slow machine what a first command imports would take all of its time.
+    import torch._dynamo
+
     import sret_scale.commands.evaluate
     import sret_scale.distill
     import sret_scale.lab.report.page

@@ -1,6 +1,7 @@
 """The table of source kinds."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 from data_pipelines.grids.made import GridReader, list_grids
@@ -24,8 +25,8 @@ KINDS = {
     "tars": SourceKind(tars.list_samples, tars.TarReader),
     "idx": SourceKind(idx.list_samples, idx.IdxReader),
     "text": SourceKind(texts.list_windows, RangeReader),
-    "moses": SourceKind(pairs.list_pairs, pairs.PairReader),
-    "tsv": SourceKind(pairs.list_pairs, pairs.PairReader),
+    "moses": SourceKind(partial(pairs.list_pairs, num_files=2), pairs.PairReader),
+    "tsv": SourceKind(partial(pairs.list_pairs, num_files=1), pairs.PairReader),
     "mazes": SourceKind(list_grids, GridReader),
     "products": SourceKind(list_grids, GridReader),
 }

@@ -17,14 +17,15 @@ from data_pipelines.sources.listing import Listing
 from data_pipelines.text.pieces import KIND, TARGET, TextWindows
 
 
-def list_pairs(source: tuple[Path, TextWindows], split: str | None) -> Listing:
-    """The lines of FILE (tsv), or of FILE,FILE. ValueError where their numbers of lines differ, or are 0."""
+def list_pairs(source: tuple[Path, TextWindows], split: str | None, *, num_files: int) -> Listing:
+    """The lines of FILE (tsv), or of FILE,FILE (moses). ValueError where their numbers of lines differ, or are 0."""
     place, _ = source
     if split is not None:
         raise ValueError(f"split {split!r}: pairs have none; put the lines of each split into files of their own")
     files = [Path(name) for name in str(place).split(",")]
-    if len(files) > 2 or "\n" in str(place):
-        raise ValueError(f"{place}: expected one file of lines with a tab (tsv), or two as in train.de,train.en")
+    if len(files) != num_files or "\n" in str(place):
+        expected = "one file of lines with a tab" if num_files == 1 else "two files, as in train.de,train.en"
+        raise ValueError(f"{place}: expected {expected}, without commas and line feeds in their names")
     first, second = (_Lines(file) for file in (files[0], files[-1]))
     if len(first) != len(second):
         raise ValueError(

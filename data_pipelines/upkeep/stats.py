@@ -12,7 +12,8 @@ from data_pipelines.shards.index import open_shards
 def summarize_shards(folder: str | Path) -> dict[str, Any]:
     """Counts, bytes, pixels and class balance, ready for JSON."""
     shards = open_shards(folder, allow_remote=True)
-    sizes = ("window_bytes", "that_count") if shards.is_text else ("width", "height")
+    pairs_or_windows = ("source_bytes", "target_bytes") if shards.is_pairs else ("window_bytes", "that_count")
+    sizes = pairs_or_windows if shards.is_text else ("width", "height")
     counts = np.bincount(shards.label, minlength=shards.num_classes).tolist()
     return {
         "folder": str(folder),

@@ -96,7 +96,7 @@ def _metadata(listed: ListedImage, class_names: Sequence[str], reader: Reader) -
 def _apply_policy(bad: Rejected, image: bytes, options: ImageOptions, folder: Path) -> None:
     if options.on_bad == "fail":
         raise ValueError(
-            f"{bad.name!r}: {bad.reason}; remove it from the source, or leave such images out with"
+            f"{bad.name!r}: {bad.reason}; remove it from the source, or leave such samples out with"
             " --on-bad skip or --on-bad quarantine"
         )
     if options.on_bad == "quarantine":

@@ -200,9 +200,11 @@ def check_configuration(folder: RunFolder, config: RunConfig) -> list[str]:
         shards = open_training_data(config.data)
         before = load_run.load_class_names(folder.path) or []
         check_same_classes(shards.class_names, before, where=str(shards.folder), owner=f"the run {folder.path}")
-    if folder.tokens.exists() and folder.tokens.read_bytes() != Path(str(config.data.tokens)).read_bytes():
+    before_and_now = (folder.tokens if folder.tokens.exists() else None, config.data.tokens)
+    if len({file and Path(file).read_bytes() for file in before_and_now}) > 1:
         raise ValueError(
-            f"{config.data.tokens}: other tokens than {folder.path} was trained with: choose another --run"
+            f"data.tokens={config.data.tokens or 'null, bytes'}: other tokens than {folder.path} was trained with: "
+            "choose another --run"
         )
     old, seen, total_images = whole_paths(from_yaml(folder.config)), images_seen(folder), config.train.total_images
     is_same_length = old.train.total_images == total_images

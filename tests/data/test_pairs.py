@@ -17,6 +17,7 @@ from data_pipelines.stream.loader import LoaderState, Step, TrainLoader, evaluat
 from data_pipelines.stream.webdataset_door import to_webdataset
 from data_pipelines.text.pieces import TextWindows
 from data_pipelines.upkeep.repair import repair_shards
+from data_pipelines.upkeep.stats import summarize_shards
 from data_pipelines.upkeep.verify import verify_shards
 from data_pipelines.writing.prepare import ImageOptions
 from data_pipelines.writing.write import WriteConfig, write_shards
@@ -67,6 +68,8 @@ def test_any_webdataset_reader_gets_the_pairs_back(tmp_path: Path, kind: str, en
     assert shards.is_pairs and shards.is_text and len(tars) == 2 and verify_shards(tmp_path / "set") == []
     sample = next(iter(to_webdataset(shards, batch_size=4)))
     assert (sample["__key__"], sample["source"], sample["target"]) in read
+    longest = max(len(target.encode()) for _, target in PAIRS)
+    assert summarize_shards(tmp_path / "set")["target_bytes"]["largest"] == longest
     gc.collect()
 
 
@@ -151,7 +154,9 @@ def test_a_bad_line_is_named_and_may_be_left_out(
     ("kind", "source", "options", "message"),
     [
         ("moses", "a.de,a.en", [], "a.de has 2 lines and "),
-        ("moses", "a.de,a.de,a.en", [], "expected one file of lines with a tab (tsv), or two as in train.de,train.en"),
+        ("moses", "a.de,a.de,a.en", [], "expected two files, as in train.de,train.en, without"),
+        ("moses", "a.de", [], "expected two files, as in train.de,train.en, without"),
+        ("tsv", "a.de,a.en", [], "expected one file of lines with a tab, without"),
         ("moses", "a.de,none.en", [], "none.en"),
         ("tsv", "empty.tsv", [], "empty.tsv: an empty file; give it lines"),
         ("tsv", "a.de", [], ": an empty target: expected a text, and in a tsv a tab between the two"),

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = ("sret_scale", "data_pipelines")
 # Product lines (*.py, *.c, *.h, *.html) that a room may have. Raising one is a decision: say why in docs/log.md.
 LINE_BUDGETS = {
-    "data_pipelines": 9_257,
+    "data_pipelines": 9_260,
     "sret_scale/commands": 2_362,
     "sret_scale/config": 1_769,
     "sret_scale/distill": 1_280,
@@ -23,7 +23,7 @@ LINE_BUDGETS = {
     "sret_scale/timm": 820,
     "sret_scale/train": 4_257,
 }
-TOTAL_BUDGET = 34_614
+TOTAL_BUDGET = 34_619
 MOST_FILES = 20
 
 

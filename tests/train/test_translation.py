@@ -188,7 +188,8 @@ def test_a_run_from_a_tsv_to_translations(
     assert 0 < last["loss"] < 8 and (run / "best.safetensors").exists()
     # The run has tokens of its own, and goes on with no others.
     train_pieces(tokens, [side[::-1] for pair in PAIRS for side in pair])
-    assert main(command) == 2 and b"other tokens than" in capfdbinary.readouterr().err
+    for others in ([], ["data.tokens=null", "model.vocabulary=256"]):
+        assert main([*command, *others]) == 2 and b"other tokens than" in capfdbinary.readouterr().err
     tokens.unlink()
     assert main(["evaluate", str(run), "--json", "--weights", "raw", "--beam", "2"]) == 0
     result = json.loads(capfdbinary.readouterr().out)
