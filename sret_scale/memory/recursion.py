@@ -16,6 +16,7 @@ from sret_scale.memory.planning.costs import measure_application
 from sret_scale.memory.planning.unequal_chains import plan_chain
 from sret_scale.memory.recompute import run_chain
 from sret_scale.memory.schedule import Schedule
+from sret_scale.model.applications import order_of_uses
 from sret_scale.model.config import LoopOrder
 from sret_scale.model.stage import with_value
 
@@ -37,7 +38,8 @@ class Recursion(nn.Module):
 
     blocks: a module, or several. Each maps a tensor to one of the same shape; keyword arguments of a call (masks,
         rotary tables, a context) go to every application, and tensors among them get their gradients.
-    order: "block" applies A A B B, as SReT does (arXiv 2111.05297, section 3.1); "model" A B A B.
+    order: "block" applies A A B B, as SReT does (arXiv 2111.05297, section 3.1); "model" A B A B,
+        "model_reversed" A B B A: the last of several rounds runs backwards.
     injection: "add" adds the input to the state before every application, which lets a tied step settle (deep
         equilibrium models, arXiv 1909.01377).
     step_size: x + step_size * (block(x) - x). At 1 nothing is computed but the block. One over the number of
@@ -142,10 +144,7 @@ class Recursion(nn.Module):
 
     def applications(self, num_loops: int | None = None) -> list[tuple[int, int]]:
         """(block, loop) of each application, in the order in which they run."""
-        blocks, loops = range(len(self.blocks)), range(num_loops or self.num_loops)
-        if self.order == "block":
-            return list(itertools.product(blocks, loops))
-        return [(block, loop) for loop in loops for block in blocks]
+        return order_of_uses(self.order, len(self.blocks), num_loops or self.num_loops)
 
     @torch.no_grad()
     def health(self, x: Tensor, *, num_loops: int | None = None, **kwargs: Any) -> list[ApplicationHealth]:

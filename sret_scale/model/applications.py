@@ -3,10 +3,11 @@
 Everything here is a pure function of a config; the modules in `layers` and `stage` only carry it out.
 """
 
+import itertools
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from sret_scale.model.config import PUBLISHED_LOOPS, BranchScheme, Skip, StackConfig, StageConfig
+from sret_scale.model.config import PUBLISHED_LOOPS, BranchScheme, LoopOrder, Skip, StackConfig, StageConfig
 
 
 class ResidualConstants(NamedTuple):
@@ -56,15 +57,10 @@ class BranchScale:
 def application_slots(config: StackConfig, index: int) -> tuple[ApplicationSpec, ...]:
     """The applications of a stage in the order in which they run."""
     stage, num_tokens = config.stages[index], config.num_tokens(index)
-    blocks, loops = range(stage.num_blocks), range(stage.num_loops)
     # Where the config asks for exact groups they divide the tokens, and the nearest divisor is the number itself.
-    groups = [nearest_divisor(num_tokens, stage.groups_of(loop)) for loop in loops]
+    groups = [nearest_divisor(num_tokens, stage.groups_of(loop)) for loop in range(stage.num_loops)]
     if stage.slices == "windows":
         groups = [num_tokens // stage.window**2] * stage.num_loops
-    if stage.loop_order == "block":
-        order = [(block, loop) for block in blocks for loop in loops]
-    else:
-        order = [(block, loop) for loop in loops for block in blocks]
     return tuple(
         ApplicationSpec(
             block=block,
@@ -74,8 +70,18 @@ def application_slots(config: StackConfig, index: int) -> tuple[ApplicationSpec,
             # A permutation in front of attention over all tokens changes nothing, so none is drawn.
             permuted=stage.slices == "windows" or (loop >= stage.permute_from_loop and groups[loop] > 1),
         )
-        for block, loop in order
+        for block, loop in order_of_uses(stage.loop_order, stage.num_blocks, stage.num_loops)
     )
+
+
+def order_of_uses(order: LoopOrder, num_blocks: int, num_loops: int) -> list[tuple[int, int]]:
+    """(block, loop) of each application in the order in which they run."""
+    if order == "block":
+        return list(itertools.product(range(num_blocks), range(num_loops)))
+    uses = [(block, loop) for loop in range(num_loops) for block in range(num_blocks)]
+    if order == "model_reversed" and num_loops > 1:
+        uses[-num_blocks:] = reversed(uses[-num_blocks:])
+    return uses
 
 
 def nearest_divisor(number: int, wanted: int) -> int:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from sret_scale.model.stack import StackModel
     from sret_scale.model.vision.sret import SReT
 
-LoopOrder = Literal["block", "model"]
+LoopOrder = Literal["block", "model", "model_reversed"]
 ProjectionPolicy = Literal["per_application", "per_loop", "per_block", "none"]
 BranchScheme = Literal["by_depth", "published", "inv_sqrt", "loop_aware", "layerscale", "rezero"]
 Skip = Literal["by_depth", "learned", "frozen", "slow"]
@@ -41,7 +41,8 @@ class StageConfig:
 
     width, num_heads: channels of a token, cut into heads.
     num_blocks, num_loops: sets of weights, and how often each is applied.
-    loop_order: "block" applies A A B B (published), "model" A B A B.
+    loop_order: "block" applies A A B B (published), "model" A B A B, "model_reversed" A B B A: the last of
+        several rounds runs backwards (CYCLE (REV) of arXiv 2104.06022).
     groups: number of slices of the tokens per loop; the last entry holds for all later loops.
     slices: "raster" cuts the tokens in the image's order, or in a drawn one, into `groups` (published); "windows" cuts
         the image into squares of `window` x `window` tokens, shifted by half a window in every second application, and

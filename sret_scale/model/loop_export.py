@@ -41,7 +41,7 @@ class LoopedStage(nn.Module):
         self.back = order.move_to(None)
         # One turn is one application, or one of every block where the blocks alternate.
         config = stage.config.stages[stage.index]
-        turn = config.num_blocks if config.loop_order == "model" else 1
+        turn = 1 if config.loop_order == "block" else config.num_blocks
         turns = [tuple(applications[start : start + turn]) for start in range(0, len(applications), turn)]
         # Blocks that share their projections share the stack of them too.
         self._known: dict[tuple[int, ...], tuple[list[Tensor], str]] = {}

@@ -15,7 +15,7 @@ from torch.func import functional_call
 from sret_scale.memory import MemoryConfig
 from sret_scale.memory.recursion import Injection, Recursion
 from sret_scale.model import conditioning as told
-from sret_scale.model.applications import LoopPosition, ResidualConstants
+from sret_scale.model.applications import LoopPosition, ResidualConstants, order_of_uses
 from sret_scale.model.config import LoopOrder, SReTConfig, StageConfig
 from sret_scale.model.layers import NonLinearProjection
 from sret_scale.model.stored_sizes import Sizes, stored_sizes
@@ -158,10 +158,9 @@ def make_recursive(
         if kept < 1 or len(units) % kept:
             raise ValueError(f"num_blocks: expected a divisor of the {len(units)} of {name}, got {kept}")
         share = len(units) // kept
-        tied = [
-            _merged(name, units[i * share : (i + 1) * share] if order == "block" else units[i::kept], init)
-            for i in range(kept)
-        ]
+        uses = [block for block, _ in order_of_uses(order, kept, share)]
+        alike = ([one for one, used in zip(units, uses, strict=True) if used == block] for block in range(kept))
+        tied = [_merged(name, ours, init) for ours in alike]
         loops = share if num_loops is None else num_loops
         options: dict[str, Any] = {"order": order, "injection": injection, "step_size": step_size, "memory": memory}
         chain = RecursiveBlocks(tied, loops, **options)

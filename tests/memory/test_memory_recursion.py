@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import sret_scale
 from sret_scale.memory.planning.instrument import measure_peak
 from sret_scale.memory.recursion import Recursion
+from sret_scale.model.config import LoopOrder
 from tests.reference.plain_recursion import plain_recursion
 
 WIDTH = 8
@@ -68,12 +69,12 @@ def test_what_comes_from_the_same_weights_is_propagated_once(memory: dict[str, A
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("order", ["block", "model"])
+@pytest.mark.parametrize("order", get_args(LoopOrder))
 @pytest.mark.parametrize("memory", SCHEDULES, ids=lambda memory: memory["schedule"])
 def test_outputs_and_gradients_are_those_of_a_plain_loop(memory: dict[str, Any], order: Any) -> None:
     options: dict[str, Any] = {"order": order, "injection": "add", "step_size": 0.2, "norm": nn.LayerNorm(WIDTH)}
     recursion, x, context = example(memory=sret_scale.MemoryConfig(**memory), **options)
-    inputs, last = [*recursion.parameters(), x, context], 3 if order == "model" else 5
+    inputs, last = [*recursion.parameters(), x, context], 5 if order == "block" else 3
     ours = recursion.outputs(x, (3, 4), backprop_loops=last, **arguments(context))
     theirs = plain_recursion(recursion, x, (3, 4), 5, last, arguments(context))
     assert len(ours) == 3 and all(map(torch.equal, ours, theirs))
@@ -195,7 +196,7 @@ def test_step_size_of_one_over_depth_keeps_an_update_alike(step_size: float | No
         (lambda: Recursion([], 3), "blocks: a recursion needs at least one module"),
         (lambda: Recursion([nn.Identity()] * 2, 3), "the same module stands there twice"),
         (lambda: Recursion(nn.Identity(), 0), "num_loops: expected at least 1, got 0"),
-        (lambda: Recursion(nn.Identity(), 3, order="stage"), "order: expected one of block, model, got 'stage'"),  # type: ignore[arg-type]
+        (lambda: Recursion(nn.Identity(), 3, order="stage"), "order: expected one of block, .* got 'stage'"),  # type: ignore[arg-type]
         (lambda: Recursion(nn.Linear(8, 4), 3)(torch.ones(2, 8)), r"blocks.0 \(Linear\) made \(2, 4\) of \(2, 8\)"),
         (lambda: Recursion(nn.LSTM(8, 8), 3)(torch.ones(2, 8)), r"blocks.0 \(LSTM\) made tuple of \(2, 8\)"),
         (

@@ -16,6 +16,7 @@ SOURCES = [[3, 5, 7], [9, 2], [11], [4, 4, 4, 4, 1]]
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"loop_order": "model", "num_loops": 3, "conditioning": "input_gated"},
+    {"loop_order": "model_reversed", "num_loops": 3},
     {"num_loops": 4, "conditioning": "norm_per_loop", "norm_placement": "outer", "projections": "none"},
 ]
 

@@ -1,11 +1,13 @@
-"""The constants of branch schemes and norm placements, as numbers worked out by hand."""
+"""Constants of branch schemes and norm placements as numbers worked out by hand, and the orders of applications."""
 
-from typing import Any
+import math
+from typing import Any, get_args
 
 import pytest
 
 from sret_scale.model import StageConfig
-from sret_scale.model.applications import branch_scales, residual_constants
+from sret_scale.model.applications import branch_scales, order_of_uses, residual_constants
+from sret_scale.model.config import LoopOrder
 
 
 def stage(**options: Any) -> StageConfig:
@@ -44,3 +46,31 @@ def test_branch_scales(options: dict[str, Any], blocks: tuple[float, float], pro
 def test_constants_of_norm_placements(placement: str, branch: float, stream: float) -> None:
     block, _ = residual_constants(stage(num_loops=8, norm_placement=placement))
     assert block == pytest.approx((branch, stream))
+
+
+def layers_of_takase_and_kiyono(order: str, num_blocks: int, num_loops: int) -> list[int]:
+    """SEQUENCE, CYCLE and CYCLE (REV) of arXiv 2104.06022, line by line: the block of each layer, both from 1."""
+    blocks, layers = num_blocks, num_blocks * num_loops
+    found = []
+    for i in range(1, layers + 1):
+        if order == "block":
+            found.append((i - 1) // num_loops + 1)
+        elif i <= blocks:
+            found.append(i)
+        elif order == "model" or i <= blocks * (math.ceil(layers / blocks) - 1):
+            found.append((i - 1) % blocks + 1)
+        else:
+            found.append(blocks - (i - 1) % blocks)
+    return found
+
+
+@pytest.mark.parametrize("order", get_args(LoopOrder))
+@pytest.mark.parametrize("num_blocks", [1, 2, 3, 5])
+@pytest.mark.parametrize("num_loops", [1, 2, 3, 4])
+def test_orders_are_those_of_the_paper_that_compared_them(order: LoopOrder, num_blocks: int, num_loops: int) -> None:
+    uses = order_of_uses(order, num_blocks, num_loops)
+    assert [block + 1 for block, _ in uses] == layers_of_takase_and_kiyono(order, num_blocks, num_loops)
+    for block in range(num_blocks):
+        assert [loop for used, loop in uses if used == block] == list(range(num_loops))
+    if order == "model_reversed" and num_loops > 1:
+        assert [block for block, _ in uses[-2 * num_blocks :]] == [*range(num_blocks), *reversed(range(num_blocks))]

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import onnx
 import onnxruntime
@@ -69,7 +70,7 @@ def test_a_program_with_kept_loops_does_not_grow(tmp_path: Path) -> None:
 
 
 @pytest.mark.lengthy
-@pytest.mark.parametrize("loop_order", ["block", "model"])
+@pytest.mark.parametrize("loop_order", get_args(LoopOrder))
 def test_kept_loops_store_what_blocks_share_once(loop_order: LoopOrder, tmp_path: Path) -> None:
     # Two blocks with one projection a loop, and a permutation each.
     stage = replace(STAGE, num_blocks=2, projections="per_loop", loop_order=loop_order)
@@ -82,7 +83,7 @@ def test_kept_loops_store_what_blocks_share_once(loop_order: LoopOrder, tmp_path
 
 
 @pytest.mark.lengthy
-@pytest.mark.parametrize("loop_order", ["block", "model"])
+@pytest.mark.parametrize("loop_order", get_args(LoopOrder))
 @pytest.mark.parametrize("conditioning", ["none", "norm_per_loop", "norm_by_depth", "low_rank", "input_gated"])
 def test_kept_loops_change_nothing(loop_order: LoopOrder, conditioning: ConditioningKind) -> None:
     """Slices that differ by loop, permutations, projections per loop and shared, zeros in padded storage."""

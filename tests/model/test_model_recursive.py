@@ -5,13 +5,14 @@ import importlib
 import re
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import nn
 
 from sret_scale.memory import MemoryConfig
+from sret_scale.model.config import LoopOrder
 from sret_scale.timm import import_timm, make_recursive, set_loops
 from sret_scale.timm.recursive import RecursiveBlocks, recursions
 from tests.tiny import ROOT
@@ -81,7 +82,7 @@ def test_arguments_of_blocks_go_to_every_application() -> None:
     assert torch.equal(tied(images), model(images))
 
 
-@pytest.mark.parametrize("order", ["block", "model"])
+@pytest.mark.parametrize("order", get_args(LoopOrder))
 @pytest.mark.parametrize("family", FAMILIES)
 def test_equal_blocks_tied_are_the_same_function_with_fewer_weights(family: str, order: Any) -> None:
     model, images = made(family)
@@ -120,6 +121,8 @@ def test_mean_and_first_of_the_merged_blocks() -> None:
     assert torch.allclose(_weight(mean, 1), (weights[2] + weights[3]) / 2)
     turns = recursions(make_recursive(copy.deepcopy(model), num_blocks=2, order="model"))[0]
     assert torch.allclose(_weight(turns, 1), (weights[1] + weights[3]) / 2)
+    back = recursions(make_recursive(copy.deepcopy(model), num_blocks=2, order="model_reversed"))[0]
+    assert torch.allclose(_weight(back, 1), (weights[1] + weights[2]) / 2)
     first = recursions(make_recursive(model, num_blocks=2, init="first"))[0]
     assert torch.equal(_weight(first, 1), weights[2])
 

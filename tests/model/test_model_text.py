@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sret_scale.memory import MemoryConfig, prepare_memory
 from sret_scale.model import Noise, StageConfig, TextConfig, describe
+from sret_scale.model.config import LoopOrder
 from sret_scale.model.depth_plan import first_loops
 from sret_scale.model.permutation import ascending_slices, strided_order
 from sret_scale.model.text import token_model
@@ -75,7 +76,7 @@ def torch_layer(model: NextByte, block: Any) -> nn.TransformerEncoderLayer:
     return layer
 
 
-@pytest.mark.parametrize("loop_order", ["block", "model"])
+@pytest.mark.parametrize("loop_order", get_args(LoopOrder))
 def test_it_is_torchs_encoder_with_a_causal_mask_gradients_included(loop_order: str) -> None:
     model = built(config(projections="none", branch_scheme="published", loop_order=loop_order))
     for name, parameter in model.named_parameters():
@@ -85,7 +86,7 @@ def test_it_is_torchs_encoder_with_a_causal_mask_gradients_included(loop_order: 
     layers = [torch_layer(model, block) for block in blocks]
     inputs, mask = rows(), nn.Transformer.generate_square_subsequent_mask(8, dtype=torch.float64)
     x_BND = model.stem(inputs[:, :-1]) + model.position
-    order = [0, 0, 1, 1] if loop_order == "block" else [0, 1, 0, 1]
+    order = {"block": [0, 0, 1, 1], "model": [0, 1, 0, 1], "model_reversed": [0, 1, 1, 0]}[loop_order]
     for number in order:
         x_BND = layers[number](x_BND, src_mask=mask, is_causal=True)
     scores_BNV = F.linear(model.norm(x_BND), model.stem.weight)
@@ -102,7 +103,7 @@ def test_it_is_torchs_encoder_with_a_causal_mask_gradients_included(loop_order: 
 
 @pytest.mark.parametrize("permutation", ["fixed", "random", "strided"])
 @pytest.mark.parametrize("groups", [(1,), (2,), (4, 2), (2, 4, 1), (4, 1, 2)])
-@pytest.mark.parametrize("loop_order", ["block", "model"])
+@pytest.mark.parametrize("loop_order", get_args(LoopOrder))
 def test_no_byte_sees_a_later_one(permutation: str, groups: tuple[int, ...], loop_order: str) -> None:
     """By gradients: with the noise of a step, in evaluation, and in fewer loops."""
     options: dict[str, Any] = {"conditioning": "input_gated"} if loop_order == "model" else {}

@@ -1,7 +1,7 @@
 """The translator: torch's own layers, masks by gradients, rows of several pairs, the same bits when recomputed."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sret_scale.memory import MemoryConfig, apply_recomputation, prepare_memory
 from sret_scale.memory.planning.instrument import measure_peak
 from sret_scale.model import Noise, StageConfig, TranslationConfig, describe
+from sret_scale.model.config import LoopOrder
 from sret_scale.model.depth_plan import first_loops
 from sret_scale.model.text.translator import Translator, place_in_pair
 from sret_scale.train.telemetry.depth_probe import probe
@@ -100,7 +101,7 @@ def torch_layers(model: Translator) -> tuple[list[nn.Module], list[nn.Module]]:
     return encoder, decoder
 
 
-@pytest.mark.parametrize("loop_order", ["block", "model"])
+@pytest.mark.parametrize("loop_order", get_args(LoopOrder))
 def test_it_is_torchs_encoder_and_decoder_gradients_included(loop_order: str) -> None:
     """Padding, causal and memory masks too: one pair a row, of three lengths."""
     model = built(config(projections="none", branch_scheme="published", loop_order=loop_order))
@@ -111,7 +112,7 @@ def test_it_is_torchs_encoder_and_decoder_gradients_included(loop_order: str) ->
     inputs = torch.stack([row(pair) for pair in PAIRS])
     source_RS, source_pair_RS, target_RN, target_pair_RN = inputs[..., :-1].unbind(1)
     is_padding_RS, counted_RN = source_pair_RS == 0, target_pair_RN > 0
-    order = [0, 0, 1, 1] if loop_order == "block" else [0, 1, 0, 1]
+    order = {"block": [0, 0, 1, 1], "model": [0, 1, 0, 1], "model_reversed": [0, 1, 1, 0]}[loop_order]
     memory = model.stem(source_RS) + model.position[0]
     for number in order:
         memory = encoder[number](memory, src_key_padding_mask=is_padding_RS)
@@ -165,6 +166,7 @@ def test_no_token_sees_a_later_one_nor_another_pair(noise: Noise | None) -> None
 OPTIONS: list[dict[str, Any]] = [
     {"dropout": 0.1, "drop_path": 0.2},
     {"loop_order": "model", "conditioning": "input_gated"},
+    {"loop_order": "model_reversed"},
     {"conditioning": "norm_per_loop", "projections": "per_block", "norm_placement": "outer"},
 ]
 
@@ -187,7 +189,7 @@ def test_recomputation_gives_the_same_bits(schedule: Any, options: dict[str, Any
 
 def test_the_planner_knows_both_sides() -> None:
     """What it predicts of a step's activations is what the instrument measures, keys of the memory included."""
-    chosen = config(width=32, num_heads=2, num_loops=6, context=32, projections="none")
+    chosen = config(width=32, num_heads=2, num_loops=6, context=32, projections="none", loop_order="model_reversed")
     for schedule in ("none", "binomial"):
         model = chosen.build().train()
         memory = MemoryConfig(schedule=schedule)

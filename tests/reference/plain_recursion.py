@@ -15,8 +15,9 @@ def plain_recursion(
     """The states after `counts` loops of the last block and at the end; a start's gradient ends where it ends."""
     blocks = list(recursion.blocks)
     uses = [(block, loop) for block in blocks for loop in range(num_loops)]
-    if recursion.order == "model":
-        uses = [(block, loop) for loop in range(num_loops) for block in blocks]
+    if recursion.order != "block":
+        is_back = [recursion.order == "model_reversed" and loop == num_loops - 1 > 0 for loop in range(num_loops)]
+        uses = [(block, loop) for loop in range(num_loops) for block in (blocks[::-1] if is_back[loop] else blocks)]
     state, found = x, []
     for block, loop in uses:
         with torch.set_grad_enabled(loop >= num_loops - backprop_loops):

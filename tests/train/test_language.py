@@ -114,6 +114,7 @@ def test_context_and_filling_cost_nothing(shards: Path) -> None:
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"loop_order": "model", "num_loops": 3, "conditioning": "input_gated"},
+    {"loop_order": "model_reversed", "num_loops": 3},
     {"num_loops": 4, "conditioning": "norm_per_loop", "norm_placement": "subln"},
     {"projections": "none", "norm_placement": "deepnorm"},
 ]
