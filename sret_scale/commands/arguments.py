@@ -14,6 +14,12 @@ WEIGHTS: dict[str, Any] = {
     "choices": ("raw", "ema", "best"),
     "help": "of a run: which weights (default: the moving average, if kept)",
 }
+CACHE: dict[str, Any] = {
+    "choices": ("each", "last", "first"),
+    "default": "each",
+    "help": "keys and values of earlier tokens: those of each loop of a block (default, exact), or in every loop those "
+    "of its last or first one (not exact; the memory of one loop)",
+}
 HOSTFILE: dict[str, Any] = {
     "type": Path,
     "help": "nodes to run on, in DeepSpeed's format: one line `NAME slots=N` each",

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sret_scale.commands.arguments import HOSTFILE, WEIGHTS
+from sret_scale.commands.arguments import CACHE, HOSTFILE, WEIGHTS
 
 if TYPE_CHECKING:
     from sret_scale.launch.requests import Work
@@ -49,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--thresholds", help="thresholds of the rule, separated by commas (default: a range of them)")
     parser.add_argument("--beam", type=int, metavar="N", help="translate too, with N beginnings: BLEU and chrF")
+    parser.add_argument("--cache", **CACHE)
     parser.add_argument("--predictions", type=Path, metavar="FILE", help="write CSV: what each sample was taken for")
     parser.add_argument(
         "--details",
@@ -79,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     if args.beam:
         from sret_scale.lab.translation_scores import translation_scores
 
-        result |= translation_scores(args.run, args.shards, args.weights, args.loops, args.beam)
+        result |= translation_scores(args.run, args.shards, args.weights, args.loops, args.beam, args.cache)
     if args.json:
         print(json.dumps(result, indent=1))
     else:
@@ -122,6 +123,8 @@ def _check(args: argparse.Namespace, *, has_answers: bool) -> None:
         args.applications = _counts(args.applications)
     if args.early_exit and args.image_size is not None:
         raise ValueError("--early-exit knows the run's own image size alone: leave --image-size out")
+    if args.cache != "each" and args.beam is None:
+        raise ValueError(f"--cache {args.cache} is of translations: give --beam too, or leave it out")
     if args.beam is not None:
         from sret_scale.tasks.translation import check_beam
 

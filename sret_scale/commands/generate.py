@@ -6,7 +6,7 @@ import math
 import sys
 from pathlib import Path
 
-from sret_scale.commands.arguments import WEIGHTS
+from sret_scale.commands.arguments import CACHE, WEIGHTS
 
 EXAMPLE = """examples:
   sret-scale generate runs/lm --prompt "HAMLET." --tokens 400
@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default: 0)")
     parser.add_argument("--loops", type=int, help="loops of the stage that has most, the others in proportion")
+    parser.add_argument("--cache", **CACHE)
     parser.add_argument("--weights", **WEIGHTS)
 
 
@@ -30,7 +31,7 @@ def run(args: argparse.Namespace) -> None:
     """Print the prompt and what follows, byte by byte."""
     import torch
 
-    from sret_scale.model.text.generation import as_next_byte, continuation
+    from sret_scale.model.text.generation import as_next_byte, continuation, reader_of
     from sret_scale.train.evaluate_main import load_model_of
 
     for name, least in (("tokens", 1), ("seed", 0), ("loops", 1)):
@@ -41,7 +42,9 @@ def run(args: argparse.Namespace) -> None:
     model = as_next_byte(load_model_of(args.run, args.weights, args.loops)[0], "generate")
     prompt = args.prompt.encode("utf-8", "surrogateescape")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    written = continuation(model.to(device), prompt, temperature=args.temperature, seed=args.seed)
+    reader_of(model, args.cache)  # What it refuses, it refuses before anything is written.
+    options = {"temperature": args.temperature, "seed": args.seed, "cache": args.cache}
+    written = continuation(model.to(device), prompt, **options)
     sys.stdout.buffer.write(prompt)
     # Bytes as they come: a character may be several of them, and a model may write what is none.
     for byte in itertools.islice(written, args.tokens):

@@ -5,7 +5,7 @@ import itertools
 import sys
 from pathlib import Path
 
-from sret_scale.commands.arguments import WEIGHTS
+from sret_scale.commands.arguments import CACHE, WEIGHTS
 
 EXAMPLE = """examples:
   sret-scale translate runs/nmt < in.de > out.en
@@ -19,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, help="folder of the run")
     parser.add_argument("--beam", type=int, default=1, help="beginnings that are kept; 1 is greedy (default: 1)")
     parser.add_argument("--loops", type=int, help="loops of the stage that has most, the others in proportion")
+    parser.add_argument("--cache", **CACHE)
     parser.add_argument("--weights", **WEIGHTS)
 
 
@@ -45,6 +46,6 @@ def run(args: argparse.Namespace) -> None:
                 line.decode()
             except UnicodeDecodeError as error:
                 raise ValueError(f"line {number}: expected text in UTF-8 ({error.reason})") from error
-        for text in translated(model, tokens, lines, beam=args.beam):
+        for text in translated(model, tokens, lines, beam=args.beam, cache=args.cache):
             sys.stdout.buffer.write(text + b"\n")
         sys.stdout.buffer.flush()

@@ -11,11 +11,14 @@ from data_pipelines.stream.reader import ShardReader
 from data_pipelines.text.pieces import TARGET
 from data_pipelines.text.tokens import tokens_of
 from sret_scale.model.text.decoding import as_translator
+from sret_scale.model.text.kept_keys import CachePolicy
 from sret_scale.tasks.translation import translated
 from sret_scale.train.evaluate_main import load_model_of, open_shards
 
 
-def translation_scores(run: Path, shards: str | None, weights: Any, loops: int | None, beam: int) -> dict[str, Any]:
+def translation_scores(
+    run: Path, shards: str | None, weights: Any, loops: int | None, beam: int, cache: CachePolicy
+) -> dict[str, Any]:
     """BLEU and chrF of a run's translations of `shards` (None: its test set) and of the sources as they are.
 
     ValueError where sacrebleu is missing, and for a run or shards of another kind.
@@ -32,8 +35,12 @@ def translation_scores(run: Path, shards: str | None, weights: Any, loops: int |
         pairs = [(reader.read(index), reader.read(index, TARGET)) for index in range(opened.num_samples)]
     sources, references = [source for source, _ in pairs], [target.decode() for _, target in pairs]
     started = time.monotonic()
-    found = translated(model, tokens_of(config.data.tokens), sources, beam=beam)
-    result: dict[str, Any] = {"beam": beam, "sentences_per_s": len(found) / (time.monotonic() - started)}
+    found = translated(model, tokens_of(config.data.tokens), sources, beam=beam, cache=cache)
+    result: dict[str, Any] = {
+        "beam": beam,
+        "cache": cache,
+        "sentences_per_s": len(found) / (time.monotonic() - started),
+    }
     for name, metric in (("bleu", BLEU()), ("chrf", CHRF())):
         for whose, texts in (("", found), ("_of_copy", sources)):
             decoded = [text.decode(errors="replace") for text in texts]

@@ -15,6 +15,7 @@ from data_pipelines.text.tokens import Tokens, tokens_of
 from sret_scale.config.run_config import RunConfig
 from sret_scale.model import TranslationConfig
 from sret_scale.model.text.decoding import translations
+from sret_scale.model.text.kept_keys import CachePolicy
 from sret_scale.model.text.translator import Translator
 from sret_scale.tasks.task import Inputs
 
@@ -107,7 +108,9 @@ def packed(pairs: list[Pair], context: int) -> Tensor:
     return found
 
 
-def translated(model: Translator, tokens: Tokens, texts: Sequence[bytes], *, beam: int = 1) -> list[bytes]:
+def translated(
+    model: Translator, tokens: Tokens, texts: Sequence[bytes], *, beam: int = 1, cache: CachePolicy = "each"
+) -> list[bytes]:
     """A line for each text, empty for an empty one. ValueError for a text that the model's context has no room for."""
     found = [b""] * len(texts)
     encoded = {place: tokens.encode(text) for place, text in enumerate(texts) if text.strip()}
@@ -121,7 +124,7 @@ def translated(model: Translator, tokens: Tokens, texts: Sequence[bytes], *, bea
     ordered, size = sorted(encoded, key=lambda place: len(encoded[place])), max(1, MAX_BEAM // beam)
     for start in range(0, len(ordered), size):
         places = ordered[start : start + size]
-        targets = translations(model, [encoded[place] for place in places], beam=beam)
+        targets = translations(model, [encoded[place] for place in places], beam=beam, cache=cache)
         for place, target in zip(places, targets, strict=True):
             found[place] = b" ".join(tokens.decode(target).splitlines())
     return found

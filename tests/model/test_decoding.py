@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sret_scale.model.text.decoding import _Search, as_translator, translations
+from sret_scale.model.text.kept_keys import CachePolicy
 from sret_scale.model.text.translator import Translator
 from sret_scale.tasks.translation import packed
 from tests.model.test_model_translator import built, config
@@ -66,6 +67,20 @@ def test_a_wide_beam_finds_what_all_translations_have_best() -> None:
         expected = best[max(range(len(best)), key=values.__getitem__)]
         [found] = translations(model, [source], beam=400)
         assert found == expected
+
+
+@pytest.mark.parametrize("policy", ["last", "first"])
+def test_named_policies_are_exact_for_blocks_used_once_alone(policy: CachePolicy) -> None:
+    for loops in (1, 3):
+        model = built(config(context=12, num_loops=loops)).eval()
+        one, exact = (_Search(model, SOURCES, 2, cache) for cache in (policy, "each"))
+        for _ in range(4):
+            one.step()
+            exact.step()
+        assert torch.equal(one._values, exact._values) == (loops == 1)
+        assert len(one._keys._kept) * loops == len(exact._keys._kept)
+        if loops == 1:
+            assert translations(model, SOURCES, cache=policy) == translations(model, SOURCES)
 
 
 def test_a_sentence_does_not_depend_on_those_beside_it() -> None:

@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -19,12 +19,15 @@ from sret_scale.cli import main
 from sret_scale.config.recipes import recipe
 from sret_scale.config.run_config import RunConfig, from_yaml, override, to_yaml
 from sret_scale.model import TextConfig
+from sret_scale.model.config import LoopOrder
 from sret_scale.model.text.generation import LoopCache, WholePasses, continuation, reader_of
+from sret_scale.model.text.kept_keys import CachePolicy, KeptKeys
 from sret_scale.model.text.next_byte import NextByte
 from sret_scale.tasks import task_of
 from sret_scale.tasks.language import Language
 from sret_scale.train.evaluate import evaluate
 from tests.reference.bits import bits_per_byte
+from tests.reference.loop_cache import read_by_token
 
 CPU = torch.device("cpu")
 DOCUMENTS = [b"To be, or not to be, that is the question." * 4, b"Exit.", bytes(range(60))]
@@ -133,6 +136,39 @@ def test_the_cache_of_loops_gives_what_whole_passes_give(shards: Path, options: 
     assert not [name for block in model.stages[0].blocks for name in vars(block.attention) if name == "attend"]
 
 
+@pytest.mark.parametrize("policy", get_args(CachePolicy))
+@pytest.mark.parametrize("loops", [1, 3])
+@pytest.mark.parametrize("order", get_args(LoopOrder))
+def test_named_policies_are_their_twins_and_hold_one_set_a_block(
+    shards: Path, policy: CachePolicy, loops: int, order: str
+) -> None:
+    model = built(config(shards, f"model.loop_order={order}", f"model.num_loops={loops}", "model.num_blocks=2"))
+    stage: Any = model.stages[0]
+    x_BND = torch.randn(2, 7, model.config.stages[0].width, dtype=torch.float64)
+    with torch.no_grad():
+        twin = read_by_token(stage, x_BND, policy)
+        keys, exact, by_token = KeptKeys([stage], policy), KeptKeys([stage]), KeptKeys([stage], policy)
+        pieces = [x_BND[:, :4], x_BND[:, 4:5], x_BND[:, 5:6], x_BND[:, 6:]]
+        ours, each = (torch.cat([one.read(piece) for piece in pieces], dim=1) for one in (keys, exact))
+        torch.testing.assert_close(ours, twin, rtol=0, atol=1e-10)
+        # However a text is cut into pieces, and on row 1 where rows are exchanged.
+        tokens = [by_token.read(one) for one in x_BND[:, :3].unflatten(1, (-1, 1)).unbind(1)]
+        torch.testing.assert_close(torch.cat(tokens, dim=1), twin[:, :3], rtol=0, atol=1e-10)
+        by_token.select(torch.tensor([1, 1]))
+        torch.testing.assert_close(by_token.read(x_BND[[1, 1], 3:4])[0], twin[1, 3:4], rtol=0, atol=1e-10)
+    held, held_by_each = (
+        sum(tensor.numel() for pair in one._kept.values() for tensor in pair) for one in (keys, exact)
+    )
+    assert held * (1 if policy == "each" else loops) == held_by_each
+    assert torch.equal(ours, each) == (loops == 1 or policy == "each")
+
+
+def test_a_sliced_model_has_no_other_cache(shards: Path) -> None:
+    model = built(config(shards, "model.groups=[4,2]", "model.permutation=strided"))
+    with pytest.raises(ValueError, match="--cache last: a model with slices reads whole rows and keeps no keys"):
+        next(continuation(model, b"", temperature=0, seed=0, cache="last"))
+
+
 @pytest.mark.parametrize("changes", [[], ["model.groups=[4,2]", "model.permutation=strided"]])
 def test_greedy_text_is_the_likeliest_byte_again_and_again(shards: Path, changes: list[str]) -> None:
     """Beyond the context too, where reading begins again at half of it."""
@@ -193,6 +229,8 @@ def test_a_run_from_shards_to_text(shards: Path, tmp_path: Path, capfdbinary: py
     for command, message in (
         (["generate", str(run), "--tokens", "0"], b"--tokens: expected at least 1, got 0"),
         (["generate", str(run), "--loops", "0"], b"--loops: expected at least 1, got 0"),
+        (["generate", str(run), "--cache", "first"], b"--cache first: a model with slices reads whole rows"),
+        (["evaluate", str(run), "--cache", "first"], b"--cache first is of translations: give --beam too"),
         (["generate", str(run), "--temperature", "-1"], b"--temperature: expected 0, or 0.001 and more, got -1"),
         (["generate", str(run), "--temperature", "nan"], b"--temperature: expected 0, or 0.001 and more, got nan"),
         (["evaluate", str(run), "--loops", "0"], b"--loops: expected at least 1, got 0"),

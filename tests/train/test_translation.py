@@ -191,10 +191,15 @@ def test_a_run_from_a_tsv_to_translations(
     for others in ([], ["data.tokens=null", "model.vocabulary=256"]):
         assert main([*command, *others]) == 2 and b"other tokens than" in capfdbinary.readouterr().err
     tokens.unlink()
-    assert main(["evaluate", str(run), "--json", "--weights", "raw", "--beam", "2"]) == 0
+    assert main(["evaluate", str(run), "--json", "--weights", "raw", "--beam", "2", "--cache", "last"]) == 0
     result = json.loads(capfdbinary.readouterr().out)
     assert result["loss"] == pytest.approx(last["loss"])
-    assert 0 <= result["bleu"] <= 100 and "version:2" in result["bleu_signature"] and result["bleu_of_copy"] < 50
+    assert (
+        0 <= result["bleu"] <= 100
+        and "version:2" in result["bleu_signature"]
+        and result["bleu_of_copy"] < 50
+        and result["cache"] == "last"
+    )
     assert main(["evaluate", str(run), "--loops", "1", "--beam", "1"]) == 0
     assert b"BLEU" in (out := capfdbinary.readouterr().out) and b"4 applications" in out and b"20 pairs" in out
     assert translate(run, "Ja\n\nDatei\u2028\u00f6ffnen\r\nohne Ende".encode()) == 0

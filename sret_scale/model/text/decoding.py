@@ -11,19 +11,21 @@ import torch
 from sret_scale.model.cross_attention import Sight
 from sret_scale.model.stack import StackModel
 from sret_scale.model.stage import Stage
-from sret_scale.model.text.kept_keys import KeptKeys
+from sret_scale.model.text.kept_keys import CachePolicy, KeptKeys
 from sret_scale.model.text.translator import Translator
 
 
 @torch.inference_mode()
-def translations(model: Translator, sources: Sequence[list[int]], *, beam: int = 1) -> list[list[int]]:
+def translations(
+    model: Translator, sources: Sequence[list[int]], *, beam: int = 1, cache: CachePolicy = "each"
+) -> list[list[int]]:
     """The tokens of a translation of each source; no source is empty or longer than the context.
 
     beam: beginnings that are kept; one that ends keeps its place, so 1 takes the likeliest token again and again. Of
         those that ended the one of the largest log-probability over its length is taken, its end counted.
     A translation ends at the context, and at twice the length of its source and 16 tokens more.
     """
-    search = _Search(model, sources, beam)
+    search = _Search(model, sources, beam, cache)
     while search.step():
         pass
     return [max(found, key=lambda one: one[0])[1] for found in search.finished]
@@ -39,9 +41,9 @@ def as_translator(model: StackModel, asked: str) -> Translator:
 class _Search:
     """The beams of a batch of sentences. `finished`: value and tokens of what ended, for each sentence."""
 
-    def __init__(self, model: Translator, sources: Sequence[list[int]], beam: int) -> None:
+    def __init__(self, model: Translator, sources: Sequence[list[int]], beam: int, cache: CachePolicy = "each") -> None:
         self._model, self._beam = model, beam
-        self._keys = KeptKeys(model.stages[model.config.encoder_stages :])
+        self._keys = KeptKeys(model.stages[model.config.encoder_stages :], cache)
         self._sights = _sights(model, sources, beam)
         self.finished: list[list[tuple[float, list[int]]]] = [[] for _ in sources]
         self._limits = [min(model.config.context - 1, 2 * len(source) + 16) for source in sources]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sret_scale.model.stack import StackModel
-from sret_scale.model.text.kept_keys import KeptKeys
+from sret_scale.model.text.kept_keys import CachePolicy, KeptKeys
 from sret_scale.model.text.next_byte import NextByte
 
 
@@ -37,8 +37,8 @@ class WholePasses:
 class LoopCache:
     """Reads every byte once. For models whose applications attend to all tokens: slices would need a table each."""
 
-    def __init__(self, model: NextByte) -> None:
-        self._model, self._keys, self.num_read = model, KeptKeys(model.stages), 0
+    def __init__(self, model: NextByte, policy: CachePolicy = "each") -> None:
+        self._model, self._keys, self.num_read = model, KeptKeys(model.stages, policy), 0
 
     def scores(self, piece: bytes) -> Tensor:
         model, begin = self._model, self.num_read
@@ -47,24 +47,28 @@ class LoopCache:
         return model.forward_head(self._keys.read(x_1ND)[:, -1])[0]
 
 
-def reader_of(model: NextByte) -> Reader:
-    """The fastest one that reads as whole passes do."""
+def reader_of(model: NextByte, cache: CachePolicy = "each") -> Reader:
+    """The fastest one that reads as the policy says. ValueError for another than "each" where a model keeps no keys."""
     is_sliced = any(groups > 1 for stage in model.config.stages for groups in stage.groups[: stage.num_loops])
-    return WholePasses(model) if is_sliced else LoopCache(model)
+    if is_sliced and cache != "each":
+        raise ValueError(f"--cache {cache}: a model with slices reads whole rows and keeps no keys: leave --cache out")
+    return WholePasses(model) if is_sliced else LoopCache(model, cache)
 
 
 @torch.inference_mode()
-def continuation(model: NextByte, prompt: bytes, *, temperature: float, seed: int) -> Iterator[int]:
+def continuation(
+    model: NextByte, prompt: bytes, *, temperature: float, seed: int, cache: CachePolicy = "each"
+) -> Iterator[int]:
     """The bytes behind a prompt, without end: the likeliest at temperature 0, else drawn by seed.
 
     Where the context is full, reading begins again at half of it.
     """
     context, draws = model.config.context, torch.Generator().manual_seed(seed)
-    text, reader = prompt[max(0, len(prompt) - context + 1) :], reader_of(model)
+    text, reader = prompt[max(0, len(prompt) - context + 1) :], reader_of(model, cache)
     piece = b"\0" + text
     while True:
         if reader.num_read + len(piece) > context:
-            text, reader = text[len(text) - context // 2 :], reader_of(model)
+            text, reader = text[len(text) - context // 2 :], reader_of(model, cache)
             piece = b"\0" + text
         scores_V = reader.scores(piece).float().cpu()
         if temperature == 0:
