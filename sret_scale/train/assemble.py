@@ -25,6 +25,7 @@ from sret_scale.distill import (
 )
 from sret_scale.memory import Prepared
 from sret_scale.model import StackModel, Stage
+from sret_scale.model.text.token_model import TokenModel
 from sret_scale.model.vision.stem import SyncBatchNorm
 from sret_scale.runs.run_folder import RunFolder
 from sret_scale.tasks import task_of
@@ -148,7 +149,7 @@ def set_up_telemetry(config: RunConfig, engine: Engine, ranks: Ranks) -> Telemet
 def set_up_engine(config: RunConfig, ranks: Ranks, accumulation: int) -> tuple[Engine, Prepared]:
     """(the model under DeepSpeed, with its optimiser and recomputation; what is said of its memory)"""
     torch.manual_seed(config.train.seed)
-    model = over_all_ranks(config.model.build().to(ranks.device))
+    model = as_trained(config.model.build().to(ranks.device), config)
     ds_config = load_ds_config(config.engine.ds_config)
     memory = set_up_recomputation(model, config, ranks.world_size)
     optimizer = build_optimizer(model, model.parameter_tags(), config.optim)
@@ -166,8 +167,10 @@ def set_up_engine(config: RunConfig, ranks: Ranks, accumulation: int) -> tuple[E
     return engine, memory
 
 
-def over_all_ranks(model: StackModel) -> StackModel:
-    """`model`, its synchronised BatchNorms connected over the ranks."""
+def as_trained(model: StackModel, config: RunConfig) -> StackModel:
+    """`model`, its synchronised BatchNorms connected over the ranks; one of text, which makes its loss, smooths it."""
+    if isinstance(model, TokenModel):
+        model.label_smoothing = config.distill.label_smoothing
     for module in model.modules():
         if isinstance(module, SyncBatchNorm):
             module.all_reduce = differentiable_sum

@@ -17,13 +17,13 @@ LINE_BUDGETS = {
     "sret_scale/lab": 4_628,
     "sret_scale/launch": 1_980,
     "sret_scale/memory": 2_633,
-    "sret_scale/model": 4_529,
+    "sret_scale/model": 4_532,
     "sret_scale/runs": 625,
     "sret_scale/tasks": 530,
     "sret_scale/timm": 820,
     "sret_scale/train": 4_257,
 }
-TOTAL_BUDGET = 34_669
+TOTAL_BUDGET = 34_675
 MOST_FILES = 20
 
 

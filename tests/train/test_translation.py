@@ -12,6 +12,7 @@ import sentencepiece
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.functional import cross_entropy
 
 from data_pipelines.shards.index import open_shards
 from data_pipelines.stream.loader import Batch, TrainLoader
@@ -23,9 +24,11 @@ from sret_scale.cli import main
 from sret_scale.config.recipes import recipe
 from sret_scale.config.run_config import RunConfig, from_yaml, override, to_yaml
 from sret_scale.model import TranslationConfig
+from sret_scale.model.text import token_model
 from sret_scale.model.text.translator import Translator
 from sret_scale.tasks import task_of
 from sret_scale.tasks.translation import Pair, counted_tokens, packed
+from sret_scale.train.assemble import as_trained
 from sret_scale.train.evaluate import evaluate
 
 CPU = torch.device("cpu")
@@ -87,6 +90,30 @@ def test_an_evaluation_is_that_of_one_token_at_a_time(shards: Path) -> None:
     tokens = sum(len(target.encode()) + 1 for _, target in PAIRS)
     assert result.numbers["loss"] == pytest.approx(nats / tokens, rel=1e-6)
     assert result.numbers["saved"] == pytest.approx(1 - nats / tokens / math.log(256), rel=1e-6)
+
+
+def test_training_alone_smooths_labels_as_torch_does(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In chunks, over the tokens that count; an evaluation has plain nats."""
+    one = config(shards, "distill.label_smoothing=0.1", "model.dropout=0")
+    model, task = as_trained(built(one), one), task_of(one)
+    batch = next(iter(TrainLoader(open_shards(shards), micro_batch_size=6, context=1, seed=3)))
+    inputs = task.inputs(batch, seed=0, device=CPU)
+    rows_R4M = inputs.model_input
+    scores_RNV, counted_RN = model.forward_head(model.forward_features(rows_R4M)), counted_tokens(rows_R4M)
+    monkeypatch.setattr(token_model, "CHUNK_TOKENS", 7)
+    losses = {}
+    for smoothing, mode in ((0.1, True), (0.0, False)):
+        nats_T = cross_entropy(
+            scores_RNV[counted_RN], rows_R4M[:, 2, 1:][counted_RN], label_smoothing=smoothing, reduction="sum"
+        )
+        losses[mode] = task.loss(model.train(mode)(rows_R4M), inputs, progress=0.0, loops=2)
+        torch.testing.assert_close(losses[mode], nats_T / (6 * 24), rtol=1e-6, atol=0)
+        gradients = (
+            torch.autograd.grad(loss, list(model.parameters()), retain_graph=True) for loss in (losses[mode], nats_T)
+        )
+        for ours, theirs in zip(*gradients, strict=True):
+            torch.testing.assert_close(ours, theirs / (6 * 24), rtol=1e-5, atol=1e-9)
+    assert losses[True] > losses[False]
 
 
 @pytest.mark.parametrize("parts", [2, 3])

@@ -29,6 +29,8 @@ class TokenModel(StackModel):
 
     config: TextConfig
     stem: nn.Embedding
+    label_smoothing = 0.0
+    """Of the nats in training (arXiv 1512.00567, section 7); set from outside."""
 
     def __init__(self, config: TextConfig, *position_shape: int) -> None:
         super().__init__()
@@ -91,7 +93,8 @@ class TokenModel(StackModel):
         def of_chunk(features_TD: Tensor, next_T: Tensor) -> Tensor:
             scores_TV = self.forward_head(features_TD)
             exact_TV = scores_TV.to(torch.promote_types(scores_TV.dtype, torch.float32))
-            return F.cross_entropy(exact_TV, next_T, reduction="none")
+            smoothing = self.label_smoothing if self.training else 0.0
+            return F.cross_entropy(exact_TV, next_T, reduction="none", label_smoothing=smoothing)
 
         tokens = features_BND.flatten(0, 1), next_BN.flatten()
         chunks = zip(*(torch.split(part, CHUNK_TOKENS) for part in tokens), strict=True)
