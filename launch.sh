@@ -273,6 +273,7 @@ usage: ./launch.sh [--no-venv] [COMMAND [ARGUMENT ...]]
 Sets the project up in .venv when needed (once), then:
   ./launch.sh                    the demo on the data that ships with the project, into runs/demo
   ./launch.sh demo reach         what depth is for: mazes, in minutes, into runs/reach
+  ./launch.sh demo text          a translator on help pages that ship with the project, into runs/text
   ./launch.sh test [...]         every check and test; arguments go to pytest
   ./launch.sh test --fast [...]  only tests that start no processes and take no seconds
   ./launch.sh setup [EXTRA ...]  only the set-up, and the packages of optional parts
@@ -325,7 +326,7 @@ main() {
         # A wrong name must not cost an installation first: the table of commands is read as text.
         grep -q "^    \"$command\": " "$root/sret_scale/commands/__init__.py" ||
             fail "unknown command $command; $(nearest_command "$command")see ./launch.sh --help"
-        prepare
+        if [[ "$command ${1-}" == "demo text" ]]; then prepare text; else prepare; fi
         # The demo's files belong to the project; every other command works where the user stands.
         if [[ $command == demo ]]; then cd "$root"; fi
         trap - PIPE

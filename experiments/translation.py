@@ -28,6 +28,7 @@ from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 
 from data_pipelines.text.pieces import TextWindows
+from data_pipelines.text.tokens import train_pieces
 from data_pipelines.writing.prepare import ImageOptions
 from data_pipelines.writing.write import WriteConfig, write_shards
 
@@ -145,25 +146,6 @@ def floors(training: list[Pair], test: list[Pair]) -> dict[str, list[str]]:
     }
 
 
-def write_tokens(file: Path, pairs: list[Pair], vocabulary: int) -> None:
-    """A joint sentencepiece model of both sides; what it lacks it spells in bytes. Token 0 is the unknown one."""
-    import sentencepiece
-
-    with file.open("wb") as stream:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter([side for pair in pairs for side in pair]),
-            model_writer=stream,
-            vocab_size=vocabulary,
-            model_type="bpe",
-            byte_fallback=True,
-            character_coverage=0.9999,
-            bos_id=-1,
-            eos_id=-1,
-            num_threads=1,
-            minloglevel=1,
-        )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("help", type=Path, help="the packages' folder of languages")
@@ -179,7 +161,8 @@ def main() -> None:
         text, options = TextWindows(window=2 * LONGEST), ImageOptions(metadata=False)
         write_shards(WriteConfig(kind="tsv", source=file, text=text, options=options), shards)
         print(f"{part}: {len(pairs):,} pairs, {sum(len(target.split()) for _, target in pairs):,} words of the target")
-    write_tokens(arguments.output / "shards" / "train" / "tokens.model", found["train"], VOCABULARY)
+    texts = [side for pair in found["train"] for side in pair]
+    train_pieces(arguments.output / "shards" / "train" / "tokens.model", texts, VOCABULARY)
     references = [target for _, target in found["test"]]
     with (arguments.output / "floors.csv").open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file, lineterminator="\n")

@@ -1,1 +1,1 @@
-"""Real images that ship with the project, so that the demo and the tests need no download."""
+"""Real images and texts that ship with the project, so that demos and tests need no download."""

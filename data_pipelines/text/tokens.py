@@ -1,9 +1,11 @@
 """Texts as numbers of tokens: their bytes, or the pieces of a sentencepiece model. Token 0 is of no text."""
 
-from collections.abc import Sequence
+import io
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from data_pipelines.atomic_files import write_whole
 from data_pipelines.checked_files import read_bounded
 from data_pipelines.extras import install_extra
 
@@ -36,11 +38,7 @@ class Pieces:
     """The pieces of a sentencepiece model, which spells in bytes what it does not know; as in `Tokens`."""
 
     def __init__(self, file: Path) -> None:
-        try:
-            import sentencepiece
-        except ImportError as error:
-            raise ValueError(f"data.tokens={file} needs sentencepiece: {install_extra('text')}") from error
-        self._processor: Any = sentencepiece.SentencePieceProcessor()
+        self._processor: Any = _sentencepiece(f"data.tokens={file}").SentencePieceProcessor()
         try:
             self._processor.LoadFromSerializedProto(read_bounded(file, 1 << 26))
         except RuntimeError as error:
@@ -61,3 +59,37 @@ class Pieces:
 def tokens_of(file: str | None) -> Tokens:
     """The tokens of a sentencepiece model's file, or bytes. ValueError or OSError where the file is none."""
     return Bytes() if file is None else Pieces(Path(file))
+
+
+def train_pieces(file: Path, texts: Iterable[str], vocabulary: int) -> None:
+    """Write a sentencepiece model of `vocabulary` byte pairs of these texts; what it lacks it spells in bytes.
+
+    ValueError where the texts give fewer pieces, or have more characters.
+    """
+    sentencepiece, made = _sentencepiece("a vocabulary"), io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts),
+            model_writer=made,
+            vocab_size=vocabulary,
+            model_type="bpe",
+            byte_fallback=True,
+            character_coverage=0.9999,
+            bos_id=-1,
+            eos_id=-1,
+            # Its threads' sums come in any order, and pieces with them.
+            num_threads=1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        reason = str(error).rpartition("] ")[2]
+        raise ValueError(f"a vocabulary of {vocabulary:,} pieces: {reason or error}") from error
+    write_whole(file, made.getvalue())
+
+
+def _sentencepiece(asked: str) -> Any:
+    try:
+        import sentencepiece
+    except ImportError as error:
+        raise ValueError(f"{asked} needs sentencepiece: {install_extra('text')}") from error
+    return sentencepiece

@@ -10,11 +10,11 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = ("sret_scale", "data_pipelines")
 # Product lines (*.py, *.c, *.h, *.html) that a room may have. Raising one is a decision: say why in docs/log.md.
 LINE_BUDGETS = {
-    "data_pipelines": 9_260,
-    "sret_scale/commands": 2_375,
+    "data_pipelines": 9_284,
+    "sret_scale/commands": 2_381,
     "sret_scale/config": 1_769,
     "sret_scale/distill": 1_280,
-    "sret_scale/lab": 4_628,
+    "sret_scale/lab": 4_732,
     "sret_scale/launch": 1_980,
     "sret_scale/memory": 2_633,
     "sret_scale/model": 4_532,
@@ -23,7 +23,7 @@ LINE_BUDGETS = {
     "sret_scale/timm": 820,
     "sret_scale/train": 4_257,
 }
-TOTAL_BUDGET = 34_675
+TOTAL_BUDGET = 34_840
 MOST_FILES = 20
 
 

@@ -8,7 +8,6 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-import sentencepiece
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from data_pipelines.shards.index import open_shards
 from data_pipelines.stream.loader import Batch, TrainLoader
 from data_pipelines.text.pieces import TextWindows
-from data_pipelines.text.tokens import tokens_of
+from data_pipelines.text.tokens import tokens_of, train_pieces
 from data_pipelines.writing.prepare import ImageOptions
 from data_pipelines.writing.write import WriteConfig, write_shards
 from sret_scale.cli import main
@@ -156,25 +155,12 @@ def test_every_pair_lies_whole_in_one_row(pairs: list[Pair]) -> None:
     assert len(rows) <= max(1, len(pairs))
 
 
-def train_pieces(file: Path, texts: list[str]) -> Path:
-    """A sentencepiece model of 290 tokens: bytes, characters, and what is frequent in these texts."""
-    with file.open("wb") as stream:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(texts * 20),
-            model_writer=stream,
-            vocab_size=290,
-            model_type="bpe",
-            byte_fallback=True,
-            bos_id=-1,
-            eos_id=-1,
-            minloglevel=2,
-        )
-    return file
-
-
 @pytest.fixture(scope="module")
 def pieces(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train_pieces(tmp_path_factory.mktemp("tokens") / "tokens.model", [side for pair in PAIRS for side in pair])
+    """A sentencepiece model of 290 tokens: bytes, characters, and what is frequent in these texts."""
+    file = tmp_path_factory.mktemp("tokens") / "tokens.model"
+    train_pieces(file, [side for pair in PAIRS * 20 for side in pair], 290)
+    return file
 
 
 @settings(deadline=None, max_examples=50)
@@ -187,6 +173,21 @@ def test_tokens_are_read_back(pieces: Path, text: str) -> None:
         again = tokens.decode(numbers)
         assert tokens.encode(again) == numbers
     assert tokens_of(None).decode(tokens_of(None).encode(text.encode())) == text.encode()
+
+
+def test_pieces_are_the_same_again_and_a_vocabulary_that_the_texts_do_not_give_is_refused(
+    tmp_path: Path, pieces: Path
+) -> None:
+    texts = [side for pair in PAIRS * 20 for side in pair]
+    train_pieces(tmp_path / "again.model", texts, 290)
+    assert (tmp_path / "again.model").read_bytes() == pieces.read_bytes()
+    for vocabulary, reason in (
+        (4000, "4,000 pieces: Vocabulary size too high"),
+        (100, "100 pieces: Vocabulary size is"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            train_pieces(tmp_path / "none.model", texts, vocabulary)
+    assert not (tmp_path / "none.model").exists()
 
 
 def translate(run: Path, text: bytes, *options: str) -> int:
@@ -214,7 +215,7 @@ def test_a_run_from_a_tsv_to_translations(
     *_, last = (line for line in lines if line["kind"] == "eval")
     assert 0 < last["loss"] < 8 and (run / "best.safetensors").exists()
     # The run has tokens of its own, and goes on with no others.
-    train_pieces(tokens, [side[::-1] for pair in PAIRS for side in pair])
+    train_pieces(tokens, [side[::-1] for pair in PAIRS * 20 for side in pair], 290)
     for others in ([], ["data.tokens=null", "model.vocabulary=256"]):
         assert main([*command, *others]) == 2 and b"other tokens than" in capfdbinary.readouterr().err
     tokens.unlink()
