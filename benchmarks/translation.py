@@ -104,7 +104,7 @@ def shipped_pairs() -> list[Pair]:
     texts = [line.split("\t") for line in lzma.decompress(sample.read_bytes()).decode().splitlines()]
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "tokens.model"
-        train_pieces(model, [side for pair in texts for side in pair], VOCABULARY)
+        model.write_bytes(train_pieces([side for pair in texts for side in pair], VOCABULARY))
         tokens = Pieces(model)
     return [(tokens.encode(source.encode()), tokens.encode(target.encode())) for source, target in texts]
 

@@ -28,7 +28,6 @@ from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 
 from data_pipelines.text.pieces import TextWindows
-from data_pipelines.text.tokens import train_pieces
 from data_pipelines.writing.prepare import ImageOptions
 from data_pipelines.writing.write import WriteConfig, write_shards
 
@@ -159,10 +158,9 @@ def main() -> None:
         file, shards = arguments.output / f"{part}.tsv", arguments.output / "shards" / part
         file.write_text("".join(f"{source}\t{target}\n" for source, target in pairs), encoding="utf-8")
         text, options = TextWindows(window=2 * LONGEST), ImageOptions(metadata=False)
-        write_shards(WriteConfig(kind="tsv", source=file, text=text, options=options), shards)
+        vocabulary = VOCABULARY if part == "train" else None
+        write_shards(WriteConfig(kind="tsv", source=file, text=text, options=options, vocabulary=vocabulary), shards)
         print(f"{part}: {len(pairs):,} pairs, {sum(len(target.split()) for _, target in pairs):,} words of the target")
-    texts = [side for pair in found["train"] for side in pair]
-    train_pieces(arguments.output / "shards" / "train" / "tokens.model", texts, VOCABULARY)
     references = [target for _, target in found["test"]]
     with (arguments.output / "floors.csv").open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file, lineterminator="\n")

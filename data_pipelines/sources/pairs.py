@@ -4,7 +4,9 @@ Lines end at a line feed, with or without a carriage return before it, and at no
 class, `text`; line 17 of train.de has the key train/0000017.
 """
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +65,17 @@ def check_pair(source: bytes, target: bytes, most: int) -> None:
         for mark, name in ((b"\0", "a NUL"), (b"\t", "a tab"), ("\ufeff".encode(), "a byte order mark")):
             if mark in text:
                 raise BadImageError(f"{name} in the {side}")
+
+
+def kept_texts(place: Path, most: int) -> Iterator[str]:
+    """Both sides of the pairs that `check_pair` takes, line by line."""
+    files = [Path(name) for name in str(place).split(",")]
+    path, reader = f"{files[0]}\n{files[-1]}\n", PairReader()
+    for number in range(len(_Lines(files[0]))):
+        pair = [reader.read(path + ending, number, 0) for ending in (".source", ".target")]
+        with contextlib.suppress(BadImageError):
+            check_pair(pair[0], pair[1], most)
+            yield from (side.decode() for side in pair)
 
 
 class PairReader:

@@ -1,13 +1,17 @@
 """Texts as numbers of tokens: their bytes, or the pieces of a sentencepiece model. Token 0 is of no text."""
 
+import hashlib
 import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from data_pipelines.atomic_files import write_whole
 from data_pipelines.checked_files import read_bounded
 from data_pipelines.extras import install_extra
+
+TOKENS_NAME = "tokens.model"
+"""Of the sentencepiece model in a shard set that has one."""
+MAX_BYTES = 1 << 26
 
 
 class Tokens(Protocol):
@@ -40,10 +44,10 @@ class Pieces:
     def __init__(self, file: Path) -> None:
         self._processor: Any = _sentencepiece(f"data.tokens={file}").SentencePieceProcessor()
         try:
-            self._processor.LoadFromSerializedProto(read_bounded(file, 1 << 26))
+            self._processor.LoadFromSerializedProto(read_bounded(file, MAX_BYTES))
         except RuntimeError as error:
             raise ValueError(
-                f"{file}: expected a model of sentencepiece; train one with its --byte_fallback"
+                f"{file}: expected a model of sentencepiece; `shards write tsv --vocabulary` trains one"
             ) from error
         self.num_tokens = int(self._processor.vocab_size())
         if self._processor.unk_id() != 0 or not any(map(self._processor.IsByte, range(self.num_tokens))):
@@ -61,10 +65,15 @@ def tokens_of(file: str | None) -> Tokens:
     return Bytes() if file is None else Pieces(Path(file))
 
 
-def train_pieces(file: Path, texts: Iterable[str], vocabulary: int) -> None:
-    """Write a sentencepiece model of `vocabulary` byte pairs of these texts; what it lacks it spells in bytes.
+def tokens_sha256(file: str | Path | None) -> str | None:
+    """By which the tokens of a file are known again; None for bytes."""
+    return None if file is None else hashlib.sha256(read_bounded(Path(file), MAX_BYTES)).hexdigest()
 
-    ValueError where the texts give fewer pieces, or have more characters.
+
+def train_pieces(texts: Iterable[str], vocabulary: int) -> bytes:
+    """A sentencepiece model of `vocabulary` byte pairs of these texts; what it lacks it spells in bytes.
+
+    ValueError where sentencepiece is missing, and where the texts give fewer pieces, or have more characters.
     """
     sentencepiece, made = _sentencepiece("a vocabulary"), io.BytesIO()
     try:
@@ -84,7 +93,7 @@ def train_pieces(file: Path, texts: Iterable[str], vocabulary: int) -> None:
     except RuntimeError as error:
         reason = str(error).rpartition("] ")[2]
         raise ValueError(f"a vocabulary of {vocabulary:,} pieces: {reason or error}") from error
-    write_whole(file, made.getvalue())
+    return made.getvalue()
 
 
 def _sentencepiece(asked: str) -> Any:

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from data_pipelines.atomic_files import write_whole
 from data_pipelines.grids.made import GridOptions, GridReader
 from data_pipelines.shards.classes import check_same_classes, numbers_of
 from data_pipelines.shards.hashes import DEFAULT_HASH, HASH_NAMES, hash_name_of
@@ -26,14 +27,18 @@ from data_pipelines.shards.index import WORK_FOLDER
 from data_pipelines.shards.manifest import INDEX_BYTES_A_SAMPLE, MANIFEST_NAME, Manifest, max_index_bytes, read_manifest
 from data_pipelines.sources.kinds import source_kind
 from data_pipelines.sources.listing import Listing
+from data_pipelines.sources.pairs import kept_texts
 from data_pipelines.stream.processes import Progress
 from data_pipelines.text.pieces import KIND, PAIR_KINDS, TextWindows
+from data_pipelines.text.tokens import TOKENS_NAME, tokens_sha256, train_pieces
 from data_pipelines.writing.finish import check_sizes, finish_shards
 from data_pipelines.writing.prepare import ImageOptions
 from data_pipelines.writing.rows import DoneShard, done_path, load_done
 from data_pipelines.writing.shard_plan import PLAN_NAME, Plan, load_plan, make_plan, save_plan
 from data_pipelines.writing.workers import check_bad_rate, claim, write_missing
 
+TOKENS_HASH = "tokens_sha256"
+"""Fact of a manifest's writer: the SHA-256 of the set's tokens.model."""
 DEFAULT_SHARD_BYTES = 256 * 2**20
 
 logger = logging.getLogger(__name__)
@@ -49,7 +54,8 @@ class WriteConfig:
 
     `class_names`: those of the training set, whose numbers the labels get; None takes the source's own.
     `hash_name` is how the manifest knows the tars again (`data_pipelines.shards.hashes`). `text`: of the kind text,
-    how it is cut.
+    how it is cut. `vocabulary`: of pairs, how many tokens a sentencepiece model has that is trained on both sides and
+    stands in the set (tokens.model); None trains none.
     """
 
     kind: str
@@ -62,6 +68,7 @@ class WriteConfig:
     hash_name: str = DEFAULT_HASH
     class_names: tuple[str, ...] | None = None
     text: TextWindows | None = None
+    vocabulary: int | None = None
 
     def __post_init__(self) -> None:
         if (source_kind(self.kind).open_reader is GridReader) != isinstance(self.source, GridOptions):
@@ -70,9 +77,11 @@ class WriteConfig:
             )
         if (self.kind in (KIND, *PAIR_KINDS)) != (self.text is not None):
             raise ValueError(f"kind {self.kind}: expected TextWindows for text and for nothing else, got {self.text}")
-        for name, value in (("shard_bytes", self.shard_bytes), ("shard_samples", self.shard_samples)):
-            if value is not None and value < 1:
+        for name in ("shard_bytes", "shard_samples", "vocabulary"):
+            if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name}: expected 1 or more, got {value}")
+        if self.vocabulary is not None and self.kind not in PAIR_KINDS:
+            raise ValueError(f"kind {self.kind}: expected no vocabulary but for pairs, got {self.vocabulary}")
         if self.hash_name not in HASH_NAMES:
             raise ValueError(f"hash {self.hash_name!r}: expected one of {', '.join(HASH_NAMES)}")
 
@@ -83,8 +92,9 @@ class WriteConfig:
         """
         fields = asdict(self)
         del fields["hash_name"]
-        if self.text is None:
-            del fields["text"]
+        for name in ("text", "vocabulary"):
+            if fields[name] is None:
+                del fields[name]
         names = fields.pop("class_names")
         if names is not None:
             fields["classes"] = hashlib.sha256(json.dumps(names).encode()).hexdigest()
@@ -136,7 +146,9 @@ def _write(
     work = target / WORK_FOLDER
     # Nothing is made before the source was listed: a wrong argument must not leave an empty target behind. Nodes that
     # begin together list together, and the first one's plan holds.
-    plan = None if (work / PLAN_NAME).exists() else _new_plan(config, target, list_samples)
+    plan, tokens = None, None
+    if not (work / PLAN_NAME).exists():
+        plan, tokens = _new_plan(config, target, list_samples), _trained_tokens(config)
     work.mkdir(parents=True, exist_ok=True)
     with claim(work / "plan.lock", wait=True):
         if (target / MANIFEST_NAME).exists():
@@ -145,7 +157,10 @@ def _write(
         if (work / PLAN_NAME).exists():
             plan = _plan_there(config, target)
         else:
-            plan = plan or _new_plan(config, target, list_samples)
+            if plan is None:
+                plan, tokens = _new_plan(config, target, list_samples), _trained_tokens(config)
+            if tokens is not None:
+                write_whole(target / TOKENS_NAME, tokens)
             save_plan(plan, work)
     write_missing(
         plan,
@@ -167,7 +182,16 @@ def _write(
                     *(target, f"{num_turned:,}"),
                 )
             names, members = plan.listing.class_names, plan.listing.members
-            finish_shards(target, shards, class_names=names, writer=config.record(), members=members)
+            # Together with what was asked for, what it gave.
+            known = {TOKENS_HASH: tokens_sha256(target / TOKENS_NAME)} if config.vocabulary else {}
+            finish_shards(target, shards, class_names=names, writer=config.record() | known, members=members)
+
+
+def _trained_tokens(config: WriteConfig) -> bytes | None:
+    if config.vocabulary is None:
+        return None
+    assert isinstance(config.source, Path) and config.text is not None
+    return train_pieces(kept_texts(config.source, config.text.window), config.vocabulary)
 
 
 def _load_complete(target: Path, index: int) -> DoneShard:
@@ -254,8 +278,7 @@ def _already_complete(config: WriteConfig, target: Path) -> Manifest:
     """The manifest of a target that was written with the same arguments; anything else is refused."""
     manifest = read_manifest(target)
     record = config.record()
-    if manifest.writer != record:
-        changed = _changed(manifest.writer, record)
+    if changed := _changed({name: value for name, value in manifest.writer.items() if name != TOKENS_HASH}, record):
         raise ValueError(
             f"{target}: holds a complete shard set made with another {', '.join(changed)}; choose another target"
         )

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from data_pipelines.atomic_files import write_whole
 from data_pipelines.text.pieces import TextWindows
-from data_pipelines.text.tokens import tokens_of, train_pieces
+from data_pipelines.text.tokens import tokens_of
 from data_pipelines.writing.write import WriteConfig, write_shards
 from sret_scale.config.recipes import recipe
 from sret_scale.config.run_config import RunConfig
@@ -78,12 +78,8 @@ def run_text_demo(output: Path) -> int:
         say(f"pairs of LibreOffice's help: {output / 'shards' / part}")
         pairs, text = output / f"{part}.tsv", TextWindows(window=WINDOW)
         write_whole(pairs, lzma.decompress((SAMPLE / f"{part}.tsv.xz").read_bytes()))
-        write_shards(WriteConfig(kind="tsv", source=pairs, text=text), output / "shards" / part)
-    tokens = output / "shards" / "train" / "tokens.model"
-    if not tokens.exists():
-        say(f"{VOCABULARY:,} pieces of both languages: {tokens}")
-        pairs_text = (output / "train.tsv").read_text(encoding="utf-8").replace("\t", "\n")
-        train_pieces(tokens, pairs_text.rstrip("\n").split("\n"), VOCABULARY)
+        vocabulary = VOCABULARY if part == "train" else None
+        write_shards(WriteConfig(kind="tsv", source=pairs, text=text, vocabulary=vocabulary), output / "shards" / part)
     num_ranks = max(number for number in (1, 2, 4, 8, 16, 32) if number <= sum(choose_nodes().ranks_of_nodes))
     config = text_config(output, num_ranks)
     runs = {output / "translator": config, output / "deep": deep_config(config)}

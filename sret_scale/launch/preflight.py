@@ -11,6 +11,7 @@ from data_pipelines.image.native import library
 from data_pipelines.remote.shard_sets import open_data, open_training_data
 from data_pipelines.shards.classes import check_same_classes
 from data_pipelines.stream.loader import check_node_cache, check_views
+from data_pipelines.text.tokens import tokens_sha256
 from sret_scale.config.ds_config import load_ds_config, zero_stage_of
 from sret_scale.config.run_config import RunConfig, from_yaml, grad_accum_steps, split_differences, to_yaml, whole_paths
 from sret_scale.config.step_depth import check_depth
@@ -19,7 +20,7 @@ from sret_scale.launch.dry_run import describe_run
 from sret_scale.launch.hostfile import Host
 from sret_scale.launch.launcher import launch
 from sret_scale.launch.nodes import choose_nodes
-from sret_scale.model import describe
+from sret_scale.model import TextConfig, describe
 from sret_scale.runs.checkpoint import list_checkpoints, read_state
 from sret_scale.runs.run_folder import EXIT_FINISHED, RunFolder, environment, read_status, write_json
 from sret_scale.tasks import task_of
@@ -92,6 +93,9 @@ def check_start(config: RunConfig, path: Path, ranks_of_nodes: Sequence[int], *,
     # A run that goes on has its own weights; those that it began with may be gone by then.
     if config.train.initial_weights and (is_fresh or not RunFolder(path).checkpoints.exists()):
         load_run.initial_state(config.train.initial_weights, config.model)
+        if isinstance(config.model, TextConfig):
+            source = Path(config.train.initial_weights.removeprefix("run:"))
+            load_run.check_tokens(load_run.load_facts(source), config.data.tokens, source)
 
 
 def check_run(config: RunConfig, world_size: int) -> None:
@@ -200,12 +204,8 @@ def check_configuration(folder: RunFolder, config: RunConfig) -> list[str]:
         shards = open_training_data(config.data)
         before = load_run.load_class_names(folder.path) or []
         check_same_classes(shards.class_names, before, where=str(shards.folder), owner=f"the run {folder.path}")
-    before_and_now = (folder.tokens if folder.tokens.exists() else None, config.data.tokens)
-    if len({file and Path(file).read_bytes() for file in before_and_now}) > 1:
-        raise ValueError(
-            f"data.tokens={config.data.tokens or 'null, bytes'}: other tokens than {folder.path} was trained with: "
-            "choose another --run"
-        )
+    known = {"tokens_sha256": tokens_sha256(folder.tokens if folder.tokens.exists() else None)}
+    load_run.check_tokens(known, config.data.tokens, folder.path)
     old, seen, total_images = whole_paths(from_yaml(folder.config)), images_seen(folder), config.train.total_images
     is_same_length = old.train.total_images == total_images
     refused, allowed = split_differences(old, config, is_finished=is_same_length and is_finished(folder, total_images))

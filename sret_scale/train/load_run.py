@@ -1,7 +1,7 @@
 """Reads a finished or running run back: its configuration and a model with the weights of its newest checkpoint."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +16,7 @@ from data_pipelines.remote.shard_sets import open_data, open_training_data
 from data_pipelines.shards.classes import check_same_classes, renumbered
 from data_pipelines.shards.index import ShardSet
 from data_pipelines.sources.listing import are_class_names
+from data_pipelines.text.tokens import tokens_sha256
 from sret_scale.config.run_config import ModelConfig, RunConfig, build, differences_of, from_yaml, to_plain
 from sret_scale.config.timm_config import TimmConfig
 from sret_scale.distill import open_matching_labels
@@ -85,7 +86,7 @@ def facts_of(config: RunConfig, class_names: list[str] | None) -> dict[str, Any]
     """What goes with a run's weights into every file that holds them, as for JSON; names only where they are known."""
     named = {"task": config.task} if class_names is None else {"task": config.task, "class_names": class_names}
     if isinstance(config.model, TextConfig):
-        return named
+        return {**named, "tokens_sha256": tokens_sha256(config.data.tokens)}
     preprocessing = Preprocessing(
         resize=round(config.model.image_size / config.data.eval_crop_rate),
         crop=config.model.image_size,
@@ -107,11 +108,25 @@ def load_facts(source: Path) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     if said.get("class_names", "null") != "null":
         facts["class_names"] = _parse_class_names(said["class_names"], source)
+    if "tokens_sha256" in said:
+        facts["tokens_sha256"] = parse_checked(said["tokens_sha256"].encode(), object, f"{source}: tokens_sha256")
     if "preprocessing" in said:
         where = f"{source}: preprocessing"
         facts["preprocessing"] = asdict(parse_checked(said["preprocessing"].encode(), Preprocessing, where))
         facts["task"] = "grid" if said.get("task", "").strip('"') == "grid" else "classification"
     return facts
+
+
+def check_tokens(known: Mapping[str, Any], tokens: str | None, where: Path) -> None:
+    """ValueError where weights were learned from other tokens than those of a file (None: bytes). Old ones say nothing.
+
+    known: `tokens_sha256` of the weights, as a run, a checkpoint or a native file says it.
+    """
+    if "tokens_sha256" in known and known["tokens_sha256"] != tokens_sha256(tokens):
+        raise ValueError(
+            f"data.tokens={tokens or 'null, bytes'}: other tokens than {where} was trained with: choose another --run, "
+            f"or give the file whose SHA-256 is {known['tokens_sha256'] or 'none, null'}"
+        )
 
 
 def _is_checkpoint(source: Path) -> bool:
@@ -148,12 +163,15 @@ def load_model(
             raise FileNotFoundError(f"{folder.best} is not there: no evaluation of {run} has kept its weights yet")
         model = load_native(folder.best)
         check_architecture(config.model, to_plain(model.config), str(folder.best))
+        check_tokens(load_facts(folder.best), config.data.tokens, folder.best)
         said = read_metadata(folder.best).get("step", "")
         return model, weights, parse_checked(said.encode(), int, f"{folder.best}: step")
     checkpoint = newest_valid(folder.checkpoints, report)
     if checkpoint is None:
         raise FileNotFoundError(f"{run} has no checkpoint yet: train it first")
-    check_architecture(config.model, read_state(checkpoint)["model"], str(checkpoint))
+    state = read_state(checkpoint)
+    check_architecture(config.model, state["model"], str(checkpoint))
+    check_tokens(state, config.data.tokens, checkpoint)
     return load_checkpoint(checkpoint, weights)
 
 

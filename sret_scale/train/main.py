@@ -7,10 +7,10 @@ import argparse
 import contextlib
 from pathlib import Path
 
-from sret_scale.config.run_config import from_yaml
 from sret_scale.runs.run_folder import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, RunFolder, machine
 from sret_scale.train.distributed import from_all_ranks, leave, ranks_from_environment
 from sret_scale.train.engine.engine import start_communication
+from sret_scale.train.load_run import load_config
 from sret_scale.train.loop import train
 
 
@@ -23,7 +23,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("config", type=Path)
     config_file: Path = parser.parse_args().config
-    config = from_yaml(config_file)
+    # With the run's own copy of the tokens.
+    config = load_config(config_file.parent)
     ranks = ranks_from_environment()
     folder = RunFolder(config_file.parent)
     with folder.locked() if ranks.is_main else contextlib.nullcontext():

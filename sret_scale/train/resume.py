@@ -10,7 +10,7 @@ from sret_scale.train.assemble import Clock, Run
 from sret_scale.train.distributed import from_rank
 from sret_scale.train.engine.snapshot import RankTensor
 from sret_scale.train.evaluate import Evaluation
-from sret_scale.train.load_run import check_architecture, facts_of, initial_state
+from sret_scale.train.load_run import check_architecture, check_tokens, facts_of, initial_state
 
 
 def tensors_of(run: Run) -> Iterator[RankTensor]:
@@ -57,6 +57,7 @@ def restore(run: Run) -> Clock:
         return Clock()
     state = read_state(checkpoint)
     check_architecture(run.config.model, state["model"], str(checkpoint))
+    check_tokens(state, run.config.data.tokens, checkpoint)
     if state["teacher"] != run.teacher_identity:
         raise ValueError(
             f"{checkpoint} learned from another teacher: {state['teacher']}, now it is {run.teacher_identity}; "

@@ -1,11 +1,16 @@
 """Pairs of texts: written to ordinary tars from tsv and moses files, streamed byte for byte; bad lines are named."""
 
 import gc
+import hashlib
+import io
 import json
+import sys
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 import pytest
+import sentencepiece
 import torch
 import webdataset as wds
 from hypothesis import given, settings
@@ -16,6 +21,7 @@ from data_pipelines.shards.index import open_shards
 from data_pipelines.stream.loader import LoaderState, Step, TrainLoader, evaluation_batches
 from data_pipelines.stream.webdataset_door import to_webdataset
 from data_pipelines.text.pieces import TextWindows
+from data_pipelines.text.tokens import tokens_of
 from data_pipelines.upkeep.repair import repair_shards
 from data_pipelines.upkeep.stats import summarize_shards
 from data_pipelines.upkeep.verify import verify_shards
@@ -148,6 +154,57 @@ def test_a_bad_line_is_named_and_may_be_left_out(
     assert "2 samples of 1 classes in 1 shard" in (out := capsys.readouterr().out) and "1 left out" in out
     [line] = (tmp_path / "set" / "rejected.jsonl").read_text().splitlines()
     assert json.loads(line)["name"] == "a.tsv:2" and json.loads(line)["reason"].startswith(reason)
+
+
+@pytest.mark.parametrize("kind", ["moses", "tsv"])
+def test_the_set_has_tokens_of_its_kept_pairs(tmp_path: Path, kind: str) -> None:
+    """What sentencepiece makes of both sides, by its hash in the manifest; the same however the writing went."""
+    bad = [("x" * 65, "too long"), ("", "empty")]
+    source = (moses if kind == "moses" else tsv)(tmp_path, PAIRS * 20 + bad)
+    options = ImageOptions(metadata=False, on_bad="skip")
+    config = WriteConfig(kind=kind, source=source, text=TextWindows(window=64), options=options, vocabulary=280)
+    one, two = (write_shards(config, tmp_path / name, max_bad_rate=0.5) for name in ("one", "two"))
+    twin = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([side for pair in PAIRS * 20 for side in pair]),
+        model_writer=twin,
+        vocab_size=280,
+        model_type="bpe",
+        byte_fallback=True,
+        character_coverage=0.9999,
+        bos_id=-1,
+        eos_id=-1,
+        num_threads=1,
+        minloglevel=2,
+    )
+    assert (tmp_path / "one" / "tokens.model").read_bytes() == twin.getvalue()
+    assert one == two and one.writer["tokens_sha256"] == hashlib.sha256(twin.getvalue()).hexdigest()
+    assert one.writer["vocabulary"] == 280 and tokens_of(str(tmp_path / "two" / "tokens.model")).num_tokens == 280
+    # Once more is not written again, and another vocabulary is another set.
+    assert write_shards(config, tmp_path / "one") == one
+    with pytest.raises(ValueError, match="holds a complete shard set made with another vocabulary"):
+        write_shards(replace(config, vocabulary=None), tmp_path / "one")
+    plain = write_shards(replace(config, vocabulary=None), tmp_path / "plain", max_bad_rate=0.5)
+    assert not {"vocabulary", "tokens_sha256"} & set(plain.writer) and plain.fingerprint == one.fingerprint
+
+
+def test_tokens_that_cannot_be_leave_no_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = str(tsv(tmp_path, PAIRS))
+    for options, message in (
+        (["--vocabulary", "9999"], "a vocabulary of 9,999 pieces: Vocabulary size too high (9999)"),
+        (["--vocabulary", "20"], "a vocabulary of 20 pieces: Vocabulary size is smaller than required_chars"),
+        (["--vocabulary", "0"], "vocabulary: expected 1 or more, got 0"),
+    ):
+        assert main(["shards", "write", "tsv", source, str(tmp_path / "set"), *options]) == 2
+        assert message in (err := capsys.readouterr().err) and err.count("\n") == 1, err
+    assert main(["shards", "write", "text", source, str(tmp_path / "set"), "--vocabulary", "300"]) == 2
+    assert "shards write text: has no use for --vocabulary" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    assert main(["shards", "write", "tsv", source, str(tmp_path / "set"), "--vocabulary", "300"]) == 2
+    assert "a vocabulary needs sentencepiece: " in (err := capsys.readouterr().err) and "setup text" in err
+    assert not (tmp_path / "set").exists()
 
 
 @pytest.mark.parametrize(

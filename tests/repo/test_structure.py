@@ -10,8 +10,8 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = ("sret_scale", "data_pipelines")
 # Product lines (*.py, *.c, *.h, *.html) that a room may have. Raising one is a decision: say why in docs/log.md.
 LINE_BUDGETS = {
-    "data_pipelines": 9_284,
-    "sret_scale/commands": 2_381,
+    "data_pipelines": 9_329,
+    "sret_scale/commands": 2_384,
     "sret_scale/config": 1_769,
     "sret_scale/distill": 1_280,
     "sret_scale/lab": 4_732,
@@ -21,9 +21,9 @@ LINE_BUDGETS = {
     "sret_scale/runs": 625,
     "sret_scale/tasks": 530,
     "sret_scale/timm": 820,
-    "sret_scale/train": 4_257,
+    "sret_scale/train": 4_264,
 }
-TOTAL_BUDGET = 34_840
+TOTAL_BUDGET = 34_904
 MOST_FILES = 20
 
 

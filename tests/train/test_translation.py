@@ -1,5 +1,6 @@
 """Translation as a task: packing, loss on any ranks, a run from a tsv to BLEU, lines in and out, bad inputs."""
 
+import hashlib
 import io
 import json
 import math
@@ -25,10 +26,12 @@ from sret_scale.config.run_config import RunConfig, from_yaml, override, to_yaml
 from sret_scale.model import TranslationConfig
 from sret_scale.model.text import token_model
 from sret_scale.model.text.translator import Translator
+from sret_scale.runs.checkpoint import list_checkpoints, read_state
 from sret_scale.tasks import task_of
 from sret_scale.tasks.translation import Pair, counted_tokens, packed
 from sret_scale.train.assemble import as_trained
 from sret_scale.train.evaluate import evaluate
+from sret_scale.train.load_run import load_facts
 
 CPU = torch.device("cpu")
 PAIRS = [
@@ -159,7 +162,7 @@ def test_every_pair_lies_whole_in_one_row(pairs: list[Pair]) -> None:
 def pieces(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A sentencepiece model of 290 tokens: bytes, characters, and what is frequent in these texts."""
     file = tmp_path_factory.mktemp("tokens") / "tokens.model"
-    train_pieces(file, [side for pair in PAIRS * 20 for side in pair], 290)
+    file.write_bytes(train_pieces([side for pair in PAIRS * 20 for side in pair], 290))
     return file
 
 
@@ -175,19 +178,15 @@ def test_tokens_are_read_back(pieces: Path, text: str) -> None:
     assert tokens_of(None).decode(tokens_of(None).encode(text.encode())) == text.encode()
 
 
-def test_pieces_are_the_same_again_and_a_vocabulary_that_the_texts_do_not_give_is_refused(
-    tmp_path: Path, pieces: Path
-) -> None:
+def test_pieces_are_the_same_again_and_a_vocabulary_that_the_texts_do_not_give_is_refused(pieces: Path) -> None:
     texts = [side for pair in PAIRS * 20 for side in pair]
-    train_pieces(tmp_path / "again.model", texts, 290)
-    assert (tmp_path / "again.model").read_bytes() == pieces.read_bytes()
+    assert train_pieces(texts, 290) == pieces.read_bytes()
     for vocabulary, reason in (
         (4000, "4,000 pieces: Vocabulary size too high"),
         (100, "100 pieces: Vocabulary size is"),
     ):
         with pytest.raises(ValueError, match=reason):
-            train_pieces(tmp_path / "none.model", texts, vocabulary)
-    assert not (tmp_path / "none.model").exists()
+            train_pieces(texts, vocabulary)
 
 
 def translate(run: Path, text: bytes, *options: str) -> int:
@@ -215,10 +214,28 @@ def test_a_run_from_a_tsv_to_translations(
     *_, last = (line for line in lines if line["kind"] == "eval")
     assert 0 < last["loss"] < 8 and (run / "best.safetensors").exists()
     # The run has tokens of its own, and goes on with no others.
-    train_pieces(tokens, [side[::-1] for pair in PAIRS * 20 for side in pair], 290)
+    tokens.write_bytes(other_tokens := train_pieces([side[::-1] for pair in PAIRS * 20 for side in pair], 290))
     for others in ([], ["data.tokens=null", "model.vocabulary=256"]):
         assert main([*command, *others]) == 2 and b"other tokens than" in capfdbinary.readouterr().err
     tokens.unlink()
+    digest = hashlib.sha256(pieces.read_bytes()).hexdigest()
+    for said in (
+        load_facts(run),
+        load_facts(run / "best.safetensors"),
+        read_state(list_checkpoints(run / "checkpoints")[0]),
+    ):
+        assert said["tokens_sha256"] == digest
+    # Nor do its weights work, or start another run, with others.
+    tokens.write_bytes(other_tokens)
+    changed = [f"train.initial_weights=run:{run}", f"data.tokens={tokens}", "--run", str(tmp_path / "next")]
+    assert main([*command, *changed]) == 2 and digest.encode() in capfdbinary.readouterr().err
+    (run / "tokens.model").write_bytes(tokens.read_bytes())
+    assert (
+        translate(run, b"Ja") == 2
+        and b"trained with" in (err := capfdbinary.readouterr().err)
+        and err.count(b"\n") == 1
+    )
+    (run / "tokens.model").write_bytes(pieces.read_bytes())
     assert main(["evaluate", str(run), "--json", "--weights", "raw", "--beam", "2", "--cache", "last"]) == 0
     result = json.loads(capfdbinary.readouterr().out)
     assert result["loss"] == pytest.approx(last["loss"])

@@ -61,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--carried", type=int, help="bytes that a window repeats of the one before it, as its context (default: 0)"
     )
+    parser.add_argument("--vocabulary", type=int, help="of pairs: train a joint sentencepiece model of so many tokens")
     parser.add_argument("--keep-order", action="store_true", help="keep the source's order instead of shuffling")
     parser.add_argument("--shard-mb", type=float, default=256.0, help="size of a shard in MiB (default: 256)")
     parser.add_argument("--shard-samples", type=int, help="samples per shard, instead of --shard-mb")
@@ -96,6 +97,7 @@ def run(args: argparse.Namespace) -> None:
     is_text = args.kind in (KIND, *PAIR_KINDS)
     idle += ("resize", "classes") if is_text else ("window",)
     idle += () if args.kind == KIND else ("carried",)
+    idle += () if args.kind in PAIR_KINDS else ("vocabulary",)
     if unused := [f"--{name}" for name in idle if getattr(args, name)]:
         raise ValueError(f"shards write {args.kind}: has no use for {' '.join(unused)}; leave that out")
     if (args.target is None) != (made is not None):
@@ -117,6 +119,7 @@ def run(args: argparse.Namespace) -> None:
         hash_name=args.hash,
         class_names=class_names_from(Path(args.classes)) if args.classes else None,
         text=TextWindows(window=args.window or 256, carried=args.carried or 0) if is_text else None,
+        vocabulary=args.vocabulary,
     )
     for split, target in {None: args.source}.items() if made else _sets(args).items():
         _write(replace(config, split=split), target, args)
