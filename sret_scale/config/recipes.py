@@ -298,6 +298,36 @@ def _translation() -> RunConfig:
     )
 
 
+def _fairseq(name: str, stage: StageConfig, vocabulary: int, dropout: float, *, batch: int, steps: int) -> RunConfig:
+    """fairseq's settings for a set, but for a cosine in place of its inverse square root, and batches of so many pairs
+    in place of tokens."""
+    folder, base = f"shards/{name}", _translation()
+    return replace(
+        base,
+        model=TranslationConfig(stages=(stage, stage), vocabulary=vocabulary, context=512, dropout=dropout),
+        data=replace(
+            base.data,
+            train_folder=f"{folder}/train",
+            test_folder=f"{folder}/valid",
+            tokens=f"{folder}/train/tokens.model",
+        ),
+        distill=DistillConfig(label_smoothing=0.1),
+        optim=replace(base.optim, learning_rate=5e-4, warmup_images=4_000 * batch, weight_decay=1e-4),
+        train=replace(
+            base.train,
+            total_images=steps * batch,
+            global_batch_size=batch,
+            micro_batch_size=min(batch, 128),
+            checkpoint_interval_images=1_000 * batch,
+            eval_interval_images=1_000 * batch,
+        ),
+    )
+
+
+def _twice(num_blocks: int, num_heads: int, mlp_ratio: float) -> StageConfig:
+    return StageConfig(width=512, num_heads=num_heads, num_blocks=num_blocks, num_loops=2, mlp_ratio=mlp_ratio)
+
+
 RECIPES = {
     "small": Recipe(
         config=_small(),
@@ -364,6 +394,18 @@ RECIPES = {
         config=_translation(),
         about="A translator of 1.9 million parameters, 2 blocks applied 3 times each on either side, on pairs of "
         "`shards write tsv` or `moses` in 4,000 pieces (data.tokens). What it reaches is in docs/language.md.",
+    ),
+    "iwslt14_recursive": Recipe(
+        config=_fairseq("iwslt14", _twice(3, 4, 2.0), 10_000, 0.3, batch=128, steps=60_000),
+        about="IWSLT14 German to English, 3 blocks applied twice on either side in place of 6 layers. Not run: the "
+        "files are not ours to ship. The protocol is fairseq's (transformer_iwslt_de_en), not SReT's, with a cosine "
+        "for its inverse square root and 128 pairs for its batch of 4,096 tokens. Commands are in docs/language.md.",
+    ),
+    "wmt14_recursive": Recipe(
+        config=_fairseq("wmt14", _twice(6, 8, 4.0), 32_000, 0.1, batch=1024, steps=100_000),
+        about="WMT14, 6 blocks applied twice on either side: SEQUENCE 6/12 of arXiv 2104.06022 (model.loop_order has "
+        "its CYCLE and CYCLE (REV)). Not run: the files are not ours to ship. Fairseq's protocol, with a cosine for "
+        "its inverse square root and 1,024 pairs for 8 times 3,584 tokens. Commands are in docs/language.md.",
     ),
     "demo_teacher": Recipe(
         config=_demo("demo_teacher", total_images=40_000, learning_rate=2e-3),

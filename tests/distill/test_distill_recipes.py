@@ -7,7 +7,7 @@ from sret_scale.config.run_config import differences
 from sret_scale.train.optim import peak_rate, schedule_factor
 
 # For own images of any kind, mazes, text and pairs of it: nobody published them.
-OF_OUR_OWN = ("small", "reach", "lm_tiny", "nmt_tiny")
+OF_OUR_OWN = ("small", "reach", "lm_tiny", "nmt_tiny", "iwslt14_recursive", "wmt14_recursive")
 IMAGENET = [name for name in RECIPES if not name.startswith("demo") and name not in OF_OUR_OWN]
 
 

@@ -1,5 +1,6 @@
 """Translation as a task: packing, loss on any ranks, a run from a tsv to BLEU, lines in and out, bad inputs."""
 
+import contextlib
 import hashlib
 import io
 import json
@@ -23,7 +24,7 @@ from data_pipelines.writing.write import WriteConfig, write_shards
 from sret_scale.cli import main
 from sret_scale.config.recipes import recipe
 from sret_scale.config.run_config import RunConfig, from_yaml, override, to_yaml
-from sret_scale.model import TranslationConfig
+from sret_scale.model import TranslationConfig, describe
 from sret_scale.model.text import token_model
 from sret_scale.model.text.translator import Translator
 from sret_scale.runs.checkpoint import list_checkpoints, read_state
@@ -303,6 +304,36 @@ def test_a_run_is_refused_before_it_starts(shards: Path, tmp_path: Path, capsys:
         changes = ["model.vocabulary=256"] if name == "nmt_tiny" else []
         assert main(["train", name, *folders, *changes, "--run", str(tmp_path / "run"), "--ranks", "1"]) == 2
         assert message in (err := capsys.readouterr().err), err
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "num_parameters"),
+    [("iwslt14_recursive", (3, 2, 512, 1024, 4), 27.7e6), ("wmt14_recursive", (6, 2, 512, 2048, 8), 73.7e6)],
+)
+def test_a_recipe_of_known_sets_starts_on_files_of_their_layout(
+    name: str, sizes: tuple[int, ...], num_parameters: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A small fake of what fairseq's scripts leave: two files a part, an empty line among them; and nothing is run."""
+    folder = name.removesuffix("_recursive")
+    with contextlib.chdir(tmp_path):
+        for part in ("train", "valid"):
+            pairs = [*(PAIRS * 300 if part == "train" else PAIRS), ("", "left out")]
+            for side, language in enumerate(("de", "en")):
+                Path(f"{part}.de-en.{language}").write_text("".join(pair[side] + "\n" for pair in pairs))
+            command = ["shards", "write", "moses", f"{part}.de-en.de,{part}.de-en.en", f"shards/{folder}/{part}"]
+            options = ["--on-bad", "skip", "--max-bad-rate", "0.5", "--window", "2048"]
+            assert main([*command, *options, *(["--vocabulary", "290"] if part == "train" else [])]) == 0
+        capsys.readouterr()
+        assert main(["train", name, "--dry-run", "--ranks", "1", "--run", "run", "model.vocabulary=290"]) == 0
+        assert not Path("run").exists() and "label_smoothing: 0.1" in capsys.readouterr().out
+        assert main(["train", name, "--dry-run", "--ranks", "1", "--run", "run"]) == 2
+        assert "tokens.model has 290 tokens: set model.vocabulary to that" in capsys.readouterr().err
+    chosen = recipe(name).config
+    assert isinstance(chosen.model, TranslationConfig)
+    for stage in chosen.model.stages:
+        found = (stage.num_blocks, stage.num_loops, stage.width, stage.hidden_width, stage.num_heads)
+        assert found == sizes
+    assert describe(chosen.model)["parameters"] == pytest.approx(num_parameters, rel=0.01)
 
 
 @pytest.mark.slow
