@@ -238,6 +238,15 @@ def test_a_healthy_model_raises_no_alarm() -> None:
     assert findings(probe(model, IMAGES_BCHW, loss_of, NOISE, "fp32"), ["published"] * 2, "fp32") == {}
 
 
+def test_a_stream_to_which_every_loop_adds_as_much_raises_no_alarm() -> None:
+    """As from embeddings that are small beside what branches add; what grows by a factor does so to the end."""
+    added = [0.03 + 0.023 * loop for loop in range(27)]
+    assert growth_per_loop(added) > 1.05 and added[-1] > 10 * added[0]
+    assert findings([uses(rms=added)], ["published"] * 3, "fp32") == {}
+    by_a_factor = [0.03 * 1.12**loop for loop in range(27)]
+    assert list(findings([uses(rms=by_a_factor)], ["published"] * 3, "fp32")) == [(2, "growth")]
+
+
 def told(scheme: BranchScheme, num_loops: int, rates: list[float]) -> list[list[str]]:
     """The alarms before each update of a model that learns four images; one probe an entry of `rates`."""
     torch.manual_seed(0)

@@ -47,8 +47,10 @@ def _of_block(block: BlockUses, scheme: str, precision: str) -> list[tuple[str, 
         return [
             ("finite", "has values that are not numbers: lower optim.learning_rate, or use branch scheme loop_aware")
         ]
-    growth = growth_per_loop(values["rms"])
-    total = growth ** (len(values["rms"]) - 1)
+    # A stream to which every loop adds as much, as from small embeddings, grows many-fold at first and then ever less.
+    rms = values["rms"]
+    growth = min(growth_per_loop(rms), growth_per_loop(rms[len(rms) // 2 :] if len(rms) > 3 else rms))
+    total = growth ** (len(rms) - 1)
     if growth > GROWTH and total > TOTAL_GROWTH:
         found.append(("growth", f"grows {growth:.3g}-fold a loop: {_consequence(block, growth)}; {_advice(scheme)}"))
     elif max(values["max_abs"]) > NEAR_LIMIT * LIMITS[precision]:
