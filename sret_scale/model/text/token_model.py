@@ -24,11 +24,22 @@ CHUNK_TOKENS = 2048
 """Of so many tokens at a time there are scores: of a micro-batch they would be the largest tensor of a step."""
 
 
+class ScaledEmbedding(nn.Embedding):
+    """What tokens are as input: their embeddings times the square root of the width (arXiv 1706.03762, section 3.4).
+
+    As a head embeddings are small. As inputs of that size they would soon be hidden by what loops add to all alike.
+    """
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(..., D) of tokens."""
+        return super().forward(tokens) * self.embedding_dim**0.5
+
+
 class TokenModel(StackModel):
     """Stages of one width between an embedding and the same as head."""
 
     config: TextConfig
-    stem: nn.Embedding
+    stem: ScaledEmbedding
     label_smoothing = 0.0
     """Of the nats in training (arXiv 1512.00567, section 7); set from outside."""
 
@@ -36,7 +47,7 @@ class TokenModel(StackModel):
         super().__init__()
         self.config = config
         width = config.stages[0].width
-        self.stem = nn.Embedding(config.vocabulary, width)
+        self.stem = ScaledEmbedding(config.vocabulary, width)
         self.position = nn.Parameter(torch.empty(*position_shape, width))
         self.stages = nn.ModuleList(Stage(config, index) for index in range(len(config.stages)))
         self.norm = nn.LayerNorm(width, eps=NORM_EPS)
