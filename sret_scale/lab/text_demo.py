@@ -18,7 +18,7 @@ from sret_scale.config.run_config import RunConfig
 from sret_scale.lab.report.health import alarms
 from sret_scale.lab.report.page import write_report
 from sret_scale.lab.report.run_record import load_run
-from sret_scale.lab.translation_scores import translation_scores
+from sret_scale.lab.translation_scores import scores_of
 from sret_scale.launch.nodes import choose_nodes
 from sret_scale.launch.preflight import start_run
 from sret_scale.model import TranslationConfig
@@ -33,7 +33,7 @@ WINDOW = 800
 """Bytes of a side at most: the pairs have up to 400 characters."""
 DEEP_LOOPS = 27
 """Of two blocks on either side: 108 applications."""
-NUM_SHOWN, MOST_SHOWN_CHARACTERS = 10, 80
+NUM_SCORED, NUM_SHOWN, MOST_SHOWN_CHARACTERS = 200, 10, 80
 COLUMNS = ("source", "translation", "reference")
 
 
@@ -46,9 +46,15 @@ def text_config(output: Path, num_ranks: int) -> RunConfig:
         test_folder=str(shards / "dev"),
         tokens=str(shards / "train" / "tokens.model"),
     )
-    train = replace(config.train, total_images=24_000, micro_batch_size=config.train.global_batch_size // num_ranks)
+    optim = replace(config.optim, warmup_images=2_000)
+    train = replace(
+        config.train,
+        total_images=24_000,
+        eval_interval_images=24_000,
+        micro_batch_size=config.train.global_batch_size // num_ranks,
+    )
     assert isinstance(config.model, TranslationConfig)
-    return replace(config, model=replace(config.model, vocabulary=VOCABULARY), data=data, train=train)
+    return replace(config, model=replace(config.model, vocabulary=VOCABULARY), data=data, optim=optim, train=train)
 
 
 def deep_config(config: RunConfig) -> RunConfig:
@@ -59,7 +65,7 @@ def deep_config(config: RunConfig) -> RunConfig:
         config,
         model=replace(config.model, stages=stages),
         memory=replace(config.memory, schedule="per_application"),
-        optim=replace(config.optim, warmup_images=320),
+        optim=replace(config.optim, learning_rate=1e-3, warmup_images=320),
         train=replace(config.train, total_images=640, log_interval_steps=5, checkpoint_interval_images=640),
         telemetry=replace(config.telemetry, interval_steps=5),
     )
@@ -89,15 +95,17 @@ def run_text_demo(output: Path) -> int:
         if status:
             return status
     say(f"translations of pages that it has not seen: {output / 'translations.tsv'}")
-    scores = translation_scores(output / "translator", str(output / "shards" / "test"), None, None, 1, "each")
-    rows = shown_translations(output / "translator", output / "test.tsv")
+    rows = translations_of(output / "translator", output / "test.tsv")
+    sources, found, references = (list(texts) for texts in zip(*rows, strict=True))
+    scores = scores_of([text.encode() for text in found], [text.encode() for text in sources], references)
     write_whole(output / "translations.tsv", "".join("\t".join(row) + "\n" for row in rows))
-    for row in rows:
+    short = [row for row in rows if len(row[0]) <= MOST_SHOWN_CHARACTERS]
+    for row in short[:: len(short) // NUM_SHOWN][:NUM_SHOWN]:
         print("\n".join(f"  {name:<11} {text}" for name, text in zip(COLUMNS, row, strict=True)) + "\n")
     note = (
-        f"BLEU {scores['bleu']:.1f} and chrF {scores['chrf']:.1f} after {config.train.total_images:,} pairs; the "
-        f"German text as it is: {scores['bleu_of_copy']:.1f} and {scores['chrf_of_copy']:.1f}. One seed and minutes "
-        "of training: it shows that every part works, and no more."
+        f"Of {len(rows)} sentences BLEU {scores['bleu']:.1f} and chrF {scores['chrf']:.1f} after "
+        f"{config.train.total_images:,} pairs; the German text as it is: {scores['bleu_of_copy']:.1f} and "
+        f"{scores['chrf_of_copy']:.1f}. One seed and minutes of training: it shows that every part works, and no more."
     )
     write_report(list(runs), output / "report.html", note=note)
     say(f"page: {output / 'report.html'}")
@@ -112,12 +120,10 @@ def verdict(num_applications: int, found: list[str]) -> tuple[str, int]:
     return f"{num_applications} applications: {'; '.join(found) or 'no alarm'}", 1 if found else 0
 
 
-def shown_translations(run: Path, pairs: Path) -> list[tuple[str, ...]]:
-    """COLUMNS of some short pairs of a file, from all over it."""
+def translations_of(run: Path, pairs: Path) -> list[tuple[str, str, str]]:
+    """COLUMNS of some pairs of a file, from all over it."""
     lines = [line.split("\t") for line in pairs.read_text(encoding="utf-8").split("\n")[:-1]]
-    short = [line for line in lines if len(line[0]) <= MOST_SHOWN_CHARACTERS]
-    shown = short[:: len(short) // NUM_SHOWN][:NUM_SHOWN]
+    lines = lines[:: max(1, len(lines) // NUM_SCORED)]
     model = as_translator(load_model_of(run, None, None)[0], "the demo").eval()
-    tokens = tokens_of(load_config(run).data.tokens)
-    found = translated(model, tokens, [source.encode() for source, _ in shown])
-    return [(source, text.decode(), target) for (source, target), text in zip(shown, found, strict=True)]
+    found = translated(model, tokens_of(load_config(run).data.tokens), [source.encode() for source, _ in lines])
+    return [(source, text.decode(), target) for (source, target), text in zip(lines, found, strict=True)]

@@ -1,6 +1,7 @@
 """How good the translations of a run are, by sacrebleu alone, beside those that need no model."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,24 +24,29 @@ def translation_scores(
 
     ValueError where sacrebleu is missing, and for a run or shards of another kind.
     """
-    try:
-        from sacrebleu.metrics.bleu import BLEU
-        from sacrebleu.metrics.chrf import CHRF
-    except ImportError as error:
-        raise ValueError(f"--beam needs sacrebleu: {install_extra('text')}") from error
     opened, config = open_shards(run, shards)
     model = as_translator(load_model_of(run, weights, loops)[0], "--beam")
     model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     with ShardReader(opened) as reader:
         pairs = [(reader.read(index), reader.read(index, TARGET)) for index in range(opened.num_samples)]
-    sources, references = [source for source, _ in pairs], [target.decode() for _, target in pairs]
+    sources = [source for source, _ in pairs]
     started = time.monotonic()
     found = translated(model, tokens_of(config.data.tokens), sources, beam=beam, cache=cache)
-    result: dict[str, Any] = {
-        "beam": beam,
-        "cache": cache,
-        "sentences_per_s": len(found) / (time.monotonic() - started),
-    }
+    result = {"beam": beam, "cache": cache, "sentences_per_s": len(found) / (time.monotonic() - started)}
+    return result | scores_of(found, sources, [target.decode() for _, target in pairs])
+
+
+def scores_of(found: Sequence[bytes], sources: Sequence[bytes], references: Sequence[str]) -> dict[str, Any]:
+    """BLEU, chrF and their signatures of translations, and the scores of the sources as they are.
+
+    ValueError where sacrebleu is missing.
+    """
+    try:
+        from sacrebleu.metrics.bleu import BLEU
+        from sacrebleu.metrics.chrf import CHRF
+    except ImportError as error:
+        raise ValueError(f"BLEU and chrF need sacrebleu: {install_extra('text')}") from error
+    result: dict[str, Any] = {}
     for name, metric in (("bleu", BLEU()), ("chrf", CHRF())):
         for whose, texts in (("", found), ("_of_copy", sources)):
             decoded = [text.decode(errors="replace") for text in texts]

@@ -39,10 +39,14 @@ def test_the_demo_goes_the_whole_way(
     output = tmp_path / "text"
     assert main(["demo", "text", "--output", str(output)]) == 0
     *_, note, last = capfd.readouterr().out.splitlines()
-    assert note.startswith("BLEU ") and "the German text as it is: " in note and last == "16 applications: no alarm"
+    assert (
+        note.startswith("Of 16 sentences BLEU ")
+        and "the German text as it is: " in note
+        and last == "16 applications: no alarm"
+    )
     rows = [line.split("\t") for line in (output / "translations.tsv").read_text().splitlines()]
     references = (output / "test.tsv").read_text().splitlines()
-    assert len(rows) == demo.NUM_SHOWN and all(f"{source}\t{target}" in references for source, _, target in rows)
+    assert len(rows) == 16 and all(f"{source}\t{target}" in references for source, _, target in rows)
     page = (output / "report.html").read_text()
     assert "translator" in page and "deep" in page and note.split(";")[0] in page
     assert from_yaml(output / "deep" / "config.yaml").model.num_applications == 16

@@ -42,7 +42,7 @@ def commands() -> list[list[str]]:
 
 
 def test_the_readme_starts_with_the_demos_and_the_tests() -> None:
-    assert commands()[:3] == [[], ["test"], ["demo", "reach"]]
+    assert commands()[:4] == [[], ["test"], ["demo", "reach"], ["demo", "text"]]
     assert len(commands()) >= 9
 
 
@@ -62,7 +62,7 @@ def test_the_commands_of_a_run_work_one_after_another(
     (tmp_path / "photos").symlink_to(tmp_path / "imagenet" / "train")
     # In this process: each start of Python would import torch again. The ranks are processes all the same, and those of
     # the second run forks.
-    for words in commands()[3:]:
+    for words in commands()[4:]:
         is_shallow = words[0] == "train" and "runs/shallow" in words
         with pytest.MonkeyPatch.context() as patch:
             if is_shallow:
