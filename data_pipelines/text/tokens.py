@@ -11,6 +11,8 @@ from data_pipelines.extras import install_extra
 
 TOKENS_NAME = "tokens.model"
 """Of the sentencepiece model in a shard set that has one."""
+TOKENS_HASH = "tokens_sha256"
+"""Fact of its manifest's writer: the SHA-256 of that file."""
 MAX_BYTES = 1 << 26
 
 

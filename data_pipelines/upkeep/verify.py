@@ -6,6 +6,7 @@ The index has a checksum of each image and one of what frames it (headers, label
 found and named wherever it is.
 """
 
+import hashlib
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from data_pipelines.shards.tar_scan import TarError, TarSample, mapped, scan_sam
 from data_pipelines.shards.tar_write import frame_crc
 from data_pipelines.stream.processes import Progress, run_jobs
 from data_pipelines.text.pieces import TARGET
+from data_pipelines.text.tokens import TOKENS_HASH, TOKENS_NAME
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +58,8 @@ def verify_shards(
     """
     shards = open_shards(folder, check_tars=False)
     verdicts = judge_shards(shards, num_workers=num_workers, decode=decode, on_progress=on_progress)
-    return [*_duplicate_keys(shards), *(finding for verdict in verdicts for finding in verdict.findings)]
+    of_shards = (finding for verdict in verdicts for finding in verdict.findings)
+    return [*_changed_tokens(shards), *_duplicate_keys(shards), *of_shards]
 
 
 def judge_shards(
@@ -228,6 +231,18 @@ class _Checker:
             expected = (int(self._shards.width[row]), int(self._shards.height[row]))
             if (width, height) != expected:
                 self._report(row, offset, f"is {width} x {height} pixels, the index says {expected[0]} x {expected[1]}")
+
+
+def _changed_tokens(shards: ShardSet) -> list[Finding]:
+    known, file = shards.manifest.writer.get(TOKENS_HASH), shards.folder / TOKENS_NAME
+    if known is None:
+        return []
+    found = "no such file"
+    if file.is_file():
+        with file.open("rb") as stream:
+            found = hashlib.file_digest(stream, "sha256").hexdigest()
+    reason = f"expected a file of SHA-256 {known}, found {found}"
+    return [] if found == known else [Finding(shard=TOKENS_NAME, key="", offset=0, reason=reason)]
 
 
 def _duplicate_keys(shards: ShardSet) -> Iterator[Finding]:

@@ -65,11 +65,11 @@ def write_missing(
 
 
 def check_bad_rate(num_rejected: int, num_images: int, max_bad_rate: float, target: Path) -> None:
-    """Raises ValueError when more images are bad than the share that was allowed."""
+    """Raises ValueError when more samples are bad than the share that was allowed."""
     if num_rejected > max_bad_rate * num_images:
         raise ValueError(
-            f"{target}: {num_rejected:,} of {num_images:,} images are bad, more than the share of {max_bad_rate:g} that"
-            " is allowed; look at the source, or allow more with --max-bad-rate"
+            f"{target}: {num_rejected:,} of {num_images:,} samples are bad, more than the share of {max_bad_rate:g} "
+            "that is allowed; look at the source, or allow more with --max-bad-rate"
         )
 
 

@@ -30,15 +30,13 @@ from data_pipelines.sources.listing import Listing
 from data_pipelines.sources.pairs import kept_texts
 from data_pipelines.stream.processes import Progress
 from data_pipelines.text.pieces import KIND, PAIR_KINDS, TextWindows
-from data_pipelines.text.tokens import TOKENS_NAME, tokens_sha256, train_pieces
+from data_pipelines.text.tokens import TOKENS_HASH, TOKENS_NAME, tokens_sha256, train_pieces
 from data_pipelines.writing.finish import check_sizes, finish_shards
 from data_pipelines.writing.prepare import ImageOptions
 from data_pipelines.writing.rows import DoneShard, done_path, load_done
 from data_pipelines.writing.shard_plan import PLAN_NAME, Plan, load_plan, make_plan, save_plan
 from data_pipelines.writing.workers import check_bad_rate, claim, write_missing
 
-TOKENS_HASH = "tokens_sha256"
-"""Fact of a manifest's writer: the SHA-256 of the set's tokens.model."""
 DEFAULT_SHARD_BYTES = 256 * 2**20
 
 logger = logging.getLogger(__name__)

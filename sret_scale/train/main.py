@@ -23,6 +23,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("config", type=Path)
     config_file: Path = parser.parse_args().config
+    if config_file.name != "config.yaml":
+        parser.error(f"expected RUN/config.yaml, the run to train, got {config_file}")
     # With the run's own copy of the tokens.
     config = load_config(config_file.parent)
     ranks = ranks_from_environment()

@@ -180,6 +180,16 @@ def test_the_set_has_tokens_of_its_kept_pairs(tmp_path: Path, kind: str) -> None
     assert (tmp_path / "one" / "tokens.model").read_bytes() == twin.getvalue()
     assert one == two and one.writer["tokens_sha256"] == hashlib.sha256(twin.getvalue()).hexdigest()
     assert one.writer["vocabulary"] == 280 and tokens_of(str(tmp_path / "two" / "tokens.model")).num_tokens == 280
+    tokens = tmp_path / "two" / "tokens.model"
+    assert verify_shards(tmp_path / "two") == []
+    tokens.write_bytes(tokens.read_bytes()[:-1])
+    [finding] = verify_shards(tmp_path / "two")
+    assert str(finding).startswith(
+        f"tokens.model: at offset 0: expected a file of SHA-256 {one.writer['tokens_sha256']}"
+    )
+    tokens.unlink()
+    [finding] = verify_shards(tmp_path / "two")
+    assert finding.reason.endswith("found no such file")
     # Once more is not written again, and another vocabulary is another set.
     assert write_shards(config, tmp_path / "one") == one
     with pytest.raises(ValueError, match="holds a complete shard set made with another vocabulary"):

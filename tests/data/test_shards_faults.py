@@ -106,7 +106,7 @@ def test_too_many_bad_images_stop_the_run(tmp_path: Path) -> None:
     tree = make_tree(tmp_path / "tree", 4)
     (tree / IMAGENET_LIKE[1] / "empty.JPEG").write_bytes(b"")
     config = WriteConfig(kind="folder", source=tree, options=ImageOptions(on_bad="skip"))
-    with pytest.raises(ValueError, match=r"1 of 13 images are bad, more than the share of 0\.01"):
+    with pytest.raises(ValueError, match=r"1 of 13 samples are bad, more than the share of 0\.01"):
         write_shards(config, tmp_path / "target")
     assert write_shards(config, tmp_path / "target", max_bad_rate=0.1).num_samples == 12
 

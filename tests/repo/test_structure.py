@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = ("sret_scale", "data_pipelines")
 # Product lines (*.py, *.c, *.h, *.html) that a room may have. Raising one is a decision: say why in docs/log.md.
 LINE_BUDGETS = {
-    "data_pipelines": 9_329,
+    "data_pipelines": 9_344,
     "sret_scale/commands": 2_384,
     "sret_scale/config": 1_808,
     "sret_scale/distill": 1_280,
@@ -21,9 +21,9 @@ LINE_BUDGETS = {
     "sret_scale/runs": 625,
     "sret_scale/tasks": 530,
     "sret_scale/timm": 820,
-    "sret_scale/train": 4_266,
+    "sret_scale/train": 4_268,
 }
-TOTAL_BUDGET = 34_972
+TOTAL_BUDGET = 34_989
 MOST_FILES = 20
 
 

@@ -25,3 +25,6 @@ def test_a_run_without_a_launcher_ends_with_the_weights_of_one_with_it(tmp_path:
     assert ended.returncode == 0, ended.stderr
     assert digest(alone.parent) == digest(tmp_path / "launched")
     assert '"finished"' in (alone.parent / "status.json").read_text()
+    other = [*command[:-1], str(tmp_path / "tiny.yaml")]
+    refused = subprocess.run(other, env=environment(), capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert refused.returncode == 2 and "expected RUN/config.yaml, the run to train" in refused.stderr

@@ -251,6 +251,15 @@ def test_a_run_from_a_tsv_to_translations(
     assert translate(run, "Ja\n\nDatei\u2028\u00f6ffnen\r\nohne Ende".encode()) == 0
     translated = capfdbinary.readouterr().out.split(b"\n")
     assert len(translated) == 5 and translated[1] == translated[4] == b""
+    # Sequence-level distillation: what the model made of the sources becomes a set; what it left empty is left out.
+    sources = [source.encode() for source, _ in PAIRS]
+    assert translate(run, b"\n".join(sources) + b"\n", "--beam", "2") == 0
+    taught = list(zip(sources, capfdbinary.readouterr().out.splitlines(), strict=True))
+    (tmp_path / "taught.tsv").write_bytes(b"".join(source + b"\t" + target + b"\n" for source, target in taught))
+    command = ["shards", "write", "tsv", str(tmp_path / "taught.tsv"), str(tmp_path / "taught"), "--window", "256"]
+    assert main([*command, "--on-bad", "skip", "--max-bad-rate", "1"]) == 0
+    assert open_shards(tmp_path / "taught").num_samples == sum(bool(target.strip()) for _, target in taught)
+    capfdbinary.readouterr()
     for text, options, message in (
         (b"\xff\n", [], b"line 1: expected text in UTF-8"),
         (b"x" * 99, [], b"text 1, 'xxxxxx"),
