@@ -11,7 +11,12 @@ The help is under the Mozilla Public License 2.0; nothing of it is kept here. A 
 languages, and paragraphs of equal ids are a pair. 120 pages are for testing and 80 for choosing, drawn by seed 0. Test
 pairs are left out whose source or target, in lower case without digits and punctuation, occurs in training, and those
 under 20 characters. Floors, by sacrebleu, go into OUTPUT/floors.csv: the source itself, and the translation of the
-training sentence whose words are most alike (cosine of tf-idf), of any length or of at least 0.8 of the source's.
+training sentence whose words are most alike (cosine of tf-idf), of any length or of at least 0.8 of the source's; and
+all of them for the novel test pairs alone, few of whose 4-grams of words occur in training. A model's translations are
+scored beside them:
+
+    cut -f1 runs/help/test.tsv | sret-scale translate runs/nmt --beam 5 > runs/help/test.hyp
+    python experiments/translation.py help/usr/share/libreoffice/help runs/help --translations runs/help/test.hyp
 """
 
 import argparse
@@ -33,6 +38,7 @@ from data_pipelines.writing.write import WriteConfig, write_shards
 
 NUM_TEST, NUM_DEV = 120, 80
 SHORTEST, LONGEST = 12, 400
+MOST_SEEN = 0.25
 VOCABULARY = 4000
 
 Pair = tuple[str, str]
@@ -135,6 +141,18 @@ def nearest(training: list[Pair], sources: Iterable[str], least: float) -> list[
     return found
 
 
+def seen_shares(training: list[Pair], test: list[Pair]) -> list[float]:
+    """Of each test source the share of its 4-grams of words that occur in training sources; 0 for one without any."""
+
+    def grams(text: str) -> list[tuple[str, ...]]:
+        words = plain(text).split()
+        return [tuple(words[place : place + 4]) for place in range(len(words) - 3)]
+
+    known = {gram for source, _ in training for gram in grams(source)}
+    found = ([gram in known for gram in grams(source)] for source, _ in test)
+    return [sum(seen) / max(1, len(seen)) for seen in found]
+
+
 def floors(training: list[Pair], test: list[Pair]) -> dict[str, list[str]]:
     """Translations of the test sources without a model, by name."""
     sources = [source for source, _ in test]
@@ -149,6 +167,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("help", type=Path, help="the packages' folder of languages")
     parser.add_argument("output", type=Path)
+    parser.add_argument("--translations", type=Path, help="of the sources of OUTPUT/test.tsv, a line each: scored too")
     parser.add_argument("--source", default="de")
     parser.add_argument("--target", default="en-US")
     arguments = parser.parse_args()
@@ -161,14 +180,24 @@ def main() -> None:
         vocabulary = VOCABULARY if part == "train" else None
         write_shards(WriteConfig(kind="tsv", source=file, text=text, options=options, vocabulary=vocabulary), shards)
         print(f"{part}: {len(pairs):,} pairs, {sum(len(target.split()) for _, target in pairs):,} words of the target")
-    references = [target for _, target in found["test"]]
+    texts = floors(found["train"], found["test"])
+    if arguments.translations is not None:
+        texts["the model"] = arguments.translations.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    novel = [place for place, share in enumerate(seen_shares(found["train"], found["test"])) if share < MOST_SEEN]
+    print(
+        f"{len(novel):,} of {len(found['test']):,} test sources have under {MOST_SEEN:.0%} of their 4-grams in training"
+    )
     with (arguments.output / "floors.csv").open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file, lineterminator="\n")
-        table.writerow(["what", "bleu", "chrf"])
-        for name, texts in floors(found["train"], found["test"]).items():
-            bleu, chrf = (metric.corpus_score(texts, [references]).score for metric in (BLEU(), CHRF()))
-            table.writerow([name, f"{bleu:.2f}", f"{chrf:.2f}"])
-            print(f"{name}: BLEU {bleu:.2f}, chrF {chrf:.2f}")
+        table.writerow(["what", "bleu", "chrf", "bleu_novel", "chrf_novel"])
+        for name, lines in texts.items():
+            scores = []
+            for places in (range(len(found["test"])), novel):
+                references = [[found["test"][place][1] for place in places]]
+                chosen = [lines[place] for place in places]
+                scores += [metric.corpus_score(chosen, references).score for metric in (BLEU(), CHRF())]
+            table.writerow([name, *(f"{score:.2f}" for score in scores)])
+            print("{}: BLEU {:.2f}, chrF {:.2f}; of novel pairs {:.2f}, {:.2f}".format(name, *scores))
 
 
 if __name__ == "__main__":
