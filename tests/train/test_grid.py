@@ -11,6 +11,7 @@ from data_pipelines.grids.mazes import UNREACHED
 from data_pipelines.stream.loader import Batch
 from sret_scale.config.run_config import GridConfig, RunConfig, from_yaml, override, to_yaml
 from sret_scale.config.step_depth import DepthConfig, depth_plans
+from sret_scale.distill.config import DistillConfig
 from sret_scale.model import preset
 from sret_scale.tasks import task_of
 from sret_scale.tasks.grid import Grid, symmetric
@@ -89,6 +90,18 @@ def test_loss_asks_only_what_can_be_known(ask_within: float | None, loops: int) 
         found = task.loss(scores[part], inputs, progress=0.5, loops=loops, part=part)
         label, attribute = inputs.target[part].unbind(1)
         assert float(found) == pytest.approx(slow_loss(scores[part], label, attribute, most=most), rel=1e-5)
+
+
+def test_smoothed_labels_give_every_class_a_part() -> None:
+    one, smoothed = batch(), replace(config(), distill=DistillConfig(label_smoothing=0.3))
+    plain, task = Grid(config()), Grid(smoothed)
+    inputs, scores = plain.inputs(one, seed=0, device=CPU), torch.randn(4, CLASSES, SIDE, SIDE)
+    found = task.loss(scores, inputs, progress=0.5, loops=1)
+    # 0.7 of the loss of the label and 0.1 of that of each of the three classes.
+    label, _ = inputs.target.unbind(1)
+    nats = -scores.log_softmax(dim=1).mean(dim=1)[label != 255].mean()
+    expected = 0.7 * plain.loss(scores, inputs, progress=0.5, loops=1) + 0.3 * nats
+    torch.testing.assert_close(found, expected)
 
 
 def test_nothing_that_is_asked_costs_nothing() -> None:
