@@ -58,8 +58,10 @@ class Grid:
         if (within := self._config.grid.ask_within) is not None:
             is_early_BHW = (waits_BHW > within * loops) & (waits_BHW < UNREACHED)
             label_BHW = label_BHW.masked_fill(is_early_BHW, IGNORED)
-        options = {"ignore_index": IGNORED, "label_smoothing": self._config.distill.label_smoothing}
-        total = F.cross_entropy(scores.float(), label_BHW, reduction="sum", **options)
+        smoothing = self._config.distill.label_smoothing
+        total = F.cross_entropy(
+            scores.float(), label_BHW, ignore_index=IGNORED, reduction="sum", label_smoothing=smoothing
+        )
         return total / (label_BHW != IGNORED).sum().clamp(min=1)
 
     def added_loss(self, *, progress: float) -> None:
