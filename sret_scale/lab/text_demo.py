@@ -49,8 +49,8 @@ def text_config(output: Path, num_ranks: int) -> RunConfig:
     optim = replace(config.optim, warmup_images=2_000)
     train = replace(
         config.train,
-        total_images=24_000,
-        eval_interval_images=24_000,
+        total_images=16_000,
+        eval_interval_images=16_000,
         micro_batch_size=config.train.global_batch_size // num_ranks,
     )
     assert isinstance(config.model, TranslationConfig)

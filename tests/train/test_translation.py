@@ -198,6 +198,18 @@ def translate(run: Path, text: bytes, *options: str) -> int:
         sys.stdin = stdin
 
 
+def check_distillation(run: Path, folder: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    """Of whole sentences: what a model made of the sources becomes a set; what it left empty is left out."""
+    sources = [source.encode() for source, _ in PAIRS]
+    assert translate(run, b"\n".join(sources) + b"\n", "--beam", "2") == 0
+    taught = list(zip(sources, capfdbinary.readouterr().out.splitlines(), strict=True))
+    (folder / "taught.tsv").write_bytes(b"".join(source + b"\t" + target + b"\n" for source, target in taught))
+    command = ["shards", "write", "tsv", str(folder / "taught.tsv"), str(folder / "taught"), "--window", "256"]
+    assert main([*command, "--on-bad", "skip", "--max-bad-rate", "1"]) == 0
+    assert open_shards(folder / "taught").num_samples == sum(bool(target.strip()) for _, target in taught)
+    capfdbinary.readouterr()
+
+
 @pytest.mark.multi_process
 def test_a_run_from_a_tsv_to_translations(
     shards: Path, pieces: Path, tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]
@@ -251,15 +263,7 @@ def test_a_run_from_a_tsv_to_translations(
     assert translate(run, "Ja\n\nDatei\u2028\u00f6ffnen\r\nohne Ende".encode()) == 0
     translated = capfdbinary.readouterr().out.split(b"\n")
     assert len(translated) == 5 and translated[1] == translated[4] == b""
-    # Sequence-level distillation: what the model made of the sources becomes a set; what it left empty is left out.
-    sources = [source.encode() for source, _ in PAIRS]
-    assert translate(run, b"\n".join(sources) + b"\n", "--beam", "2") == 0
-    taught = list(zip(sources, capfdbinary.readouterr().out.splitlines(), strict=True))
-    (tmp_path / "taught.tsv").write_bytes(b"".join(source + b"\t" + target + b"\n" for source, target in taught))
-    command = ["shards", "write", "tsv", str(tmp_path / "taught.tsv"), str(tmp_path / "taught"), "--window", "256"]
-    assert main([*command, "--on-bad", "skip", "--max-bad-rate", "1"]) == 0
-    assert open_shards(tmp_path / "taught").num_samples == sum(bool(target.strip()) for _, target in taught)
-    capfdbinary.readouterr()
+    check_distillation(run, tmp_path, capfdbinary)
     for text, options, message in (
         (b"\xff\n", [], b"line 1: expected text in UTF-8"),
         (b"x" * 99, [], b"text 1, 'xxxxxx"),
