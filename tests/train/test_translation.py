@@ -198,6 +198,23 @@ def translate(run: Path, text: bytes, *options: str) -> int:
         sys.stdin = stdin
 
 
+def check_refusals(run: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    """Input that is no text, too long, or asked for in a way that there is not."""
+    for text, options, message in (
+        (b"\xff\n", [], b"line 1: expected text in UTF-8"),
+        (b"x" * 99, [], b"text 1, 'xxxxxx"),
+        (b"", ["--beam", "0"], b"--beam: expected 1 to 64, got 0"),
+        (b"", ["--loops", "0"], b"--loops: expected at least 1, got 0"),
+    ):
+        assert translate(run, text, *options) == 2
+        assert message in (err := capfdbinary.readouterr().err), err
+    assert translate(run, b"") == 0 and capfdbinary.readouterr().out == b""
+    assert main(["generate", str(run)]) == 2
+    assert (
+        b"generate: expected a model of kind 'language', got one of kind 'translation'" in capfdbinary.readouterr().err
+    )
+
+
 def check_distillation(run: Path, folder: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
     """Of whole sentences: what a model made of the sources becomes a set; what it left empty is left out."""
     sources = [source.encode() for source, _ in PAIRS]
@@ -264,19 +281,7 @@ def test_a_run_from_a_tsv_to_translations(
     translated = capfdbinary.readouterr().out.split(b"\n")
     assert len(translated) == 5 and translated[1] == translated[4] == b""
     check_distillation(run, tmp_path, capfdbinary)
-    for text, options, message in (
-        (b"\xff\n", [], b"line 1: expected text in UTF-8"),
-        (b"x" * 99, [], b"text 1, 'xxxxxx"),
-        (b"", ["--beam", "0"], b"--beam: expected 1 to 64, got 0"),
-        (b"", ["--loops", "0"], b"--loops: expected at least 1, got 0"),
-    ):
-        assert translate(run, text, *options) == 2
-        assert message in (err := capfdbinary.readouterr().err), err
-    assert translate(run, b"") == 0 and capfdbinary.readouterr().out == b""
-    assert main(["generate", str(run)]) == 2
-    assert (
-        b"generate: expected a model of kind 'language', got one of kind 'translation'" in capfdbinary.readouterr().err
-    )
+    check_refusals(run, capfdbinary)
 
 
 @pytest.mark.parametrize(
