@@ -7,13 +7,13 @@
         data.test_folder=runs/help/shards/dev data.tokens=runs/help/shards/train/tokens.model
     sret-scale evaluate runs/nmt --shards runs/help/shards/test
 
-The help is under the Mozilla Public License 2.0; nothing of it is kept here. A page is a file of the same name in both
-languages, and paragraphs of equal ids are a pair. 120 pages are for testing and 80 for choosing, drawn by seed 0. Test
-pairs are left out whose source or target, in lower case without digits and punctuation, occurs in training, and those
-under 20 characters. Floors, by sacrebleu, go into OUTPUT/floors.csv: the source itself, and the translation of the
-training sentence whose words are most alike (cosine of tf-idf), of any length or of at least 0.8 of the source's; and
-all of them for the novel test pairs alone, few of whose 4-grams of words occur in training. A model's translations are
-scored beside them:
+The help is under the Mozilla Public License 2.0; these pairs of it ship in `data_pipelines/sample`. A page is a file of
+the same name in both languages, and paragraphs of equal ids are a pair. 120 pages are for testing and 80 for choosing,
+drawn by seed 0. Test pairs are left out whose source or target, in lower case without digits and punctuation, occurs in
+training, and those under 20 characters. Floors, by sacrebleu, go into OUTPUT/floors.csv: the source itself, and the
+translation of the training sentence whose words are most alike (cosine of tf-idf), of any length or of at least 0.8 of
+the source's; and all of them for the novel test pairs alone, few of whose 4-grams of words occur in training. A model's
+translations are scored beside them:
 
     cut -f1 runs/help/test.tsv | sret-scale translate runs/nmt --beam 5 > runs/help/test.hyp
     python experiments/translation.py help/usr/share/libreoffice/help runs/help --translations runs/help/test.hyp

@@ -195,7 +195,7 @@ def _write_answers(args: argparse.Namespace, answers: Any) -> None:
 def _early_exit(args: argparse.Namespace) -> int:
     """Print and draw accuracy over multiply-adds for each threshold."""
     from sret_scale.lab import early_exit
-    from sret_scale.lab.analysis.exit_figure import exit_table, write_curve
+    from sret_scale.lab.analysis.exit_figure import exit_chart, exit_table
 
     thresholds = early_exit.THRESHOLDS[args.early_exit]
     if args.thresholds:
@@ -209,7 +209,7 @@ def _early_exit(args: argparse.Namespace) -> int:
     if status or args.dry_run:
         return status
     points = [early_exit.ExitPoint(**point) for point in result]
-    files = write_curve(args.run / "early_exit", args.run.name, args.early_exit, points)
+    files = exit_chart(args.run.name, args.early_exit, points).write(args.run / "early_exit")
     if args.json:
         print(json.dumps([vars(point) for point in points], indent=1))
     else:

@@ -37,7 +37,7 @@ class DistillConfig:
     """What the teacher is asked about: the very batch that the student sees, or the crop and flip alone, its
     probabilities then mixed like the labels. Stored labels are of views."""
     label_smoothing: float = 0.0
-    """Of the ground truth only. Losses of text have it too, in training."""
+    """Of the ground truth only. Losses of grids and texts have it too, in training."""
     divide_by_classes: bool = False
     """DeiT's published code divides its KL by the number of classes too; needed only to repeat its numbers."""
     teacher_micro_batch_size: int | None = None

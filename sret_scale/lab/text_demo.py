@@ -18,7 +18,7 @@ from sret_scale.config.run_config import RunConfig
 from sret_scale.lab.report.health import alarms
 from sret_scale.lab.report.page import write_report
 from sret_scale.lab.report.run_record import load_run
-from sret_scale.lab.translation_scores import scores_of
+from sret_scale.lab.translation_scores import bleu_and_chrf, scores_of
 from sret_scale.launch.nodes import choose_nodes
 from sret_scale.launch.preflight import start_run
 from sret_scale.model import TranslationConfig
@@ -74,7 +74,7 @@ def deep_config(config: RunConfig) -> RunConfig:
 def run_text_demo(output: Path) -> int:
     """Everything into `output`, skipping what is there; the exit status of training where that failed, 1 for an alarm
     of the deep run, else 0."""
-    started = time.monotonic()
+    started, metrics = time.monotonic(), bleu_and_chrf()
     output.mkdir(parents=True, exist_ok=True)
 
     def say(text: str) -> None:
@@ -97,8 +97,8 @@ def run_text_demo(output: Path) -> int:
     say(f"translations of pages that it has not seen: {output / 'translations.tsv'}")
     rows = translations_of(output / "translator", output / "test.tsv")
     sources, found, references = (list(texts) for texts in zip(*rows, strict=True))
-    scores = scores_of([text.encode() for text in found], [text.encode() for text in sources], references)
-    write_whole(output / "translations.tsv", "".join("\t".join(row) + "\n" for row in rows))
+    scores = scores_of(metrics, [text.encode() for text in found], [text.encode() for text in sources], references)
+    write_whole(output / "translations.tsv", "".join("\t".join(row) + "\n" for row in (COLUMNS, *rows)))
     short = [row for row in rows if len(row[0]) <= MOST_SHOWN_CHARACTERS]
     for row in short[:: len(short) // NUM_SHOWN][:NUM_SHOWN]:
         print("\n".join(f"  {name:<11} {text}" for name, text in zip(COLUMNS, row, strict=True)) + "\n")

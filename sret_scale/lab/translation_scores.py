@@ -1,7 +1,7 @@
 """How good the translations of a run are, by sacrebleu alone, beside those that need no model."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ def translation_scores(
 
     ValueError where sacrebleu is missing, and for a run or shards of another kind.
     """
+    metrics = bleu_and_chrf()
     opened, config = open_shards(run, shards)
     model = as_translator(load_model_of(run, weights, loops)[0], "--beam")
     model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
@@ -33,21 +34,25 @@ def translation_scores(
     started = time.monotonic()
     found = translated(model, tokens_of(config.data.tokens), sources, beam=beam, cache=cache)
     result = {"beam": beam, "cache": cache, "sentences_per_s": len(found) / (time.monotonic() - started)}
-    return result | scores_of(found, sources, [target.decode() for _, target in pairs])
+    return result | scores_of(metrics, found, sources, [target.decode() for _, target in pairs])
 
 
-def scores_of(found: Sequence[bytes], sources: Sequence[bytes], references: Sequence[str]) -> dict[str, Any]:
-    """BLEU, chrF and their signatures of translations, and the scores of the sources as they are.
-
-    ValueError where sacrebleu is missing.
-    """
+def bleu_and_chrf() -> dict[str, Any]:
+    """sacrebleu's metrics by name; ValueError where it is missing, to be told before anything is translated."""
     try:
         from sacrebleu.metrics.bleu import BLEU
         from sacrebleu.metrics.chrf import CHRF
     except ImportError as error:
         raise ValueError(f"BLEU and chrF need sacrebleu: {install_extra('text')}") from error
+    return {"bleu": BLEU(), "chrf": CHRF()}
+
+
+def scores_of(
+    metrics: Mapping[str, Any], found: Sequence[bytes], sources: Sequence[bytes], references: Sequence[str]
+) -> dict[str, Any]:
+    """Scores and signatures of translations by `bleu_and_chrf`, and the scores of the sources as they are."""
     result: dict[str, Any] = {}
-    for name, metric in (("bleu", BLEU()), ("chrf", CHRF())):
+    for name, metric in metrics.items():
         for whose, texts in (("", found), ("_of_copy", sources)):
             decoded = [text.decode(errors="replace") for text in texts]
             result[name + whose] = metric.corpus_score(decoded, [references]).score

@@ -41,13 +41,13 @@ def left_out(
     return LeftOut(reason=reason, samples=samples, is_overflow=is_overflow)
 
 
-def require_progress(skipped_steps: int, limit: int, what: LeftOut, *, images: int) -> None:
+def require_progress(skipped_steps: int, limit: int, what: LeftOut, *, samples: int) -> None:
     """Raise DivergedError where `limit` updates in a row have been left out."""
     if skipped_steps < limit:
         return
     rank, keys = next(iter(what.samples.items()))
     raise DivergedError(
-        f"{what.reason} at {images:,} images seen, and {skipped_steps} updates in a row were left out "
+        f"{what.reason} at {samples:,} samples seen, and {skipped_steps} updates in a row were left out "
         f"(train.max_skipped_steps={limit}; samples of rank {rank}: {', '.join(keys[:8])} ...). The weights are those "
         "before them. Lower optim.learning_rate, clip a class of parameters, or choose another branch scheme"
     )

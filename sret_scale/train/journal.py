@@ -48,7 +48,7 @@ def log_left_out(run: Run, clock: Clock, what: LeftOut) -> Clock:
     if what.is_overflow:
         return dataclasses.replace(clock, skipped_steps=0)
     run.progress.say(f"{run.folder.path.name}: update {clock.step:,} left out: {what.reason}")
-    require_progress(clock.skipped_steps, run.config.train.max_skipped_steps, what, images=clock.samples)
+    require_progress(clock.skipped_steps, run.config.train.max_skipped_steps, what, samples=clock.samples)
     return clock
 
 

@@ -2,7 +2,6 @@
 
 import gc
 import hashlib
-import io
 import json
 import sys
 from dataclasses import replace
@@ -10,7 +9,6 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
-import sentencepiece
 import torch
 import webdataset as wds
 from hypothesis import given, settings
@@ -21,7 +19,7 @@ from data_pipelines.shards.index import open_shards
 from data_pipelines.stream.loader import LoaderState, Step, TrainLoader, evaluation_batches
 from data_pipelines.stream.webdataset_door import to_webdataset
 from data_pipelines.text.pieces import TextWindows
-from data_pipelines.text.tokens import tokens_of
+from data_pipelines.text.tokens import tokens_of, train_pieces
 from data_pipelines.upkeep.repair import repair_shards
 from data_pipelines.upkeep.stats import summarize_shards
 from data_pipelines.upkeep.verify import verify_shards
@@ -164,21 +162,9 @@ def test_the_set_has_tokens_of_its_kept_pairs(tmp_path: Path, kind: str) -> None
     options = ImageOptions(metadata=False, on_bad="skip")
     config = WriteConfig(kind=kind, source=source, text=TextWindows(window=64), options=options, vocabulary=280)
     one, two = (write_shards(config, tmp_path / name, max_bad_rate=0.5) for name in ("one", "two"))
-    twin = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([side for pair in PAIRS * 20 for side in pair]),
-        model_writer=twin,
-        vocab_size=280,
-        model_type="bpe",
-        byte_fallback=True,
-        character_coverage=0.9999,
-        bos_id=-1,
-        eos_id=-1,
-        num_threads=1,
-        minloglevel=2,
-    )
-    assert (tmp_path / "one" / "tokens.model").read_bytes() == twin.getvalue()
-    assert one == two and one.writer["tokens_sha256"] == hashlib.sha256(twin.getvalue()).hexdigest()
+    expected = train_pieces([side for pair in PAIRS * 20 for side in pair], 280)
+    assert (tmp_path / "one" / "tokens.model").read_bytes() == expected
+    assert one == two and one.writer["tokens_sha256"] == hashlib.sha256(expected).hexdigest()
     assert one.writer["vocabulary"] == 280 and tokens_of(str(tmp_path / "two" / "tokens.model")).num_tokens == 280
     tokens = tmp_path / "two" / "tokens.model"
     assert verify_shards(tmp_path / "two") == []

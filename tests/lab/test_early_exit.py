@@ -14,7 +14,7 @@ from torch import Tensor
 
 from data_pipelines.stream.loader import Batch
 from sret_scale.lab import early_exit
-from sret_scale.lab.analysis.exit_figure import exit_chart, exit_table, write_curve
+from sret_scale.lab.analysis.exit_figure import exit_chart, exit_table
 from sret_scale.lab.early_exit import EarlyExit, ExitPoint, application_macs, exit_curve
 from sret_scale.model import SReT, SReTConfig, StageConfig, describe
 from sret_scale.model import config as spec
@@ -147,7 +147,7 @@ def test_the_curve_begins_with_all_loops(tmp_path: Path) -> None:
     assert points[2].top1 == points[0].top1 and points[2].macs == points[0].macs
     assert points[1].macs < points[0].macs and points[1].applications == 4
     assert "all loops" in exit_table(points).splitlines()[1]
-    files = write_curve(tmp_path / "curve", "run", "convergence", points)
+    files = exit_chart("run", "convergence", points).write(tmp_path / "curve")
     assert [file.name for file in files] == [f"early_exit_convergence.{kind}" for kind in ("svg", "png", "csv")]
     header, first, *_ = (tmp_path / "curve" / "early_exit_convergence.csv").read_text().splitlines()
     assert header == "threshold,top1,loss,macs,applications" and first.startswith(",")

@@ -238,7 +238,7 @@ def test_a_gap_is_never_averaged_away() -> None:
 
 def test_figures_follow_the_page_s_colours_and_stand_alone_as_files() -> None:
     series = Series(images=np.arange(1.0, 9.0), values=np.arange(8.0))
-    caption = Caption(name="x", title='A "title"', text="", x_label="images seen", y_label="loss")
+    caption = Caption(name="x", title='A "title"', text="", x_label="samples seen", y_label="loss")
     chart = line_chart([Curve(label="run", colour=PALETTE[0], series=series)], caption, form=".1f")
     assert (
         "var(--run-0)" in chart.inline_svg and INK not in chart.inline_svg and "&quot;title&quot;" in chart.inline_svg

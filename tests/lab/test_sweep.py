@@ -436,7 +436,7 @@ def test_the_live_table_shows_what_runs_first_and_never_more_than_a_screen(base:
     text = console.export_text()
     assert "hello" in text and "1 running, 39 waiting" in text and "... and 16 more" in text
     row = next(line for line in text.splitlines() if "seed-30" in line)
-    for part in ("running (GPU 3)", "128 of 512", "64 images/s", "loss 1.234", "6 s left"):
+    for part in ("running (GPU 3)", "128 of 512", "64 samples/s", "loss 1.234", "6 s left"):
         assert part in row
 
 
@@ -460,7 +460,7 @@ def test_without_a_terminal_running_runs_are_lines(base: str, capsys: pytest.Cap
     with SweepView(is_live=False) as view:
         view.show(states)
         view.show(states)
-    assert capsys.readouterr().out.splitlines() == ["seed-0:  128 of 512  64 images/s  loss 1.000    6 s left"]
+    assert capsys.readouterr().out.splitlines() == ["seed-0:  128 of 512  64 samples/s  loss 1.000    6 s left"]
 
 
 @pytest.mark.slow

@@ -44,8 +44,9 @@ def test_the_demo_goes_the_whole_way(
         and "the German text as it is: " in note
         and last == "16 applications: no alarm"
     )
-    rows = [line.split("\t") for line in (output / "translations.tsv").read_text().splitlines()]
+    columns, *rows = [line.split("\t") for line in (output / "translations.tsv").read_text().splitlines()]
     references = (output / "test.tsv").read_text().splitlines()
+    assert columns == ["source", "translation", "reference"]
     assert len(rows) == 16 and all(f"{source}\t{target}" in references for source, _, target in rows)
     page = (output / "report.html").read_text()
     assert "translator" in page and "deep" in page and note.split(";")[0] in page

@@ -67,7 +67,7 @@ def test_a_run_stopped_among_left_out_updates_continues_to_the_same_bits(folder:
 def test_too_many_in_a_row_end_the_run_on_all_ranks_with_the_same_words(folder: Path) -> None:
     texts = [(folder / f"lost.{rank}.txt").read_text() for rank in range(2)]
     assert texts[0] == texts[1]
-    assert texts[0].startswith("the loss of rank 1 is nan at 160 images seen, and 3 updates in a row were left out")
+    assert texts[0].startswith("the loss of rank 1 is nan at 160 samples seen, and 3 updates in a row were left out")
     assert f"train.max_skipped_steps={LIMIT}" in texts[0] and "samples of rank 1: " in texts[0]
     lines = [json.loads(line) for line in (folder / "lost" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["kind"] == "skipped"] == [3, 4, 5]

@@ -164,7 +164,7 @@ def test_losses_that_are_not_numbers_end_the_run_and_are_in_no_saved_weights(sha
     ended = sret_scale_forked("train", file, "--run", tmp_path / "run", cwd=tmp_path)
     assert ended.returncode == 1
     reason = (
-        r"(the loss of rank \d is (nan|inf)|the gradient of the class).* at \d+ images seen, and \d+ updates in a row"
+        r"(the loss of rank \d is (nan|inf)|the gradient of the class).* at \d+ samples seen, and \d+ updates in a row"
     )
     assert re.search(reason, ended.stderr.strip().splitlines()[-1])
     checkpoints = list_checkpoints(tmp_path / "run" / "checkpoints")

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 
 import matplotlib as mpl
 
@@ -41,9 +40,3 @@ def exit_chart(name: str, kind: ExitKind, points: Sequence[ExitPoint]) -> Chart:
         axes.margins(x=0.08, y=0.12)
         rows = [tuple("" if value is None else value for value in asdict(point).values()) for point in points]
         return finish(figure, caption, [tuple(asdict(points[0])), *rows])
-
-
-def write_curve(folder: Path, name: str, kind: ExitKind, points: Sequence[ExitPoint]) -> list[Path]:
-    """The figure's files in `folder`, which is made."""
-    folder.mkdir(parents=True, exist_ok=True)
-    return exit_chart(name, kind, points).write(folder)

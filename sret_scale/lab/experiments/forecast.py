@@ -104,7 +104,7 @@ def sweep_table(
     `speeds` are the fastest and the slowest that is to be expected, or one, or none.
     `price_per_hour` is that of the machine or machines that one run takes. Predicting memory takes seconds a depth.
     """
-    header = ["run", "applications", "parameters", "MACs", "images", "training FLOPs", "memory"]
+    header = ["run", "applications", "parameters", "MACs", "samples", "training FLOPs", "memory"]
     header += ["time"] * bool(speeds) + ["cost"] * (bool(speeds) and price_per_hour is not None)
     rows = [header]
     total_s = [0.0 for _ in speeds]

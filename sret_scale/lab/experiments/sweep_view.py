@@ -62,7 +62,7 @@ class SweepView:
 
 
 def cells(state: RunState) -> list[str]:
-    """Name, state, images, images/s, loss, top-1 and remaining time of a run."""
+    """Name, state, samples, samples/s, loss, top-1 and remaining time of a run."""
     standing, total = state.standing, state.run.config.train.total_images
     named = state.state + (f" ({state.slot})" if state.state == "running" and state.slot != "here" else "")
     remaining = standing.remaining_s(total) if state.state == "running" else None
@@ -70,7 +70,7 @@ def cells(state: RunState) -> list[str]:
         printable(state.run.name),
         printable(named),
         f"{standing.images:,} of {total:,}",
-        "" if standing.images_per_s is None else f"{compact(standing.images_per_s)} images/s",
+        "" if standing.images_per_s is None else f"{compact(standing.images_per_s)} samples/s",
         "" if standing.loss is None else f"loss {standing.loss:.3f}",
         "" if standing.top1 is None else f"{percent(standing.top1)} %",
         "" if remaining is None else f"{duration(remaining)} left",
@@ -82,7 +82,7 @@ def live_table(states: Sequence[RunState]) -> Table:
     counts = {name: sum(state.state == name for state in states) for name in _ORDER}
     title = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
     table = Table(title=title, title_justify="left")
-    for name in ("run", "state", "images", "speed", "loss", "top-1", "remaining"):
+    for name in ("run", "state", "samples", "speed", "loss", "top-1", "remaining"):
         table.add_column(name, justify="left" if name in ("run", "state") else "right", overflow="fold")
     shown = sorted(states, key=lambda state: _ORDER.index(state.state))[:MOST_ROWS]
     for state in shown:

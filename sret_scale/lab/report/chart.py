@@ -81,7 +81,8 @@ class Chart:
     csv: str
 
     def write(self, folder: Path) -> list[Path]:
-        """Writes the figure as NAME.svg, NAME.png and NAME.csv; returns these files."""
+        """Writes the figure as NAME.svg, NAME.png and NAME.csv into `folder`, which is made; returns these files."""
+        folder.mkdir(parents=True, exist_ok=True)
         contents = {"svg": self.svg.encode(), "png": self.png, "csv": self.csv.encode()}
         files = [folder / f"{self.caption.name}.{kind}" for kind in contents]
         for file, content in zip(files, contents.values(), strict=True):

@@ -144,7 +144,7 @@ def _words(name: str, points: Sequence[Point]) -> str:
         return text
     text = "Labels are block applications." if len(points) <= MOST_POINT_LABELS else ""
     if name == "depth_compute":
-        text += " 6 x MACs x images seen; recomputation and teacher not counted."
+        text += " 6 x MACs x samples seen; recomputation and teacher not counted."
     return text.strip()
 
 

@@ -43,7 +43,7 @@ def _accuracy(runs: Sequence[RunRecord], colours: Sequence[str]) -> Drawn:
         " Strong lines: averaged weights (EMA); faint lines: the weights as trained." if averaged else ""
     )
     words = " or ".join(dict.fromkeys(run.accuracy[1] for run in runs))
-    caption = Caption(name="accuracy", title="Accuracy", text=text, x_label="images seen", y_label=f"{words}, %")
+    caption = Caption(name="accuracy", title="Accuracy", text=text, x_label="samples seen", y_label=f"{words}, %")
     return curves, caption
 
 
@@ -53,7 +53,7 @@ def _training_loss(runs: Sequence[RunRecord], colours: Sequence[str]) -> Drawn:
     if len({teacher_of(run) is None for run in runs}) > 1:
         text += " A distilled run's loss measures the distance to its teacher: compare its course, not its height."
     caption = Caption(
-        name="training_loss", title="Training loss", text=text.strip(), x_label="images seen", y_label="loss, nats"
+        name="training_loss", title="Training loss", text=text.strip(), x_label="samples seen", y_label="loss, nats"
     )
     return curves, caption
 
@@ -68,7 +68,7 @@ def _trained_curve(run: RunRecord, colour: str, field: str) -> Curve:
 
 def _trained(runs: Sequence[RunRecord], colours: Sequence[str], field: str, name: str, title: str, label: str) -> Drawn:
     curves = [_trained_curve(run, colour, field) for run, colour in zip(runs, colours, strict=True)]
-    return curves, Caption(name=name, title=title, text="", x_label="images seen", y_label=label)
+    return curves, Caption(name=name, title=title, text="", x_label="samples seen", y_label=label)
 
 
 def _evaluation_loss(runs: Sequence[RunRecord], colours: Sequence[str]) -> Drawn:
@@ -80,7 +80,7 @@ def _evaluation_loss(runs: Sequence[RunRecord], colours: Sequence[str]) -> Drawn
         name="evaluation_loss",
         title="Evaluation loss",
         text=f"Cross-entropy on the {evaluation_split(runs[0])} split: the same measure for every run.",
-        x_label="images seen",
+        x_label="samples seen",
         y_label="cross-entropy, nats",
     )
     return curves, caption

@@ -1,4 +1,4 @@
-"""Depth health: heat maps of a run's telemetry, loop by loop (down) over images seen (across), and its alarms.
+"""Depth health: heat maps of a run's telemetry, loop by loop (down) over samples seen (across), and its alarms.
 
 Reads the records that docs/depth.md describes; null is a gap. The stages lie below one another in the order in which
 they run, and inside a stage its blocks.
@@ -51,7 +51,7 @@ def alarms(run: RunRecord) -> list[str]:
     for line in run.of_kind("telemetry"):
         for text in line.get("alarms") or ():
             first.setdefault(str(text), float(line["images"]))
-    return [f"{text} (first at {images:,.0f} images)" for text, images in first.items()]
+    return [f"{text} (first at {images:,.0f} samples)" for text, images in first.items()]
 
 
 def _probes(run: RunRecord) -> list[Any]:
@@ -88,8 +88,8 @@ def _figure(run: RunRecord, index: int) -> Chart:
         name=f"health_{index}",
         title=f"Depth health of {printable(run.name, MOST_TITLE)}",
         text=f"Rows: the {len(uses)} probed block applications, first to last; lines separate the stages. Columns: "
-        f"images seen, {compact(images[0])} to {compact(images[-1])}. Grey: not a number.",
-        x_label="images seen",
+        f"samples seen, {compact(images[0])} to {compact(images[-1])}. Grey: not a number.",
+        x_label="samples seen",
     )
     rows = -(-len(grids) // 2)
     with mpl.rc_context({**STYLE, "axes.grid": False}):

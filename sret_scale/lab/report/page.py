@@ -131,7 +131,7 @@ def lead(summaries: Sequence[Summary]) -> str:
     start = f"{best.run} is the most accurate: " if len(scored) > 1 else f"{best.run}: "
     return (
         f"{start}{percent(best.top1)} % {best.accuracy} ({weights}) with {grouped(best.applications)} block "
-        f"applications and {compact(best.parameters)} parameters, after {grouped(best.images_seen)} images in "
+        f"applications and {compact(best.parameters)} parameters, after {grouped(best.images_seen)} samples in "
         f"{duration(best.time_s)}."
     )
 

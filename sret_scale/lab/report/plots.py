@@ -1,4 +1,4 @@
-"""Curves over images seen, with direct labels instead of legends."""
+"""Curves over samples seen, with direct labels instead of legends."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ class Curve:
 
 
 def line_chart(curves: Sequence[Curve], caption: Caption, *, form: str, named: bool = True) -> Chart:
-    """Curves over images seen; up to MOST_LABELS of them are named at their end, with their last value as `form`."""
+    """Curves over samples seen; up to MOST_LABELS of them are named at their end, with their last value as `form`."""
     with mpl.rc_context(STYLE):
         figure, axes = canvas(caption)
         named = named and len(curves) <= MOST_LABELS

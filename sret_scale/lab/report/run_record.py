@@ -66,7 +66,7 @@ class RunRecord:
         return [line for line in self.lines if line["kind"] == kind and all(line.get(k) == v for k, v in where.items())]
 
     def series(self, kind: str, field: str, **where: object) -> Series:
-        """`field` over images seen, from the lines that have it."""
+        """`field` over samples seen, from the lines that have it."""
         lines = [line for line in self.of_kind(kind, **where) if field in line]
         return Series(
             images=np.array([line["images"] for line in lines], dtype=np.float64),

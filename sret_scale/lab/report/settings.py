@@ -72,7 +72,7 @@ def headline(points: Sequence[Point], accuracy: str) -> str:
     text = f"{label}: " if len(points) == 1 else f"Of {len(points)} settings {label} has the best mean: "
     text += (
         f"{_with_error(best)} % {accuracy} ({_seeds(best)}) with {grouped(best.depth)} block applications and "
-        f"{compact(best.costs['parameters'])} parameters, after {grouped(best.costs['images_seen'])} images in "
+        f"{compact(best.costs['parameters'])} parameters, after {grouped(best.costs['images_seen'])} samples in "
         f"{duration(best.costs['time_s'])}."
     )
     if len(points) == 1:
