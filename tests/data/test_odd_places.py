@@ -59,6 +59,7 @@ COMMANDS = [
 ]
 
 
+@pytest.mark.lengthy
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("kind", ["pipe", "device"])
 @pytest.mark.parametrize(("name", "command"), COMMANDS, ids=lambda value: str(value)[:40])

@@ -57,6 +57,7 @@ def write(kind: str, source: Path, target: Path) -> None:
 
 
 # webdataset leaves the closing of its files to the garbage collector.
+@pytest.mark.lengthy
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 @pytest.mark.parametrize("kind", ["moses", "tsv"])

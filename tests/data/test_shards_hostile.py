@@ -236,6 +236,7 @@ def test_rows_whose_sums_run_over_are_refused(folder: Path, name: str, values: i
         open_shards(folder)
 
 
+@pytest.mark.lengthy
 def test_a_manifest_that_names_another_folder_makes_no_file_there(folder: Path, tmp_path: Path) -> None:
     manifest = json.loads((folder / "manifest.json").read_bytes())
     elsewhere = Path(shutil.copytree(folder, tmp_path / "elsewhere"))

@@ -97,6 +97,7 @@ def test_rows_outside_their_shard_are_refused(folder: Path) -> None:
             open_shards(folder)
 
 
+@pytest.mark.lengthy
 def test_a_million_samples_open_in_under_a_second(tmp_path: Path) -> None:
     num_shards, per_shard = 100, 12_812
     num_samples = num_shards * per_shard

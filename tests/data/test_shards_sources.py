@@ -365,6 +365,7 @@ def test_broken_idx_files(tmp_path: Path, images: bytes, labels: bytes, message:
         write_shards(WriteConfig(kind="idx", source=tmp_path, split="train"), tmp_path / "target")
 
 
+@pytest.mark.lengthy
 def test_a_packed_idx_file_is_unpacked_no_further_than_its_header_says(tmp_path: Path) -> None:
     for name, values in (("images-idx3", np.zeros((2, 4, 4))), ("labels-idx1", np.array([0, 1]))):
         # A bomb: a thousand times the memory that the test may use.

@@ -80,6 +80,7 @@ def test_the_command_reports_and_exits_with_1(folder: Path, capsys: pytest.Captu
     ]
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("row", [0, 57, 199])
 @pytest.mark.parametrize("inside", [0, 100])
 def test_a_cut_inside_and_exactly_at_a_member(folder: Path, row: int, inside: int) -> None:

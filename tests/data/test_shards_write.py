@@ -82,6 +82,7 @@ def test_bytes_do_not_depend_on_the_number_of_workers(written: Path, tmp_path: P
     assert_same_files(written, tmp_path / "again")
 
 
+@pytest.mark.lengthy
 def test_another_seed_is_another_order_of_the_same_samples(written: Path, tmp_path: Path) -> None:
     config = WriteConfig(kind="idx", source=SAMPLE, split="test", shard_samples=300, seed=1)
     write_shards(config, tmp_path / "other")

@@ -75,6 +75,7 @@ def test_batches_are_those_of_the_local_set(local: ShardSet, site: Site, config:
         assert site.requests.count(name) == 1
 
 
+@pytest.mark.lengthy
 def test_a_small_set_is_read_by_ranges(local: ShardSet, site: Site, config: DataConfig) -> None:
     shards = open_data(site.url, replace(config, remote_reads="ranges"))
     assert cache_of(shards) is None

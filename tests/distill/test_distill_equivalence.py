@@ -59,6 +59,7 @@ def train(shards: Any, source: Any, config: DistillConfig, augment: AugmentConfi
     return losses, gradients
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize(
     ("augment", "config"),
     [
@@ -110,6 +111,7 @@ def mean_loss(shards: Any, source: Any, student: nn.Module) -> tuple[float, floa
     return sum(losses) / 6, max(ranges)
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("top_k", [1, 2, 4, 6])
 def test_fewer_classes_change_the_loss_by_the_kl_that_the_store_reports(
     shards: Any, tmp_path: Path, top_k: int

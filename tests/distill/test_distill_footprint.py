@@ -36,6 +36,7 @@ def measured(module: nn.Module, image_size: int) -> TeacherBytes:
     return TeacherBytes(weights=weights, forward=counter.peak + images_BCHW.nbytes)
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("name", ["resnet10t", "vit_tiny_patch16_224"])
 def test_bytes_of_an_architecture_are_those_of_the_loaded_network(name: str) -> None:
     network = import_timm().create_model(name, pretrained=False)
@@ -53,6 +54,7 @@ def test_run_is_counted_from_its_configuration_and_labels_take_nothing(tmp_path:
     assert bytes_of("labels:anywhere").total == 0
 
 
+@pytest.mark.lengthy
 def test_joined_teachers_are_all_held_and_answer_in_turn() -> None:
     small, large = bytes_of("timm:resnet10t"), bytes_of("timm:vit_tiny_patch16_224")
     both = bytes_of("timm:resnet10t+timm:vit_tiny_patch16_224")

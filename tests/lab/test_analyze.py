@@ -93,6 +93,7 @@ def test_bad_arguments_are_named(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.lengthy
 def test_the_command_looks_at_a_run_and_writes_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tiny_config(tiny_shards(tmp_path / "shards"))
     run = tmp_path / "run"

@@ -64,6 +64,7 @@ def test_early_exit_on_ranks_is_that_of_one_process(run: Path, capfd: pytest.Cap
     assert found[0] == found[1]
 
 
+@pytest.mark.lengthy
 def test_a_grown_model_says_its_loss_and_how_to_train_on(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = run.parent / "deeper.safetensors"
     assert main(["weights", "grow", str(run), str(out), "--loops", "3"]) == 0

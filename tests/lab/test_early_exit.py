@@ -64,6 +64,7 @@ def test_scores_are_those_of_the_first_exit_that_is_sure(kind: str, order: str) 
     assert exiting.done[1] == sum(before + (k + 1) * per_loop for k in exits_B)
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("kind", early_exit.KINDS)
 @pytest.mark.parametrize("conditioning", ["none", "input_add"])
 def test_without_an_exit_it_is_the_model(kind: early_exit.ExitKind, conditioning: str) -> None:
@@ -77,6 +78,7 @@ def test_without_an_exit_it_is_the_model(kind: early_exit.ExitKind, conditioning
     assert [stage.run_chain for stage in model.stages] == chains
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("order", get_args(spec.LoopOrder))
 def test_rows_that_stand_still_skip_to_the_next_block(order: str) -> None:
     model = model_of(loop_order=order)
@@ -102,6 +104,7 @@ class Skip:
         return early_exit.passed(self.application, x_BND)  # type: ignore[arg-type]
 
 
+@pytest.mark.lengthy
 def test_some_rows_stop_and_others_go_on_as_if_alone() -> None:
     model, done = model_of(), []
     for threshold in (0.2, 0.12):

@@ -70,6 +70,7 @@ def test_of_a_sweep_over_rates_each_depth_keeps_its_best(tmp_path: Path) -> None
     assert len(_rows(tmp_path / "page_files" / "depth_applications.csv")) == 4
 
 
+@pytest.mark.lengthy
 def test_the_health_of_depth_is_a_map_and_alarms_are_remarks(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", num_loops=3, images=25_600, has_telemetry=True)
     page = write_report([run], tmp_path / "page.html").page.read_text()
@@ -92,6 +93,7 @@ def test_telemetry_of_another_format_is_passed_over(tmp_path: Path) -> None:
     assert evenly(1000, 60)[::59] == [0, 999] and len(evenly(1000, 60)) == 60 and evenly(3, 60) == [0, 1, 2]
 
 
+@pytest.mark.lengthy
 def test_memory_is_compared_with_its_prediction(tmp_path: Path) -> None:
     for loops in (2, 3, 5):
         write_run(tmp_path / "runs" / str(loops), num_loops=loops, images=640)

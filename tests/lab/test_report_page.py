@@ -65,6 +65,7 @@ def test_the_page_is_self_contained_and_its_files_are_written(trio: Report) -> N
         assert name in page.text
 
 
+@pytest.mark.lengthy
 def test_the_csv_has_both_lines_of_a_curve(trio: Report) -> None:
     folder = trio.page.parent
     with (folder / "report_files" / "accuracy.csv").open() as stream:
@@ -74,6 +75,7 @@ def test_the_csv_has_both_lines_of_a_curve(trio: Report) -> None:
     assert last == {weights: 100 * run.of_kind("eval", weights=weights)[-1]["top1"] for weights in ("raw", "ema")}
 
 
+@pytest.mark.lengthy
 def test_two_runs_begin_with_their_difference(tmp_path: Path) -> None:
     write_run(tmp_path / "runs" / "a", images=1280)
     write_run(tmp_path / "runs" / "b", images=1280, num_loops=3)
@@ -81,6 +83,7 @@ def test_two_runs_begin_with_their_difference(tmp_path: Path) -> None:
     assert page.index("What differs") < page.index("Summary")
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize(
     "names",
     [("<script>alert(1)<", "a&b\"c'", "$x^$ {{ 7*7 }}"), ("\u6f22\u5b57 \u202e", "#1d2125", "x" * 200)],

@@ -381,6 +381,7 @@ def test_the_table_says_what_each_run_costs(base: str) -> None:
     assert lines[1].endswith(f"{seconds[0]:.2f}") and lines[3].endswith(f"{sum(seconds):.2f}")
 
 
+@pytest.mark.lengthy
 def test_a_measured_speed_grows_with_the_macs(base: str) -> None:
     speeds = measure_speeds(plan_runs(Experiment(base=base, grid={LOOPS: [1, 8]})))
     assert len(speeds) == 2 and all(speed.fixed_s >= 0 and speed.per_mac_s > 0 for speed in speeds)

@@ -215,6 +215,7 @@ def test_the_batch_file_has_what_a_cluster_asks_for(tmp_path: Path, capsys: pyte
         assert capsys.readouterr().out == ""
 
 
+@pytest.mark.lengthy
 def test_a_command_that_its_start_would_refuse_gives_no_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,6 +15,7 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
 SMALL = ["plan", "demo_control_20", "--image-size", "28", "--reserve", "0", "--world-size", "2"]
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("index", range(len(SNIPPETS)))
 def test_examples_of_the_page_run(index: int) -> None:
     scope: dict[str, object] = {}

@@ -185,6 +185,7 @@ def test_a_free_micro_batch_uses_the_memory(batches: BatchSearch) -> None:
     assert plan.micro_batch_size > 8
 
 
+@pytest.mark.lengthy
 def test_the_state_shrinks_with_the_zero_stage(batches: BatchSearch) -> None:
     totals = []
     for zero_stage in (1, 2, 3):

@@ -107,6 +107,7 @@ ALL = [
 ]
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("schedule", ALL, ids=lambda s: s.name)
 def test_gradients_are_those_of_plain_autograd_bit_for_bit(schedule: Schedule, autocast: bool) -> None:
@@ -242,6 +243,7 @@ def test_a_schedule_of_another_length_is_refused() -> None:
         run_chain(make_chain(), torch.randn(4, 5, WIDTH), schedules.none(10))
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("schedule", ALL, ids=lambda s: s.name)
 def test_boundaries_in_host_memory_change_nothing(schedule: Schedule) -> None:
     chain, x = make_chain(), torch.randn(4, 5, WIDTH).requires_grad_()

@@ -165,6 +165,7 @@ def test_description_counts_weights_once_and_work_each_time() -> None:
     assert found["boundary_bytes"] == 10 * 4 * WIDTH * 4
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("step_size, is_flat", [(None, True), (1.0, False)])
 def test_step_size_of_one_over_depth_keeps_an_update_alike(step_size: float | None, is_flat: bool) -> None:
     """A coordinate check: how far one Adam step moves the output, over the number of applications."""

@@ -42,6 +42,7 @@ def gradients(model: StackModel, *, autocast: bool, micro_steps: int = 2) -> dic
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("schedule", FIXED_SCHEDULES)
 @pytest.mark.parametrize("kind", MODELS)

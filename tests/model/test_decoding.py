@@ -28,6 +28,7 @@ def whole_pass(model: Translator, source: list[int], target: list[int]) -> Tenso
     return model.forward_head(features)[0, len(target)].log_softmax(dim=-1)
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("options", OPTIONS)
 def test_greedy_with_kept_keys_is_greedy_by_whole_passes(options: dict[str, Any]) -> None:
     """In a batch of sentences of several lengths; odds of every place to 1e-10."""
@@ -49,6 +50,7 @@ def test_greedy_with_kept_keys_is_greedy_by_whole_passes(options: dict[str, Any]
                 torch.testing.assert_close(value.double(), torch.stack(steps).sum(), rtol=0, atol=1e-5)
 
 
+@pytest.mark.lengthy
 def test_a_wide_beam_finds_what_all_translations_have_best() -> None:
     """Of 3 words and at most 4 tokens there are 85 + 256 translations, those of 4 tokens cut off."""
     model = built(config(context=5, vocabulary=4)).eval()

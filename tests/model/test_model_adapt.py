@@ -23,6 +23,7 @@ def model_of(**options: Any) -> SReT:
     return model
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("policy", get_args(spec.ProjectionPolicy))
 @pytest.mark.parametrize("conditioning", get_args(spec.ConditioningKind))
 def test_more_loops_and_back_is_the_same_model(policy: str, conditioning: str) -> None:

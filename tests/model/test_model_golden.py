@@ -58,6 +58,7 @@ def test_published_table_is_reproduced(name: str, parameters: int | None, gmacs:
     assert round(counts["macs_published"] / 1e9, digits) == gmacs
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize(
     ("name", "parameters", "macs"),
     [

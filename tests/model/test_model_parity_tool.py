@@ -50,6 +50,7 @@ def judge(folder: Path, entries: Entries, name: str = NAME) -> int:
     return parity.main([str(path)])
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize(("field", "index"), [("loss", 0), ("logits", 1234), ("grad_norms", 0), ("grad_norms", 340)])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_nan_in_any_entry_fails(
@@ -98,6 +99,7 @@ MALFORMED: list[tuple[str, Callable[[np.ndarray], np.ndarray] | None, str]] = [
 ]
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize(("field", "change", "message"), MALFORMED)
 def test_malformed_entry_is_one_line_and_fails(
     tmp_path: Path,

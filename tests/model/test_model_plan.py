@@ -39,6 +39,7 @@ def gradients(model: SReT, plan: DepthPlan | None) -> dict[str, Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("policy", get_args(spec.ProjectionPolicy))
 @pytest.mark.parametrize("conditioning", get_args(spec.ConditioningKind))
 def test_first_loops_are_the_shorter_model(policy: str, conditioning: str) -> None:
@@ -90,6 +91,7 @@ def detached_twin(applications: Sequence[Application], x_BND: Tensor) -> Tensor:
     return x_BND
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("order", get_args(spec.LoopOrder))
 @pytest.mark.parametrize("conditioning", ["none", "norm_by_depth", "input_gated"])
 def test_detached_branches_equal_their_twin(order: str, conditioning: str) -> None:
@@ -116,6 +118,7 @@ def test_learned_skips_carry_the_gradient_with_their_coefficients() -> None:
     assert "stages.1.projections.0.residual.alpha" not in got
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("schedule", ["per_application", "segments", "nested", "binomial"])
 def test_every_schedule_gives_the_same_bits_at_any_depth(schedule: str) -> None:
     plan = DepthPlan((StageDepth((0, 1, 3), num_detached=1), StageDepth((0, 2, 3, 4))), supervised=(2,))

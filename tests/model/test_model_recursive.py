@@ -52,6 +52,7 @@ def outcome(model: nn.Module, images: torch.Tensor) -> list[torch.Tensor]:
     return [out, *torch.autograd.grad(out.square().sum(), list(model.parameters()), allow_unused=True)]
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("is_training", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_without_ties_it_is_the_model_to_the_bit(family: str, is_training: bool) -> None:
@@ -82,6 +83,7 @@ def test_arguments_of_blocks_go_to_every_application() -> None:
     assert torch.equal(tied(images), model(images))
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("order", get_args(LoopOrder))
 @pytest.mark.parametrize("family", FAMILIES)
 def test_equal_blocks_tied_are_the_same_function_with_fewer_weights(family: str, order: Any) -> None:
@@ -231,6 +233,7 @@ def test_a_chain_whose_shapes_change_is_refused() -> None:
         make_recursive(model)
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("kind", ["norm_per_loop", "norm_by_depth"])
 @pytest.mark.parametrize("family", ["vit", "mixer", "cait"])
 def test_conditioning_tells_a_block_its_loop(family: str, kind: Any) -> None:

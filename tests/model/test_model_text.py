@@ -101,6 +101,7 @@ def test_it_is_torchs_encoder_with_a_causal_mask_gradients_included(loop_order: 
         torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("permutation", ["fixed", "random", "strided"])
 @pytest.mark.parametrize("groups", [(1,), (2,), (4, 2), (2, 4, 1), (4, 1, 2)])
 @pytest.mark.parametrize("loop_order", get_args(LoopOrder))
@@ -163,6 +164,7 @@ def test_scores_of_a_micro_batch_are_never_whole(monkeypatch: pytest.MonkeyPatch
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("schedule", ["per_application", "binomial"])
 def test_recomputation_gives_the_same_bits(schedule: Any) -> None:
     chosen = config(permutation="strided", groups=(2,), num_loops=4, dropout=0.1)

@@ -34,6 +34,7 @@ def untied(*, differs: tuple[str, ...], **options: object) -> SReT:
     return model
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("order", get_args(spec.LoopOrder))
 @pytest.mark.parametrize("projections", get_args(spec.ProjectionPolicy))
 @pytest.mark.parametrize("scheme", ["published", "loop_aware", "layerscale"])

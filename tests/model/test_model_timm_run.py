@@ -212,6 +212,7 @@ def test_a_configuration_reads_back_and_its_stages_change(tmp_path: Path) -> Non
     assert again.config == config.model and torch.equal(again(images), model.eval()(images))
 
 
+@pytest.mark.lengthy
 def test_counts_are_those_of_the_network() -> None:
     counts = describe(timm_config(SPECS["vit"]))
     tokens, width = 17, 16

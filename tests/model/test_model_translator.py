@@ -171,6 +171,7 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("schedule", ["none", "per_application", "binomial"])
 def test_recomputation_gives_the_same_bits(schedule: Any, options: dict[str, Any]) -> None:
@@ -187,6 +188,7 @@ def test_recomputation_gives_the_same_bits(schedule: Any, options: dict[str, Any
         assert (one.grad is None and other.grad is None) or torch.equal(one.grad, other.grad)
 
 
+@pytest.mark.lengthy
 def test_the_planner_knows_both_sides() -> None:
     """What it predicts of a step's activations is what the instrument measures, keys of the memory included."""
     chosen = config(width=32, num_heads=2, num_loops=6, context=32, projections="none", loop_order="model_reversed")

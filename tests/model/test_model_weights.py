@@ -75,6 +75,7 @@ def beside(state: object, key: str) -> dict[str, object]:
     return {key: state, "args": arguments, "optimizer": optimizer, "epoch": 1, "best": np.float64(70.0)}
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize(
     ("key", "prefix", "what"),
     [
@@ -162,6 +163,7 @@ def test_a_key_too_many_or_too_few_is_refused(published: Path) -> None:
         from_published(config, state)
 
 
+@pytest.mark.lengthy
 def test_other_weights_fit_no_preset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = preset("sret_t", num_classes=3)
     torch.save({"model": {"fc.weight": torch.zeros(3)}}, tmp_path / "other.pth")

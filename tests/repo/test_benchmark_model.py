@@ -116,6 +116,7 @@ def test_a_captured_step_gets_its_permutations_at_a_fixed_address() -> None:
         TrainingStep(model := SReT(replace(config, drop_path=0.1)), model, 2, CPU)
 
 
+@pytest.mark.lengthy
 def test_twin_and_padding_give_the_loss_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.gpu.ROUND_S", 0.0)
     plain, padded = (Cell("tiny", replace(smoke_config(), padded=padded), 2) for padded in (False, True))

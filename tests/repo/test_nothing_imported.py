@@ -148,6 +148,7 @@ def test_a_joined_teacher_of_a_store_is_not_imported_either(
     assert not is_imported()
 
 
+@pytest.mark.lengthy
 def test_modules_are_imported_by_names_that_are_no_constants_in_known_places_only() -> None:
     """A new way to import what a text names belongs to this list, and into the tests above."""
     importers = {"import_module", "import_of_user", "function_of_user", "__import__"}

@@ -84,6 +84,7 @@ def test_early_exit_has_no_answers(run: Path, capsys: pytest.CaptureFixture[str]
     assert "without --early-exit" in capsys.readouterr().err
 
 
+@pytest.mark.lengthy
 def test_projections_that_nobody_trained_are_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", str(run), "--loops", "6"]) == 0
     # Three and two loops of a block become six and four, and each has a projection.

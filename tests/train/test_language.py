@@ -66,6 +66,7 @@ def a_batch(shards: Path, rows: int = 6) -> Batch:
     return next(iter(TrainLoader(open_shards(shards / "train"), context=16, micro_batch_size=rows, seed=3)))
 
 
+@pytest.mark.lengthy
 def test_bits_per_byte_are_those_of_one_byte_at_a_time(shards: Path) -> None:
     one = config(shards)
     model = built(one)
@@ -136,6 +137,7 @@ def test_the_cache_of_loops_gives_what_whole_passes_give(shards: Path, options: 
     assert not [name for block in model.stages[0].blocks for name in vars(block.attention) if name == "attend"]
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("policy", get_args(CachePolicy))
 @pytest.mark.parametrize("loops", [1, 3])
 @pytest.mark.parametrize("order", get_args(LoopOrder))
@@ -184,6 +186,7 @@ def test_greedy_text_is_the_likeliest_byte_again_and_again(shards: Path, changes
     assert b"To be" + bytes(islice(continuation(model, b"To be", temperature=0, seed=0), 30)) == found
 
 
+@pytest.mark.lengthy
 def test_drawn_text_is_a_function_of_the_seed_and_follows_the_odds(shards: Path) -> None:
     model = built(config(shards))
     first = [bytes(islice(continuation(model, b"", temperature=1.0, seed=seed), 8)) for seed in (1, 1, 2)]

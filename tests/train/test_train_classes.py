@@ -145,6 +145,7 @@ def test_a_run_of_the_first_version_takes_the_names_of_its_training_shards(
     assert "has 2 classes, the model of" in refuse("evaluate", old, "--shards", sets["two"])
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("content", ["", "{}", '["ant", "bee"]', '["ant", "bee", 3]', '["ant", "bee", "bee"]', "[" * 9])
 def test_a_damaged_list_of_classes_is_named(run: Path, tmp_path: Path, refuse: Refuse, content: str) -> None:
     damaged = shutil.copytree(run, tmp_path / "damaged")

@@ -203,6 +203,7 @@ def test_the_section_is_read_strictly_and_makes_another_run() -> None:
         override(RunConfig(), ["depth.max_loop=3"])
 
 
+@pytest.mark.lengthy
 @settings(max_examples=50, deadline=None)
 @given(length=st.integers(1, 40), part=st.integers(1, 40), choice=st.integers(0, 10**6))
 def test_a_shortened_schedule_holds_at_most_one_boundary_more(length: int, part: int, choice: int) -> None:

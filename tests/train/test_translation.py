@@ -324,6 +324,7 @@ def test_a_run_is_refused_before_it_starts(shards: Path, tmp_path: Path, capsys:
         assert message in (err := capsys.readouterr().err), err
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize(
     ("name", "sizes", "num_parameters"),
     [("iwslt14_recursive", (3, 2, 512, 1024, 4), 27.7e6), ("wmt14_recursive", (6, 2, 512, 2048, 8), 73.7e6)],
