@@ -25,6 +25,7 @@ class DataConfig:
     mixture_folders: more training sets.
     mixture_weights: those of all training sets, that of train_folder first; none: by number of samples.
     tokens: file of a sentencepiece model by which task=translation reads its pairs; null: byte by byte.
+        `auto`, in a command or a recipe, takes the one of the training set, where it has one.
     order: `full` permutes whole epochs, `block` shards and a window of samples, `sequential` nothing.
     last: what becomes of samples that fill no global batch.
     block_window: samples that one may be moved by in `block` order: more mixes better, and needs more shards at a time.

@@ -4,7 +4,7 @@
     for package in *.deb; do dpkg-deb -x $package help; done
     python experiments/translation.py help/usr/share/libreoffice/help runs/help
     sret-scale train nmt_tiny --run runs/nmt data.train_folder=runs/help/shards/train \
-        data.test_folder=runs/help/shards/dev data.tokens=runs/help/shards/train/tokens.model
+        data.test_folder=runs/help/shards/dev
     sret-scale evaluate runs/nmt --shards runs/help/shards/test
 
 The help is under the Mozilla Public License 2.0; these pairs of it ship in `data_pipelines/sample`. A page is a file of

@@ -270,7 +270,7 @@ def _language() -> RunConfig:
         train=TrainConfig(
             total_images=16_000,
             global_batch_size=8,
-            micro_batch_size=8,
+            micro_batch_size=4,
             checkpoint_interval_images=1_600,
             log_interval_steps=20,
         ),
@@ -290,7 +290,7 @@ def _translation() -> RunConfig:
         train=TrainConfig(
             total_images=200_000,
             global_batch_size=32,
-            micro_batch_size=32,
+            micro_batch_size=16,
             compile="none",
             eval_interval_images=20_000,
             checkpoint_interval_images=20_000,
@@ -306,19 +306,14 @@ def _fairseq(name: str, stage: StageConfig, vocabulary: int, dropout: float, *, 
     return replace(
         base,
         model=TranslationConfig(stages=(stage, stage), vocabulary=vocabulary, context=512, dropout=dropout),
-        data=replace(
-            base.data,
-            train_folder=f"{folder}/train",
-            test_folder=f"{folder}/valid",
-            tokens=f"{folder}/train/tokens.model",
-        ),
+        data=replace(base.data, train_folder=f"{folder}/train", test_folder=f"{folder}/valid"),
         distill=DistillConfig(label_smoothing=0.1),
         optim=replace(base.optim, learning_rate=5e-4, warmup_images=4_000 * batch, weight_decay=1e-4),
         train=replace(
             base.train,
             total_images=steps * batch,
             global_batch_size=batch,
-            micro_batch_size=min(batch, 128),
+            micro_batch_size=batch // 8,
             checkpoint_interval_images=1_000 * batch,
             eval_interval_images=1_000 * batch,
         ),
@@ -394,19 +389,22 @@ RECIPES = {
     "nmt_tiny": Recipe(
         config=_translation(),
         about="A translator of 1.9 million parameters, 2 blocks applied 3 times each on either side, on pairs of "
-        "`shards write tsv` or `moses` in 4,000 pieces (data.tokens). What it reaches is in docs/language.md.",
+        "`shards write tsv` or `moses --vocabulary 4000`. What it reaches is in docs/language.md.",
+        texts=("data.tokens=auto",),
     ),
     "iwslt14_recursive": Recipe(
         config=_fairseq("iwslt14", _twice(3, 4, 2.0), 10_000, 0.3, batch=128, steps=60_000),
         about="IWSLT14 German to English, 3 blocks applied twice on either side in place of 6 layers. Not run: the "
         "files are not ours to ship. The protocol is fairseq's (transformer_iwslt_de_en), not SReT's, with a cosine "
         "for its inverse square root and 128 pairs for its batch of 4,096 tokens. Commands are in docs/language.md.",
+        texts=("data.tokens=auto",),
     ),
     "wmt14_recursive": Recipe(
         config=_fairseq("wmt14", _twice(6, 8, 4.0), 32_000, 0.1, batch=1024, steps=100_000),
         about="WMT14, 6 blocks applied twice on either side: SEQUENCE 6/12 of arXiv 2104.06022 (model.loop_order has "
         "its CYCLE and CYCLE (REV)). Not run: the files are not ours to ship. Fairseq's protocol, with a cosine for "
         "its inverse square root and 1,024 pairs for 8 times 3,584 tokens. Commands are in docs/language.md.",
+        texts=("data.tokens=auto",),
     ),
     "demo_teacher": Recipe(
         config=_demo("demo_teacher", total_images=40_000, learning_rate=2e-3),

@@ -27,6 +27,7 @@ from data_pipelines.home_folder import with_home
 from data_pipelines.image.augment import AugmentConfig
 from data_pipelines.remote.shard_sets import open_training_data
 from data_pipelines.stream.loader import DataConfig
+from data_pipelines.text.tokens import TOKENS_NAME
 from sret_scale.config.fields import fields_of, kinds_of, suggestion
 from sret_scale.config.image_counts import resolve_counts, take_texts
 from sret_scale.config.removed_fields import is_removed
@@ -451,7 +452,8 @@ def override(config: RunConfig, assignments: Sequence[str]) -> RunConfig:
 
     `model=NAME` takes another preset, or `timm:NAME?num_blocks=4&num_loops=3`, whole; items of a tuple are numbered
     (`model.stages.1.num_loops=20`), and a field of stages without a number is set in all (`model.num_loops=20`). Counts
-    of images may be `10ep` or `5%` (`image_counts`), model.num_classes `auto`, for which the training set is opened.
+    of images may be `10ep` or `5%` (`image_counts`), model.num_classes `auto`, for which the training set is opened,
+    and data.tokens `auto`: those that lie in the folder of the training set, or bytes where there are none.
     """
     tree = to_plain(config)
     try:
@@ -474,6 +476,9 @@ def _overridden(tree: dict[str, Any], assignments: Sequence[str]) -> RunConfig:
     resolve_counts(tree, lambda: training_set().num_samples)
     if isinstance(tree["model"], dict) and tree["model"].get("num_classes") == "auto":
         tree["model"]["num_classes"] = training_set().num_classes
+    if tree["data"].get("tokens") == "auto":
+        own = Path(tree["data"]["train_folder"]) / TOKENS_NAME
+        tree["data"]["tokens"] = str(own) if own.exists() else None
     changed: RunConfig = build(RunConfig, tree)
     return changed
 

@@ -10,9 +10,9 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = ("sret_scale", "data_pipelines")
 # Product lines (*.py, *.c, *.h, *.html) that a room may have. Raising one is a decision: say why in docs/log.md.
 LINE_BUDGETS = {
-    "data_pipelines": 9_344,
+    "data_pipelines": 9_345,
     "sret_scale/commands": 2_384,
-    "sret_scale/config": 1_808,
+    "sret_scale/config": 1_811,
     "sret_scale/distill": 1_280,
     "sret_scale/lab": 4_740,
     "sret_scale/launch": 1_980,
@@ -23,7 +23,7 @@ LINE_BUDGETS = {
     "sret_scale/timm": 820,
     "sret_scale/train": 4_268,
 }
-TOTAL_BUDGET = 34_992
+TOTAL_BUDGET = 34_995
 MOST_FILES = 20
 
 

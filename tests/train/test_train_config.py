@@ -32,6 +32,8 @@ def test_every_recipe_survives_the_way_through_yaml(name: str, tmp_path: Path) -
     file = tmp_path / "config.yaml"
     file.write_text(to_yaml(config))
     assert from_yaml(file) == config
+    # Ranks of a machine without GPUs are its cores.
+    assert all(accumulation(config.train, ranks) for ranks in (1, 2))
 
 
 def test_numbers_are_what_people_write() -> None:

@@ -344,7 +344,9 @@ def test_a_recipe_of_known_sets_starts_on_files_of_their_layout(
             assert main([*command, *options, *(["--vocabulary", "290"] if part == "train" else [])]) == 0
         capsys.readouterr()
         assert main(["train", name, "--dry-run", "--ranks", "1", "--run", "run", "model.vocabulary=290"]) == 0
-        assert not Path("run").exists() and "label_smoothing: 0.1" in capsys.readouterr().out
+        printed = capsys.readouterr().out
+        assert not Path("run").exists() and "label_smoothing: 0.1" in printed
+        assert f"tokens: {Path(f'shards/{folder}/train/tokens.model').absolute()}" in printed
         assert main(["train", name, "--dry-run", "--ranks", "1", "--run", "run"]) == 2
         assert "tokens.model has 290 tokens: set model.vocabulary to that" in capsys.readouterr().err
     chosen = recipe(name).config
