@@ -539,8 +539,9 @@ CHANGEABLE = (
     *("train.micro_batch_size", "train.compile", "train.eval_interval_images", "train.checkpoint_interval_images"),
     *("train.keep_checkpoints", "train.log_interval_steps", "train.hang_timeout_s", "train.trackers"),
     "train.max_skipped_steps",
-    # Where data is; that they are the same is known by class names, and by the fingerprint in the data position.
-    *("data.train_folder", "data.test_folder", "data.mixture_folders"),
+    # Where data is; that they are the same is known by class names, the SHA-256 of the tokens, and the fingerprint in the
+    # data position.
+    *("data.train_folder", "data.test_folder", "data.mixture_folders", "data.tokens"),
     *("data.workers", "data.worker_kind", "data.prefetch_batches", "data.cache_folder", "data.cache_gib"),
     *("data.fetch_threads", "data.fetch_ahead_steps", "data.stall_s", "data.fetch_attempts", "data.quarantine_file"),
     "data.max_bad_rate",

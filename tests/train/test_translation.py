@@ -243,7 +243,9 @@ def test_a_run_from_a_tsv_to_translations(
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     *_, last = (line for line in lines if line["kind"] == "eval")
     assert 0 < last["loss"] < 8 and (run / "best.safetensors").exists()
-    # The run has tokens of its own, and goes on with no others.
+    # The run has tokens of its own, and goes on with no others, wherever their file lies.
+    (moved := tmp_path / "moved.model").write_bytes(pieces.read_bytes())
+    assert main([*command, f"data.tokens={moved}"]) == 0
     tokens.write_bytes(other_tokens := train_pieces([side[::-1] for pair in PAIRS * 20 for side in pair], 290))
     for others in ([], ["data.tokens=null", "model.vocabulary=256"]):
         assert main([*command, *others]) == 2 and b"other tokens than" in capfdbinary.readouterr().err
