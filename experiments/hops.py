@@ -1,9 +1,9 @@
 """Hops, a text on which loops pay: where does a letter lead after k steps of a map that the line itself gives?
 
-    python experiments/hops.py runs/hops --loops 1 2 4 8 --seeds 0 1 2
+    python experiments/hops.py runs/hops --loops 1 4 --seeds 0 1 2
 
 A line is `hdagbfce3ac2fb...`: a permutation of eight letters (a leads to h, b to d, ...), then questions: a number of
-hops, 1 to 5, a letter, and the answer. A hop is one look at the map, and the answer to k hops is in the line only
+hops, 1 to 4, a letter, and the answer. A hop is one look at the map, and the answer to k hops is in the line only
 where an earlier question had it, so composing takes depth; the map, numbers and letters cannot be foretold. One tied
 block without projections, norm outside the branches and steps of size 1, reads such lines byte by byte. Arms differ in
 how often it is applied and in nothing else. A last arm has as many multiply-adds as the deepest and one application:
@@ -32,9 +32,9 @@ from sret_scale.model import StageConfig, TextConfig, describe
 from sret_scale.model.text.token_model import TokenModel
 from sret_scale.train.evaluate_main import load_model_of
 
-LETTERS, MOST_HOPS, NUM_QUESTIONS, WIDTH = "abcdefgh", 5, 16, 64
+LETTERS, MOST_HOPS, NUM_QUESTIONS, WIDTH = "abcdefgh", 4, 16, 64
 CONTEXT = len(LETTERS) + 3 * NUM_QUESTIONS + 1
-NUM_LINES = {"train": 96_000, "dev": 500, "test": 2_000}
+NUM_LINES = {"train": 128_000, "dev": 500, "test": 2_000}
 FIELDS = ("arm", "loops", "seed", "tested_with", "parameters", "macs", *(f"hops_{k}" for k in range(1, 1 + MOST_HOPS)))
 Answer = tuple[int, int]
 """Where in a line the byte of an answer stands, and how many hops are asked."""
@@ -70,7 +70,7 @@ def config_of(output: Path, arm: str, loops: int, seed: int) -> RunConfig:
         data=replace(
             config.data, train_folder=str(output / "shards" / "train"), test_folder=str(output / "shards" / "dev")
         ),
-        optim=replace(config.optim, learning_rate=3e-3, warmup_images=lines // 30),
+        optim=replace(config.optim, learning_rate=3e-3, warmup_images=lines // 40, weight_decay=0.01),
         train=replace(
             config.train,
             total_images=lines,
@@ -110,7 +110,7 @@ def main() -> None:
     """Make the models that the table lacks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--loops", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--loops", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     arguments = parser.parse_args()
     output: Path = arguments.output

@@ -40,7 +40,7 @@ def list_pairs(source: tuple[Path, TextWindows], split: str | None, *, num_files
     return Listing(
         class_names=[KIND],
         # Of both files, as `ranges.member_path` makes that of a target from that of a source.
-        paths=pack_strings([f"{files[0].absolute()}\n{files[-1].absolute()}\n.source"]),
+        paths=pack_strings([f"{files[0].absolute()}\n{files[1].absolute() if num_files > 1 else ''}\n.source"]),
         path_of=np.zeros(len(first), np.int32),
         offset=number,
         length=first.stops - first.starts,
@@ -54,14 +54,14 @@ def list_pairs(source: tuple[Path, TextWindows], split: str | None, *, num_files
 def check_pair(source: bytes, target: bytes, most: int) -> None:
     """BadImageError for a side that is empty, longer than `most` bytes, not UTF-8, or has a mark that is no text."""
     for side, text in (("source", source), ("target", target)):
-        if not text.strip():
-            raise BadImageError(f"an empty {side}: expected a text, and in a tsv a tab between the two")
         if len(text) > most:
             raise BadImageError(f"a {side} of {len(text):,} bytes, expected at most {most:,} (--window)")
         try:
-            text.decode()
+            is_empty = not text.decode().strip()
         except UnicodeDecodeError as error:
             raise BadImageError(f"a {side} that is not UTF-8 ({error.reason} at byte {error.start})") from error
+        if is_empty:
+            raise BadImageError(f"an empty {side}: expected a text, and in a tsv a tab between the two")
         for mark, name in ((b"\0", "a NUL"), (b"\t", "a tab"), ("\ufeff".encode(), "a byte order mark")):
             if mark in text:
                 raise BadImageError(f"{name} in the {side}")
@@ -70,7 +70,7 @@ def check_pair(source: bytes, target: bytes, most: int) -> None:
 def kept_texts(place: Path, most: int) -> Iterator[str]:
     """Both sides of the pairs that `check_pair` takes, line by line."""
     files = [Path(name) for name in str(place).split(",")]
-    path, reader = f"{files[0]}\n{files[-1]}\n", PairReader()
+    path, reader = f"{files[0]}\n{files[1] if len(files) > 1 else ''}\n", PairReader()
     for number in range(len(_Lines(files[0]))):
         pair = [reader.read(path + ending, number, 0) for ending in (".source", ".target")]
         with contextlib.suppress(BadImageError):
@@ -85,13 +85,13 @@ class PairReader:
         self._lines: dict[str, _Lines] = {}
 
     def read(self, path: str, offset: int, length: int) -> bytes:
-        """One side of line `offset`; `path` names both files, and the side by its ending."""
+        """One side of line `offset`; `path` names both files, or one and none, and the side by its ending."""
         first, second, ending = path.split("\n")
-        name = first if ending == ".source" else second
+        name = second if second and ending != ".source" else first
         if name not in self._lines:
             self._lines[name] = _Lines(Path(name))
         line = self._lines[name].line(offset)
-        return line if first != second else line.partition(b"\t")[0 if ending == ".source" else 2]
+        return line if second else line.partition(b"\t")[0 if ending == ".source" else 2]
 
 
 class _Lines:

@@ -108,8 +108,9 @@ def image_member(sample: TarSample) -> Member:
     images = [sample.members[ending] for ending in IMAGE_ENDINGS if ending in sample.members]
     if len(images) != 1:
         endings = ", ".join(sample.members)
+        hint = "; texts are not indexed: write them again" if {"txt", "source"} & sample.members.keys() else ""
         raise TarError(
-            sample.start, f"sample {sample.key!r} has {len(images)} images, expected one (members: {endings})"
+            sample.start, f"sample {sample.key!r} has {len(images)} images, expected one (members: {endings}){hint}"
         )
     return images[0]
 

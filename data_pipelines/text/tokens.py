@@ -93,7 +93,8 @@ def train_pieces(texts: Iterable[str], vocabulary: int) -> bytes:
             minloglevel=2,
         )
     except RuntimeError as error:
-        reason = str(error).rpartition("] ")[2]
+        # Its advice names options of its own.
+        reason = str(error).rpartition("] ")[2].partition(". Increase vocab_size")[0]
         raise ValueError(f"a vocabulary of {vocabulary:,} pieces: {reason or error}") from error
     return made.getvalue()
 

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipelines.image.map_png import map_names
 from data_pipelines.shards.index import open_shards
 
 
@@ -27,7 +28,8 @@ def summarize_shards(folder: str | Path) -> dict[str, Any]:
         sizes[0]: _spread(shards.width),
         sizes[1]: _spread(shards.height),
         "fingerprint": shards.fingerprint,
-        "class_counts": dict(zip(shards.class_names, counts, strict=True)),
+        # Classes of maps are of pixels: of those the index knows nothing.
+        "class_counts": {} if map_names(shards.members) else dict(zip(shards.class_names, counts, strict=True)),
         "writer": dict(shards.manifest.writer),
     }
 

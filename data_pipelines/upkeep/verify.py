@@ -157,7 +157,8 @@ class _Checker:
                 continue
             start, image = int(self._shards.record_offset[row]), int(self._shards.offset[row])
             after = self._data[image + int(self._shards.length[row]) : self._record_end(row)]
-            parts: dict[str, ShardSet | MemberColumns] = {"the image": self._shards, **self._shards.members}
+            first = "the text" if self._shards.is_text else "the image"
+            parts: dict[str, ShardSet | MemberColumns] = {first: self._shards, **self._shards.members}
             for name, place in parts.items():
                 if zlib.crc32(self._part(row, place)) != int(place.crc[row]):
                     self._report(row, int(place.offset[row]), f"{name}'s bytes have changed")

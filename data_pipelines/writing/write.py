@@ -218,7 +218,15 @@ def _plan_there(config: WriteConfig, target: Path) -> Plan:
 
 
 def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    return sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+    """Names of what differs; of groups, such as the options of images, those inside."""
+    found: list[str] = []
+    for name in {*before, *now}:
+        one, other = before.get(name), now.get(name)
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            found += _changed(one, other)
+        elif one != other:
+            found.append(name)
+    return sorted(found)
 
 
 def _plan_arguments(config: WriteConfig) -> dict[str, Any]:
@@ -283,6 +291,8 @@ def _already_complete(config: WriteConfig, target: Path) -> Manifest:
     weak = config.hash_name == "sha256" and any(hash_name_of(shard.hash) != "sha256" for shard in manifest.shards)
     if weak:
         raise ValueError(f"{target}: holds a complete shard set made with another hash; choose another target")
+    if TOKENS_HASH in manifest.writer and not (target / TOKENS_NAME).is_file():
+        raise FileNotFoundError(f"{target / TOKENS_NAME} is gone: remove {target}, and write the set again")
     _remove_work(target)
     return manifest
 

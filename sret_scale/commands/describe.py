@@ -86,7 +86,7 @@ def table(counts: dict[str, Any]) -> str:
 
 def _size(counts: dict[str, Any]) -> str:
     if "context" in counts:
-        return f"with a context of {counts['context']:,} bytes; MACs are of a whole context"
+        return f"with a context of {counts['context']:,} {counts['unit']}; MACs are of a whole context"
     return f"at {counts['image_size']} x {counts['image_size']}, {counts['num_classes']} classes"
 
 

@@ -38,14 +38,14 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--loops: expected at least 1, got {args.loops}")
     model = as_translator(load_model_of(args.run, args.weights, args.loops)[0], "translate")
     model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    tokens, number = tokens_of(load_config(args.run).data.tokens), 0
+    tokens, number = tokens_of(load_config(args.run).data.tokens), 1
     while lines := [line.rstrip(b"\r\n") for line in itertools.islice(sys.stdin.buffer, _LINES_AT_A_TIME)]:
-        for line in lines:
-            number += 1
+        for place, line in enumerate(lines):
             try:
                 line.decode()
             except UnicodeDecodeError as error:
-                raise ValueError(f"line {number}: expected text in UTF-8 ({error.reason})") from error
-        for text in translated(model, tokens, lines, beam=args.beam, cache=args.cache):
+                raise ValueError(f"line {number + place}: expected text in UTF-8 ({error.reason})") from error
+        for text in translated(model, tokens, lines, beam=args.beam, cache=args.cache, first=number):
             sys.stdout.buffer.write(text + b"\n")
         sys.stdout.buffer.flush()
+        number += len(lines)

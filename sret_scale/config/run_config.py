@@ -539,7 +539,7 @@ CHANGEABLE = (
     *("train.micro_batch_size", "train.compile", "train.eval_interval_images", "train.checkpoint_interval_images"),
     *("train.keep_checkpoints", "train.log_interval_steps", "train.hang_timeout_s", "train.trackers"),
     "train.max_skipped_steps",
-    # Where data is; that they are the same is known by class names, the SHA-256 of the tokens, and the fingerprint in the
+    # Where data is; that they are the same is known by class names, the SHA-256 of tokens, and the fingerprint in the
     # data position.
     *("data.train_folder", "data.test_folder", "data.mixture_folders", "data.tokens"),
     *("data.workers", "data.worker_kind", "data.prefetch_batches", "data.cache_folder", "data.cache_gib"),

@@ -62,6 +62,9 @@ class TimmConfig(ImageConfig):
 
         own = dict(item.partition("=")[::2] for item in self.arguments)
         shape = {"num_classes": self.num_classes, "in_chans": self.in_channels, "img_size": self.image_size}
+        if given := sorted(own.keys() & shape.keys()):
+            ours = dict(zip(shape, ("num_classes", "in_channels", "image_size"), strict=True))
+            raise ValueError(f"timm:{self.name}: {given[0]} is model.{ours[given[0]]} here: give that")
         pooling = {"global_pool": ""} if self.head == "tokens" else {}
         return make_network(self.name, shape | {key: yaml.safe_load(text) for key, text in own.items()} | pooling)
 
@@ -105,7 +108,10 @@ def timm_config(spec: str) -> TimmConfig:
     from sret_scale.timm.recursive import chains_of, width_of
 
     name, _, query = spec.removeprefix("timm:").partition("?")
-    options = dict(item.partition("=")[::2] for item in filter(None, query.split("&")))
+    items = [item.partition("=") for item in query.split("&") if item]
+    options = {key: text for key, _, text in items}
+    if wrong := [key for key, _, text in items if not text or [one for one, _, _ in items].count(key) > 1]:
+        raise ValueError(f"{spec}: expected key=value, each once, got {wrong[0]!r} without a value or twice")
     own, of_stage = (
         {key: yaml.safe_load(options.pop(key)) for key in keys if key in options} for keys in (_OF_MODEL, _OF_STAGE)
     )
@@ -120,7 +126,10 @@ def timm_config(spec: str) -> TimmConfig:
         raise ValueError(f"{error}; keys of ours: {', '.join((*_OF_STAGE, *_OF_MODEL))}") from error
     for chain in chains_of(net, config.at):
         blocks = [*net.get_submodule(chain).children()]
+        if not blocks:
+            raise ValueError(f"{spec}: {chain} has no blocks")
         chosen = {"num_blocks": len(blocks) // config.unit, "projections": "none", **of_stage}
-        loops = max(1, len(blocks) // config.unit // max(1, int(chosen["num_blocks"])))
+        require_positive("num_blocks", chosen["num_blocks"])
+        loops = max(1, len(blocks) // config.unit // chosen["num_blocks"])
         stages.append(StageConfig(width=width_of(blocks[0]), num_heads=1, **{"num_loops": loops, **chosen}))
     return dataclasses.replace(config, stages=tuple(stages))

@@ -10,7 +10,7 @@ from data_pipelines.atomic_files import write_whole
 from data_pipelines.image.native import library
 from data_pipelines.remote.shard_sets import open_data, open_training_data
 from data_pipelines.shards.classes import check_same_classes
-from data_pipelines.stream.loader import check_node_cache, check_views
+from data_pipelines.stream.loader import check_node_cache
 from data_pipelines.text.tokens import tokens_sha256
 from sret_scale.config.ds_config import load_ds_config, zero_stage_of
 from sret_scale.config.run_config import RunConfig, from_yaml, grad_accum_steps, split_differences, to_yaml, whole_paths
@@ -138,12 +138,8 @@ def check_data(config: RunConfig, world_size: int) -> None:
     A test set may lack classes.
     """
     shards = open_training_data(config.data)
-    if shards.is_text or config.task in ("language", "translation"):
-        for part in (shards, open_data(config.data.test_folder, config.data)):
-            check_views(part, config.data, 0, config.model.sample_size.get("context"))
-            if part.is_pairs != (config.task == "translation"):
-                kind = "pairs" if part.is_pairs else "windows"
-                raise ValueError(f"{part.folder}: shards of {kind} are not for task={config.task}")
+    for part in (shards, open_data(config.data.test_folder, config.data)):
+        load_run.check_text(part, config)
     if shards.num_classes != config.model.num_classes:
         raise ValueError(
             f"the train shards {shards.folder} have {shards.num_classes} classes, the model has "

@@ -41,7 +41,8 @@ def describe(config: StackConfig, image_size: int | None = None) -> dict[str, An
     stem_macs = pool_macs = 0
     measured = config.measured_macs()
     if isinstance(config, TextConfig):
-        sizes = {"context": config.context}
+        unit = "tokens" if config.kind == "translation" else "bytes"
+        sizes: dict[str, Any] = {"context": config.context, "unit": unit}
         scores = config.context * config.vocabulary
     else:
         sizes = {name: getattr(config, name) for name in ("image_size", "num_classes")}

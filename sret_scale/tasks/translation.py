@@ -7,10 +7,14 @@ token sees another pair.
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from data_pipelines.shards.index import ShardSet
 from data_pipelines.stream.loader import Batch
+from data_pipelines.stream.reader import BadSampleError, ShardReader, sample_name
+from data_pipelines.text.pieces import TARGET
 from data_pipelines.text.tokens import Tokens, tokens_of
 from sret_scale.config.run_config import RunConfig
 from sret_scale.model import TranslationConfig
@@ -108,16 +112,48 @@ def packed(pairs: list[Pair], context: int) -> Tensor:
     return found
 
 
+def check_fits(shards: ShardSet, tokens: Tokens, context: int) -> None:
+    """ValueError where a pair has more tokens than a row has room for: else that is met in the middle of a run.
+
+    Only what has as many bytes is read. (Normalisation can make more tokens than bytes of a few signs.)
+    """
+    longest, where = 0, 0
+    with ShardReader(shards) as reader:
+        for index in np.flatnonzero(np.maximum(shards.width, shards.height) + 2 > context).tolist():
+            try:
+                source, target = (tokens.encode(reader.read(index, member)) for member in ("", TARGET))
+            except BadSampleError:
+                # Whoever reads it tells.
+                continue
+            longest, where = max((longest, where), (max(len(source), 1 + len(target)), index))
+    if longest > context:
+        raise ValueError(
+            f"{sample_name(shards, where)}: a pair of {longest} tokens does not fit into a context of {context}: set "
+            f"model.context={-(-longest // 8) * 8}, or write the shards with a smaller --window"
+        )
+
+
 def translated(
-    model: Translator, tokens: Tokens, texts: Sequence[bytes], *, beam: int = 1, cache: CachePolicy = "each"
+    model: Translator,
+    tokens: Tokens,
+    texts: Sequence[bytes],
+    *,
+    beam: int = 1,
+    cache: CachePolicy = "each",
+    first: int = 1,
 ) -> list[bytes]:
-    """A line for each text, empty for an empty one. ValueError for a text that the model's context has no room for."""
+    """A line for each text, empty for an empty one. ValueError for a text that the model's context has no room for.
+
+    first: what a message counts from.
+    """
     found = [b""] * len(texts)
-    encoded = {place: tokens.encode(text) for place, text in enumerate(texts) if text.strip()}
+    every = ((place, tokens.encode(text)) for place, text in enumerate(texts) if text.decode().strip())
+    # Spaces of no width are no tokens.
+    encoded = {place: source for place, source in every if source}
     for place, source in encoded.items():
         if len(source) > model.config.context:
             raise ValueError(
-                f"text {place + 1}, {texts[place].decode()[:40]!r}...: {len(source):,} tokens, expected at most "
+                f"text {first + place}, {texts[place].decode()[:40]!r}...: {len(source):,} tokens, expected at most "
                 f"{model.config.context}: cut it into sentences"
             )
     # Those of like length together, as many at a time as make a batch of some size with any beam.

@@ -55,7 +55,13 @@ def make_network(name: str, arguments: Mapping[str, Any]) -> nn.Module:
         check_name(timm, name)
         made = partial(timm.create_model, name)
     try:
-        return cast(nn.Module, made(**arguments))
+        try:
+            return cast(nn.Module, made(**arguments))
+        except TypeError as error:
+            if "unexpected keyword argument 'img_size'" not in str(error):
+                raise
+            # A network of convolutions takes any size.
+            return cast(nn.Module, made(**{key: value for key, value in arguments.items() if key != "img_size"}))
     except (TypeError, AssertionError, RuntimeError) as error:
         raise ValueError(f"timm:{name}: {' '.join(str(error).split())[:200]}") from error
 

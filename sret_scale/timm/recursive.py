@@ -152,6 +152,8 @@ def make_recursive(
             raise ValueError(f"{choice}: expected one of {', '.join(get_args(known))}, got {value!r}")
     for name in found:
         parent, _, last = name.rpartition(".")
+        if isinstance(model.get_submodule(name), RecursiveBlocks):
+            raise ValueError(f"{name} is recursive already: `set_loops` gives it other loops")
         blocks = [*model.get_submodule(name).children()]
         units = _units(name, blocks, unit)
         kept = len(units) if num_blocks is None else num_blocks

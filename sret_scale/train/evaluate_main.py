@@ -19,7 +19,7 @@ from sret_scale.model.vision.carry_weights import new_projections
 from sret_scale.model.vision.sret import as_sret
 from sret_scale.train.distributed import Ranks, from_all_ranks, ranks_from_environment
 from sret_scale.train.evaluate import AfterBatch, Evaluation, evaluate
-from sret_scale.train.load_run import load_class_names, load_config, load_model
+from sret_scale.train.load_run import check_text, load_class_names, load_config, load_model
 
 
 class Measure(Protocol):
@@ -100,6 +100,7 @@ def open_shards(run: Path, shards: str | None, image_size: int | None = None) ->
     if image_size is not None:
         config = replace(config, model=replace(config.vision, image_size=image_size))
     opened = open_data(shards or config.data.test_folder, config.data)
+    check_text(opened, config)
     class_names = load_class_names(run)
     if class_names is not None:
         return renumbered(opened, class_names, owner=f"the run {run}"), config

@@ -16,7 +16,8 @@ from data_pipelines.remote.shard_sets import open_data, open_training_data
 from data_pipelines.shards.classes import check_same_classes, renumbered
 from data_pipelines.shards.index import ShardSet
 from data_pipelines.sources.listing import are_class_names
-from data_pipelines.text.tokens import tokens_sha256
+from data_pipelines.stream.loader import check_views
+from data_pipelines.text.tokens import tokens_of, tokens_sha256
 from sret_scale.config.run_config import ModelConfig, RunConfig, build, differences_of, from_yaml, to_plain
 from sret_scale.config.timm_config import TimmConfig
 from sret_scale.distill import open_matching_labels
@@ -28,6 +29,7 @@ from sret_scale.model.vision.weight_files import load_model as load_native
 from sret_scale.model.vision.weight_files import load_published, read_metadata
 from sret_scale.runs.checkpoint import list_checkpoints, newest_valid, read_state, read_tensors, verify_checkpoint
 from sret_scale.runs.run_folder import RunFolder
+from sret_scale.tasks.translation import check_fits
 
 WeightsKind = Literal["raw", "ema", "best"]
 """Trained, their moving average, or whichever of them an evaluation of the run found best so far."""
@@ -139,6 +141,19 @@ def open_test_data(config: RunConfig, training: ShardSet) -> ShardSet:
     return renumbered(test, training.class_names, owner=f"the train shards {training.folder}")
 
 
+def check_text(shards: ShardSet, config: RunConfig) -> None:
+    """ValueError for a set of text that the run's task or model cannot read, or one of images for a task of text."""
+    if not shards.is_text and config.task not in ("language", "translation"):
+        return
+    context = config.model.sample_size.get("context")
+    check_views(shards, config.data, 0, context)
+    if shards.is_pairs != (config.task == "translation"):
+        kind = "pairs" if shards.is_pairs else "windows"
+        raise ValueError(f"{shards.folder}: shards of {kind} are not for task={config.task}")
+    if shards.is_pairs and context is not None:
+        check_fits(shards, tokens_of(config.data.tokens), context)
+
+
 def open_labels_of(config: RunConfig, folder: Path, shards: ShardSet) -> LabelStore:
     """The stored labels of a run, unread. ValueError or OSError where they are not of its training shards and views."""
     data, augment, run_seed = config.data, config.augment, config.train.seed
@@ -229,8 +244,8 @@ def initial_state(source: str, config: ModelConfig) -> dict[str, Tensor]:
             raise ValueError(f"train.initial_weights={source}: expected run:FOLDER, or a file of safetensors")
     except FileNotFoundError as error:
         raise FileNotFoundError(f"train.initial_weights={source}: {error}") from error
-    # The positions of other backbones are not ours to interpolate.
-    free = _FREE_IN_FINE_TUNING if config.kind == "vision" else ("drop_path",)
+    # The positions of other models are not ours to interpolate.
+    free = _FREE_IN_FINE_TUNING[config.kind != "vision" :]
     if model.config.kind != config.kind:
         raise ValueError(f"train.initial_weights={source}: of kind {model.config.kind}, the model is {config.kind}")
     changed = [
@@ -241,7 +256,7 @@ def initial_state(source: str, config: ModelConfig) -> dict[str, Tensor]:
     if changed:
         raise ValueError(
             f"train.initial_weights={source}: of another architecture: {'; '.join(changed[:4])} (there -> model); "
-            "only image size, slicing and regularisation may differ"
+            f"only {', '.join(free)} may differ"
         )
     return adapted_state(model.state_dict(), model.config, config, config.build().state_dict())
 

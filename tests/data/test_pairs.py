@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from data_pipelines.config import DataConfig
 from data_pipelines.shards.index import open_shards
 from data_pipelines.stream.loader import LoaderState, Step, TrainLoader, evaluation_batches
+from data_pipelines.stream.reader import ShardReader
 from data_pipelines.stream.webdataset_door import to_webdataset
 from data_pipelines.text.pieces import TextWindows
 from data_pipelines.text.tokens import tokens_of, train_pieces
@@ -137,8 +138,17 @@ BAD = [
     (b"\xef\xbb\xbfText", b"text", "a byte order mark in the source"),
     (b"Te\0xt", b"text", "a NUL in the source"),
     (b"Text", b"te\txt", "a tab in the target"),
+    ("\u3000".encode(), b"text", "an empty source: expected a text"),
     (b"T" * 65, b"text", "a source of 65 bytes, expected at most 64 (--window)"),
 ]
+
+
+def test_one_file_twice_is_two_files(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\ntwo\n")
+    write("moses", Path(f"{tmp_path / 'a.txt'},{tmp_path / 'a.txt'}"), tmp_path / "set")
+    shards = open_shards(tmp_path / "set")
+    with ShardReader(shards) as reader:
+        assert {(reader.read(i), reader.read(i, "target")) for i in (0, 1)} == {(b"one", b"one"), (b"two", b"two")}
 
 
 @pytest.mark.parametrize(("source", "target", "reason"), BAD)
@@ -177,6 +187,8 @@ def test_the_set_has_tokens_of_its_kept_pairs(tmp_path: Path, kind: str) -> None
     tokens.unlink()
     [finding] = verify_shards(tmp_path / "two")
     assert finding.reason.endswith("found no such file")
+    with pytest.raises(FileNotFoundError, match=r"two/tokens\.model is gone: remove .*two, and write the set again"):
+        write_shards(config, tmp_path / "two")
     # Once more is not written again, and another vocabulary is another set.
     assert write_shards(config, tmp_path / "one") == one
     with pytest.raises(ValueError, match="holds a complete shard set made with another vocabulary"):
@@ -191,7 +203,7 @@ def test_tokens_that_cannot_be_leave_no_set(
     source = str(tsv(tmp_path, PAIRS))
     for options, message in (
         (["--vocabulary", "9999"], "a vocabulary of 9,999 pieces: Vocabulary size too high (9999)"),
-        (["--vocabulary", "20"], "a vocabulary of 20 pieces: Vocabulary size is smaller than required_chars"),
+        (["--vocabulary", "20"], "a vocabulary of 20 pieces: Vocabulary size is smaller than required_chars. 20 vs "),
         (["--vocabulary", "0"], "vocabulary: expected 1 or more, got 0"),
     ):
         assert main(["shards", "write", "tsv", source, str(tmp_path / "set"), *options]) == 2
@@ -214,6 +226,7 @@ def test_tokens_that_cannot_be_leave_no_set(
         ("moses", "a.de,none.en", [], "none.en"),
         ("tsv", "empty.tsv", [], "empty.tsv: an empty file; give it lines"),
         ("tsv", "a.de", [], ": an empty target: expected a text, and in a tsv a tab between the two"),
+        ("tsv", "a.de", ["--window", "0"], "window 0: expected 1 to 65,536 bytes"),
         ("tsv", "a.de", ["--carried", "8"], "shards write tsv: has no use for --carried"),
         ("tsv", "a.de", ["--split", "train"], "split 'train': pairs have none"),
     ],

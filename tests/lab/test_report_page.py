@@ -84,6 +84,16 @@ def test_two_runs_begin_with_their_difference(tmp_path: Path) -> None:
 
 
 @pytest.mark.lengthy
+def test_runs_of_different_tasks_are_not_ranked(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_run(tmp_path / "runs" / name, images=1280)
+    config = tmp_path / "runs" / "b" / "config.yaml"
+    config.write_text("task: language\n" + config.read_text())
+    page = write_report([tmp_path / "runs"], tmp_path / "report.html").page.read_text()
+    assert "cannot be compared" in page and "most accurate" not in page and "the same measure" not in page
+
+
+@pytest.mark.lengthy
 @pytest.mark.parametrize(
     "names",
     [("<script>alert(1)<", "a&b\"c'", "$x^$ {{ 7*7 }}"), ("\u6f22\u5b57 \u202e", "#1d2125", "x" * 200)],

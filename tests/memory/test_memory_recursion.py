@@ -197,6 +197,8 @@ def test_step_size_of_one_over_depth_keeps_an_update_alike(step_size: float | No
         (lambda: Recursion([], 3), "blocks: a recursion needs at least one module"),
         (lambda: Recursion([nn.Identity()] * 2, 3), "the same module stands there twice"),
         (lambda: Recursion(nn.Identity(), 0), "num_loops: expected at least 1, got 0"),
+        (lambda: Recursion(nn.Identity(), 2.5), "num_loops: expected a whole number, got 2.5"),  # type: ignore[arg-type]
+        (lambda: Recursion(nn.Identity(), 2, step_size=float("nan")), "step_size: expected a finite number, got nan"),
         (lambda: Recursion(nn.Identity(), 3, order="stage"), "order: expected one of block, .* got 'stage'"),  # type: ignore[arg-type]
         (lambda: Recursion(nn.Linear(8, 4), 3)(torch.ones(2, 8)), r"blocks.0 \(Linear\) made \(2, 4\) of \(2, 8\)"),
         (lambda: Recursion(nn.LSTM(8, 8), 3)(torch.ones(2, 8)), r"blocks.0 \(LSTM\) made tuple of \(2, 8\)"),

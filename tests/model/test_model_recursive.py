@@ -226,6 +226,12 @@ def test_what_cannot_be_is_said(family: str, options: dict[str, Any], message: s
         make_recursive(made(family)[0], **options)
 
 
+def test_a_recursive_model_is_not_made_recursive_again() -> None:
+    model = make_recursive(made("vit")[0])
+    with pytest.raises(ValueError, match="blocks is recursive already: `set_loops` gives it other loops"):
+        make_recursive(model)
+
+
 def test_a_chain_whose_shapes_change_is_refused() -> None:
     model = nn.Module()
     model.blocks = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 8))

@@ -250,13 +250,19 @@ def stage(**options: Any) -> tuple[StageConfig, ...]:
             f"{SPECS['vit']}&num_loop=3",
             "'num_loop'; keys of ours: num_blocks, num_loops, ",
         ),
-        (f"{SPECS['vit']}&num_loops=0", "num_loops must be a whole number of at least 1, got 0"),
+        (SPECS["vit"].replace("num_loops=3", "num_loops=0"), "num_loops must be a whole number of at least 1, got 0"),
         (f"{SPECS['vit']}&at=layers", "at: VisionTransformer has no chain of blocks at layers"),
         (f"{SPECS['vit']}&groups=4", "unexpected keyword argument 'groups'"),
         ("timm:deit_tiny_patch16_224?checkpoint_path=net.pth", "checkpoint_path is not taken: weights are given by"),
         ("timm:deit_tiny_patch16_224?timm.pretrained=true", "pretrained is not taken"),
         ("timm:hf-hub:someone/model", "timm has no model 'hf-hub:someone/model'"),
         ("timm:OrderedDict", "timm has no model 'OrderedDict'"),
+        ("timm:deit_tiny_patch16_224?num_blocks", "expected key=value, each once, got 'num_blocks' without a value"),
+        ("timm:deit_tiny_patch16_224?unit=1&unit=2", "each once, got 'unit' without a value or twice"),
+        ("timm:deit_tiny_patch16_224?num_blocks=abc", "num_blocks must be a whole number of at least 1, got 'abc'"),
+        ("timm:deit_tiny_patch16_224?depth=0", "blocks has no blocks"),
+        ("timm:mixer_s16_224?img_size=32", "img_size is model.image_size here: give that"),
+        ("timm:resnet18", "at: ResNet has no chain of blocks"),
     ],
 )
 def test_a_spec_that_cannot_be_is_refused(spec: str, message: str) -> None:
@@ -284,7 +290,7 @@ def test_a_spec_that_cannot_be_is_refused(spec: str, message: str) -> None:
                 stages=stage(),
                 image_size=28,
             ),
-            "timm:ConvMixer: .*unexpected keyword argument 'img_size'",
+            r"of ConvMixer \(BatchNorm2d\) counts every run of a block",
         ),
         (
             TimmConfig(

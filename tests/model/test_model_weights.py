@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from sret_scale.cli import main
-from sret_scale.model import SReT, preset
+from sret_scale.config.recipes import recipe
+from sret_scale.config.timm_config import timm_config
+from sret_scale.model import SReT, StackConfig, preset
 from sret_scale.model.vision.official import from_published, published_names, to_published
 from sret_scale.model.vision.sret import as_sret
 from sret_scale.model.vision.weight_files import load_model, load_published, save_model
@@ -192,3 +194,28 @@ def test_native_files_keep_any_config(tmp_path: Path) -> None:
     (tmp_path / "cut.safetensors").write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match="not a complete safetensors file"):
         load_model(tmp_path / "cut.safetensors")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        preset("demo_control_20", conditioning="norm_by_depth"),
+        preset("reach", num_loops=4),
+        recipe("lm_tiny").config.model,
+        recipe("nmt_tiny").config.model,
+        timm_config(
+            "timm:SwinTransformer?image_size=32&num_classes=4&patch_size=2&embed_dim=8&depths=[2,2]&num_heads=[2,4]"
+            "&window_size=4&drop_path_rate=0.0&unit=2"
+        ),
+    ],
+    ids=["by depth", "windows without positions", "language", "translation", "timm"],
+)
+def test_native_files_are_of_every_kind(config: StackConfig, tmp_path: Path) -> None:
+    """What follows from a config, and is in no file, is there too; and the global generator is left alone."""
+    model, example = config.build().eval(), config.example(2)
+    save_model(model, tmp_path / "model.safetensors")
+    state = torch.get_rng_state()
+    loaded = load_model(tmp_path / "model.safetensors")
+    assert torch.equal(torch.get_rng_state(), state) and loaded.config == config
+    example = example if example.dtype == torch.int64 else torch.randn_like(example)
+    assert torch.equal(loaded(example), model(example))

@@ -6,7 +6,7 @@ import io
 import json
 import math
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from data_pipelines.shards.index import open_shards
 from data_pipelines.stream.loader import Batch, TrainLoader
 from data_pipelines.text.pieces import TextWindows
-from data_pipelines.text.tokens import tokens_of, train_pieces
+from data_pipelines.text.tokens import Bytes, tokens_of, train_pieces
 from data_pipelines.writing.prepare import ImageOptions
 from data_pipelines.writing.write import WriteConfig, write_shards
 from sret_scale.cli import main
@@ -29,10 +29,10 @@ from sret_scale.model.text import token_model
 from sret_scale.model.text.translator import Translator
 from sret_scale.runs.checkpoint import list_checkpoints, read_state
 from sret_scale.tasks import task_of
-from sret_scale.tasks.translation import Pair, counted_tokens, packed
+from sret_scale.tasks.translation import Pair, check_fits, counted_tokens, packed
 from sret_scale.train.assemble import as_trained
 from sret_scale.train.evaluate import evaluate
-from sret_scale.train.load_run import load_facts
+from sret_scale.train.load_run import check_text, load_facts
 
 CPU = torch.device("cpu")
 PAIRS = [
@@ -202,13 +202,14 @@ def check_refusals(run: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None
     """Input that is no text, too long, or asked for in a way that there is not."""
     for text, options, message in (
         (b"\xff\n", [], b"line 1: expected text in UTF-8"),
-        (b"x" * 99, [], b"text 1, 'xxxxxx"),
+        (b"x\n" * 256 + b"x" * 99, [], b"text 257, 'xxxxxx"),
         (b"", ["--beam", "0"], b"--beam: expected 1 to 64, got 0"),
         (b"", ["--loops", "0"], b"--loops: expected at least 1, got 0"),
     ):
         assert translate(run, text, *options) == 2
         assert message in (err := capfdbinary.readouterr().err), err
-    assert translate(run, b"") == 0 and capfdbinary.readouterr().out == b""
+    for blank in (b"", b"\n", "\u3000\n".encode()):
+        assert translate(run, blank) == 0 and capfdbinary.readouterr().out == b"\n" * bool(blank)
     assert main(["generate", str(run)]) == 2
     assert (
         b"generate: expected a model of kind 'language', got one of kind 'translation'" in capfdbinary.readouterr().err
@@ -261,6 +262,10 @@ def test_a_run_from_a_tsv_to_translations(
     tokens.write_bytes(other_tokens)
     changed = [f"train.initial_weights=run:{run}", f"data.tokens={tokens}", "--run", str(tmp_path / "next")]
     assert main([*command, *changed]) == 2 and digest.encode() in capfdbinary.readouterr().err
+    # What has no weights may differ.
+    tokens.write_bytes(pieces.read_bytes())
+    assert main([*command, *changed, "model.dropout=0.1", "--dry-run"]) == 0
+    tokens.write_bytes(other_tokens)
     (run / "tokens.model").write_bytes(tokens.read_bytes())
     assert (
         translate(run, b"Ja") == 2
@@ -305,6 +310,20 @@ def test_what_does_not_fit_is_said(shards: Path, changes: list[str], message: st
 def test_a_pair_beyond_the_context_is_refused() -> None:
     with pytest.raises(ValueError, match=r"a pair of 3 and 1 \+ 10 tokens .* set model\.context=16"):
         packed([([1, 2, 3], [1] * 10)], 10)
+
+
+def test_a_pair_beyond_the_context_is_found_before_a_run(shards: Path) -> None:
+    """Where bytes are as many as tokens, and where they are more, since tokens are what counts."""
+    one = config(shards)
+    check_fits(open_shards(shards), Bytes(), 64)
+    with pytest.raises(ValueError, match=r"sample .*: a pair of \d+ tokens does not fit into a context of 8"):
+        check_text(open_shards(shards), replace(one, model=replace(one.model, context=8)))
+
+    class Halves(Bytes):
+        def encode(self, text: bytes) -> list[int]:
+            return [0] * (len(text) // 8)
+
+    check_fits(open_shards(shards), Halves(), 8)
 
 
 def test_a_configuration_of_translation_is_read_back(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ def lines(facts: dict[str, Any]) -> str:
         shown = f"{value:,}" if isinstance(value, int) else _spread(value) if isinstance(value, dict) else value
         text.append(f"  {name.replace('_', ' '):<12} {shown}")
     counts: dict[str, int] = facts["class_counts"]
-    most = max(counts.values())
+    most = max(counts.values(), default=0)
     for class_name, count in list(counts.items())[:20]:
         text.append(f"  {class_name[:24]:<24} {count:>9,} {'#' * round(30 * count / most)}")
     if len(counts) > 20:

@@ -118,7 +118,9 @@ def run(args: argparse.Namespace) -> None:
         ),
         hash_name=args.hash,
         class_names=class_names_from(Path(args.classes)) if args.classes else None,
-        text=TextWindows(window=args.window or 256, carried=args.carried or 0) if is_text else None,
+        text=TextWindows(window=256 if args.window is None else args.window, carried=args.carried or 0)
+        if is_text
+        else None,
         vocabulary=args.vocabulary,
     )
     for split, target in {None: args.source}.items() if made else _sets(args).items():

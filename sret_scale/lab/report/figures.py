@@ -7,7 +7,7 @@ import numpy as np
 from sret_scale.lab.report.chart import Caption, Chart
 from sret_scale.lab.report.compare import teacher_of
 from sret_scale.lab.report.plots import MOST_LABELS, SMOOTH_FROM, Curve, line_chart, smoothed
-from sret_scale.lab.report.run_record import RunRecord
+from sret_scale.lab.report.run_record import RunRecord, measure_of
 from sret_scale.lab.report.summary import evaluation_split
 from sret_scale.runs.metrics_log import Series
 
@@ -76,10 +76,12 @@ def _evaluation_loss(runs: Sequence[RunRecord], colours: Sequence[str]) -> Drawn
         Curve(label=run.name, colour=colour, series=_by_weights(run, "loss", 1.0)[0])
         for run, colour in zip(runs, colours, strict=True)
     ]
+    is_one = len(set(map(measure_of, runs))) == 1
     caption = Caption(
         name="evaluation_loss",
         title="Evaluation loss",
-        text=f"Cross-entropy on the {evaluation_split(runs[0])} split: the same measure for every run.",
+        text=f"Cross-entropy on the {evaluation_split(runs[0])} split: "
+        + ("the same measure for every run." if is_one else "of different tasks or tokens, which do not compare."),
         x_label="samples seen",
         y_label="cross-entropy, nats",
     )

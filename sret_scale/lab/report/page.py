@@ -15,7 +15,7 @@ from sret_scale.lab.report.evaluation_depth import curves_of, evaluation_depth_f
 from sret_scale.lab.report.figures import basic_figures
 from sret_scale.lab.report.health import alarms, health_figures
 from sret_scale.lab.report.memory_figures import memory_figures
-from sret_scale.lab.report.run_record import RunRecord, load_runs
+from sret_scale.lab.report.run_record import RunRecord, load_runs, measure_of
 from sret_scale.lab.report.settings import headline, settings_of, settings_table
 from sret_scale.lab.report.summary import COLUMNS, Summary, best_rows, columns_for, summarise, summary_table
 
@@ -100,7 +100,11 @@ def render(
     facts = [flatten({key: value for key, value in run.environment.items() if key != "command"}) for run in runs]
     return environment.get_template("report.html").render(
         title=_title(runs),
-        lead=headline(settings, accuracy) if len(settings) < len(rows) and settings else lead(summaries),
+        lead=INCOMPARABLE
+        if len(set(map(measure_of, runs))) > 1
+        else headline(settings, accuracy)
+        if len(settings) < len(rows) and settings
+        else lead(summaries),
         page_note=note,
         rows=rows,
         columns=columns_for(summaries),
@@ -119,6 +123,9 @@ def render(
         environment_difference=_difference(runs, facts),
         grouped=grouped,
     )
+
+
+INCOMPARABLE = "These runs have different tasks or tokens: what they reached cannot be compared."
 
 
 def lead(summaries: Sequence[Summary]) -> str:

@@ -98,6 +98,12 @@ class RunRecord:
         return max((float(line["time_s"]) for line in self.lines), default=0.0)
 
 
+def measure_of(run: RunRecord) -> tuple[str, str, str]:
+    """What accuracies and losses are of: runs of another task, vocabulary or tokens have numbers of another meaning."""
+    model, data = (run.config.get(section) or {} for section in ("model", "data"))
+    return str(run.config.get("task")), str(model.get("vocabulary")), Path(str(data.get("tokens"))).name
+
+
 def load_runs(paths: Iterable[Path]) -> tuple[list[RunRecord], list[str]]:
     """The runs that the paths name, in order, and sentences on what was left out.
 

@@ -15,14 +15,16 @@ from torch import Tensor
 
 from data_pipelines.atomic_files import replacing
 from data_pipelines.checked_files import parse_checked
-from sret_scale.model.config import ImageConfig, StackConfig, StageConfig
+from sret_scale.model.config import StackConfig, StageConfig
 from sret_scale.model.stack import StackModel
 
 
 def config_from_dict(fields: dict[str, Any]) -> StackConfig:
     """The config that `dataclasses.asdict` was made of; ValueError for a field that is unknown or wrong."""
-    every: list[Any] = [*StackConfig.__subclasses__(), *ImageConfig.__subclasses__()]
-    kinds = {one.__dataclass_fields__["kind"].default: one for one in every}
+    every: list[Any] = [StackConfig]
+    for one in every:
+        every += one.__subclasses__()
+    kinds = {one.__dataclass_fields__["kind"].default: one for one in every if "kind" in one.__dataclass_fields__}
     try:
         stages = tuple(StageConfig(**stage) for stage in fields["stages"])
         return kinds[fields.get("kind", "vision")](**{**fields, "stages": stages})
@@ -66,6 +68,11 @@ def load_model(path: Path) -> StackModel:
         model = config.build()
     try:
         model.load_state_dict(state, strict=True, assign=True)
+        if any(buffer.is_meta for buffer in model.buffers()):
+            # What follows from the config is in no file.
+            with torch.random.fork_rng(devices=[]):
+                model = config.build()
+            model.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as error:
         raise ValueError(f"the weights in {path} do not fit their config: {str(error).splitlines()[-1]}") from error
     return model.eval()
