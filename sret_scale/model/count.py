@@ -21,7 +21,7 @@ from sret_scale.model.conditioning import NUM_DEPTH_FEATURES
 from sret_scale.model.config import SReTConfig, StackConfig
 from sret_scale.model.stack import StackModel
 from sret_scale.model.stage import Stage
-from sret_scale.model.text.text_config import TextConfig
+from sret_scale.model.text.text_config import TextConfig, TranslationConfig
 
 
 def describe(config: StackConfig, image_size: int | None = None) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def describe(config: StackConfig, image_size: int | None = None) -> dict[str, An
     stem_macs = pool_macs = 0
     measured = config.measured_macs()
     if isinstance(config, TextConfig):
-        unit = "tokens" if config.kind == "translation" else "bytes"
+        unit = "tokens" if isinstance(config, TranslationConfig) else "bytes"
         sizes: dict[str, Any] = {"context": config.context, "unit": unit}
         scores = config.context * config.vocabulary
     else:
