@@ -291,8 +291,9 @@ def _already_complete(config: WriteConfig, target: Path) -> Manifest:
     weak = config.hash_name == "sha256" and any(hash_name_of(shard.hash) != "sha256" for shard in manifest.shards)
     if weak:
         raise ValueError(f"{target}: holds a complete shard set made with another hash; choose another target")
-    if TOKENS_HASH in manifest.writer and not (target / TOKENS_NAME).is_file():
-        raise FileNotFoundError(f"{target / TOKENS_NAME} is gone: remove {target}, and write the set again")
+    tokens, known = target / TOKENS_NAME, manifest.writer.get(TOKENS_HASH)
+    if known is not None and known != tokens_sha256(tokens if tokens.is_file() else None):
+        raise ValueError(f"{tokens} is gone or has changed: remove {target}, and write the set again")
     _remove_work(target)
     return manifest
 

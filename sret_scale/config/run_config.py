@@ -38,6 +38,7 @@ from sret_scale.distill import DistillConfig
 from sret_scale.memory import MemoryConfig
 from sret_scale.model import SReTConfig, TextConfig, TranslationConfig, preset
 from sret_scale.model.config import ImageConfig
+from sret_scale.model.text.text_config import NUM_BYTES
 
 ModelConfig = SReTConfig | TextConfig | TranslationConfig | TimmConfig
 """The kinds of models that a run may train, told apart by `kind`; the first is meant where that is absent."""
@@ -453,7 +454,7 @@ def override(config: RunConfig, assignments: Sequence[str]) -> RunConfig:
     `model=NAME` takes another preset, or `timm:NAME?num_blocks=4&num_loops=3`, whole; items of a tuple are numbered
     (`model.stages.1.num_loops=20`), and a field of stages without a number is set in all (`model.num_loops=20`). Counts
     of images may be `10ep` or `5%` (`image_counts`), model.num_classes `auto`, for which the training set is opened,
-    and data.tokens `auto`: those that lie in the folder of the training set, or bytes where there are none.
+    and data.tokens `auto`: those in the folder of the training set, or bytes for a model of 256 tokens without.
     """
     tree = to_plain(config)
     try:
@@ -476,9 +477,11 @@ def _overridden(tree: dict[str, Any], assignments: Sequence[str]) -> RunConfig:
     resolve_counts(tree, lambda: training_set().num_samples)
     if isinstance(tree["model"], dict) and tree["model"].get("num_classes") == "auto":
         tree["model"]["num_classes"] = training_set().num_classes
-    if tree["data"].get("tokens") == "auto":
-        own = Path(tree["data"]["train_folder"]) / TOKENS_NAME
-        tree["data"]["tokens"] = str(own) if own.exists() else None
+    if (data := tree["data"]) and isinstance(data, dict) and data.get("tokens") == "auto":
+        own = Path(str(data["train_folder"])) / TOKENS_NAME
+        # Where there are none, and the model is not of bytes, it is the file that is missed.
+        is_of_bytes = isinstance(tree["model"], dict) and tree["model"].get("vocabulary") == NUM_BYTES
+        data["tokens"] = None if is_of_bytes and not own.exists() else str(own)
     changed: RunConfig = build(RunConfig, tree)
     return changed
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 _OF_STAGE = ("num_blocks", "num_loops", "loop_order", "projections", "projection_ratio", "conditioning")
 _OF_OUR_BLOCKS = ("groups", "slices", "norm_placement", "mlp_ratio")
 _PLAIN = StageConfig(width=1, num_heads=1, num_blocks=1)
+_OF_TIMM = {"img_size": "image_size", "in_chans": "in_channels"}
+"""What timm calls fields of ours."""
 _OF_MODEL = ("image_size", "num_classes", "in_channels", "head", "drop_path", "step_size", "unit", "at")
 
 
@@ -62,9 +64,6 @@ class TimmConfig(ImageConfig):
 
         own = dict(item.partition("=")[::2] for item in self.arguments)
         shape = {"num_classes": self.num_classes, "in_chans": self.in_channels, "img_size": self.image_size}
-        if given := sorted(own.keys() & shape.keys()):
-            ours = dict(zip(shape, ("num_classes", "in_channels", "image_size"), strict=True))
-            raise ValueError(f"timm:{self.name}: {given[0]} is model.{ours[given[0]]} here: give that")
         pooling = {"global_pool": ""} if self.head == "tokens" else {}
         return make_network(self.name, shape | {key: yaml.safe_load(text) for key, text in own.items()} | pooling)
 
@@ -108,10 +107,12 @@ def timm_config(spec: str) -> TimmConfig:
     from sret_scale.timm.recursive import chains_of, width_of
 
     name, _, query = spec.removeprefix("timm:").partition("?")
-    items = [item.partition("=") for item in query.split("&") if item]
-    options = {key: text for key, _, text in items}
-    if wrong := [key for key, _, text in items if not text or [one for one, _, _ in items].count(key) > 1]:
+    items = [item.partition("=")[::2] for item in query.split("&") if item]
+    options, keys = dict(items), [key.removeprefix("timm.") for key, _ in items]
+    if wrong := [key for key, (_, text) in zip(keys, items, strict=True) if not text or keys.count(key) > 1]:
         raise ValueError(f"{spec}: expected key=value, each once, got {wrong[0]!r} without a value or twice")
+    if given := sorted(_OF_TIMM.keys() & set(keys)):
+        raise ValueError(f"{spec}: {given[0]} is {_OF_TIMM[given[0]]} here: give that")
     own, of_stage = (
         {key: yaml.safe_load(options.pop(key)) for key in keys if key in options} for keys in (_OF_MODEL, _OF_STAGE)
     )

@@ -5,6 +5,7 @@ import copy
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from numbers import Integral
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -77,8 +78,8 @@ class Recursion(nn.Module):
             if value not in get_args(known):
                 raise ValueError(f"{name}: expected one of {', '.join(get_args(known))}, got {value!r}")
         self.num_loops = _positive("num_loops", num_loops)
-        if not math.isfinite(step_size):
-            raise ValueError(f"step_size: expected a finite number, got {step_size}")
+        if not isinstance(step_size, int | float) or not math.isfinite(step_size):
+            raise ValueError(f"step_size: expected a finite number, got {step_size!r}")
         self.order, self.injection, self.step_size, self.norm = order, injection, step_size, norm
         self.projections = nn.ModuleList(projections)
         if len(self.projections) not in (0, len(self.blocks) * num_loops):
@@ -298,8 +299,8 @@ def _has_history(value: Any) -> bool:
 
 
 def _positive(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise ValueError(f"{name}: expected a whole number, got {value!r}")
     if value < 1:
         raise ValueError(f"{name}: expected at least 1, got {value}")
-    if not isinstance(value, int):
-        raise ValueError(f"{name}: expected a whole number, got {value}")
-    return value
+    return int(value)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data_pipelines.remote.shard_sets import RemoteShardSet
 from data_pipelines.shards.index import ShardSet
 from data_pipelines.stream.loader import Batch
 from data_pipelines.stream.reader import BadSampleError, ShardReader, sample_name
@@ -115,9 +116,12 @@ def packed(pairs: list[Pair], context: int) -> Tensor:
 def check_fits(shards: ShardSet, tokens: Tokens, context: int) -> None:
     """ValueError where a pair has more tokens than a row has room for: else that is met in the middle of a run.
 
-    Only what has as many bytes is read. (Normalisation can make more tokens than bytes of a few signs.)
+    Only what has as many bytes is read, and nothing of a set on a server. (Normalisation can make more tokens than
+    bytes of a few signs.)
     """
     longest, where = 0, 0
+    if isinstance(shards, RemoteShardSet):
+        return
     with ShardReader(shards) as reader:
         for index in np.flatnonzero(np.maximum(shards.width, shards.height) + 2 > context).tolist():
             try:
@@ -128,8 +132,8 @@ def check_fits(shards: ShardSet, tokens: Tokens, context: int) -> None:
             longest, where = max((longest, where), (max(len(source), 1 + len(target)), index))
     if longest > context:
         raise ValueError(
-            f"{sample_name(shards, where)}: a pair of {longest} tokens does not fit into a context of {context}: set "
-            f"model.context={-(-longest // 8) * 8}, or write the shards with a smaller --window"
+            f"{sample_name(shards, where)}: a pair of {longest} tokens does not fit into a context of {context}: write "
+            f"the shards with a smaller --window, or train a model of model.context={-(-longest // 8) * 8}"
         )
 
 

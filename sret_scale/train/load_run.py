@@ -245,7 +245,7 @@ def initial_state(source: str, config: ModelConfig) -> dict[str, Tensor]:
     except FileNotFoundError as error:
         raise FileNotFoundError(f"train.initial_weights={source}: {error}") from error
     # The positions of other models are not ours to interpolate.
-    free = _FREE_IN_FINE_TUNING[config.kind != "vision" :]
+    free = tuple(name for name in _FREE_IN_FINE_TUNING if name != "image_size" or config.kind == "vision")
     if model.config.kind != config.kind:
         raise ValueError(f"train.initial_weights={source}: of kind {model.config.kind}, the model is {config.kind}")
     changed = [

@@ -297,6 +297,8 @@ def test_a_run_from_a_tsv_to_translations(
         (["task=language"], "task=language: expected a model of kind 'language', got 'translation'"),
         (["task=classification"], "set task=translation for a model of kind 'translation'"),
         (["distill.teacher=run:x"], "task=translation has no teacher"),
+        (["data=5"], "data"),
+        (["data.tokens=auto", "data.train_folder=null"], "data.train_folder"),
         (["model.vocabulary=300"], "data.tokens=null, bytes has 256 tokens: set model.vocabulary to that, got 300"),
         (["data.tokens=setup.cfg"], "setup.cfg: expected a model of sentencepiece"),
     ],
@@ -367,6 +369,8 @@ def test_a_recipe_of_known_sets_starts_on_files_of_their_layout(
         assert main(["train", name, "--dry-run", "--ranks", "1", "--run", "run", "model.vocabulary=290"]) == 0
         printed = capsys.readouterr().out
         assert not Path("run").exists() and "label_smoothing: 0.1" in printed
+        assert main(["train", name, "--dry-run", "--ranks", "1", "data.train_folder=none"]) == 2
+        assert "none/tokens.model" in capsys.readouterr().err
         assert f"tokens: {Path(f'shards/{folder}/train/tokens.model').absolute()}" in printed
         assert main(["train", name, "--dry-run", "--ranks", "1", "--run", "run"]) == 2
         assert "tokens.model has 290 tokens: set model.vocabulary to that" in capsys.readouterr().err

@@ -90,6 +90,7 @@ def render(
         lstrip_blocks=True,
     )
     settings = settings_of(runs, summaries)
+    is_one_measure = len(set(map(measure_of, runs))) == 1
     accuracy = " or ".join(dict.fromkeys(summary.accuracy for summary in summaries))
     rows = list(zip(summaries, map(css_colour, colours), strict=True))
     remarks = [f"{run.name}: {remark}" for run in runs for remark in [*run.remarks, *alarms(run)]]
@@ -101,14 +102,14 @@ def render(
     return environment.get_template("report.html").render(
         title=_title(runs),
         lead=INCOMPARABLE
-        if len(set(map(measure_of, runs))) > 1
+        if not is_one_measure
         else headline(settings, accuracy)
         if len(settings) < len(rows) and settings
         else lead(summaries),
         page_note=note,
         rows=rows,
         columns=columns_for(summaries),
-        best=[best_rows(column, list(summaries)) for column in COLUMNS],
+        best=[best_rows(column, list(summaries)) if is_one_measure else set() for column in COLUMNS],
         charts=charts,
         settings=settings_table(settings, accuracy) if len(rows) > FEW_RUNS else [],
         num_settings=len(settings),

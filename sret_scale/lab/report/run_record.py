@@ -16,8 +16,10 @@ from pydantic import ConfigDict
 from typing_extensions import TypedDict
 
 from data_pipelines.checked_files import read_checked
+from data_pipelines.text.tokens import tokens_sha256
 from sret_scale.config.run_config import read_yaml
 from sret_scale.runs.metrics_log import Line, Series, is_count, not_finite, number, read_metrics
+from sret_scale.runs.run_folder import RunFolder
 
 # The parts that runs play in an experiment, in the order in which they are read.
 ROLES = ("teacher", "student", "control")
@@ -98,10 +100,10 @@ class RunRecord:
         return max((float(line["time_s"]) for line in self.lines), default=0.0)
 
 
-def measure_of(run: RunRecord) -> tuple[str, str, str]:
-    """What accuracies and losses are of: runs of another task, vocabulary or tokens have numbers of another meaning."""
-    model, data = (run.config.get(section) or {} for section in ("model", "data"))
-    return str(run.config.get("task")), str(model.get("vocabulary")), Path(str(data.get("tokens"))).name
+def measure_of(run: RunRecord) -> tuple[str, str | None]:
+    """What accuracies and losses are of: those of runs of another task or other tokens have another meaning."""
+    tokens = RunFolder(run.folder).tokens
+    return str(run.config.get("task", "classification")), tokens_sha256(tokens if tokens.is_file() else None)
 
 
 def load_runs(paths: Iterable[Path]) -> tuple[list[RunRecord], list[str]]:
