@@ -108,15 +108,17 @@ def timm_config(spec: str) -> TimmConfig:
 
     name, _, query = spec.removeprefix("timm:").partition("?")
     items = [item.partition("=")[::2] for item in query.split("&") if item]
-    options, keys = dict(items), [key.removeprefix("timm.") for key, _ in items]
-    if wrong := [key for key, (_, text) in zip(keys, items, strict=True) if not text or keys.count(key) > 1]:
+    options, keys = dict(items), [key for key, _ in items]
+    if wrong := [key for key, text in items if not text or keys.count(key) > 1]:
         raise ValueError(f"{spec}: expected key=value, each once, got {wrong[0]!r} without a value or twice")
-    if given := sorted(_OF_TIMM.keys() & set(keys)):
+    if given := sorted(_OF_TIMM.keys() & {key.removeprefix("timm.") for key in keys}):
         raise ValueError(f"{spec}: {given[0]} is {_OF_TIMM[given[0]]} here: give that")
     own, of_stage = (
         {key: yaml.safe_load(options.pop(key)) for key in keys if key in options} for keys in (_OF_MODEL, _OF_STAGE)
     )
     arguments = tuple(f"{key.removeprefix('timm.')}={text}" for key, text in options.items())
+    if len({text.partition("=")[0] for text in arguments}) < len(arguments):
+        raise ValueError(f"{spec}: an argument of timm's stands there with and without `timm.`: give it once")
     config = TimmConfig(name=name, arguments=arguments, stages=(_PLAIN,), **own)
     try:
         with torch.device("meta"):

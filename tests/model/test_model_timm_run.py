@@ -261,6 +261,7 @@ def stage(**options: Any) -> tuple[StageConfig, ...]:
         ("timm:deit_tiny_patch16_224?unit=1&unit=2", "each once, got 'unit' without a value or twice"),
         ("timm:deit_tiny_patch16_224?num_blocks=abc", "num_blocks must be a whole number of at least 1, got 'abc'"),
         ("timm:deit_tiny_patch16_224?depth=0", "blocks has no blocks"),
+        ("timm:MlpMixer?embed_dim=16&timm.embed_dim=8", "with and without `timm.`: give it once"),
         ("timm:mixer_s16_224?img_size=32", "img_size is image_size here: give that"),
         ("timm:resnet18", "at: ResNet has no chain of blocks"),
     ],

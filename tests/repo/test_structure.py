@@ -10,20 +10,20 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = ("sret_scale", "data_pipelines")
 # Product lines (*.py, *.c, *.h, *.html) that a room may have. Raising one is a decision: say why in docs/log.md.
 LINE_BUDGETS = {
-    "data_pipelines": 9_360,
+    "data_pipelines": 9_361,
     "sret_scale/commands": 2_386,
-    "sret_scale/config": 1_821,
+    "sret_scale/config": 1_827,
     "sret_scale/distill": 1_280,
-    "sret_scale/lab": 4_754,
+    "sret_scale/lab": 4_757,
     "sret_scale/launch": 1_980,
-    "sret_scale/memory": 2_637,
+    "sret_scale/memory": 2_638,
     "sret_scale/model": 4_551,
     "sret_scale/runs": 625,
-    "sret_scale/tasks": 565,
+    "sret_scale/tasks": 569,
     "sret_scale/timm": 820,
     "sret_scale/train": 4_284,
 }
-TOTAL_BUDGET = 35_106
+TOTAL_BUDGET = 35_121
 MOST_FILES = 20
 
 
