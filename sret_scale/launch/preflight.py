@@ -138,8 +138,9 @@ def check_data(config: RunConfig, world_size: int) -> None:
     A test set may lack classes.
     """
     shards = open_training_data(config.data)
-    for part in (shards, open_data(config.data.test_folder, config.data)):
-        load_run.check_text(part, config)
+    load_run.check_text(shards, config)
+    if shards.is_text:
+        load_run.check_text(open_data(config.data.test_folder, config.data), config)
     if shards.num_classes != config.model.num_classes:
         raise ValueError(
             f"the train shards {shards.folder} have {shards.num_classes} classes, the model has "
